@@ -1,0 +1,108 @@
+"""What every configuration block is: frozen, strictly typed, and closed to unknown keys.
+
+A mistake is a `ConfigError` of one line that names the key, the value, what is allowed and the nearest valid key.
+This file does not know any particular block.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a configuration, told in one line."""
+
+
+class Block(BaseModel):
+    """A frozen set of named values; unknown keys are refused with the nearest valid one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str) -> Self:
+        """The block built from `values` as YAML gives them; raises `ConfigError`, whose text starts with `where`."""
+        try:
+            return cls.model_validate(values, strict=False)
+        except ValidationError as error:
+            raise ConfigError("; ".join(f"{where}: {_explain(cls, e)}" for e in error.errors())) from None
+
+
+def _explain(block: type[BaseModel], error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        parent, _, last = key.rpartition(".")
+        return f"unknown key {key!r}{nearest(last, _keys_at(block, error['loc'][:-1]))}"
+    if error["type"] == "missing":
+        return f"the key {key!r} is missing"
+    reason = error["msg"].removeprefix("Value error, ")
+    return f"{key or block.__name__}: {reason}" + ("" if error["type"] == "value_error" else f" (got {error['input']!r})")
+
+
+def _keys_at(block: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    """The field names of the block found by following `path` from `block`."""
+    for part in path:
+        field = block.model_fields.get(str(part))
+        inner = None if field is None else _block_in(field.annotation)
+        if inner is not None:
+            block = inner
+    return list(block.model_fields)
+
+
+def _block_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((b for a in getattr(annotation, "__args__", ()) if (b := _block_in(a)) is not None), None)
+
+
+def nearest(word: str, allowed: list[str]) -> str:
+    """How an error ends: the nearest allowed word, or the list of all of them."""
+    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(sorted(allowed))}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises `ConfigError` with file and line if there is none."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise ConfigError(f"{path}, line {line}: not valid YAML: {error.problem}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of blocks, got {type(values).__name__}")
+    return values
+
+
+def with_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of `values` with `block.key=value` texts applied; each value is read as YAML."""
+    result = yaml.safe_load(yaml.safe_dump(values))
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"override {text!r}: write it as block.key=value")
+        *parents, last = path.split(".")
+        target = result
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"override {text!r}: {parent!r} is not a block")
+        target[last] = _number_or_yaml(value)
+    return result
+
+
+def _number_or_yaml(text: str) -> Any:
+    """YAML 1.1 reads 2e-5 as a string; a person means the number."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
