@@ -1,0 +1,63 @@
+# The one vocabulary: people, hooks and CI only call these targets.
+# PYTHON picks the interpreter the environment is made with; PROFILE picks a file of profiles/ for `make run`.
+PYTHON ?= python3.11
+PROFILE ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export DVC_NO_ANALYTICS := 1
+export DO_NOT_TRACK := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export GRADIO_ANALYTICS_ENABLED := False
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help setup run test test-faults test-browser check app ui bench lock clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(STAMP)  ## make .venv with the pinned closure
+
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+	  { echo "lladaflow needs Python 3.11 to 3.13; '$(PYTHON)' is not one: call make PYTHON=/path/to/python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned packages into $(VENV) (about two minutes the first time)"
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev]' 2>&1 | { grep -v '^WARNING: Location' || true; }
+	@$(BIN)/python -c 'import torch, llada_core, cli.main' && touch $(STAMP)
+
+run: setup  ## data to a registered model; PROFILE=real-text runs a file of profiles/
+	@$(BIN)/llada run $(PROFILE)
+
+test: setup  ## the default suite (under 10 minutes on 2 cores)
+	@$(BIN)/python -m pytest -m "not faults and not browser and not gpu"
+
+test-faults: setup  ## kills, requeues, damaged files, a real Slurm cluster where its packages are installed
+	@$(BIN)/python -m pytest -m faults
+
+test-browser: setup  ## the page in Debian's Chromium
+	@$(BIN)/python -m pytest -m browser
+
+check: setup  ## ruff, mypy, import contracts, docs
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest tests/test_documentation.py tests/test_house.py
+
+app: setup  ## open the page on the registered champion
+	@$(BIN)/python -m app
+
+ui: setup  ## MLflow and Prefect on loopback, until Ctrl-C
+	@$(BIN)/llada ui
+
+bench: setup  ## side-by-side speed runs that print ratios
+	@$(BIN)/python -m benchmarks
+
+lock:  ## resolve the closure anew into constraints.txt
+	@tools=$$(mktemp -d) && $(PYTHON) -m venv $$tools && $$tools/bin/pip install -q '.[all,dev]' \
+	  && $$tools/bin/pip freeze --exclude lladaflow | sed -E 's/\+cpu|\+cu[0-9]+//' | grep -E '^[A-Za-z0-9._-]+==' > constraints.txt.new \
+	  && mv constraints.txt.new constraints.txt; rm -rf $$tools
+
+clean:  ## remove the environment and caches, never data, models, runs or the registry
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
