@@ -1,0 +1,157 @@
+"""Every number a training stage depends on: one block per stage, all built on `TrainingParams`.
+
+Knows limits and what excludes what; does not know torch, files, or where a stage's data comes from.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from llada_core.config.base import Block
+from llada_core.config.sampling import SamplingParams
+
+
+class NoiseParams(Block):
+    """The forward process (LLADA, arXiv:2502.09992, eq. 3): t = epsilon + (1 - epsilon) u, mask probability 1 - alpha(t)."""
+
+    schedule: Literal["linear", "cosine"] = "linear"
+    epsilon: float = Field(default=1e-3, gt=0, lt=1)
+    weight: Literal["elbo", "uniform"] = "elbo"  # elbo: -alpha'(t) / (1 - alpha(t)); uniform: 1
+    stratified: bool = True  # spread the times of one global batch evenly (unbiased, less variance)
+
+
+class Phase(Block):
+    """One straight piece of a learning-rate curve."""
+
+    steps: int = Field(ge=1)
+    start: float = Field(ge=0)
+    end: float = Field(ge=0)
+
+
+class LoraParams(Block):
+    """Low-rank adapters through peft; `targets` are names or a regular expression, `all-linear` excludes the head."""
+
+    r: int = Field(default=32, ge=1)
+    alpha: int = Field(default=64, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: str | tuple[str, ...] = "all-linear"
+    four_bit: bool = False  # QLoRA: the frozen weights in nf4 (needs a GPU and bitsandbytes)
+    merge: bool = True  # export the merged model rather than the adapter
+
+
+class DistributionParams(Block):
+    """How ranks share the work; what is asked for here is asserted at start."""
+
+    kind: Literal["none", "ddp", "fsdp", "zero2", "zero3"] = "none"
+    processes: int | None = Field(default=None, ge=1)  # None: whatever was launched
+    timeout_minutes: float = Field(default=30.0, gt=0)  # a hung rank ends the job
+    offload: bool = False
+
+
+class RecoveryParams(Block):
+    """What happens on a NaN, infinite or exploding loss (the paper's own recovery: 4e-4 to 1e-4)."""
+
+    tries: int = Field(default=3, ge=0)
+    learning_rate_factor: float = Field(default=0.25, gt=0, le=1)
+    spike: float = Field(default=10.0, gt=1)  # a logged loss this many times the running mean counts as exploding
+
+
+class TrainingParams(Block):
+    """What all training stages share. Rows are sequences; a step is one optimiser update."""
+
+    init_from: str | None = None  # nothing, a stage's name, a folder, a registry alias, a Hub name
+    max_steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    max_flops: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=64, ge=1)  # rows per step, over all ranks
+    micro_batch_size: int | None = Field(default=None, ge=1)  # rows per forward and rank; None: as many as fit the step
+    learning_rate: float = Field(default=4e-4, gt=0)
+    schedule: Literal["constant", "cosine", "linear", "wsd", "phases"] = "wsd"
+    warmup: float = Field(default=0.02, ge=0)  # below 1: share of the run; else steps
+    decay: float = Field(default=0.1, ge=0, le=1)  # wsd: the last share of the run
+    final_ratio: float = Field(default=0.1, ge=0, le=1)  # last learning rate over the highest
+    phases: tuple[Phase, ...] = ()
+    weight_decay: float = Field(default=0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(default=1.0, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, the weights that are updated stay fp32
+    noise: NoiseParams = NoiseParams()
+    normalise: Literal["token", "sequence", "batch"] = "token"
+    right_shift: bool = False  # logits at i-1 predict token i (models converted from autoregressive ones)
+    head_chunk: int = Field(default=4096, ge=1)  # rows of logits alive at once
+    router_balance: float = Field(default=0.01, ge=0)  # mixture of experts: load balance, router z-loss
+    router_z: float = Field(default=0.001, ge=0)
+    compile: bool = False
+    activation_checkpointing: bool = False
+    log_every: int = Field(default=10, ge=1)
+    validate_every: int = Field(default=0, ge=0)  # 0: only at the end
+    validation_rows: int = Field(default=128, ge=1)
+    samples: int = Field(default=2, ge=0)  # texts written at every validation
+    save_every: int = Field(default=200, ge=1)
+    keep: int = Field(default=2, ge=1)
+    milestone_every: int = Field(default=0, ge=0)  # checkpoints at these steps are never removed
+    recovery: RecoveryParams = RecoveryParams()
+    lora: LoraParams | None = None
+    distribution: DistributionParams = DistributionParams()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_steps is None and self.epochs is None and self.max_flops is None:
+            raise ValueError("one of max_steps, epochs, max_flops must say when training ends")
+        if (self.schedule == "phases") != bool(self.phases):
+            raise ValueError("schedule phases and a non-empty list of phases go together")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        return self
+
+
+class PretrainParams(TrainingParams):
+    """Pretraining on packed rows."""
+
+    random_length_ratio: float = Field(default=0.01, ge=0, le=1)  # share of steps cut to a uniform random length
+    document_mask: bool = False  # attention stays inside a document of a packed row
+
+
+class SFTParams(TrainingParams):
+    """Supervised fine-tuning: prompts are never noised; the loss is per answer length, as in LLaDA's guideline."""
+
+    normalise: Literal["token", "sequence", "batch"] = "sequence"
+    eos_padding: Literal["longest", "none"] | int = "longest"  # EOS after the answer that is a visible target; n: that many
+
+
+class GRPOParams(TrainingParams):
+    """Group-relative policy optimisation for diffusion models (d1, arXiv:2504.12216). `batch_size` is set by the groups."""
+
+    learning_rate: float = Field(default=3e-6, gt=0)
+    schedule: Literal["constant", "cosine", "linear", "wsd", "phases"] = "constant"
+    warmup: float = Field(default=1e-4, ge=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = Field(default=0.2, gt=0)
+    prompts: int = Field(default=8, ge=1)  # prompts per rollout
+    generations: int = Field(default=6, ge=2)  # completions per prompt
+    iterations: int = Field(default=1, ge=1)  # updates per rollout, each with masks of its own
+    sampling: SamplingParams = SamplingParams(max_new_tokens=256, block_length=32, steps=128, temperature=0.9)
+    likelihood: Literal["one_forward", "elbo"] = "one_forward"
+    mask_prompt: float = Field(default=0.15, ge=0, lt=1)  # one_forward: share of prompt tokens hidden
+    mask_samples: int = Field(default=1, ge=1)  # elbo: masks per completion and update, at evenly spread ratios
+    ratio: Literal["token", "sequence"] = "token"
+    epsilon: float = Field(default=0.5, gt=0)
+    beta: float = Field(default=0.04, ge=0)  # weight of the KL to the reference; 0: no reference is kept
+    scale_rewards: bool = False  # divide advantages by the group's standard deviation
+    negative_weight: float = Field(default=1.0, ge=0)  # factor on negative advantages
+    sync_every: int = Field(default=0, ge=0)  # mix the policy into the reference every so many steps
+    sync_mix: float = Field(default=0.6, gt=0, le=1)
+    reward: str = "default"  # a name in llada_core.training.rewards, or a dotted path to f(task, text, answer) -> float
+    validation: SamplingParams | None = None  # None: as `sampling`, greedy
+    patience: int = Field(default=0, ge=0)  # validations without a new best before stopping; 0: never
+
+
+class PreferenceParams(TrainingParams):
+    """Preference tuning (VRPO, LLaDA 1.5, arXiv:2505.19223): DPO on ELBO differences."""
+
+    learning_rate: float = Field(default=5e-7, gt=0)
+    beta: float = Field(default=0.1, gt=0)
+    mask_samples: int = Field(default=8, ge=1)  # times t per answer, one mask each
+    shared_masks: bool = True  # the same masks for policy and reference; false is the naive estimator
