@@ -1,0 +1,127 @@
+"""The forward process and its weighted loss: which tokens are hidden, how much each counts, and what the model pays.
+
+Randomness is counter-based: a number is a hash of (seed, step, row, column), so that it does not depend on the batch a
+row sits in, on its padding, on the number of ranks, or on a generator whose state would have to be saved.
+This file does not know data, optimisers or sampling.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llada_core.config.training import NoiseParams
+
+_WEIGHT_EPSILON = 1e-6  # dllm's guard in -alpha' / (1 - alpha), kept so that losses compare
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, splitmix64's increment
+_STRIDE = 1 << 32
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The random numbers of some rows of one step.
+
+    `rows` (B,) int64 is each row's place in the global batch of `total` rows; nothing else tells rows apart.
+    """
+
+    seed: int
+    step: int
+    rows: Tensor
+    total: int
+
+    def uniforms(self, width: int, stream: int = 0) -> Tensor:
+        """(B, width) float32 in [0, 1); column j is the same for every width above j."""
+        columns = torch.arange(width, dtype=torch.int64, device=self.rows.device)
+        return _to_unit(_mix((self._keys(stream)[:, None] + columns + 1) * _GOLDEN))
+
+    def times(self, params: NoiseParams, stream: int = 1) -> Tensor:
+        """(B,) float32 in [epsilon, 1]; stratified times share one offset and are spread evenly over the global batch."""
+        if params.stratified:
+            offset = Noise(self.seed, self.step, torch.full_like(self.rows[:1], -1), 1).uniforms(1, stream)[:, 0]
+            u = (offset + self.rows / self.total) % 1.0
+        else:
+            u = self.uniforms(1, stream)[:, 0]
+        return params.epsilon + (1 - params.epsilon) * u
+
+    def _keys(self, stream: int) -> Tensor:
+        key = torch.tensor(self.seed * 1_000_003 + stream, dtype=torch.int64, device=self.rows.device)
+        key = _mix(_mix(key * _GOLDEN) + self.step)
+        return _mix(key + (self.rows + 1) * _STRIDE)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """splitmix64's finaliser; int64 arithmetic wraps, and the masks turn arithmetic shifts into logical ones."""
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+def _to_unit(bits: Tensor) -> Tensor:
+    return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+def alpha(t: Tensor, schedule: str) -> Tensor:
+    """Share of tokens still visible at time t."""
+    return 1 - t if schedule == "linear" else 1 - torch.cos(math.pi / 2 * (1 - t))
+
+
+def alpha_derivative(t: Tensor, schedule: str) -> Tensor:
+    """d alpha / dt, negative."""
+    return -torch.ones_like(t) if schedule == "linear" else -(math.pi / 2) * torch.sin(math.pi / 2 * (1 - t))
+
+
+def loss_weight(t: Tensor, params: NoiseParams) -> Tensor:
+    """Weight of a masked token's cross-entropy at time t: -alpha' / (1 - alpha), which makes the sum a likelihood bound."""
+    if params.weight == "uniform":
+        return torch.ones_like(t)
+    return -alpha_derivative(t, params.schedule) / (1 - alpha(t, params.schedule) + _WEIGHT_EPSILON)
+
+
+def reverse_mask_probability(s: Tensor, t: Tensor, schedule: str) -> Tensor:
+    """Probability that a token masked at t is still masked at s < t (SMDM, arXiv:2410.18514)."""
+    return (1 - alpha(s, schedule)) / (1 - alpha(t, schedule))
+
+
+def corrupt(tokens: Tensor, maskable: Tensor, probability: Tensor, mask_id: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Hide each maskable token with its row's probability.
+
+    tokens (B, L) int64, maskable (B, L) bool, probability (B,), uniforms (B, L) in [0, 1).
+    Returns noisy (B, L) int64 and masked (B, L) bool.
+    """
+    masked = (uniforms < probability[:, None]) & maskable
+    return torch.where(masked, mask_id, tokens), masked
+
+
+@dataclass(frozen=True)
+class MaskedLoss:
+    """Cross-entropy of hidden tokens, unreduced: `nll` (P,) float32, and the row each of the P positions lies in."""
+
+    nll: Tensor
+    rows: Tensor
+    router_losses: tuple[Tensor, Tensor] | None = None
+
+    def per_row(self, rows: int) -> Tensor:
+        """Sum over each row's hidden tokens, (rows,) float32."""
+        return torch.zeros(rows, dtype=self.nll.dtype, device=self.nll.device).index_add(0, self.rows, self.nll)
+
+
+def masked_nll(model: nn.Module, noisy: Tensor, tokens: Tensor, masked: Tensor, attention_mask: Tensor | None = None, *,
+               right_shift: bool = False, router_losses: bool = False) -> MaskedLoss:
+    """Cross-entropy at the masked positions only; the vocabulary projection is computed nowhere else.
+
+    Give the tensors on the CPU and the index of positions costs the accelerator no synchronisation.
+    `right_shift`: logits at i-1 predict token i (position 0 predicts itself).
+    """
+    device = next(model.parameters()).device
+    index = masked.flatten().nonzero()[:, 0]
+    rows = index // noisy.shape[1]
+    source = torch.where(index % noisy.shape[1] > 0, index - 1, index) if right_shift else index
+    targets = tokens.flatten()[index]
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(device, non_blocking=True)
+    output = model(noisy.to(device, non_blocking=True), attention_mask, positions=source.to(device, non_blocking=True),
+                   router_losses=router_losses)
+    nll = F.cross_entropy(output.logits.float(), targets.to(device, non_blocking=True), reduction="none")
+    return MaskedLoss(nll, rows.to(device, non_blocking=True), output.router_losses if router_losses else None)
