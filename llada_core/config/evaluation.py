@@ -1,0 +1,82 @@
+"""What is evaluated and how the report compares it: names, limits and sampler settings as frozen values.
+
+Knows neither lm-eval nor models. A benchmark is the name of a recipe (llada_core/evaluation/recipes) or of a file in data/eval.
+"""
+
+import dataclasses
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from llada_core.config.base import Block, nearest
+from llada_core.config.sampling import SamplingParams
+
+SAMPLER_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+EOS_RULES = ("none", "defer", "forbid")
+
+
+class Settings(Block):
+    """How answers are obtained: fields of `SamplingParams` plus `eos`, and the Monte-Carlo samples of a likelihood.
+
+    `eos`: none, defer (end tokens may be produced, committed last), forbid (the EOS token is never produced).
+    """
+
+    sampling: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    samples: int | None = Field(default=None, ge=1)
+    cfg_scale: float | None = Field(default=None, ge=0)  # guidance of a likelihood
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        allowed = [*SAMPLER_FIELDS, "eos"]
+        for key in self.sampling:
+            if key not in allowed:
+                raise ValueError(f"unknown sampler setting {key!r}{nearest(key, allowed)}")
+        if self.sampling.get("eos", "none") not in EOS_RULES:
+            raise ValueError(f"eos is {self.sampling['eos']!r}; allowed: {', '.join(EOS_RULES)}")
+        return self
+
+    def over(self, below: "Settings") -> "Settings":
+        """These settings where given, else those of `below`."""
+        return Settings(
+            sampling={**below.sampling, **self.sampling},
+            samples=self.samples if self.samples is not None else below.samples,
+            cfg_scale=self.cfg_scale if self.cfg_scale is not None else below.cfg_scale,
+        )
+
+
+class EvaluateParams(Block):
+    """One evaluation: every benchmark with every model. A model is the name of a stage, or whatever `load_model` takes."""
+
+    benchmarks: tuple[str, ...] = ()
+    models: tuple[str, ...] = ("sft", "sft_control", "grpo")
+    batch_size: int | Literal["auto"] = 32
+    limit: int | None = Field(default=None, ge=1)  # questions per task; a limited score is marked as a subset
+    puzzles: Settings = Settings(sampling={"max_new_tokens": 64, "block_length": 64, "steps": 64, "stop_at_eos": True})
+    overrides: dict[str, Settings] = Field(default_factory=dict)  # benchmark -> settings put over those of its recipe
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    run_code: bool = False  # benchmarks that run generated programs do so only with this opt-in
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size != "auto" and int(self.batch_size) < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; give 1 or more, or auto")
+        for name in {n for n in self.benchmarks if self.benchmarks.count(n) > 1}:
+            raise ValueError(f"benchmark {name!r} is listed twice")
+        return self
+
+
+class Comparison(Block):
+    """A difference the report shows with its paired interval: `model` minus `baseline`."""
+
+    model: str
+    baseline: str
+
+
+class ReportParams(Block):
+    """What the report compares."""
+
+    comparisons: tuple[Comparison, ...] = (
+        Comparison(model="grpo", baseline="sft"),
+        Comparison(model="grpo", baseline="sft_control"),
+    )
+    bootstrap: int = Field(default=2000, ge=100)  # resamples where a score is not right-or-wrong
