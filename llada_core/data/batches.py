@@ -1,0 +1,160 @@
+"""Which rows form which batch, and how rows of unequal length become one.
+
+Batch n of a run depends on (seed, n) alone: not on the number of ranks, on accumulation, or on what was read before,
+so that a resumed run sees what an undisturbed one would. Knows nothing of files, text, noise or models.
+
+Shapes: B rows, L positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+Padding = Literal["longest", "none"] | int
+
+
+class Rows(Protocol):
+    """A table of rows, such as a `datasets.Dataset`: a list of row numbers gives a mapping of column to lists."""
+
+    @property
+    def column_names(self) -> list[str]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: list[int]) -> dict[str, list[Sequence[int]]]: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows to train on.
+
+    tokens (B, L) int64; maskable (B, L) bool, the positions that may be masked and are scored; attention_mask (B, L)
+    int64, 1 = real, or None when every position is; document_ids (B, L) int64 or None, positions of different documents
+    do not see each other; numbers (B,) int64, the running number of each row in the whole run, to key noise by.
+    """
+
+    tokens: torch.Tensor
+    maskable: torch.Tensor
+    attention_mask: torch.Tensor | None
+    document_ids: torch.Tensor | None
+    numbers: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        mask = None if self.attention_mask is None else self.attention_mask.to(device)
+        documents = None if self.document_ids is None else self.document_ids.to(device)
+        return Batch(self.tokens.to(device), self.maskable.to(device), mask, documents, self.numbers.to(device))
+
+
+class Order:
+    """The rows of every batch: epoch after epoch in a new order, `size` rows a batch.
+
+    With `lengths` (one per row) a batch holds rows of similar length: within every run of `bucket` batches the rows are
+    sorted by length, cut into batches, and these are shuffled. An epoch leaves out the rows that do not fill a batch;
+    fewer rows than `size` are repeated.
+    """
+
+    def __init__(
+        self, count: int, size: int, *, seed: int, lengths: Sequence[int] | np.ndarray | None = None, bucket: int = 64
+    ) -> None:
+        if count < 1 or size < 1:
+            raise ValueError(f"{count} rows in batches of {size}: both must be at least 1")
+        self.count, self.size, self.seed, self.bucket = count, size, seed, bucket
+        self.batches_per_epoch = max(1, count // size)
+        self._lengths = None if lengths is None else np.asarray(lengths)
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def rows(self, step: int) -> np.ndarray:
+        """The `size` row numbers of batch `step` (from 0)."""
+        epoch, batch = divmod(step, self.batches_per_epoch)
+        return self._epoch(epoch)[batch]
+
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, epoch])
+        rows = np.resize(rng.permutation(self.count), self.batches_per_epoch * self.size)
+        if self._lengths is None:
+            return rows.reshape(-1, self.size)
+        batches = []
+        for start in range(0, len(rows), self.size * self.bucket):
+            part = rows[start : start + self.size * self.bucket]
+            part = part[np.argsort(self._lengths[part], kind="stable")].reshape(-1, self.size)
+            batches.append(part[rng.permutation(len(part))])
+        return np.concatenate(batches)
+
+
+class RowBatches:
+    """Batches of a table with `input_ids` and perhaps `maskable` (absent: all) and `document_ids`.
+
+    `padding` of unequal rows: "longest" fills with EOS up to the longest row of the whole batch, visible and trained
+    on, as LLaDA does; a number adds that many such EOS and hides the rest; "none" hides all padding. `random_length` is
+    the share of batches cut to a length drawn from 1 to L (LLaDA pretraining: 0.01).
+    """
+
+    def __init__(
+        self, table: Rows, order: Order, *, eos_id: int, padding: Padding = "none", random_length: float = 0.0
+    ) -> None:
+        if isinstance(padding, int) and padding < 0:
+            raise ValueError(f"padding {padding}: use 'longest', 'none' or a number of EOS tokens from 0")
+        self.table, self.order, self.eos_id = table, order, eos_id
+        self.padding, self.random_length = padding, random_length
+
+    def batch(self, step: int, *, part: int = 0, parts: int = 1) -> Batch:
+        """The `part`-th of `parts` equal shares (ranks x micro-batches) of batch `step`; the shares join to the whole.
+
+        Raises ValueError when `parts` does not divide the batch.
+        """
+        size = self.order.size
+        if size % parts:
+            raise ValueError(f"a batch of {size} rows does not divide into {parts} parts; choose a multiple of {parts}")
+        rows = self.order.rows(step)
+        share = slice(part * size // parts, (part + 1) * size // parts)
+        numbers = np.arange(step * size, (step + 1) * size)[share]
+        # The padded width is that of the whole batch: with EOS padding it is part of the loss.
+        wanted = rows if self.padding == "longest" else rows[share]
+        columns = self.table[[int(row) for row in wanted]]
+        width = max(map(len, columns["input_ids"]))
+        if self.padding == "longest":
+            columns = {name: column[share] for name, column in columns.items()}
+        return self._cut(self._pad(columns, width, torch.from_numpy(numbers)), step)
+
+    def _pad(self, columns: dict[str, list[Sequence[int]]], width: int, numbers: torch.Tensor) -> Batch:
+        ids = columns["input_ids"]
+        lengths = np.array([len(row) for row in ids])
+        extra = 0 if self.padding == "none" else width if self.padding == "longest" else self.padding
+        if self.padding != "longest":
+            width += extra
+        seen = np.minimum(lengths + extra, width)
+        tokens = np.full((len(ids), width), self.eos_id, dtype=np.int64)
+        maskable = np.arange(width) < seen[:, None]
+        documents = np.zeros_like(tokens) if "document_ids" in columns else None
+        for i, row in enumerate(ids):
+            tokens[i, : len(row)] = row
+            if "maskable" in columns:
+                maskable[i, : len(row)] = columns["maskable"][i]
+            if documents is not None:
+                documents[i, : len(row)] = columns["document_ids"][i]
+        visible = np.arange(width) < seen[:, None]
+        return Batch(
+            tokens=torch.from_numpy(tokens),
+            maskable=torch.from_numpy(maskable),
+            attention_mask=None if visible.all() else torch.from_numpy(visible.astype(np.int64)),
+            document_ids=None if documents is None else torch.from_numpy(documents),
+            numbers=numbers,
+        )
+
+    def _cut(self, batch: Batch, step: int) -> Batch:
+        if self.random_length == 0:
+            return batch
+        rng = np.random.default_rng([self.order.seed, step, 1])
+        if rng.random() >= self.random_length:
+            return batch
+        width = int(rng.integers(1, batch.tokens.shape[1] + 1))
+        return Batch(
+            tokens=batch.tokens[:, :width],
+            maskable=batch.maskable[:, :width],
+            attention_mask=None if batch.attention_mask is None else batch.attention_mask[:, :width],
+            document_ids=None if batch.document_ids is None else batch.document_ids[:, :width],
+            numbers=batch.numbers,
+        )

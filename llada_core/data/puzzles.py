@@ -1,0 +1,250 @@
+"""Puzzles drawn from a seed: 4x4 sudoku, countdown with three numbers, and splitting a number into a sum.
+
+A generator is a pure function of the random stream it is given. Which side a puzzle belongs to (training, GRPO,
+validation, evaluation) is decided by a hash of its value alone, so no wording, seed or count can leak one.
+This file does not know tokens, files or rewards.
+"""
+
+import hashlib
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+Part = Literal["train", "grpo", "validation", "evaluate"]
+Task = Literal["sudoku", "countdown", "split"]
+TASKS: tuple[Task, ...] = ("sudoku", "countdown", "split")
+
+# Upper ends of the hash ranges: 10 % evaluation, 5 % validation, 25 % GRPO, the rest pretraining and SFT.
+_PARTS: tuple[tuple[float, Part], ...] = ((0.10, "evaluate"), (0.15, "validation"), (0.40, "grpo"), (1.0, "train"))
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """One puzzle: `prompt` as a person asks it, `solution` as one right answer, `answer` as the verifier reads it.
+
+    `key` is the value of the puzzle, equal for equal puzzles however they are worded. `text` is the solved puzzle as a
+    plain sentence for pretraining.
+    """
+
+    task: Task
+    key: str
+    prompt: str
+    solution: str
+    text: str
+    answer: dict[str, str | int | list[int]]
+
+
+def part_of(task: str, key: str) -> Part:
+    """The only side on which a puzzle of this value may occur."""
+    share = _hash(f"{task}:{key}") / 2**64
+    return next(part for end, part in _PARTS if share < end)
+
+
+def sudoku_key(puzzle: str) -> str:
+    """Value of a 4x4 sudoku: its 16 givens in row order, 0 for an empty cell."""
+    return puzzle
+
+
+def countdown_key(numbers: list[int], target: int) -> str:
+    """Value of a countdown puzzle: the sorted numbers and the target."""
+    return f"{','.join(map(str, sorted(numbers)))}={target}"
+
+
+def split_key(total: int, parts: int, least: int) -> str:
+    """Value of a split puzzle."""
+    return f"{total}/{parts}>={least}"
+
+
+@cache
+def solved_grids() -> tuple[str, ...]:
+    """All 288 solved 4x4 sudokus, as 16 digits in row order."""
+    rows = ["".join(p) for p in itertools.permutations("1234")]
+    return tuple("".join(grid) for grid in itertools.product(rows, repeat=4) if _is_solved(grid))
+
+
+@cache
+def new_grids() -> frozenset[str]:
+    """The fifth of all solved grids (58 of 288) that no training example ever shows as its solution."""
+    grids = sorted(solved_grids(), key=lambda grid: _hash(f"grid:{grid}"))
+    return frozenset(grids[: round(len(grids) / 5)])
+
+
+def solutions(puzzle: str) -> list[str]:
+    """Every solved grid that keeps the givens of `puzzle`."""
+    givens = [(i, digit) for i, digit in enumerate(puzzle) if digit != "0"]
+    return [grid for grid in solved_grids() if all(grid[i] == digit for i, digit in givens)]
+
+
+def sudoku(rng: random.Random, *, empty: tuple[int, int] = (4, 11), new: bool = False) -> Puzzle:
+    """A sudoku with an even chance of each number of empty cells in `empty`; it may have several solutions.
+
+    Its solution is never one of `new_grids()`; with `new`, all of its solutions are.
+    """
+    if new:
+        grid = rng.choice(sorted(new_grids()))
+        while True:
+            puzzle = _with_holes(grid, rng, empty)
+            if new_grids().issuperset(solutions(puzzle)):
+                break
+    else:
+        grid = rng.choice(_training_grids())
+        puzzle = _with_holes(grid, rng, empty)
+    return Puzzle(
+        task="sudoku",
+        key=sudoku_key(puzzle),
+        prompt=sudoku_prompt(puzzle, rng),
+        solution=grid,
+        text=rng.choice(_SUDOKU_TEXTS).format(puzzle=puzzle, grid=grid),
+        answer={"puzzle": puzzle},
+    )
+
+
+def sudoku_prompt(puzzle: str, rng: random.Random) -> str:
+    """One of the wordings in which a sudoku is asked."""
+    return rng.choice(_SUDOKU_PROMPTS).format(puzzle=puzzle)
+
+
+def countdown(rng: random.Random, *, largest: int = 20) -> Puzzle:
+    """Three numbers from 1 to `largest` and a target from 1 to 99 that some expression of all three reaches."""
+    while True:
+        numbers = [rng.randint(1, largest) for _ in range(3)]
+        expression, target = _expression(rng, numbers)
+        if target is not None and 1 <= target <= 99:
+            break
+    rng.shuffle(numbers)
+    return Puzzle(
+        task="countdown",
+        key=countdown_key(numbers, target),
+        prompt=countdown_prompt(numbers, target, rng),
+        solution=expression,
+        text=rng.choice(_COUNTDOWN_TEXTS).format(*numbers, target=target, expression=expression),
+        answer={"numbers": numbers, "target": target},
+    )
+
+
+def countdown_prompt(numbers: list[int], target: int, rng: random.Random) -> str:
+    """One of the wordings in which a countdown puzzle is asked."""
+    return rng.choice(_COUNTDOWN_PROMPTS).format(*numbers, target=target)
+
+
+def split(rng: random.Random, *, largest: int = 99) -> Puzzle:
+    """A total up to `largest` to be written as a sum of 2 to 4 different numbers, none below a bound."""
+    parts = rng.randint(2, 4)
+    while True:
+        numbers = [rng.randint(1, max(2, 2 * largest // parts)) for _ in range(parts)]
+        if len(set(numbers)) == parts and sum(numbers) <= largest:
+            break
+    total, least = sum(numbers), rng.randint(1, min(numbers))
+    expression = "+".join(map(str, numbers))
+    return Puzzle(
+        task="split",
+        key=split_key(total, parts, least),
+        prompt=rng.choice(_SPLIT_PROMPTS).format(total=total, parts=parts, least=least),
+        solution=expression,
+        text=rng.choice(_SPLIT_TEXTS).format(total=total, parts=parts, least=least, expression=expression),
+        answer={"total": total, "parts": parts, "least": least},
+    )
+
+
+def draw(generate: Callable[[random.Random], Puzzle], *, part: Part | None, count: int, seed: str) -> Iterator[Puzzle]:
+    """`count` puzzles that `generate` makes for one side; None: whatever it makes.
+
+    Only the training sides repeat a value. Raises ValueError, naming `seed`, when there are not enough different ones.
+    """
+    rng = random.Random(f"{seed}:{part}")
+    distinct = part not in ("train", "grpo")
+    seen: set[str] = set()
+    found = 0
+    for _ in range(200 * count + 20_000):
+        if found == count:
+            return
+        puzzle = generate(rng)
+        if (part is not None and part_of(puzzle.task, puzzle.key) != part) or puzzle.key in seen:
+            continue
+        if distinct:
+            seen.add(puzzle.key)
+        found += 1
+        yield puzzle
+    if found < count:
+        raise ValueError(f"{seed}: only {found} of {count} different puzzles exist for {part}; ask for fewer")
+
+
+_SUDOKU_PROMPTS = (
+    "Solve the sudoku {puzzle}",
+    "Fill in this sudoku: {puzzle}",
+    "Complete the sudoku grid {puzzle}",
+    "What is the solution of the sudoku {puzzle}?",
+)
+_SUDOKU_TEXTS = (
+    "The sudoku {puzzle} has the solution {grid}.",
+    "The sudoku grid {puzzle} is complete as {grid}.",
+    "{grid} is a solution of the sudoku {puzzle}.",
+    "Sudoku: {puzzle} Solution: {grid}",
+)
+_COUNTDOWN_PROMPTS = (
+    "Make {target} from {0}, {1} and {2}.",
+    "Use {0}, {1} and {2} to make {target}.",
+    "How can {0}, {1} and {2} make {target}?",
+    "Write {target} with the numbers {0}, {1}, {2}.",
+)
+_COUNTDOWN_TEXTS = (
+    "{expression} makes {target} from {0}, {1} and {2}.",
+    "The numbers {0}, {1} and {2} make {target}: {expression}.",
+    "{expression} = {target}.",
+    "{target} = {expression}.",
+)
+_SPLIT_PROMPTS = (
+    "Split {total} into {parts} different numbers of at least {least}.",
+    "Write {total} as a sum of {parts} different numbers of at least {least}.",
+    "Which {parts} different numbers of at least {least} make {total}?",
+)
+_SPLIT_TEXTS = (
+    "{expression} makes {total}: {parts} different numbers of at least {least}.",
+    "{total} = {expression}, a sum of {parts} different numbers of at least {least}.",
+    "{expression} = {total}.",
+)
+_RANK = {"+": 1, "-": 1, "*": 2, "/": 2}
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _is_solved(rows: tuple[str, ...]) -> bool:
+    columns = all(len({row[c] for row in rows}) == 4 for c in range(4))
+    return columns and all(len(set(rows[r][c : c + 2] + rows[r + 1][c : c + 2])) == 4 for r in (0, 2) for c in (0, 2))
+
+
+@cache
+def _training_grids() -> tuple[str, ...]:
+    return tuple(grid for grid in solved_grids() if grid not in new_grids())
+
+
+def _with_holes(grid: str, rng: random.Random, empty: tuple[int, int]) -> str:
+    holes = set(rng.sample(range(16), rng.randint(*empty)))
+    return "".join("0" if i in holes else digit for i, digit in enumerate(grid))
+
+
+def _apply(left: int, operator: str, right: int) -> int | None:
+    if operator == "/":
+        return left // right if right and left % right == 0 else None
+    return {"+": left + right, "-": left - right, "*": left * right}[operator]
+
+
+def _expression(rng: random.Random, numbers: list[int]) -> tuple[str, int | None]:
+    """A random expression of three numbers with only the brackets it needs, and its value (None: no whole number)."""
+    a, b, c = numbers
+    first, second = rng.choice("+-*/"), rng.choice("+-*/")
+    if rng.random() < 0.5:
+        inner = _apply(a, first, b)
+        value = None if inner is None else _apply(inner, second, c)
+        text = f"{a}{first}{b}"
+        return (f"({text})" if _RANK[second] > _RANK[first] else text) + f"{second}{c}", value
+    inner = _apply(b, second, c)
+    value = None if inner is None else _apply(a, first, inner)
+    text = f"{b}{second}{c}"
+    brackets = _RANK[first] > _RANK[second] or (first in "-/" and _RANK[first] == _RANK[second])
+    return f"{a}{first}" + (f"({text})" if brackets else text), value

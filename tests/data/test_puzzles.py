@@ -1,0 +1,62 @@
+"""Puzzles: pure in the seed, right, split by value, and as short as a small model needs."""
+
+import random
+from collections import Counter
+from functools import partial
+
+import pytest
+
+from llada_core.data import puzzles
+from llada_core.verifiers import verify
+
+GENERATORS = {"sudoku": puzzles.sudoku, "countdown": puzzles.countdown, "split": puzzles.split}
+PARTS = ("train", "grpo", "validation", "evaluate")
+
+
+def drawn(task, part, count=300, seed="7"):
+    return list(puzzles.draw(GENERATORS[task], part=part, count=count, seed=seed))
+
+
+@pytest.mark.parametrize("task", puzzles.TASKS)
+def test_same_seed_same_puzzles_and_every_solution_is_right(task):
+    first = drawn(task, "train")
+    assert first == drawn(task, "train")
+    assert first != drawn(task, "train", seed="8")
+    assert all(p.task == task and verify(task, p.solution, p.answer) for p in first)
+    assert len({p.prompt.replace(p.key, "") for p in first}) > 2
+
+
+@pytest.mark.parametrize("task", puzzles.TASKS)
+def test_no_value_occurs_on_two_sides(task):
+    keys = {part: {p.key for p in drawn(task, part, 150, seed=part)} for part in PARTS}
+    for one in PARTS:
+        for other in PARTS:
+            assert one == other or not keys[one] & keys[other]
+    assert len(keys["evaluate"]) == len(keys["validation"]) == 150
+
+
+def test_countdown_value_is_blind_to_order_and_wording():
+    puzzle = puzzles.countdown(random.Random(1))
+    numbers, target = puzzle.answer["numbers"], puzzle.answer["target"]
+    assert puzzles.countdown_key(numbers[::-1], target) == puzzle.key
+
+
+def test_a_fifth_of_the_grids_is_never_a_training_solution():
+    grids, new = set(puzzles.solved_grids()), puzzles.new_grids()
+    assert len(grids) == 288
+    assert len(new) == 58
+    assert new < grids
+    shown = {p.solution for part in PARTS for p in drawn("sudoku", part, 1000)}
+    assert shown == grids - new
+
+
+def test_puzzles_of_new_grids_have_no_other_solution():
+    new = list(puzzles.draw(partial(puzzles.sudoku, empty=(7, 9), new=True), part=None, count=100, seed="3"))
+    assert len({p.key for p in new}) == 100
+    assert all(puzzles.new_grids().issuperset(puzzles.solutions(p.key)) for p in new)
+    assert Counter(p.key.count("0") for p in new).keys() == {7, 8, 9}
+
+
+def test_asking_for_more_than_there_are_says_so():
+    with pytest.raises(ValueError, match=r"split: only \d+ of 5000 different puzzles exist for evaluate"):
+        list(puzzles.draw(partial(puzzles.split, largest=20), part="evaluate", count=5000, seed="split"))

@@ -1,0 +1,88 @@
+"""What counts as a right answer to a puzzle, and what does not."""
+
+import pytest
+
+from llada_core.verifiers import verify
+from llada_core.verifiers.countdown import value
+
+SUDOKU = {"puzzle": "0200040200034320"}
+COUNTDOWN = {"numbers": [2, 4, 20], "target": 26}
+SPLIT = {"total": 30, "parts": 3, "least": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("1234341221434321", True),
+        (" 1234\n3412 2143\n4321 ", True),
+        ("<reasoning>1</reasoning><answer>1234341221434321</answer>", True),
+        ("1234341221434312", False),  # not valid
+        ("2143342112344312", False),  # valid, but does not keep the givens
+        ("123434122143432", False),
+        ("12343412214343211", False),
+        ("0234341221434321", False),
+        ("The answer is 1234341221434321", False),
+        ("", False),
+    ],
+)
+def test_sudoku(text, right):
+    assert verify("sudoku", text, SUDOKU) is right
+
+
+def test_a_sudoku_of_several_solutions_accepts_each():
+    puzzle = {"puzzle": "1234341200000000"}
+    assert verify("sudoku", "1234341221434321", puzzle)
+    assert verify("sudoku", "1234341243212143", puzzle)
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("2+4+20", True),
+        (" 20 + (4 + 2) ", True),
+        ("<answer>1</answer><answer>20+4+2</answer>", True),
+        ("2+4+20=26", False),
+        ("26", False),
+        ("2+4+20+0", False),
+        ("2+24", False),
+        ("2+4+20)", False),
+        ("2+4+20;", False),
+        ("20+2**4-10", False),
+        ("", False),
+        ("(" * 5000, False),
+    ],
+)
+def test_countdown(text, right):
+    assert verify("countdown", text, COUNTDOWN) is right
+
+
+def test_countdown_is_exact_and_refuses_powers():
+    assert verify("countdown", "8/(3-8/3)", {"numbers": [3, 3, 8, 8], "target": 24})
+    assert value("7**7") is None
+    assert value("9**9**9") is None
+    assert value("1/0") is None
+    assert value("-3+5") == 2
+    assert value("3 5") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("12+8+10", True),
+        ("4 + 5 + 21", True),
+        ("10+10+10", False),
+        ("3+7+20", False),
+        ("10+20", False),
+        ("4+5+6+15", False),
+        ("5+8+10", False),
+        ("12+8+10.", False),
+        ("", False),
+    ],
+)
+def test_split(text, right):
+    assert verify("split", text, SPLIT) is right
+
+
+def test_an_unknown_task_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'sudoku'"):
+        verify("sodoku", "", {})
