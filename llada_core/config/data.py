@@ -1,0 +1,156 @@
+"""What a run is trained on: sources, generated puzzles, tokenizer and how text becomes rows, as frozen values.
+
+Knows no file format and reads nothing: names are resolved in llada_core/data/sources.py.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from llada_core.config.base import Block
+
+
+class SourceParams(Block):
+    """One source of rows.
+
+    `name` is a short name (alpaca, dolly, gutenberg, gsm8k, tulu-3-sft-mixture, ultrachat, opc-sft-stage1, smoltalk,
+    dclm, ...), a file or folder (absolute, or below the data root), or a data set of the Hub.
+    """
+
+    name: str = Field(min_length=1)
+    config: str | None = None  # the Hub's name of a subset
+    split: str | None = None  # None: the source's own training split
+    revision: str | None = None  # Hub: commit, tag or branch
+    limit: int | None = Field(default=None, ge=1)  # the first so many rows
+    weight: float = Field(default=1.0, gt=0)  # how often each training row is used; 1.5: half of them twice
+    map: str | None = None  # dotted path of a function from a row to what the stage needs; None: the source's own
+    text_field: str = "text"
+    unit: Literal["file", "line"] = "file"  # plain text files: what one document is
+    contains: dict[str, str] = Field(default_factory=dict)  # keep rows whose field contains this text
+    streaming: bool = False  # Hub: read over the network without storing the source
+
+
+class PartParams(Block):
+    """What the data of all training stages share. `validation` is the share of rows held out, decided by content."""
+
+    sources: tuple[SourceParams, ...] = ()
+    validation: float = Field(default=0.02, ge=0, lt=1)
+
+
+class PretrainData(PartParams):
+    """Documents joined into rows of `length` tokens."""
+
+    length: int = Field(default=128, ge=2)
+    insert_eos: bool = True  # an EOS after each document
+    drop_tail: bool = True  # the last, shorter row
+    documents: bool = False  # write document numbers, which pretrain.document_mask needs
+
+
+class SFTData(PartParams):
+    """Dialogues in the chat template; the prompt is never masked.
+
+    `turns` that train: last; all (in one row); each (one row per reply, with its history); sampled (one of these rows
+    per dialogue, as LLaDA). `truncation` of rows beyond `length`: right cuts the end of the reply but never all of it;
+    filter drops the row. Drops are counted in the card.
+    """
+
+    length: int = Field(default=128, ge=8)
+    turns: Literal["last", "all", "each", "sampled"] = "last"
+    truncation: Literal["right", "filter"] = "right"
+    mask_prompt: bool = True  # False: the prompt is noised and trained on as well
+
+
+class GRPOData(PartParams):
+    """Prompts with what their verifier needs; prompts beyond `length` tokens are dropped and counted."""
+
+    length: int = Field(default=256, ge=8)
+
+
+class PreferenceData(PartParams):
+    """Prompts with a chosen and a rejected reply, each pair cut to `length` tokens like `SFTData`."""
+
+    length: int = Field(default=128, ge=8)
+    truncation: Literal["right", "filter"] = "right"
+
+
+class PuzzleCounts(Block):
+    """How many puzzles of one task; a puzzle's value decides on which side it may occur."""
+
+    pretrain: int = Field(default=0, ge=0)
+    sft: int = Field(default=0, ge=0)
+    grpo: int = Field(default=0, ge=0)
+    preference: int = Field(default=0, ge=0)
+    validation: int = Field(default=0, ge=0)  # in each of the parts above that has any
+    evaluate: int = Field(default=0, ge=0)
+
+
+class SudokuParams(PuzzleCounts):
+    """4x4 sudoku with an even chance of each number of empty cells from the first of `empty` to the last."""
+
+    empty: tuple[int, int] = (5, 10)
+    new_grids: int = Field(default=0, ge=0)  # evaluation puzzles all of whose solutions are never shown in training
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if not 1 <= self.empty[0] <= self.empty[1] <= 14:
+            raise ValueError(f"empty {list(self.empty)}: give the least and the most empty cells, from 1 to 14")
+        return self
+
+
+class CountdownParams(PuzzleCounts):
+    """Three numbers from 1 to `largest`, to reach a target from 1 to 99."""
+
+    largest: int = Field(default=20, ge=3, le=100)
+
+
+class SplitParams(PuzzleCounts):
+    """A total up to `largest` as a sum of 2 to 4 different numbers, none below a bound."""
+
+    largest: int = Field(default=99, ge=12, le=999)
+
+
+class PuzzlesParams(Block):
+    """Generated puzzles, drawn from the run's seed."""
+
+    sudoku: SudokuParams = SudokuParams()
+    countdown: CountdownParams = CountdownParams()
+    split: SplitParams = SplitParams()
+
+
+class TokenizerParams(Block):
+    """Which tokenizer: that of a folder or Hub name, or (None) one trained on this run's own training text."""
+
+    name: str | None = None
+    vocab_size: int = Field(default=512, ge=270)  # of a trained one
+    documents: int = Field(default=20_000, ge=1)  # texts of each source that it is trained on
+
+
+class DataParams(Block):
+    """Everything `prepare` reads. `root` is where relative names are looked up; the environment variable
+    LLADAFLOW_DATA_ROOT goes before it."""
+
+    root: str | None = None
+    workers: int = Field(default=0, ge=0)  # processes; 0: one per core
+    tokenizer: TokenizerParams = TokenizerParams()
+    puzzles: PuzzlesParams = PuzzlesParams()
+    pretrain: PretrainData | None = None
+    sft: SFTData | None = None
+    grpo: GRPOData | None = None
+    preference: PreferenceData | None = None
+
+    @model_validator(mode="after")
+    def _every_part_has_rows(self) -> Self:
+        tasks = (self.puzzles.sudoku, self.puzzles.countdown, self.puzzles.split)
+        counts = {
+            "pretrain": sum(task.pretrain for task in tasks),
+            "sft": sum(task.sft for task in tasks),
+            "grpo": sum(task.grpo for task in tasks),
+            "preference": sum(task.preference for task in tasks),
+        }
+        parts = {"pretrain": self.pretrain, "sft": self.sft, "grpo": self.grpo, "preference": self.preference}
+        for name, part in parts.items():
+            if part is not None and not part.sources and not counts[name]:
+                raise ValueError(f"{name} has neither sources nor puzzles; name a source or set puzzles.sudoku.{name}")
+            if part is None and counts[name]:
+                raise ValueError(f"puzzles are counted for {name}, which has no block; add data.{name}")
+        return self
