@@ -1,0 +1,62 @@
+"""How a stage is started: in this process, as a local job, or on a Slurm cluster.
+
+Nothing here determines a result, so none of it enters a run's fingerprint. Does not know what a stage does.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llada_core.config.base import Block
+
+TIME = r"^(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})$"  # what sbatch --time takes
+
+
+class SlurmParams(Block):
+    """What is asked of sbatch; `extra` are further `#SBATCH` options, verbatim."""
+
+    nodes: int = Field(default=1, ge=1)
+    gpus_per_node: int = Field(default=0, ge=0)
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    memory: str | None = Field(default=None, pattern=r"^\d+[KMGT]?$")
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = Field(default=None, pattern=TIME)  # shorter than the run is normal: the job requeues itself
+    constraint: str | None = None
+    signal_seconds: int = Field(default=180, ge=60)  # saving starts this long before the limit (Slurm is late by up to 30)
+    modules: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()  # shell lines before the program
+    srun_options: tuple[str, ...] = ()  # the container line, among others
+    extra: tuple[str, ...] = ()
+
+
+class LaunchParams(Block):
+    """Where and how stages run. `stages` holds other settings for single stages, e.g. `{evaluate: {kind: local}}`."""
+
+    kind: Literal["inline", "local", "slurm"] = "local"
+    processes: int = Field(default=1, ge=1)  # ranks on each node
+    accelerate_config: str | None = None  # a file for `accelerate launch --config_file`
+    threads: int | None = Field(default=None, ge=1)  # OMP_NUM_THREADS of each rank
+    env: dict[str, str] = Field(default_factory=dict)
+    restarts: int = Field(default=2, ge=0)  # of a job that failed, from its last checkpoint
+    grace_seconds: int = Field(default=60, ge=0)  # what a cancelled training stage has to save itself
+    confirm_hours: float = Field(default=1.0, ge=0)  # ask before doing again what took longer
+    poll_seconds: float = Field(default=5.0, gt=0)  # between questions to Slurm
+    slurm: SlurmParams = SlurmParams()
+    stages: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _stages_are_settings(self) -> Self:
+        for stage in self.stages:
+            self.of(stage)
+        return self
+
+    def of(self, stage: str) -> "LaunchParams":
+        """The settings of one stage."""
+        own = self.stages.get(stage)
+        if own is None:
+            return self
+        values = self.model_dump(exclude={"stages"}) | own
+        values["slurm"] = self.slurm.model_dump() | own.get("slurm", {})
+        return LaunchParams.parse(values, f"launch.stages.{stage}")
