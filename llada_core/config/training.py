@@ -42,7 +42,7 @@ class LoraParams(Block):
 class DistributionParams(Block):
     """How ranks share the work; what is asked for here is asserted at start."""
 
-    kind: Literal["none", "ddp", "fsdp", "zero2", "zero3"] = "none"
+    kind: Literal["auto", "none", "ddp", "fsdp", "zero2", "zero3"] = "auto"  # auto: ddp when several processes run
     processes: int | None = Field(default=None, ge=1)  # None: whatever was launched
     timeout_minutes: float = Field(default=30.0, gt=0)  # a hung rank ends the job
     offload: bool = False

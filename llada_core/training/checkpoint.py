@@ -1,0 +1,172 @@
+"""Checkpoints that cannot be half-written: a folder per step, appearing by rename, each file hashed in its manifest.
+
+Every rank writes the rows it holds (safetensors, sharded along the first dimension), so that a run resumes on any other
+number of ranks. No pickle. This file does not know what a model, an optimiser or an objective is: it stores named tensors
+and a small state.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from llada_core.training.ranks import Ranks
+
+_log = logging.getLogger(__name__)
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, folder: Path, ranks: Ranks, *, keep: int, milestone_every: int = 0) -> None:
+        self.folder, self.ranks, self.keep, self.milestone_every = folder, ranks, keep, milestone_every
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> bool:
+        """Write one checkpoint; False (and nothing changed) when a rank could not write, for example on a full disk."""
+        target = self.folder / f"step-{step:08d}"
+        partial = self.folder / f".partial-step-{step:08d}"
+        if self.ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True, exist_ok=True)
+        self.ranks.barrier()
+        written = self.ranks.all(self._write_shard(partial, tensors))
+        if written and self.ranks.first:
+            written = self._publish(partial, target, {**state, "step": step})
+        written = self.ranks.all(written)
+        if not written and self.ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        return written
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose files all match their hashes; damaged ones are reported and passed over."""
+        for folder in sorted(self.folder.glob("step-*"), reverse=True):
+            damage = damaged(folder)
+            if damage is None:
+                return folder
+            _log.warning("checkpoint %s is damaged (%s); using an older one", folder.name, damage)
+        return None
+
+    def _write_shard(self, partial: Path, tensors: Mapping[str, Tensor]) -> bool:
+        mine = {name: t for name, t in ((n, self._rows_here(t)) for n, t in tensors.items()) if t is not None}
+        path = partial / f"shard-{self.ranks.index:05d}-of-{self.ranks.count:05d}.safetensors"
+        try:
+            save_file(mine, path)
+            _sync(path)
+            _write(path.with_suffix(".sha256"), _sha256(path))
+        except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own RuntimeError subclass
+            _log.error("checkpoint %s not written: %s", path, error)
+            return False
+        return True
+
+    def _rows_here(self, tensor: Tensor) -> Tensor | None:
+        if isinstance(tensor, DTensor):
+            return tensor.to_local().detach().cpu().contiguous()
+        return tensor.detach().cpu().contiguous() if self.ranks.first else None
+
+    def _publish(self, partial: Path, target: Path, state: Mapping[str, Any]) -> bool:
+        try:
+            _write(partial / _STATE, json.dumps(state, sort_keys=True, indent=1))
+            hashes = {_STATE: _sha256(partial / _STATE)}
+            for path in partial.glob("*.sha256"):
+                hashes[path.with_suffix(".safetensors").name] = path.read_text(encoding="utf-8")
+                path.unlink()
+            _write(partial / _MANIFEST, json.dumps(hashes, sort_keys=True, indent=1))
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(partial, target)
+            _sync(self.folder)
+        except OSError as error:
+            _log.error("checkpoint %s not written: %s", target, error)
+            return False
+        self._prune()
+        return True
+
+    def _prune(self) -> None:
+        folders = sorted(self.folder.glob("step-*"))
+        for folder in folders[: -self.keep]:
+            if not (self.milestone_every and int(folder.name[5:]) % self.milestone_every == 0):
+                shutil.rmtree(folder)
+
+
+def damaged(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder; None when every file matches its hash."""
+    try:
+        hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        wrong = [name for name, digest in hashes.items() if _sha256(folder / name) != digest]
+    except (OSError, ValueError) as error:
+        return str(error)
+    return f"wrong hash: {', '.join(wrong)}" if wrong else None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The small state stored beside the tensors."""
+    return json.loads((folder / _STATE).read_text(encoding="utf-8"))
+
+
+class Stored:
+    """The tensors of one checkpoint, put together from all its shards one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = [safe_open(path, framework="pt") for path in sorted(folder.glob("shard-*.safetensors"))]
+        self._where: dict[str, list[int]] = {}
+        for number, file in enumerate(self._files):
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                self._where.setdefault(name, []).append(number)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def names(self, prefix: str) -> Iterator[str]:
+        """The stored names that start with `prefix`."""
+        return (name for name in self._where if name.startswith(prefix))
+
+    def full(self, name: str) -> Tensor:
+        """A whole tensor; raises KeyError when the checkpoint has none of this name."""
+        parts = [self._files[number].get_tensor(name) for number in self._where[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def copy_into(self, name: str, target: Tensor) -> None:
+        """Fill `target` (whole or sharded) with a stored tensor; raises ValueError when the shapes differ."""
+        if name not in self:
+            raise ValueError(f"the checkpoint has no {name!r}: it belongs to another model")
+        full = self.full(name)
+        if full.shape != target.shape:
+            raise ValueError(f"{name}: {tuple(full.shape)} in the checkpoint, {tuple(target.shape)} in this model")
+        with torch.no_grad():
+            if isinstance(target, DTensor):
+                shard = distribute_tensor(full.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+                target.to_local().copy_(shard.to_local())
+            else:
+                target.copy_(full)
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,243 @@
+"""The one training loop: steps, division by the global count, logging, checkpoints, resume, roll-back, stop requests.
+
+Built on accelerate; knows an `Objective` only by its sums and counts. It knows no tokens, no noise and no rewards.
+"""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from llada_core.config.training import TrainingParams
+from llada_core.training.checkpoint import Checkpoints
+from llada_core.training.flops import peak_flops, training_flops
+from llada_core.training.metrics import Meter, MetricsFile
+from llada_core.training.objectives import Objective, Work
+from llada_core.training.optimiser import learning_rate
+from llada_core.training.ranks import Ranks
+from llada_core.training.recovery import Recovery
+from llada_core.training.snapshot import Snapshot
+
+_log = logging.getLogger(__name__)
+Sampler = Callable[[nn.Module], list[dict[str, Any]]]
+
+
+class DivergedError(RuntimeError):
+    """The loss became NaN, infinite or exploded more often than the run may recover from."""
+
+
+@dataclass
+class Progress:
+    """How far a run is; stored with every checkpoint."""
+
+    step: int = 0
+    tokens: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+    mean_loss: float | None = None
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a loop is made of."""
+
+    engine: Accelerator
+    model: nn.Module  # prepared
+    optimiser: torch.optim.Optimizer  # prepared
+    objective: Objective
+    parameters: int  # active, for the FLOP count
+    fingerprint: dict[str, str] = field(default_factory=dict)
+
+
+class Loop:
+    """One run in one folder: construct, then `run()`; a second process on the same folder goes on where the first ended."""
+
+    def __init__(self, parts: Parts, params: TrainingParams, folder: Path, *, seed: int, metrics: MetricsFile, sampler: Sampler | None = None) -> None:
+        self.parts, self.params, self.folder, self.seed = parts, params, folder, seed
+        self.ranks, self.metrics, self.sampler = Ranks(), metrics, sampler
+        self.progress, self.meter = Progress(), Meter()
+        self.recovery = Recovery(folder / "recovery.json", params.recovery, self.ranks)
+        checkpoints = Checkpoints(folder / "checkpoints", self.ranks, keep=params.keep, milestone_every=params.milestone_every)
+        self.snapshot = Snapshot(checkpoints, parts.model, parts.optimiser, parts.objective, parts.fingerprint)
+        self._stop_asked = False
+        self._notes: dict[str, float] = {}
+        self._logged = (0, 0.0, 0.0, time.monotonic())  # step, tokens, flops, clock at the last log line
+
+    def run(self) -> Progress:
+        """Train to the end, or until asked to stop; raises `DivergedError` when recovery has run out of tries."""
+        (self.folder / "STOP").unlink(missing_ok=True) if self.ranks.first else None
+        self._resume()
+        self.parts.model.train()
+        with self._signals():
+            while not self._finished():
+                if self._step():
+                    self._save()
+                    self.metrics.write(self.progress.step, {"event": "stopped"})
+                    return self.progress
+                self._housekeeping()
+        return self.progress
+
+    def _resume(self) -> None:
+        state = self.snapshot.restore()
+        if state is None:
+            self._save()
+        else:
+            self.progress = Progress(**state["progress"])
+            self.metrics.write(self.progress.step, {"event": "resumed", "back_to": self.progress.step})
+        self._logged = (self.progress.step, self.progress.tokens, self.progress.flops, time.monotonic())
+
+    def _finished(self) -> bool:
+        return self.progress.done or self._share() >= 1.0
+
+    def _share(self) -> float:
+        """The share of the run that is done, by whichever limit is nearest."""
+        limits = []
+        if self.params.max_steps is not None:
+            limits.append(self.progress.step / self.params.max_steps)
+        if self.params.epochs is not None:
+            limits.append(self.progress.step / max(1, round(self.params.epochs * self.parts.objective.steps_per_epoch())))
+        if self.params.max_flops is not None:
+            limits.append(self.progress.flops / self.params.max_flops)
+        return max(limits)
+
+    def _step(self) -> bool:
+        """One update; True (and nothing done) when a stop was asked for."""
+        started, step = time.monotonic(), self.progress.step
+        torch.manual_seed(hash((self.seed, step, self.ranks.index)) % 2**63)
+        stop = self._stop_asked or (self.ranks.first and (self.folder / "STOP").exists())
+        if self.ranks.any(stop):
+            return True
+        work = self.parts.objective.work(self.parts.model, self.recovery.data_step(step), self.ranks.index, self.ranks.count)
+        count, tokens, inference = self.ranks.sum([sum(work.counts), work.tokens, work.inference_tokens])
+        rate = learning_rate(self.params, step, self._share()) * self.recovery.factor(step)
+        if count > 0:
+            self._update(work, count, rate)
+        self._notes.update(work.notes)
+        progress = self.progress
+        progress.step, progress.tokens = step + 1, progress.tokens + tokens
+        progress.flops += training_flops(self.parts.parameters, tokens, inference)
+        progress.seconds += time.monotonic() - started
+        self._notes["learning_rate"] = rate
+        return False
+
+    def _update(self, work: Work, count: float, rate: float) -> None:
+        parts, last = self.parts, len(work.batches) - 1
+        for group in parts.optimiser.param_groups:
+            group["lr"] = rate
+        for i, batch in enumerate(work.batches):
+            # Ranks average their gradients, so the factor undoes that: what is left is the sum over the global count.
+            with nullcontext() if i == last else parts.engine.no_sync(parts.model):
+                loss = parts.objective.loss(parts.model, batch)
+                scaled = loss.sum * (self.ranks.count / count)
+                parts.engine.backward(scaled if loss.extra is None else scaled + loss.extra * self.ranks.count)
+            self.meter.add(loss.parts)
+        norm = parts.engine.clip_grad_norm_(parts.model.parameters(), self.params.clip)
+        if norm is not None:
+            self.meter.add({"grad_norm": torch.stack([norm.detach().to(torch.float32), torch.ones_like(norm, dtype=torch.float32)])})
+        parts.optimiser.step()
+        parts.optimiser.zero_grad(set_to_none=True)
+
+    def _housekeeping(self) -> None:
+        step, params = self.progress.step, self.params
+        over = self._finished()
+        due = over or (params.validate_every > 0 and step % params.validate_every == 0)
+        saving = over or step % params.save_every == 0
+        if (due or saving or step % params.log_every == 0) and not self._log():
+            self._roll_back()
+            return
+        if due:
+            self._validate()
+        if saving or self.progress.done:
+            self._save()
+
+    def _log(self) -> bool:
+        """Write what was measured since the last line; False when the run has diverged."""
+        values = self.meter.take(self.ranks)
+        step, tokens, flops, clock = self._logged
+        now, progress = time.monotonic(), self.progress
+        seconds = max(now - clock, 1e-9)
+        values |= {"tokens": progress.tokens, "flops": progress.flops, "tokens_per_second": (progress.tokens - tokens) / seconds,
+                   "steps_per_second": (progress.step - step) / seconds, "flops_per_second": (progress.flops - flops) / seconds,
+                   "share": min(self._share(), 1.0), **_memory(), **self._notes}
+        peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        if peak is not None:
+            values["mfu"] = values["flops_per_second"] / (peak * self.ranks.count)
+        self._logged = (progress.step, progress.tokens, progress.flops, now)
+        self._notes = {}
+        loss, norm = values.get("loss"), values.get("grad_norm")
+        bad = [x for x in (loss, norm) if isinstance(x, float) and not math.isfinite(x)]
+        mean = progress.mean_loss
+        exploding = not bad and isinstance(loss, float) and mean is not None and loss > self.params.recovery.spike * abs(mean) + 1.0
+        if bad or exploding:
+            self.metrics.write(progress.step, {"event": "diverged", "loss": str(loss), "grad_norm": str(norm)})
+            return False
+        if isinstance(loss, float):
+            progress.mean_loss = loss if mean is None else 0.9 * mean + 0.1 * loss
+        self.metrics.write(progress.step, values)
+        return True
+
+    def _roll_back(self) -> None:
+        bad = self.progress.step
+        state = self.snapshot.restore()
+        if state is None or not self.recovery.record(int(state["step"]), bad):
+            raise DivergedError(f"the loss diverged at step {bad} and {self.params.recovery.tries} recoveries did not help; "
+                                f"see {self.folder / 'metrics.jsonl'}; lower learning_rate or look at the data of that step")
+        self.progress = Progress(**state["progress"])
+        self._logged = (self.progress.step, self.progress.tokens, self.progress.flops, time.monotonic())
+        factor = self.recovery.factor(self.progress.step)
+        _log.warning("diverged at step %d: back to step %d, learning rate x %g", bad, self.progress.step, factor)
+        self.metrics.write(self.progress.step, {"event": "rolled back", "back_to": self.progress.step, "from": bad, "learning_rate_factor": factor})
+
+    def _validate(self) -> None:
+        self.parts.model.eval()
+        meter = Meter()
+        meter.add(self.parts.objective.validate(self.parts.model, self.ranks.index, self.ranks.count))
+        values = meter.take(self.ranks)
+        if values:
+            self.metrics.write(self.progress.step, values)
+        if self.sampler is not None and self.params.samples:
+            for line in self.sampler(self.parts.engine.unwrap_model(self.parts.model)):
+                self.metrics.write(self.progress.step, line, "samples.jsonl")
+        self.progress.done = self.progress.done or self.parts.objective.finished(values)
+        self.parts.model.train()
+
+    def _save(self) -> None:
+        saved = self.snapshot.save(self.progress.step, {"progress": asdict(self.progress)})
+        if not saved:
+            self.metrics.write(self.progress.step, {"event": "checkpoint failed"})
+            if self._finished() or self._stop_asked or self.progress.step == 0:
+                raise OSError(f"{self.folder}: the checkpoint of step {self.progress.step} could not be written (disk full?); "
+                              "the one before it is intact, free some space and run again")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask for a stop at the next step."""
+        def ask(_signal: int, _frame: FrameType | None) -> None:
+            self._stop_asked = True
+        try:
+            before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread: the STOP file remains
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _memory() -> dict[str, float]:
+    if torch.cuda.is_available():
+        return {"memory_gb": torch.cuda.max_memory_allocated() / 2**30}
+    import resource
+    return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

@@ -1,0 +1,80 @@
+"""`metrics.jsonl`: the truth of a run, one JSON object per line, only ever appended to.
+
+After a resume or a roll-back a line says so, and what it undoes is dropped by `read_metrics`. Knows no model.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llada_core.training.ranks import Ranks
+
+Follower = Callable[[dict[str, Any]], None]
+
+
+class MetricsFile:
+    """Appends lines on the first rank; `follow` is called with each line as well."""
+
+    def __init__(self, path: Path, ranks: Ranks, follow: Follower | None = None) -> None:
+        self._path, self._first, self._follow = path, ranks.first, follow
+
+    def write(self, step: int, values: Mapping[str, Any], file_name: str | None = None) -> None:
+        """One line with step and time; a whole line in one write, so that readers never see half of one."""
+        if not self._first:
+            return
+        line = {"step": step, "time": round(time.time(), 3), **values}
+        path = self._path if file_name is None else self._path.with_name(file_name)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(handle, (json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n").encode())
+        finally:
+            os.close(handle)
+        if self._follow is not None and file_name is None:
+            self._follow(line)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines that still hold: after a line with `back_to`, those of later steps are gone. A torn last line is skipped."""
+    kept: list[dict[str, Any]] = []
+    if not path.exists():
+        return kept
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if "back_to" in line:
+            kept = [old for old in kept if old["step"] <= line["back_to"]]
+        kept.append(line)
+    return kept
+
+
+class Meter:
+    """Adds up (sum, count) pairs on the device and gives their ratios, over all ranks, when asked."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        """Each part is (2,) or (2, K): sums and counts."""
+        for name, part in parts.items():
+            self._totals[name] = self._totals[name] + part if name in self._totals else part
+
+    def take(self, ranks: Ranks) -> dict[str, float | list[float | None]]:
+        """The ratios since the last call (None where nothing was counted); every rank must hold the same names."""
+        names = sorted(self._totals)
+        flat = torch.cat([self._totals[n].flatten().to(torch.float64) for n in names]).tolist() if names else []
+        flat, ratios = ranks.sum(flat), {}
+        for name in names:
+            size = self._totals[name].numel()
+            part, flat = flat[:size], flat[size:]
+            values = [s / c if c else None for s, c in zip(part[: size // 2], part[size // 2 :], strict=True)]
+            ratios[name] = values if self._totals[name].ndim == 2 else values[0]
+        self._totals = {}
+        return {name: value for name, value in ratios.items() if value is not None}

@@ -1,0 +1,162 @@
+"""What training minimises, as sums that only the loop divides: the masked-diffusion bound of pretraining and fine-tuning.
+
+Knows batches and noise; does not know optimisers, ranks or files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llada_core.config.training import TrainingParams
+from llada_core.data.batches import Batch, RowBatches
+from llada_core.diffusion import MaskedLoss, Noise, alpha, corrupt, loss_weight, masked_nll
+
+BUCKETS = 10
+_VALIDATION_STEP = -1
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The differentiable sum of one micro-batch, and detached (sum, count) pairs worth logging."""
+
+    sum: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    extra: Tensor | None = None  # a term that already is this micro-batch's share of a mean over the step
+
+
+@dataclass(frozen=True)
+class Work:
+    """One rank's micro-batches of one step: `counts[i]` is what the sum of `batches[i]` is to be divided by, in total.
+
+    `inference_tokens`: tokens that went through a forward without gradient to make these batches.
+    """
+
+    batches: list[Any]
+    counts: list[float]
+    tokens: int
+    inference_tokens: int = 0
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What the loop asks of a stage. `micro` of `micros` are the shares that ranks and accumulation make of a step."""
+
+    def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work: ...
+    def loss(self, model: nn.Module, batch: Any) -> Loss: ...
+    def validate(self, model: nn.Module, rank: int, ranks: int) -> dict[str, Tensor]: ...
+    def steps_per_epoch(self) -> int: ...
+    def finished(self, validation: Mapping[str, Any]) -> bool: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """A batch with the step its noise belongs to."""
+
+    batch: Batch
+    step: int
+
+
+class DiffusionObjective:
+    """Pretraining and fine-tuning (LLaDA, arXiv:2502.09992, eq. 3 and 5): cross-entropy of hidden tokens over their probability."""
+
+    def __init__(self, train: RowBatches, validation: RowBatches | None, params: TrainingParams, *, mask_id: int, seed: int) -> None:
+        self.train, self.validation, self.params = train, validation, params
+        self.mask_id, self.seed = mask_id, seed
+
+    def steps_per_epoch(self) -> int:
+        return self.train.order.batches_per_epoch
+
+    def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work:
+        micros = accumulation(self.params, ranks)
+        batches = [NoisyBatch(self.train.batch(step, part=rank * micros + i, parts=ranks * micros), step) for i in range(micros)]
+        counts = [self.count(item.batch) for item in batches]
+        return Work(batches, counts, sum(item.batch.tokens.numel() for item in batches))
+
+    def count(self, batch: Batch) -> float:
+        """What a batch adds to the divisor: its scored tokens, or its rows."""
+        return float(batch.maskable.sum()) if self.params.normalise == "token" else float(len(batch.tokens))
+
+    def loss(self, model: nn.Module, batch: NoisyBatch) -> Loss:
+        rows, step = batch.batch, batch.step
+        noise = Noise(self.seed, step, rows.numbers, self.params.batch_size)
+        return self.noisy_loss(model, rows, noise.times(self.params.noise), noise.uniforms(rows.tokens.shape[1]))
+
+    def noisy_loss(self, model: nn.Module, rows: Batch, t: Tensor, uniforms: Tensor) -> Loss:
+        """The sum for given times (B,) and uniforms (B, L)."""
+        params = self.params
+        noisy, masked = corrupt(rows.tokens, rows.maskable, 1 - alpha(t, params.noise.schedule), self.mask_id, uniforms)
+        routed = params.router_balance > 0 or params.router_z > 0
+        result = masked_nll(model, noisy, rows.tokens, masked, visible(rows), right_shift=params.right_shift, router_losses=routed)
+        device = result.nll.device
+        lengths = rows.maskable.sum(1).to(device, torch.float32)
+        weight = loss_weight(t, params.noise).to(device)
+        bound = result.per_row(len(t)) * weight
+        total = (bound / lengths.clamp(min=1)).sum() if params.normalise == "sequence" else bound.sum()
+        parts = {"loss": pair(total.detach(), self.count(rows)), **bound_parts(bound.detach(), t.to(device), lengths)}
+        return Loss(total, parts, self._router(result, parts))
+
+    def _router(self, result: MaskedLoss, parts: dict[str, Tensor]) -> Tensor | None:
+        """Balance and z-loss as means over the step's rows: both add up over micro-batches and ranks."""
+        if result.router_losses is None:
+            return None
+        balance, z = result.router_losses[0], result.router_losses[1].mean(1)
+        parts["router_balance"], parts["router_z"] = (pair(x.sum().detach(), len(x)) for x in (balance, z))
+        return (self.params.router_balance * balance + self.params.router_z * z).sum() / self.params.batch_size
+
+    def validate(self, model: nn.Module, rank: int, ranks: int) -> dict[str, Tensor]:
+        """The bound per token on held-out rows, at the same times and masks at every call."""
+        if self.validation is None:
+            return {}
+        parts: dict[str, Tensor] = {}
+        for number in range(rank, self.validation.order.batches_per_epoch, ranks):
+            rows = self.validation.batch(number)
+            noise = Noise(self.seed, _VALIDATION_STEP, rows.numbers, len(self.validation.order.rows(0)))
+            with torch.no_grad():
+                loss = self.noisy_loss(model, rows, noise.times(self.params.noise), noise.uniforms(rows.tokens.shape[1]))
+            for name in ("loss", "nll"):
+                parts[f"validation_{name}"] = parts.get(f"validation_{name}", torch.zeros(2, dtype=torch.float64)) + loss.parts[name].cpu()
+        return parts
+
+    def finished(self, validation: Mapping[str, Any]) -> bool:
+        return False
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        pass
+
+
+def accumulation(params: TrainingParams, ranks: int) -> int:
+    """Micro-batches per rank and step; raises ValueError when the rows do not divide."""
+    micro = params.micro_batch_size or max(params.batch_size // ranks, 1)
+    if params.batch_size % (micro * ranks):
+        raise ValueError(f"batch_size {params.batch_size} does not divide into {ranks} ranks x micro batches of {micro}; "
+                         f"use a multiple of {micro * ranks}")
+    return params.batch_size // (micro * ranks)
+
+
+def visible(rows: Batch) -> Tensor | None:
+    """The attention mask of a batch: (B, L), or (B, L, L) when documents must not see each other."""
+    if rows.document_ids is None:
+        return rows.attention_mask
+    same = rows.document_ids[:, :, None] == rows.document_ids[:, None, :]
+    return same if rows.attention_mask is None else same & rows.attention_mask[:, None, :].bool()
+
+
+def bound_parts(bound: Tensor, t: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """The likelihood bound per scored token, overall and by time."""
+    bucket = (t * BUCKETS).long().clamp(max=BUCKETS - 1)
+    empty = torch.zeros(2, BUCKETS, device=bound.device)
+    by_t = empty.index_add(1, bucket, torch.stack([bound, lengths]))
+    return {"nll": torch.stack([bound.sum(), lengths.sum()]), "nll_by_t": by_t}
+
+
+def pair(total: Tensor, count: float) -> Tensor:
+    """(sum, count) as one tensor on the sum's device."""
+    return torch.stack([total, torch.full_like(total, count)])

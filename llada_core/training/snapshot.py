@@ -1,0 +1,90 @@
+"""Everything a run needs to go on, as named tensors: trainable weights, AdamW moments, the objective's own state.
+
+Knows how model, optimiser and objective are laid out; does not know files (`checkpoint.py`) or the loop.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llada_core.training.checkpoint import Checkpoints, Stored, read_state
+from llada_core.training.objectives import Objective
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+class Snapshot:
+    """Saves and restores the parts of a run in place."""
+
+    def __init__(self, checkpoints: Checkpoints, model: nn.Module, optimiser: torch.optim.Optimizer, objective: Objective,
+                 fingerprint: Mapping[str, str]) -> None:
+        self._checkpoints, self._model, self._optimiser, self._objective = checkpoints, model, optimiser, objective
+        self._fingerprint = dict(fingerprint)
+
+    def save(self, step: int, state: Mapping[str, Any]) -> bool:
+        """Write a checkpoint; False when it could not be written."""
+        tensors = {f"model.{name}": p for name, p in self._trainable().items()}
+        for name, parameter in self._trainable().items():
+            slots = self._optimiser.state.get(parameter, {})
+            tensors |= {f"optimiser.{moment}.{name}": slots[moment] for moment in _MOMENTS if moment in slots}
+        tensors |= {f"objective.{name}": tensor for name, tensor in self._objective.state().items()}
+        return self._checkpoints.save(step, tensors, {**state, "updates": self._updates(), "fingerprint": self._fingerprint})
+
+    def restore(self) -> dict[str, Any] | None:
+        """Go back to the newest valid checkpoint and return its state; None when there is none.
+
+        Raises ValueError when it belongs to a run of another configuration or to another model.
+        """
+        folder = self._newest()
+        if folder is None:
+            return None
+        state = read_state(folder)
+        self._check(state["fingerprint"], folder.parent.parent.name)
+        stored = Stored(folder)
+        for name, parameter in self._trainable().items():
+            stored.copy_into(f"model.{name}", parameter.data)
+        self._restore_moments(stored, state["updates"])
+        prefix = "objective."
+        self._objective.load_state({name.removeprefix(prefix): stored.full(name) for name in stored.names(prefix)})
+        return state
+
+    def _newest(self) -> Any:
+        """The first rank looks and hashes; the others are told the step."""
+        ranks = self._checkpoints.ranks
+        mine = self._checkpoints.newest() if ranks.first else None
+        step = int(ranks.sum([float(mine.name[5:]) if mine is not None else -1.0 if ranks.first else 0.0])[0])
+        return None if step < 0 else self._checkpoints.folder / f"step-{step:08d}"
+
+    def _restore_moments(self, stored: Stored, updates: int) -> None:
+        for name, parameter in self._trainable().items():
+            self._optimiser.state.pop(parameter, None)
+            if f"optimiser.exp_avg.{name}" in stored:
+                moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
+                for moment, tensor in moments.items():
+                    stored.copy_into(f"optimiser.{moment}.{name}", tensor)
+                self._optimiser.state[parameter] = {"step": torch.tensor(float(updates), device=_step_device(parameter)), **moments}
+
+    def _updates(self) -> int:
+        return next((int(slots["step"]) for slots in self._optimiser.state.values()), 0)
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        found = {}
+        for name, parameter in self._model.named_parameters():
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "") if wrapper != "module." else name.removeprefix(wrapper)
+            if parameter.requires_grad:
+                found[name] = parameter
+        return found
+
+    def _check(self, found: Mapping[str, str], run: str) -> None:
+        different = sorted(k for k in {*found, *self._fingerprint} if found.get(k) != self._fingerprint.get(k))
+        if different:
+            what = "; ".join(f"{k}: {found.get(k)} there, {self._fingerprint.get(k)} now" for k in different)
+            raise ValueError(f"run folder {run} holds another run ({what}); use a new folder, or start from its weights with init_from")
+
+
+def _step_device(parameter: Tensor) -> torch.device:
+    return parameter.device
