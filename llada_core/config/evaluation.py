@@ -1,6 +1,7 @@
 """What is evaluated and how the report compares it: names, limits and sampler settings as frozen values.
 
-Knows neither lm-eval nor models. A benchmark is the name of a recipe (llada_core/evaluation/recipes) or of a file in data/eval.
+Knows neither lm-eval nor models. A benchmark is the name of a recipe
+(llada_core/evaluation/recipes) or of a file in data/eval.
 """
 
 import dataclasses
@@ -45,10 +46,11 @@ class Settings(Block):
 
 
 class EvaluateParams(Block):
-    """One evaluation: every benchmark with every model. A model is the name of a stage, or whatever `load_model` takes."""
+    """Every benchmark with every model. A model is the name of a stage, or whatever `load_model` takes."""
 
     benchmarks: tuple[str, ...] = ()
     models: tuple[str, ...] = ("sft", "sft_control", "grpo")
+    root: str | None = None  # folder with benchmark files; None: data.root; with neither, the Hub
     batch_size: int | Literal["auto"] = 32
     limit: int | None = Field(default=None, ge=1)  # questions per task; a limited score is marked as a subset
     puzzles: Settings = Settings(sampling={"max_new_tokens": 64, "block_length": 64, "steps": 64, "stop_at_eos": True})
