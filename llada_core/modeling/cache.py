@@ -1,0 +1,50 @@
+"""Keys and values of every layer at every canvas position, kept between forward passes.
+
+Knows where rows lie in memory; does not know blocks, prompts, or when a value is too old.
+"""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Post-RoPE keys and values, per layer `(B, T, N_kv, H)`, preallocated with zeros and overwritten in place.
+
+    A slot that was never written holds zeros: hide it with the attention mask.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        self.keys, self.values = keys, values
+
+    @classmethod
+    def empty(cls, n_layers: int, shape: tuple[int, int, int, int], like: Tensor) -> Self:
+        """A cache of `n_layers` for `shape` = (B, T, N_kv, H), with the dtype and device of `like`."""
+        return cls(
+            [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)],
+            [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)],
+        )
+
+    @property
+    def batch(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[1]
+
+    def rows(self, index: Tensor) -> "KVCache":
+        """A new cache with the batch rows `index` (R,) int64; the old one stays as it is."""
+        return KVCache([k.index_select(0, index) for k in self.keys], [v.index_select(0, index) for v in self.values])
+
+    def write(self, layer: int, flat_slots: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores (B, W, N_kv, H) at `flat_slots` (B*W,) = row * T + slot, or everywhere if None; all T of the layer."""
+        keys, values = self.keys[layer], self.values[layer]
+        if flat_slots is None:
+            keys.copy_(key)
+            values.copy_(value)
+        else:
+            keys.flatten(0, 1).index_copy_(0, flat_slots, key.flatten(0, 1).to(keys.dtype))
+            values.flatten(0, 1).index_copy_(0, flat_slots, value.flatten(0, 1).to(values.dtype))
+        return keys, values

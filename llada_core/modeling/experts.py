@@ -1,0 +1,96 @@
+"""Mixture of experts: a softmax router and stacked expert weights, with the plain loop kept as oracle.
+
+Knows tokens as rows; does not know attention, sequences' padding, or how a loss weighs the router.
+Shapes: T tokens, D width, E experts, K experts per token, F expert width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llada_core.modeling.config import ExpertShape
+
+
+class Routing(NamedTuple):
+    """What the router decided: its logits (T, E), and for each token the chosen experts and their weights (T, K)."""
+
+    logits_TE: Tensor
+    expert_TK: Tensor
+    weight_TK: Tensor
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU feed-forward with the published names of LLaDA-MoE's dense layers and shared experts."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """All experts of a layer as two stacked parameters: `gate_up` (E, 2F, D), gate rows first, and `down` (E, D, F)."""
+
+    def __init__(self, width: int, shape: ExpertShape) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(shape.n_experts, 2 * shape.width, width))
+        self.down = nn.Parameter(torch.empty(shape.n_experts, width, shape.width))
+        nn.init.trunc_normal_(self.gate_up, std=0.02)
+        nn.init.trunc_normal_(self.down, std=0.02)
+
+    def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Sum over each token's experts of weight times expert output, (T, D), by two grouped products."""
+        gate_up, down = self.gate_up, self.down
+        if torch.is_autocast_enabled(x_TD.device.type):  # grouped_mm is not on autocast's list
+            low = torch.get_autocast_dtype(x_TD.device.type)
+            x_TD, gate_up, down = x_TD.to(low), gate_up.to(low), down.to(low)
+        n_tokens, chosen = expert_TK.shape
+        order = expert_TK.flatten().argsort(stable=True)
+        ends = torch.bincount(expert_TK.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
+        gate, up = F.grouped_mm(x_TD[order // chosen], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+        y_TKD = torch.empty_like(y).index_copy(0, order, y).view(n_tokens, chosen, -1)
+        return (y_TKD * weight_TK[..., None].type_as(y_TKD)).sum(1)
+
+    def loop(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """The same sum, one expert after another: the oracle of `forward`."""
+        y_TD = torch.zeros_like(x_TD)
+        for index in range(self.gate_up.shape[0]):
+            token, slot = torch.where(expert_TK == index)
+            gate, up = F.linear(x_TD[token], self.gate_up[index]).chunk(2, dim=-1)
+            y = F.linear(F.silu(gate) * up, self.down[index])
+            y_TD = y_TD.index_add(0, token, y * weight_TK[token, slot, None].type_as(y))
+        return y_TD
+
+
+class MoE(nn.Module):
+    """A softmax router over all experts, the best K kept with their probabilities as weights, not renormalised."""
+
+    expert_bias: Tensor | None
+
+    def __init__(self, width: int, shape: ExpertShape) -> None:
+        super().__init__()
+        self.per_token = shape.per_token
+        self.gate = nn.Linear(width, shape.n_experts, bias=False)
+        self.experts = Experts(width, shape)
+        self.register_buffer("expert_bias", torch.zeros(shape.n_experts) if shape.router_bias else None)
+
+    def route(self, x_TD: Tensor) -> Routing:
+        logits_TE = self.gate(x_TD)
+        score_TE = logits_TE.float().softmax(-1)
+        if self.expert_bias is not None:  # as published: the bias takes part in choosing and in weighting
+            score_TE = score_TE + self.expert_bias
+        weight_TK, expert_TK = score_TE.topk(self.per_token, dim=-1)
+        return Routing(logits_TE, expert_TK, weight_TK)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """`x` (..., D) through its experts, and what the router decided for the flattened tokens."""
+        x_TD = x.flatten(0, -2)
+        routing = self.route(x_TD)
+        return self.experts(x_TD, routing.expert_TK, routing.weight_TK).type_as(x).view_as(x), routing

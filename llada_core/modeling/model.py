@@ -1,0 +1,193 @@
+"""The LLaDA mask predictor as a transformers model in the published checkpoint layout, dense or mixture-of-experts.
+
+Knows the forward pass; does not know files, tokenizers or losses' weights.
+Shapes: B batch, W tokens fed, T attended positions, P asked-for positions, D width, V vocabulary rows, E experts.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from llada_core.families import SpecialTokens
+from llada_core.modeling.block import LLaDABlock, RMSNorm, Surroundings
+from llada_core.modeling.cache import KVCache
+from llada_core.modeling.config import Architecture, LLaDAConfig, LLaDAMoEConfig
+from llada_core.modeling.experts import Routing
+from llada_core.modeling.nll import projected_nll
+from llada_core.modeling.predictor import MaskPredictor, Prediction, RouterLosses
+from llada_core.modeling.rope import RotaryTables
+from llada_core.modeling.router import router_losses as losses_of
+
+
+class Transformer(nn.Module):
+    """The modules under the published prefix `model.transformer`; `ff_out` is the head, absent when tied."""
+
+    def __init__(self, shape: Architecture) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(shape.vocab_rows, shape.width)
+        self.blocks = nn.ModuleList(LLaDABlock(shape, layer) for layer in range(shape.n_layers))
+        self.ln_f = RMSNorm(shape.width, shape.norm_eps)
+        self.ff_out = None if shape.tied else nn.Linear(shape.width, shape.vocab_rows, bias=False)
+
+
+class Body(nn.Module):
+    """The published prefix `model`."""
+
+    def __init__(self, shape: Architecture) -> None:
+        super().__init__()
+        self.transformer = Transformer(shape)
+
+
+class LLaDAModelLM(PreTrainedModel, MaskPredictor):
+    """Predicts every masked token of a sequence at once (LLaDA, arXiv:2502.09992)."""
+
+    config_class = LLaDAConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LLaDABlock"]  # noqa: RUF012 - transformers declares it so
+    _supports_sdpa = True
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__(config)
+        self.shape = config.architecture()
+        self.model = Body(self.shape)
+        self.tables = RotaryTables(self.shape.rope_theta, self.shape.head_width)
+        self._special = _special_in(config, self.shape.vocab_rows)
+        self.post_init()
+
+    def name_special_tokens(self, special: SpecialTokens) -> None:
+        """Makes `special` this model's, and lets its config.json name them when it is saved."""
+        self._special = special.check(self.shape.vocab_rows)
+        for name, value in vars(special).items():
+            if value is not None:
+                setattr(self.config, name.replace("_id", "_token_id"), value)
+
+    @property
+    def max_length(self) -> int:
+        return self.shape.max_length
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.transformer.wte
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.model.transformer.ff_out
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        like = self.model.transformer.blocks[0].k_proj.weight
+        dtype = like.dtype if like.is_floating_point() else self.dtype
+        shape = (batch, length, self.shape.n_kv_heads, self.shape.head_width)
+        return KVCache.empty(self.shape.n_layers, shape, torch.empty(0, dtype=dtype, device=like.device))
+
+    def forward(  # noqa: PLR0913 - the one call of the library; everything after the mask is keyword-only
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        targets: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: KVCache | None = None,
+        slots: Tensor | None = None,
+        output_hidden_states: bool = False,
+        router_losses: bool = False,
+    ) -> Prediction:
+        """Logits for `input_ids` (B, W) int64, or for `inputs_embeds` (B, W, D).
+
+        attention_mask: (B, T) with 1 at positions that may be attended to, or (B, W, T) per query; None means all.
+        positions: (P,) int64 into the flattened B*W rows; only these are projected to the vocabulary.
+        targets: (P,) int64 token ids; then `nll` (P,) fp32 is returned and no logits are kept.
+        cache, slots: the W tokens sit at canvas positions `slots` (B, W); they attend to all T cached positions.
+        router_losses: also the balance loss (B,) and z-loss (B, W) of a mixture-of-experts model.
+        """
+        x = self.model.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        around = self._surroundings(x, attention_mask, cache, slots)
+        early = None if output_hidden_states or router_losses else positions
+        hidden, routings = [x], []
+        for block in self.model.transformer.blocks:
+            last = block.layer == self.shape.n_layers - 1
+            x, routing = block(x, around, early if last else None)
+            hidden.append(x)
+            routings.append(routing)
+        if early is None and not output_hidden_states and positions is not None:
+            x = x.flatten(0, 1)[positions]
+        x = self.model.transformer.ln_f(x)
+        states = (*hidden[:-1], x) if output_hidden_states else None
+        if output_hidden_states and positions is not None:
+            x = x.flatten(0, 1)[positions]
+        losses = self._router_losses(routings, hidden[0], attention_mask) if router_losses else None
+        if targets is not None:
+            return Prediction(nll=projected_nll(x, self._head(), targets), hidden_states=states, router_losses=losses)
+        return Prediction(logits=self._head()(x), hidden_states=states, router_losses=losses)
+
+    def _head(self) -> nn.Module:
+        transformer = self.model.transformer
+        return _Tied(transformer.wte) if transformer.ff_out is None else transformer.ff_out
+
+    def _surroundings(
+        self, x: Tensor, mask: Tensor | None, cache: KVCache | None, slots: Tensor | None
+    ) -> Surroundings:
+        width = x.shape[1]
+        if cache is not None and slots is None and cache.length != width:
+            raise ValueError(f"{width} tokens for a cache of {cache.length} positions need slots")
+        # slots may name positions past the fed width, so without a cache only the model's own limit is known
+        span = width if slots is None else (self.max_length if cache is None else cache.length)
+        cos, sin = self.tables.upto(span, x.device)
+        if slots is not None:
+            cos, sin = cos[slots], sin[slots]
+        flat = None
+        if cache is not None and slots is not None:
+            first = torch.arange(cache.batch, device=slots.device)[:, None] * cache.length
+            flat = (slots + first).flatten()
+        return Surroundings(cos.unsqueeze(-2), sin.unsqueeze(-2), key_bias(mask, x.dtype), cache, flat)
+
+    def _router_losses(
+        self, routings: list[Routing | None], embedded: Tensor, mask: Tensor | None
+    ) -> RouterLosses:
+        sparse = [r for r in routings if r is not None]
+        if not sparse:
+            raise ValueError("router_losses was asked of a model without sparse layers")
+        return losses_of(sparse, embedded.shape[0], mask)
+
+
+class LLaDAMoEModelLM(LLaDAModelLM):
+    """The same network with sparse layers, under LLaDA-MoE's published names (see `names.py`)."""
+
+    config_class = LLaDAMoEConfig
+
+
+class _Tied(nn.Module):
+    """The embedding matrix read as a head."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def key_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The additive bias for a 1/0 mask (B, T) or (B, W, T); None where nothing is hidden.
+
+    On CPU a mask of ones is found out; on a GPU that would stall the stream, so pass None there.
+    The dtype's minimum, not -inf, keeps a row that sees nothing finite, as the published code does.
+    """
+    if mask is None or (mask.device.type == "cpu" and bool(mask.all())):
+        return None
+    shaped = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
+    bias = torch.zeros(shaped.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(shaped == 0, torch.finfo(dtype).min)
+
+
+def _special_in(config: Any, vocab_rows: int) -> SpecialTokens | None:
+    """The special tokens that a config.json names by itself, if it names the three that are needed."""
+    values = config.published()
+    mask, eos, pad = (values.get(k) for k in ("mask_token_id", "eos_token_id", "pad_token_id"))
+    if mask is None or eos is None:
+        return None
+    tokens = SpecialTokens(mask, eos, eos if pad is None else pad, values.get("bos_token_id"), values.get("eot_token_id"))
+    return tokens.check(vocab_rows)

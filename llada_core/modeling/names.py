@@ -1,0 +1,36 @@
+"""Published parameter names of LLaDA-MoE, both ways, for transformers' loader and saver.
+
+Knows names; does not know files. The dense family needs no entry: its names are the modules' own.
+"""
+
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+
+_RENAMED = {
+    "model.embed_tokens": "model.transformer.wte",
+    "model.norm": "model.transformer.ln_f",
+    "model.layers": "model.transformer.blocks",
+    "lm_head": "model.transformer.ff_out",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ff_norm",
+    "self_attn.q_proj": "q_proj",
+    "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj",
+    "self_attn.o_proj": "attn_out",
+    "self_attn.q_norm": "q_norm",
+    "self_attn.k_norm": "k_norm",
+}
+
+
+def register_names() -> None:
+    """Makes transformers load and save `LLaDAMoEModelLM` under the published names; experts are stacked on the way."""
+    experts = [
+        WeightConverter(
+            ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+            "mlp.experts.gate_up",
+            [MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter("mlp.experts.*.down_proj.weight", "mlp.experts.down", [MergeModulelist(dim=0)]),
+    ]
+    renamings = [WeightRenaming(published, own) for published, own in _RENAMED.items()]
+    register_checkpoint_conversion_mapping("LLaDAMoEModelLM", [*renamings, *experts], overwrite=True)

@@ -1,0 +1,63 @@
+"""What every mask predictor offers, whichever network is behind it.
+
+Knows the call and its result; does not know any architecture.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from llada_core.families import SpecialTokens
+from llada_core.modeling.cache import KVCache
+
+
+class RouterLosses(NamedTuple):
+    """Mean over sparse layers of the balance loss per row (B,), 1 when even, and of the z-loss per token (B, W)."""
+
+    balance_B: Tensor
+    z_BW: Tensor
+
+
+@dataclass
+class Prediction(ModelOutput):
+    """Result of one forward pass; `logits` are (B, W, V), or (P, V) where positions were asked for.
+
+    With `targets`, `nll` (P,) fp32 is given instead of logits.
+    """
+
+    logits: Tensor | None = None
+    nll: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    router_losses: RouterLosses | None = None
+
+
+class MaskPredictor(nn.Module):
+    """Tokens with masks in, logits at every asked-for position out; bidirectional, no time input.
+
+    `forward(input_ids, attention_mask=None, *, positions=None, targets=None, inputs_embeds=None, cache=None,
+    slots=None, output_hidden_states=False, router_losses=False) -> Prediction`
+    """
+
+    supports_cache: bool = True
+    _special: SpecialTokens | None = None
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """The model's special token ids; `ValueError` if neither its files nor the caller named them."""
+        if self._special is None:
+            raise ValueError("nobody named this model's special tokens; pass special_tokens=SpecialTokens(...)")
+        return self._special
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence that the model was made for."""
+        raise NotImplementedError
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for `batch` canvases of `length`; `ValueError` if the network cannot use one."""
+        raise ValueError(f"{type(self).__name__} cannot use a key/value cache; use an exact mode (cache='none')")
+
+    def fuse_for_inference(self) -> None:
+        """Prepares faster inference where the network can; results stay the same, training undoes it."""

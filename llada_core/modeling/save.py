@@ -1,0 +1,47 @@
+"""A mask predictor into a folder of the published layout, all or nothing.
+
+Knows the order of writing; does not know which names the weights have (the model does).
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+from llada_core.modeling.masked_lm import MaskedLM
+from llada_core.modeling.predictor import MaskPredictor
+
+
+class SavesItself(Protocol):
+    """A tokenizer, as far as saving goes."""
+
+    def save(self, folder: str | Path) -> None:
+        """Writes its files into `folder`."""
+
+
+def save_model(
+    model: MaskPredictor, folder: str | Path, tokenizer: SavesItself | None = None, *, max_shard_size: str = "5GB"
+) -> None:
+    """Writes config.json, safetensors and the tokenizer's files; `folder` appears, or is replaced, only when complete."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        network = model.backbone if isinstance(model, MaskedLM) else model
+        network.save_pretrained(staging, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save(staging)
+        staging.chmod(0o755)
+        _replace(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(staging: Path, folder: Path) -> None:
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    old = staging.with_name(staging.name + ".old")
+    folder.rename(old)
+    staging.rename(folder)
+    shutil.rmtree(old)

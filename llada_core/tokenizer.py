@@ -1,0 +1,170 @@
+"""Tokenizer, chat template and special ids as one object, and the training of a new one.
+
+Knows text and ids; does not know models. A special string inside a user's text is text, not a command.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Engine
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from llada_core.families import (
+    BOS,
+    CHAT_TEMPLATE,
+    EOS,
+    EOT,
+    EOT_STRINGS,
+    HEADER_END,
+    HEADER_START,
+    MASK,
+    MASK_STRINGS,
+    SPECIAL_STRINGS,
+    SpecialTokens,
+)
+
+Message = dict[str, str]
+
+
+class Tokenizer:
+    """A transformers fast tokenizer with its special ids."""
+
+    def __init__(self, fast: PreTrainedTokenizerFast, special: SpecialTokens | None = None) -> None:
+        self.fast = fast
+        found = special or _special_tokens(fast)
+        if found is None:
+            raise ValueError(
+                "the tokenizer names no mask token or no end token;"
+                " pass special_tokens=SpecialTokens(mask_id=..., eos_id=..., pad_id=...)"
+            )
+        self.special = found.check(len(fast))
+
+    @classmethod
+    def load(cls, folder_or_name: str | Path, special_tokens: SpecialTokens | None = None) -> Self:
+        """The tokenizer of a folder or Hub name; `FileNotFoundError` if there is none, `ValueError` if it is unfit."""
+        folder = Path(folder_or_name)
+        if folder.is_dir() and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.txt").is_file():
+            raise FileNotFoundError(f"{folder}: no tokenizer.json there")
+        if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
+            raise FileNotFoundError(f"{folder}: no such folder (a Hub name has the form owner/name)")
+        return cls(AutoTokenizer.from_pretrained(str(folder_or_name)), special_tokens)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json, its configuration and the chat template into `folder`."""
+        self.fast.save_pretrained(str(folder))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids lie below this, added tokens included."""
+        return len(self.fast)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return self.special.end_ids
+
+    def encode(self, text: str, *, user: bool = True) -> list[int]:
+        """Ids of `text` with none added; special strings in it stay text unless `user` is False."""
+        return self.encode_batch([text], user=user)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, user: bool = True) -> list[list[int]]:
+        """`encode` of many texts at once, by the engine's batch path."""
+        engine = self.fast.backend_tokenizer
+        engine.encode_special_tokens = user
+        try:
+            return [e.ids for e in engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+        finally:
+            engine.encode_special_tokens = False
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        return str(self.fast.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))
+
+    def answer_text(self, ids: Iterable[int]) -> str:
+        """The text of a generated answer: up to its first end token, without special tokens."""
+        kept: list[int] = []
+        for token in ids:
+            if int(token) in self.end_ids:
+                break
+            kept.append(int(token))
+        return self.decode(kept)
+
+    def chat_text(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+        """The dialogue as the model was trained to read it, special strings included."""
+        return str(
+            self.fast.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+        )
+
+    def chat_ids(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[int]:
+        """Ids of the dialogue; a special string that a message contains is encoded as plain text."""
+        marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
+        framed = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
+        rest = self.chat_text(framed, generation_prompt=generation_prompt)
+        ids: list[int] = []
+        for message, mark in zip(messages, marks, strict=True):
+            frame, _, rest = rest.partition(mark)
+            ids += self.encode(frame, user=False) + self.encode(message["content"].strip())
+        return ids + self.encode(rest, user=False)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:
+    """A byte-level BPE with LLaDA's special strings and chat template, every digit its own token, saved in `folder`."""
+    if vocab_size < 256 + len(SPECIAL_STRINGS):
+        raise ValueError(f"vocab_size {vocab_size} is below {256 + len(SPECIAL_STRINGS)} (256 bytes and the specials)")
+    engine = Engine(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    engine.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_STRINGS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    engine.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=engine,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        mask_token=MASK,
+        additional_special_tokens=[HEADER_START, HEADER_END, EOT],
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    tokenizer = Tokenizer(fast)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def named_ids(name_or_path: str | Path) -> dict[str, int]:
+    """The special ids (`mask_id`, `eos_id` ...) that the tokenizer beside a model names; empty without a tokenizer."""
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.txt").is_file():
+        return {}
+    return _ids_of(AutoTokenizer.from_pretrained(str(name_or_path)))
+
+
+def _ids_of(fast: Any) -> dict[str, int]:
+    known = fast.get_added_vocab() | {t: fast.convert_tokens_to_ids(t) for t in fast.all_special_tokens}
+
+    def first(strings: Sequence[str | None]) -> int | None:
+        return next((known[s] for s in strings if s is not None and s in known), None)
+
+    ids = {
+        "mask_id": first([fast.mask_token, *MASK_STRINGS]),
+        "eos_id": first([fast.eos_token, fast.sep_token, EOS]),
+        "pad_id": first([fast.pad_token]),
+        "bos_id": first([fast.bos_token, fast.cls_token]),
+        "eot_id": first(EOT_STRINGS),
+    }
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _special_tokens(fast: Any) -> SpecialTokens | None:
+    ids = _ids_of(fast)
+    if not {"mask_id", "eos_id"} <= ids.keys():
+        return None
+    return SpecialTokens(**{"pad_id": ids["eos_id"], **ids})
