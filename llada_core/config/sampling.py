@@ -8,27 +8,83 @@ from typing import Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+PARALLEL_RULES = ("threshold", "factor", "entropy_bound")
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class SamplingParams:
-    """Settings of one generation (LLaDA, arXiv:2502.09992, section 2.4; Fast-dLLM, arXiv:2505.22618)."""
+    """Settings of one generation (LLaDA, arXiv:2502.09992, section 2.4; Fast-dLLM, arXiv:2505.22618).
+
+    `max_new_tokens` masks follow the prompt and are filled block by block of `block_length`; `steps` is the budget of the
+    whole answer, shared evenly by its blocks. How many positions a step commits is said by one of
+    - `schedule`: "even" as LLaDA does (length and steps must divide), or "linear"/"cosine", the expectation of the reverse
+      process of that noise schedule, rounded (anything may divide); with `stochastic_transfer` the number is drawn, and
+      with `remasking="random"` too that is the reverse process itself (a masked token stays masked with chance s/t);
+    - `threshold`: every position at least that sure; `factor`: the r-th surest if its confidence is 1 - factor/(r+1) or more;
+      `entropy_bound`: the surest while their entropies without the largest add up to no more (arXiv:2505.24857). These commit
+      at least one position, need no schedule and leave `steps` unused.
+    Which positions come first is said by `remasking`: the probability of the proposed token, its margin over the next one,
+    the entropy of the whole distribution, or nothing ("random"). `forbid_tokens` are never produced, `defer_tokens` are
+    committed last. `cfg_scale` guides away from the answer to no prompt, in which `cfg_keep_tokens` stay visible.
+    `cache`: approximate, "prefix" keeps keys and values of what precedes the block, "dual" of all but the block (and
+    `cache_window` positions each side); refreshed when a row enters a block and, if set, every `cache_refresh` steps.
+    `stop_at_eos` ends a row at its first end token. One `seed` gives one answer for one prompt, whatever its batch.
+    """
 
     max_new_tokens: int = Field(ge=1)
     block_length: int = Field(ge=1)
     steps: int = Field(ge=1)
-    temperature: float = Field(default=0.0, ge=0.0)
+    temperature: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     remasking: Literal["low_confidence", "random", "margin", "entropy"] = "low_confidence"
-    cfg_scale: float = Field(default=0.0, ge=0.0)
+    cfg_scale: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     threshold: float | None = Field(default=None, gt=0.0, le=1.0)
-    factor: float | None = Field(default=None, gt=0.0)
+    factor: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     cache: Literal["none", "prefix", "dual"] = "none"
     forbid_tokens: tuple[int, ...] = ()
     defer_tokens: tuple[int, ...] = ()
     stop_at_eos: bool = False
     seed: int | None = None
+    entropy_bound: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
+    schedule: Literal["even", "linear", "cosine"] = "even"
+    stochastic_transfer: bool = False
+    cfg_keep_tokens: tuple[int, ...] = ()
+    cache_refresh: int | None = Field(default=None, ge=1)
+    cache_window: int = Field(default=0, ge=0)
+    right_shift_logits: bool = False
+
+    @property
+    def parallel(self) -> bool:
+        """Whether confidence, not a schedule, says how many positions a step commits."""
+        return any(rule is not None for rule in (self.threshold, self.factor, self.entropy_bound))
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks of an answer."""
+        return -(-self.max_new_tokens // self.block_length)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.threshold is not None and self.factor is not None:
-            raise ValueError("threshold and factor are two rules for one choice; set one of them")
+        values = (self.threshold, self.factor, self.entropy_bound)
+        rules = [name for name, value in zip(PARALLEL_RULES, values, strict=True) if value is not None]
+        if len(rules) > 1:
+            raise ValueError(f"{' and '.join(rules)} are rules for one choice; set one of them")
+        if self.stochastic_transfer and (self.schedule == "even" or rules):
+            raise ValueError(
+                "stochastic_transfer draws from a noise schedule; set schedule to linear or cosine"
+                f" and leave {', '.join(PARALLEL_RULES)} unset"
+            )
+        if rules and self.remasking == "random":
+            raise ValueError(
+                f"{rules[0]} judges confidence, which remasking 'random' replaces by chance; use another remasking"
+            )
+        if self.entropy_bound is not None and self.remasking != "entropy":
+            raise ValueError(f"entropy_bound adds up entropies; set remasking to 'entropy' (got {self.remasking!r})")
+        if self.cache != "dual" and self.cache_window:
+            raise ValueError(f"cache_window {self.cache_window} needs cache 'dual' (got {self.cache!r})")
+        if self.cache == "none" and self.cache_refresh is not None:
+            raise ValueError(f"cache_refresh {self.cache_refresh} needs cache 'prefix' or 'dual'")
+        if self.cache != "none" and self.right_shift_logits:
+            raise ValueError(
+                "right_shift_logits reads the position before the block, which a cache lacks; set cache to 'none'"
+            )
         return self

@@ -1,0 +1,162 @@
+"""Is what the caller of the sampler gave something that can be sampled? One line of `ValueError` if not.
+
+Knows limits of prompts, templates and settings against a model; builds nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llada_core.config.sampling import SamplingParams
+from llada_core.modeling.predictor import MaskPredictor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt without its padding: `ids` (P,) int64; `visible` (P,) bool if it has holes."""
+
+    ids: Tensor
+    visible: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The prompts of a batch, and the width of the caller's layout (the longest, padding included)."""
+
+    rows: list[Prompt]
+    width: int
+
+
+def prompts(
+    model: MaskPredictor, prompt_ids: Tensor | Sequence[Sequence[int]] | Sequence[Tensor], attention_mask: Tensor | None
+) -> PromptBatch:
+    """The prompts of a batch, checked."""
+    if isinstance(prompt_ids, Tensor):
+        rows, width = _rows_of_tensor(model, prompt_ids, attention_mask), prompt_ids.shape[1]
+    elif attention_mask is not None:
+        raise ValueError(
+            "attention_mask belongs to a prompt tensor; a list of prompts needs none, its prompts are not padded"
+        )
+    else:
+        rows = [Prompt(ids) for ids in _rows_of_list(model, prompt_ids)]
+        width = max(len(row.ids) for row in rows)
+    for i, row in enumerate(rows):
+        ids = row.ids if row.visible is None else row.ids[row.visible]
+        _in_vocabulary(model, ids, f"prompt {i}")
+        masks = (ids == model.special_tokens.mask_id).nonzero()
+        if len(masks):
+            raise ValueError(
+                f"prompt {i} holds the mask id {model.special_tokens.mask_id} at position {int(masks[0])};"
+                " to have masks filled, give the whole text as a template to infill()"
+            )
+    return PromptBatch(rows, width)
+
+
+def templates(model: MaskPredictor, template_ids: Tensor | Sequence[Sequence[int]] | Sequence[Tensor]) -> list[Tensor]:
+    """The templates of a batch; each has something to fill."""
+    rows = (
+        [row.ids for row in _rows_of_tensor(model, template_ids, None)]
+        if isinstance(template_ids, Tensor)
+        else _rows_of_list(model, template_ids)
+    )
+    for i, ids in enumerate(rows):
+        _in_vocabulary(model, ids, f"template {i}")
+        if not bool((ids == model.special_tokens.mask_id).any()):
+            raise ValueError(f"template {i} has no mask id {model.special_tokens.mask_id}; there is nothing to fill")
+    return rows
+
+
+def _rows_of_tensor(model: MaskPredictor, ids: Tensor, attention_mask: Tensor | None) -> list[Prompt]:
+    if ids.dim() != 2 or ids.dtype != torch.long or not len(ids):
+        raise ValueError(f"prompts must be (B, P) int64 with B of 1 or more, got {tuple(ids.shape)} {ids.dtype}")
+    ids = ids.to(model.device)
+    if attention_mask is None:
+        return [Prompt(row) for row in ids]
+    if attention_mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask {tuple(attention_mask.shape)} must have the prompts' shape {tuple(ids.shape)}"
+        )
+    visible = attention_mask.to(model.device).bool()
+    result = []
+    for row, seen in zip(ids, visible, strict=True):
+        left = int((seen.cumsum(0) == 0).sum())
+        row, seen = row[left:], seen[left:]
+        hidden = torch.where(seen, row, model.special_tokens.pad_id)
+        result.append(Prompt(hidden, None if bool(seen.all()) else seen))
+    return result
+
+
+def _rows_of_list(model: MaskPredictor, rows: Sequence[Sequence[int]] | Sequence[Tensor]) -> list[Tensor]:
+    if not len(rows):
+        raise ValueError("no prompt given; an unconditional text has one empty prompt, [[]]")
+    return [torch.as_tensor(row, dtype=torch.long, device=model.device).reshape(-1) for row in rows]
+
+
+def _in_vocabulary(model: MaskPredictor, ids: Tensor, what: str) -> None:
+    size = vocabulary(model)
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if len(wrong):
+        raise ValueError(f"{what} holds token id {int(wrong[0])}, outside the model's vocabulary 0..{size - 1}")
+
+
+def vocabulary(model: MaskPredictor) -> int:
+    """The number of rows of the model's vocabulary projection."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def length(model: MaskPredictor, needed: int) -> None:
+    """Does a sequence of `needed` tokens fit the model?"""
+    if needed > model.max_length:
+        raise ValueError(
+            f"the longest sequence has {needed} tokens (prompt and answer), the model takes {model.max_length};"
+            " shorten the prompt or max_new_tokens"
+        )
+
+
+def pinned(model: MaskPredictor, words: Mapping[int, int], new_tokens: int) -> Mapping[int, int]:
+    """Answer position -> token id, all inside the answer and the vocabulary, and not everything."""
+    for position, token in words.items():
+        if not 0 <= position < new_tokens:
+            raise ValueError(f"pinned position {position} is outside the answer 0..{new_tokens - 1}")
+        _in_vocabulary(model, torch.tensor([token]), f"pinned position {position}")
+        if token == model.special_tokens.mask_id:
+            raise ValueError(f"pinned position {position} holds the mask id {token}; leave it out to have it written")
+    if len(words) == new_tokens:
+        raise ValueError(f"all {new_tokens} positions of the answer are pinned; there is nothing to write")
+    return words
+
+
+def answer_settings(params: SamplingParams) -> None:
+    """Do length, blocks and steps fit? The even schedule shares them out without remainder, as LLaDA does."""
+    new, block, steps = params.max_new_tokens, params.block_length, params.steps
+    if params.parallel or params.schedule != "even":
+        return
+    if new % block:
+        fitting = [b for b in range(1, new + 1) if new % b == 0]
+        near = sorted(fitting, key=lambda b: abs(b - block))[:2]
+        raise ValueError(
+            f"block_length {block} does not divide max_new_tokens {new}; use {' or '.join(map(str, sorted(near)))},"
+            " or schedule 'linear', which takes any length"
+        )
+    if steps % params.blocks:
+        low = max(1, steps // params.blocks) * params.blocks
+        raise ValueError(
+            f"steps {steps} cannot be shared by {params.blocks} blocks; use {low} or {low + params.blocks},"
+            " or schedule 'linear', which takes any number"
+        )
+
+
+def template_settings(params: SamplingParams) -> None:
+    """A template is filled to its end."""
+    if params.stop_at_eos:
+        raise ValueError("stop_at_eos is for answers; a template is filled to its end")
+
+
+def token_settings(model: MaskPredictor, params: SamplingParams) -> None:
+    """Are the tokens that `params` name in the vocabulary, and is anything left to say?"""
+    for name in ("forbid_tokens", "defer_tokens", "cfg_keep_tokens"):
+        _in_vocabulary(model, torch.tensor(getattr(params, name), dtype=torch.long), name)
+    if len({*params.forbid_tokens, model.special_tokens.mask_id}) >= vocabulary(model):
+        raise ValueError("forbid_tokens leaves no token that could be produced")

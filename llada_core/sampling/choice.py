@@ -1,0 +1,66 @@
+"""What is done with logits: the values that turn them into proposals, scores and a number of commits.
+
+Knows the parts it puts together from SamplingParams; does not know canvases, blocks or models.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llada_core.config.sampling import SamplingParams
+from llada_core.sampling.confidence import CONFIDENCES, Confidence, probability
+from llada_core.sampling.draw import RowNoise, gumbel_argmax
+from llada_core.sampling.unmask import Rule, rule_of
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Everything that turns logits into committed tokens."""
+
+    score: Confidence
+    rule: Rule
+    temperature: float
+    never: Tensor
+    forbidden: Tensor
+    deferred: Tensor
+    needs_chance: bool
+
+    @classmethod
+    def of(cls, params: SamplingParams, mask_id: int, device: torch.device) -> "Choice":
+        """The values that `params` name."""
+
+        def ids(values: tuple[int, ...]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        return cls(
+            score=CONFIDENCES[params.remasking],
+            rule=rule_of(params),
+            temperature=params.temperature,
+            never=ids((mask_id,)),
+            forbidden=ids(params.forbid_tokens),
+            deferred=ids(params.defer_tokens),
+            needs_chance=params.remasking == "random",
+        )
+
+    def propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Tokens (P,) and scores (P,) float64 from logits (P, V); without noise the likeliest tokens.
+
+        MASK is never proposed, yet its probability counts against the proposal, as in the references.
+        """
+        logits = logits.float()
+        if len(self.forbidden):
+            logits = logits.index_fill(-1, self.forbidden, -torch.inf)
+        possible = logits.index_fill(-1, self.never, -torch.inf)
+        if noise is None or not self.temperature:
+            tokens = possible.argmax(-1)
+        else:
+            tokens = gumbel_argmax(possible, self.temperature, noise.uniforms(counts, logits.shape[-1]))
+        uniforms = noise.uniforms(counts, 1)[:, 0] if self.needs_chance and noise is not None else None
+        score = probability if self.needs_chance and uniforms is None else self.score
+        if len(self.deferred):
+            logits = logits.index_fill(-1, self.deferred, -torch.inf)
+        scores = score(logits, tokens, uniforms)
+        if len(self.deferred):
+            scores = scores.masked_fill(torch.isin(tokens, self.deferred), 0.0)
+        return tokens, scores

@@ -1,0 +1,184 @@
+"""The public face of sampling: prompts or templates in, filled sequences out; whole or step by step.
+
+Checks what the caller gives and lays it out as a Canvas; the loop is in `sampler.py`. Knows token ids, not text.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llada_core.config.sampling import SamplingParams
+from llada_core.modeling.predictor import MaskPredictor
+from llada_core.sampling import checks
+from llada_core.sampling.canvas import Canvas
+from llada_core.sampling.choice import Choice
+from llada_core.sampling.denoiser import denoiser_of
+from llada_core.sampling.draw import RowNoise
+from llada_core.sampling.pace import pace_of
+from llada_core.sampling.sampler import Sampler, Stop
+from llada_core.sampling.step import Step
+
+Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The outcome for a batch. `tokens` (B, T) int64, each row padded on the left if it is short; `lengths` (B,) of what
+    was asked for: the new tokens of a prompt, all tokens of a template; `forwards` of the model.
+    """
+
+    tokens: Tensor
+    forwards: int
+    lengths: tuple[int, ...]
+
+    @property
+    def answers(self) -> list[Tensor]:
+        """What was asked for, row by row."""
+        return [row[len(row) - n :] for row, n in zip(self.tokens, self.lengths, strict=True)]
+
+
+def generate(
+    model: MaskPredictor,
+    prompt_ids: Prompts,
+    params: SamplingParams,
+    *,
+    attention_mask: Tensor | None = None,
+    pinned: Mapping[int, int] | None = None,
+) -> Generation:
+    """Writes `params.max_new_tokens` tokens after each prompt.
+
+    prompt_ids: (B, P) int64, or a list of B prompts of any lengths. attention_mask: (B, P), 0 where a prompt tensor is
+    padding. pinned: answer position -> token id that stands there from the start. The result's `tokens` are
+    (B, P + max_new_tokens), P being the longest prompt; after a stop the rest is EOS. An empty prompt is written after BOS.
+    The same seed gives the same answer to a prompt whatever shares its batch; equal prompts in one batch get answers of
+    their own. Raises `ValueError` for ids outside the vocabulary, a MASK in a prompt (that is a template: `infill`), a
+    sequence longer than the model's, and settings that do not fit each other or the model.
+    """
+    prompts = checks.prompts(model, prompt_ids, attention_mask)
+    sampler, canvas = _sampler_for_prompts(model, prompts, params, pinned, look_ahead=False)
+    with evaluating(model):
+        tokens = _last(sampler, canvas)[:, -(prompts.width + params.max_new_tokens) :]
+    return Generation(tokens, sampler.denoiser.forwards, (params.max_new_tokens,) * len(tokens))
+
+
+def stream(
+    model: MaskPredictor,
+    prompt_ids: Prompts,
+    params: SamplingParams,
+    *,
+    attention_mask: Tensor | None = None,
+    pinned: Mapping[int, int] | None = None,
+    look_ahead: bool = False,
+) -> Iterator[Step]:
+    """`generate`, yielding every step. With `look_ahead` each step also holds proposals for open positions beyond the block
+    (they cost their share of the vocabulary projection; a cached forward leaves them out).
+    """
+    prompts = checks.prompts(model, prompt_ids, attention_mask)
+    sampler, canvas = _sampler_for_prompts(model, prompts, params, pinned, look_ahead=look_ahead)
+    return _stream(model, sampler, canvas)
+
+
+def infill(model: MaskPredictor, template_ids: Prompts, params: SamplingParams) -> Generation:
+    """Fills every MASK of each template, in blocks of `params.block_length` counted from the template's first token.
+
+    template_ids: (B, L) int64 or a list of B templates of any lengths. `params.max_new_tokens` is not used. The result's
+    `answers` are the filled templates. Raises as `generate` does, and if a template has nothing to fill.
+    """
+    sampler, canvas = _sampler_for_templates(model, template_ids, params, look_ahead=False)
+    lengths = tuple(canvas.end.tolist())
+    with evaluating(model):
+        return Generation(_last(sampler, canvas), sampler.denoiser.forwards, lengths)
+
+
+def stream_infill(
+    model: MaskPredictor, template_ids: Prompts, params: SamplingParams, *, look_ahead: bool = False
+) -> Iterator[Step]:
+    """`infill`, yielding every step; `look_ahead` as in `stream`."""
+    return _stream(model, *_sampler_for_templates(model, template_ids, params, look_ahead=look_ahead))
+
+
+@contextmanager
+def evaluating(model: MaskPredictor) -> Iterator[None]:
+    """The model without dropout, and afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _stream(model: MaskPredictor, sampler: Sampler, canvas: Canvas) -> Iterator[Step]:
+    with evaluating(model):
+        yield from sampler.run(canvas)
+
+
+def _last(sampler: Sampler, canvas: Canvas) -> Tensor:
+    tokens = canvas.tokens
+    for step in sampler.run(canvas):
+        tokens = step.tokens
+    return tokens
+
+
+def _sampler_for_prompts(
+    model: MaskPredictor,
+    prompts: checks.PromptBatch,
+    params: SamplingParams,
+    pinned: Mapping[int, int] | None,
+    *,
+    look_ahead: bool,
+) -> tuple[Sampler, Canvas]:
+    checks.answer_settings(params)
+    special, new = model.special_tokens, params.max_new_tokens
+    blank = torch.full((new,), special.mask_id, device=model.device)
+    for position, token in checks.pinned(model, pinned or {}, new).items():
+        blank[position] = token
+    opening = [] if special.bos_id is None else [special.bos_id]
+    rows, starts = [], []
+    for prompt in prompts.rows:
+        ids = prompt.ids if len(prompt.ids) else torch.tensor(opening, dtype=torch.long, device=model.device)
+        rows.append(torch.cat([ids, blank]))
+        starts.append(len(ids))
+    canvas = _canvas(model, rows, starts, [p.visible for p in prompts.rows], prompts.width + new)
+    return _sampler(model, canvas, params, [p.ids for p in prompts.rows], look_ahead), canvas
+
+
+def _sampler_for_templates(
+    model: MaskPredictor, template_ids: Prompts, params: SamplingParams, *, look_ahead: bool
+) -> tuple[Sampler, Canvas]:
+    templates = checks.templates(model, template_ids)
+    checks.template_settings(params)
+    canvas = _canvas(model, templates, [0] * len(templates), [None] * len(templates), 0)
+    return _sampler(model, canvas, params, templates, look_ahead), canvas
+
+
+def _canvas(
+    model: MaskPredictor, rows: list[Tensor], starts: list[int], visible: Sequence[Tensor | None], width: int
+) -> Canvas:
+    checks.length(model, max(len(row) for row in rows))
+    return Canvas.from_rows(rows, starts, visible, model.special_tokens, width)
+
+
+def _sampler(
+    model: MaskPredictor, canvas: Canvas, params: SamplingParams, prompts: list[Tensor], look_ahead: bool
+) -> Sampler:
+    checks.token_settings(model, params)
+    special, device = model.special_tokens, canvas.tokens.device
+    stop = None
+    if params.stop_at_eos:
+        stop = Stop(torch.tensor(sorted(special.end_ids), device=device), special.eos_id)
+    if params.cfg_keep_tokens:
+        kept = torch.isin(canvas.tokens, torch.tensor(params.cfg_keep_tokens, device=device))
+        canvas.known.logical_and_(~kept)
+    return Sampler(
+        denoiser=denoiser_of(model, params, canvas),
+        choice=Choice.of(params, special.mask_id, device),
+        noise=RowNoise.of_prompts(prompts, params.seed, device),
+        block_length=params.block_length,
+        pace=pace_of(params, canvas),
+        stop=stop,
+        look_ahead=look_ahead and params.cache == "none",
+    )

@@ -1,0 +1,114 @@
+"""The one loop: ask for logits, propose, score, commit; a generator of steps over a canvas.
+
+It knows no text, no cache, no guidance and no model: how logits are got, how sure we are, what is committed and how many
+are values. Each row is in the block of its first open position; a finished row leaves the batch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llada_core.sampling.canvas import Blocks, Canvas
+from llada_core.sampling.choice import Choice
+from llada_core.sampling.denoiser import Denoiser, Query
+from llada_core.sampling.draw import RowNoise
+from llada_core.sampling.pace import Pace
+from llada_core.sampling.step import Step
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a row ends before its canvas does: at the first of `end_ids` with nothing open before it; the rest is EOS."""
+
+    end_ids: Tensor
+    eos_id: int
+
+    def close(self, tokens: Tensor, canvas: Canvas) -> Tensor:
+        """`tokens` (A, T) with everything after a row's end token written."""
+        inside = (canvas.columns >= canvas.start[:, None]) & (canvas.columns < canvas.end[:, None])
+        nothing_open = (tokens == canvas.mask_id).cumsum(1) == 0
+        reached = torch.isin(tokens, self.end_ids) & inside & nothing_open
+        after = inside & (reached.cumsum(1) > reached.long())
+        return tokens.masked_fill(after, self.eos_id)
+
+
+@dataclass
+class Sampler:
+    """The reverse process as a loop over one canvas.
+
+    `look_ahead` also asks for proposals at open positions beyond the block; that costs their share of the vocabulary
+    projection and changes nothing else. Without a `pace` the rule alone says how much is committed.
+    """
+
+    denoiser: Denoiser
+    choice: Choice
+    noise: RowNoise
+    block_length: int
+    pace: Pace | None = None
+    stop: Stop | None = None
+    look_ahead: bool = False
+
+    @torch.no_grad()
+    def run(self, canvas: Canvas) -> Iterator[Step]:
+        """Commits every open position; yields after each step."""
+        board = canvas.shown()
+        entered_block = torch.full_like(canvas.number, -1)
+        while True:
+            blocks = Blocks.of(canvas, self.block_length)
+            counts, entered = torch.stack([blocks.open.sum(1), (blocks.number != entered_block).long()]).tolist()
+            if 0 in counts:
+                kept = [i for i, count in enumerate(counts) if count]
+                if not kept:
+                    return
+                index = torch.tensor(kept, device=board.device)
+                canvas, entered_block = canvas.rows(index), entered_block[index]
+                self._keep(index, kept)
+                continue
+            entered_block = blocks.number
+            canvas, step = self._step(canvas, board, blocks, counts, entered)
+            board = step.tokens
+            yield step
+
+    def _step(
+        self, canvas: Canvas, board: Tensor, blocks: Blocks, counts: list[int], entered: list[int]
+    ) -> tuple[Canvas, Step]:
+        mine = torch.nonzero_static(blocks.open.flatten(), size=sum(counts))[:, 0]
+        asked = mine
+        if self.look_ahead:
+            asked = torch.cat([mine, (canvas.open & ~blocks.open).flatten().nonzero()[:, 0]])
+        logits = self.denoiser.logits(Query.of(canvas, blocks, asked, [bool(e) for e in entered]))
+        proposals, scores = self.choice.propose(logits[: len(mine)], self.noise, counts)
+        quota = None if self.pace is None else self.pace.next(counts, entered, self.noise)
+
+        ranked = torch.full(blocks.open.shape, -torch.inf, dtype=torch.float64, device=mine.device)
+        ranked.view(-1)[mine] = scores
+        commit = self.choice.rule(ranked, quota).view(-1)[mine]
+        tokens = canvas.tokens.clone()
+        tokens.view(-1)[mine] = torch.where(commit, proposals, canvas.mask_id)
+        if self.stop is not None:
+            tokens = self.stop.close(tokens, canvas)
+
+        if self.look_ahead:
+            beyond, sure = self.choice.propose(logits[len(mine) :], None, [])
+            proposals, scores = torch.cat([proposals, beyond]), torch.cat([scores, sure])
+        canvas = canvas.written(tokens)
+        step = Step(
+            tokens=canvas.shown(board),
+            before=board,
+            mask_id=canvas.mask_id,
+            forwards=self.denoiser.forwards,
+            rows=canvas.number,
+            bounds=torch.stack([blocks.first, blocks.last], 1) + canvas.shift[:, None],
+            asked=canvas.place(asked),
+            proposals=proposals,
+            scores=scores,
+        )
+        return canvas, step
+
+    def _keep(self, index: Tensor, kept: list[int]) -> None:
+        self.denoiser.keep(index)
+        self.noise.keep(kept)
+        if self.pace is not None:
+            self.pace.keep(index)
