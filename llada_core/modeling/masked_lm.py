@@ -39,6 +39,10 @@ class MaskedLM(MaskPredictor):
         return self.backbone.dtype
 
     @property
+    def vocab_rows(self) -> int:
+        return int(self.backbone.config.vocab_size)
+
+    @property
     def max_length(self) -> int:
         return int(self.backbone.config.max_position_embeddings)
 

@@ -67,6 +67,10 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
                 setattr(self.config, name.replace("_id", "_token_id"), value)
 
     @property
+    def vocab_rows(self) -> int:
+        return self.shape.vocab_rows
+
+    @property
     def max_length(self) -> int:
         return self.shape.max_length
 

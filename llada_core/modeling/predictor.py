@@ -6,6 +6,7 @@ Knows the call and its result; does not know any architecture.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
@@ -49,6 +50,16 @@ class MaskPredictor(nn.Module):
         if self._special is None:
             raise ValueError("nobody named this model's special tokens; pass special_tokens=SpecialTokens(...)")
         return self._special
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input belongs."""
+        return next(self.parameters()).device
+
+    @property
+    def vocab_rows(self) -> int:
+        """The number of tokens that logits are given for."""
+        raise NotImplementedError
 
     @property
     def max_length(self) -> int:

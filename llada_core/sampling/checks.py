@@ -95,15 +95,10 @@ def _rows_of_list(model: MaskPredictor, rows: Sequence[Sequence[int]] | Sequence
 
 
 def _in_vocabulary(model: MaskPredictor, ids: Tensor, what: str) -> None:
-    size = vocabulary(model)
+    size = model.vocab_rows
     wrong = ids[(ids < 0) | (ids >= size)]
     if len(wrong):
         raise ValueError(f"{what} holds token id {int(wrong[0])}, outside the model's vocabulary 0..{size - 1}")
-
-
-def vocabulary(model: MaskPredictor) -> int:
-    """The number of rows of the model's vocabulary projection."""
-    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def length(model: MaskPredictor, needed: int) -> None:
@@ -158,5 +153,5 @@ def token_settings(model: MaskPredictor, params: SamplingParams) -> None:
     """Are the tokens that `params` name in the vocabulary, and is anything left to say?"""
     for name in ("forbid_tokens", "defer_tokens", "cfg_keep_tokens"):
         _in_vocabulary(model, torch.tensor(getattr(params, name), dtype=torch.long), name)
-    if len({*params.forbid_tokens, model.special_tokens.mask_id}) >= vocabulary(model):
+    if len({*params.forbid_tokens, model.special_tokens.mask_id}) >= model.vocab_rows:
         raise ValueError("forbid_tokens leaves no token that could be produced")
