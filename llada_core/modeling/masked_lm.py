@@ -19,6 +19,7 @@ class MaskedLM(MaskPredictor):
     """A masked-LM as mask predictor: no cache, learned positions, its own length limit."""
 
     supports_cache = False
+    closes = True
 
     def __init__(self, backbone: PreTrainedModel, special_tokens: SpecialTokens) -> None:
         super().__init__()

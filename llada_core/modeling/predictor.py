@@ -42,6 +42,7 @@ class MaskPredictor(nn.Module):
     """
 
     supports_cache: bool = True
+    closes: bool = False  # whether a sequence ends with a token of its own, as [SEP] for BERT
     _special: SpecialTokens | None = None
 
     @property

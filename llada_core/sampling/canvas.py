@@ -5,7 +5,7 @@ shorter is padded on the right and invisible. Does not know models, confidences 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,13 +14,25 @@ from llada_core.families import SpecialTokens
 
 
 @dataclass(frozen=True)
+class Row:
+    """One sequence to write: `tokens` (L,); blocks are counted from `start` to `end`, excluded; `visible` (n,) bool says
+    which of the first n tokens are seen, if not all.
+    """
+
+    tokens: Tensor
+    start: int
+    end: int
+    visible: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Canvas:
     """A batch of rows. A rows, T columns.
 
     `tokens` (A, T) int64, `mask_id` where open; `visible` (A, T) bool, or None when all is; `known` (A, T) bool: what an
     unguided look must not see; `start`, `end` (A,) int64: the columns between which blocks are counted, `end` excluded;
-    `number` (A,): each row's number in the caller's batch; `shift` (A,): by how many columns the caller's layout has the
-    row further to the right (it pads on the left), `width` how many columns that layout has.
+    `size` (A,): the columns of the row; `number` (A,): each row's number in the caller's batch, whose layout is `width`
+    columns wide and padded on the left.
     """
 
     tokens: Tensor
@@ -28,11 +40,50 @@ class Canvas:
     known: Tensor
     start: Tensor
     end: Tensor
+    size: Tensor
     number: Tensor
-    shift: Tensor
     width: int
-    mask_id: int
-    pad_id: int
+    special: SpecialTokens
+
+    @classmethod
+    def from_rows(
+        cls, rows: Sequence[Row], special: SpecialTokens, *, width: int = 0, blind_keeps: Sequence[int] = ()
+    ) -> "Canvas":
+        """Rows of any lengths. `width` of the caller's layout, if wider than the longest row; `blind_keeps`: token ids that
+        an unguided look may see.
+        """
+        device = rows[0].tokens.device
+
+        def numbers(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        size = numbers([len(row.tokens) for row in rows])
+        longest = max(len(row.tokens) for row in rows)
+        visible = torch.arange(longest, device=device) < size[:, None]
+        tokens = torch.full(visible.shape, special.pad_id, dtype=torch.long, device=device)
+        tokens[visible] = torch.cat([row.tokens for row in rows])
+        for i, row in enumerate(rows):
+            if row.visible is not None:
+                visible[i, : len(row.visible)] = row.visible
+        known = visible & (tokens != special.mask_id)
+        if blind_keeps:
+            known &= ~torch.isin(tokens, numbers(blind_keeps))
+        return cls(
+            tokens=tokens,
+            visible=None if bool(visible.all()) else visible,
+            known=known,
+            start=numbers([row.start for row in rows]),
+            end=numbers([row.end for row in rows]),
+            size=size,
+            number=torch.arange(len(rows), device=device),
+            width=max(width, longest),
+            special=special,
+        )
+
+    @property
+    def mask_id(self) -> int:
+        """The token of an open position."""
+        return self.special.mask_id
 
     @property
     def open(self) -> Tensor:
@@ -44,10 +95,27 @@ class Canvas:
         """(T,) int64."""
         return torch.arange(self.tokens.shape[1], device=self.tokens.device)
 
-    def rows(self, index: Tensor) -> "Canvas":
-        """The canvas of some rows only."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Canvas(**{name: v[index] if isinstance(v, Tensor) else v for name, v in values.items()})
+    @property
+    def shift(self) -> Tensor:
+        """(A,): by how many columns the caller's layout has each row further to the right."""
+        return self.width - self.size
+
+    def rows(self, kept: list[int]) -> "Canvas":
+        """The canvas of some rows only, without the columns that none of them has."""
+        index = torch.tensor(kept, device=self.tokens.device)
+        size = self.size[index]
+        columns = int(size.max())
+        visible = None if self.visible is None else self.visible[index, :columns]
+        return replace(
+            self,
+            tokens=self.tokens[index, :columns],
+            visible=None if visible is None or bool(visible.all()) else visible,
+            known=self.known[index, :columns],
+            start=self.start[index],
+            end=self.end[index],
+            size=size,
+            number=self.number[index],
+        )
 
     def written(self, tokens: Tensor) -> "Canvas":
         """The same rows with other tokens."""
@@ -60,60 +128,38 @@ class Canvas:
 
     def shown(self, board: Tensor | None = None) -> Tensor:
         """(B, `width`): a copy of `board`, or of an empty one, with the rows of this canvas in the caller's layout."""
-        board = self.tokens.new_full((len(self.tokens), self.width), self.pad_id) if board is None else board.clone()
+        if board is None:
+            board = self.tokens.new_full((len(self.tokens), self.width), self.special.pad_id)
+        else:
+            board = board.clone()
         everything = torch.arange(self.tokens.numel(), device=board.device)
         board.view(-1)[self.place(everything)] = self.tokens.view(-1)
         return board
 
-    @classmethod
-    def from_rows(
-        cls,
-        rows: Sequence[Tensor],
-        starts: Sequence[int],
-        visible: Sequence[Tensor | None],
-        special: SpecialTokens,
-        width: int = 0,
-    ) -> "Canvas":
-        """Rows of different lengths; the blocks of a row begin at its start and fill the rest of it.
-
-        `visible`: for a row whose beginning has holes, which of its first columns are seen. `width` of the caller's layout,
-        if wider than the longest row.
-        """
-        device, mask_id, pad_id = rows[0].device, special.mask_id, special.pad_id
-        longest = max(len(row) for row in rows)
-        start, end = (torch.tensor(list(n), device=device) for n in (starts, map(len, rows)))
-        inside = torch.arange(longest, device=device) < end[:, None]
-        tokens = torch.full(inside.shape, pad_id, dtype=torch.long, device=device)
-        tokens[inside] = torch.cat(list(rows))
-        seen = inside.clone()
-        for i, row in enumerate(visible):
-            if row is not None:
-                seen[i, : len(row)] = row
-        known = seen & (tokens != mask_id)
-        number = torch.arange(len(rows), device=device)
-        width = max(width, longest)
-        visible_to_model = None if bool(seen.all()) else seen
-        return cls(tokens, visible_to_model, known, start, end, number, width - end, width, mask_id, pad_id)
-
 
 @dataclass(frozen=True)
 class Blocks:
-    """The block of each row's first open position. A rows.
+    """The block of each row's first open position, on the device and, in one transfer, on the host. A rows.
 
     `number` (A,) counts from the row's start; `first`, `last` (A,) are its columns, `last` excluded; `open` (A, T) bool.
+    `counts` of open positions, `entered` (was the row in another block before?), `firsts`.
     """
 
     number: Tensor
     first: Tensor
     last: Tensor
     open: Tensor
+    counts: list[int]
+    entered: list[bool]
+    firsts: list[int]
 
     @classmethod
-    def of(cls, canvas: Canvas, length: int) -> "Blocks":
-        """Blocks of `length` columns; a row without open positions has an empty one."""
+    def of(cls, canvas: Canvas, length: int, before: Tensor) -> "Blocks":
+        """Blocks of `length` columns, `before` (A,) being the last ones' numbers; a row without open positions counts 0."""
         is_open = canvas.open
         number = (is_open.to(torch.uint8).argmax(1) - canvas.start).div(length, rounding_mode="floor")
         first = canvas.start + number * length
         last = torch.minimum(first + length, canvas.end)
-        inside = (canvas.columns >= first[:, None]) & (canvas.columns < last[:, None])
-        return cls(number, first, last, is_open & inside)
+        inside = is_open & (canvas.columns >= first[:, None]) & (canvas.columns < last[:, None])
+        counts, entered, firsts = torch.stack([inside.sum(1), (number != before).long(), first]).tolist()
+        return cls(number, first, last, inside, counts, [bool(new) for new in entered], firsts)

@@ -1,6 +1,7 @@
-"""How logits are got: a plain look at the canvas or one guided away from the prompt-less answer.
+"""How logits are got: a plain look at the canvas, or one guided away from the answer to no prompt.
 
-Knows the mask predictor's call; does not know confidences, quotas or what is done with the logits.
+Knows the mask predictor's call; does not know confidences, quotas or what is done with the logits. What keeps keys and
+values between steps is in `cached.py`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llada_core.config.sampling import SamplingParams
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling.canvas import Blocks, Canvas
 
@@ -18,9 +18,9 @@ from llada_core.sampling.canvas import Blocks, Canvas
 class Query:
     """What one step asks. A active rows, T columns, P asked-for positions.
 
-    `tokens` (A, T); `visible` (A, T) bool or None; `known` (A, T) bool; `wanted` (P,) indices into the A*T flattened
-    positions; `first`, `last` (A,) bounds of each row's block, `last` excluded;
-    `fresh`, one bool per row: it has just entered its block.
+    `tokens` (A, T); `visible` (A, T) bool or None; `known` (A, T) bool, hidden from an unguided look; `wanted` (P,) indices
+    into the A*T flattened positions; `first` (A,) column of each row's block, also on the host; `fresh`: has the row just
+    entered it?
     """
 
     tokens: Tensor
@@ -29,27 +29,46 @@ class Query:
     wanted: Tensor
     mask_id: int
     first: Tensor
-    last: Tensor
+    firsts: list[int]
     fresh: list[bool]
 
     @classmethod
-    def of(cls, canvas: Canvas, blocks: Blocks, wanted: Tensor, fresh: list[bool]) -> "Query":
+    def of(cls, canvas: Canvas, blocks: Blocks, wanted: Tensor) -> "Query":
         """Asks about `wanted` positions of a canvas."""
         return cls(
-            canvas.tokens, canvas.visible, canvas.known, wanted, canvas.mask_id, blocks.first, blocks.last, fresh
+            tokens=canvas.tokens,
+            visible=canvas.visible,
+            known=canvas.known,
+            wanted=wanted,
+            mask_id=canvas.mask_id,
+            first=blocks.first,
+            firsts=blocks.firsts,
+            fresh=blocks.entered,
+        )
+
+    def subset(self, rows: Tensor, wanted: Tensor) -> "Query":
+        """The query of some rows (R,), with `wanted` counted in them."""
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            visible=None if self.visible is None else self.visible[rows],
+            known=self.known[rows],
+            wanted=wanted,
         )
 
 
 class Denoiser(Protocol):
     """Canvas -> logits where asked."""
 
-    forwards: int
+    @property
+    def forwards(self) -> int:
+        """Calls of the model so far."""
 
     def logits(self, query: Query) -> Tensor:
         """(P, V) logits of `query.wanted`."""
 
-    def keep(self, rows: Tensor) -> None:
-        """Only these of the active rows go on; (A',) int64."""
+    def keep(self, rows: list[int], width: int) -> None:
+        """Only these of the active rows and the first `width` columns go on."""
 
 
 @dataclass
@@ -64,16 +83,17 @@ class Plain:
         self.forwards += 1
         return self.model(query.tokens, query.visible, positions=query.wanted).logits
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: list[int], width: int) -> None:
         """Nothing is remembered from step to step."""
 
 
 @dataclass
 class Guided:
-    """Classifier-free guidance (LLaDA, appendix A.1): blind + (scale + 1) * (seeing - blind), in float32."""
+    """Classifier-free guidance (LLaDA, appendix A): blind + (scale + 1) * (seeing - blind), in float32."""
 
     inner: Denoiser
     scale: float
+    count: int = field(default=0, init=False)
 
     @property
     def forwards(self) -> int:
@@ -82,28 +102,24 @@ class Guided:
 
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
+        self.count = len(query.tokens)
         blind = query.tokens.masked_fill(query.known, query.mask_id)
-
-        def twice(x: Tensor) -> Tensor:
-            return torch.cat([x, x])
-
         doubled = replace(
             query,
             tokens=torch.cat([query.tokens, blind]),
-            visible=None if query.visible is None else twice(query.visible),
-            known=twice(query.known),
+            visible=None if query.visible is None else query.visible.repeat(2, 1),
+            known=query.known.repeat(2, 1),
             wanted=torch.cat([query.wanted, query.wanted + query.tokens.numel()]),
-            first=twice(query.first),
-            last=twice(query.last),
+            first=query.first.repeat(2),
+            firsts=query.firsts * 2,
             fresh=query.fresh * 2,
         )
-        self.count = query.tokens.shape[0]
         seeing, unseeing = self.inner.logits(doubled).float().chunk(2)
         return unseeing + (self.scale + 1) * (seeing - unseeing)
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: list[int], width: int) -> None:
         """Both halves of the kept rows go on."""
-        self.inner.keep(torch.cat([rows, rows + self.count]))
+        self.inner.keep(rows + [row + self.count for row in rows], width)
 
 
 @dataclass
@@ -122,14 +138,6 @@ class Shifted:
         has_left = query.wanted % query.tokens.shape[1] > 0
         return self.inner.logits(replace(query, wanted=query.wanted - has_left.long()))
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: list[int], width: int) -> None:
         """Passed on."""
-        self.inner.keep(rows)
-
-
-def denoiser_of(model: MaskPredictor, params: SamplingParams, canvas: Canvas) -> Denoiser:
-    """The denoiser that `params` name for the rows of `canvas`."""
-    denoiser: Denoiser = Plain(model)
-    if params.cfg_scale:
-        denoiser = Guided(denoiser, params.cfg_scale)
-    return Shifted(denoiser) if params.right_shift_logits else denoiser
+        self.inner.keep(rows, width)

@@ -13,9 +13,9 @@ from torch import Tensor
 from llada_core.config.sampling import SamplingParams
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import checks
-from llada_core.sampling.canvas import Canvas
+from llada_core.sampling.cached import denoiser_of
+from llada_core.sampling.canvas import Canvas, Row
 from llada_core.sampling.choice import Choice
-from llada_core.sampling.denoiser import denoiser_of
 from llada_core.sampling.draw import RowNoise
 from llada_core.sampling.pace import pace_of
 from llada_core.sampling.sampler import Sampler, Stop
@@ -60,7 +60,9 @@ def generate(
     prompts = checks.prompts(model, prompt_ids, attention_mask)
     sampler, canvas = _sampler_for_prompts(model, prompts, params, pinned, look_ahead=False)
     with evaluating(model):
-        tokens = _last(sampler, canvas)[:, -(prompts.width + params.max_new_tokens) :]
+        tokens = _last(sampler, canvas)
+    last = tokens.shape[1] - model.closes
+    tokens = tokens[:, last - prompts.width - params.max_new_tokens : last]
     return Generation(tokens, sampler.denoiser.forwards, (params.max_new_tokens,) * len(tokens))
 
 
@@ -88,7 +90,7 @@ def infill(model: MaskPredictor, template_ids: Prompts, params: SamplingParams) 
     `answers` are the filled templates. Raises as `generate` does, and if a template has nothing to fill.
     """
     sampler, canvas = _sampler_for_templates(model, template_ids, params, look_ahead=False)
-    lengths = tuple(canvas.end.tolist())
+    lengths = tuple(canvas.size.tolist())
     with evaluating(model):
         return Generation(_last(sampler, canvas), sampler.denoiser.forwards, lengths)
 
@@ -136,49 +138,46 @@ def _sampler_for_prompts(
     blank = torch.full((new,), special.mask_id, device=model.device)
     for position, token in checks.pinned(model, pinned or {}, new).items():
         blank[position] = token
-    opening = [] if special.bos_id is None else [special.bos_id]
-    rows, starts = [], []
+    opening = torch.tensor([i for i in (special.bos_id,) if i is not None], dtype=torch.long, device=model.device)
+    closing = torch.tensor([special.eos_id] * model.closes, dtype=torch.long, device=model.device)
+    rows = []
     for prompt in prompts.rows:
-        ids = prompt.ids if len(prompt.ids) else torch.tensor(opening, dtype=torch.long, device=model.device)
-        rows.append(torch.cat([ids, blank]))
-        starts.append(len(ids))
-    canvas = _canvas(model, rows, starts, [p.visible for p in prompts.rows], prompts.width + new)
-    return _sampler(model, canvas, params, [p.ids for p in prompts.rows], look_ahead), canvas
+        ids = prompt.ids if len(prompt.ids) else opening
+        rows.append(Row(torch.cat([ids, blank, closing]), len(ids), len(ids) + new, prompt.visible))
+    width = prompts.width + new + len(closing)
+    return _sampler(model, rows, params, [p.ids for p in prompts.rows], width=width, look_ahead=look_ahead)
 
 
 def _sampler_for_templates(
     model: MaskPredictor, template_ids: Prompts, params: SamplingParams, *, look_ahead: bool
 ) -> tuple[Sampler, Canvas]:
-    templates = checks.templates(model, template_ids)
     checks.template_settings(params)
-    canvas = _canvas(model, templates, [0] * len(templates), [None] * len(templates), 0)
-    return _sampler(model, canvas, params, templates, look_ahead), canvas
-
-
-def _canvas(
-    model: MaskPredictor, rows: list[Tensor], starts: list[int], visible: Sequence[Tensor | None], width: int
-) -> Canvas:
-    checks.length(model, max(len(row) for row in rows))
-    return Canvas.from_rows(rows, starts, visible, model.special_tokens, width)
+    templates = checks.templates(model, template_ids)
+    rows = [Row(template, 0, len(template)) for template in templates]
+    return _sampler(model, rows, params, templates, width=0, look_ahead=look_ahead)
 
 
 def _sampler(
-    model: MaskPredictor, canvas: Canvas, params: SamplingParams, prompts: list[Tensor], look_ahead: bool
-) -> Sampler:
+    model: MaskPredictor,
+    rows: list[Row],
+    params: SamplingParams,
+    prompts: list[Tensor],
+    *,
+    width: int,
+    look_ahead: bool,
+) -> tuple[Sampler, Canvas]:
+    checks.length(model, max(len(row.tokens) for row in rows))
     checks.token_settings(model, params)
-    special, device = model.special_tokens, canvas.tokens.device
-    stop = None
-    if params.stop_at_eos:
-        stop = Stop(torch.tensor(sorted(special.end_ids), device=device), special.eos_id)
-    if params.cfg_keep_tokens:
-        kept = torch.isin(canvas.tokens, torch.tensor(params.cfg_keep_tokens, device=device))
-        canvas.known.logical_and_(~kept)
-    return Sampler(
-        denoiser=denoiser_of(model, params, canvas),
+    special, device = model.special_tokens, model.device
+    canvas = Canvas.from_rows(rows, special, width=width, blind_keeps=params.cfg_keep_tokens)
+    ends = torch.tensor(sorted(special.end_ids), device=device)
+    sampler = Sampler(
+        denoiser=denoiser_of(model, params),
         choice=Choice.of(params, special.mask_id, device),
         noise=RowNoise.of_prompts(prompts, params.seed, device),
         block_length=params.block_length,
         pace=pace_of(params, canvas),
-        stop=stop,
+        stop=Stop(ends, special.eos_id) if params.stop_at_eos else None,
         look_ahead=look_ahead and params.cache == "none",
     )
+    return sampler, canvas

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llada_core.config.sampling import SamplingParams
-from llada_core.sampling.canvas import Canvas
+from llada_core.sampling.canvas import Blocks, Canvas
 from llada_core.sampling.draw import RowNoise
 from llada_core.sampling.unmask import Schedule, schedule_of
 
@@ -33,11 +33,11 @@ class Pace:
         self.taken = torch.zeros_like(self.steps)
         self.counts = self.steps.new_zeros(len(self.steps), int(self.steps.max()))
 
-    def next(self, opened: list[int], entered: list[int], noise: RowNoise) -> Tensor:
-        """(A,) counts of the next step; `opened` open positions in the block of each row, `entered` 1 for a new block."""
-        if any(entered):
-            new = torch.tensor(entered, dtype=torch.bool, device=self.steps.device)
-            fresh = self.schedule(self._material(opened, entered, noise), self.steps)
+    def next(self, blocks: Blocks, noise: RowNoise) -> Tensor:
+        """(A,) counts of the step that is about to be taken."""
+        if any(blocks.entered):
+            new = torch.tensor(blocks.entered, device=self.steps.device)
+            fresh = self.schedule(self._material(blocks, noise), self.steps)
             fresh = F.pad(fresh, (0, self.counts.shape[1] - fresh.shape[1]))
             self.counts = torch.where(new[:, None], fresh, self.counts)
             self.taken = torch.where(new, 0, self.taken)
@@ -45,19 +45,19 @@ class Pace:
         self.taken = self.taken + 1
         return count
 
-    def _material(self, opened: list[int], entered: list[int], noise: RowNoise) -> Tensor:
+    def _material(self, blocks: Blocks, noise: RowNoise) -> Tensor:
+        device = self.steps.device
         if not self.draw:
-            return torch.tensor(opened, device=self.steps.device)
-        drawn = [count * new for count, new in zip(opened, entered, strict=True)]
-        real = (
-            torch.arange(max(drawn), device=self.steps.device) < torch.tensor(drawn, device=self.steps.device)[:, None]
-        )
-        uniforms = torch.full(real.shape, torch.nan, dtype=torch.float64, device=self.steps.device)
+            return torch.tensor(blocks.counts, device=device)
+        drawn = [count * new for count, new in zip(blocks.counts, blocks.entered, strict=True)]
+        real = torch.arange(max(drawn), device=device) < torch.tensor(drawn, device=device)[:, None]
+        uniforms = torch.full(real.shape, torch.nan, dtype=torch.float64, device=device)
         return uniforms.masked_scatter(real, noise.uniforms(drawn, 1))
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: list[int]) -> None:
         """Only these of the active rows go on."""
-        self.steps, self.counts, self.taken = self.steps[rows], self.counts[rows], self.taken[rows]
+        index = torch.tensor(rows, device=self.steps.device)
+        self.steps, self.counts, self.taken = self.steps[index], self.counts[index], self.taken[index]
 
 
 def pace_of(params: SamplingParams, canvas: Canvas) -> Pace | None:

@@ -54,33 +54,27 @@ class Sampler:
     def run(self, canvas: Canvas) -> Iterator[Step]:
         """Commits every open position; yields after each step."""
         board = canvas.shown()
-        entered_block = torch.full_like(canvas.number, -1)
+        block = torch.full_like(canvas.number, -1)
         while True:
-            blocks = Blocks.of(canvas, self.block_length)
-            counts, entered = torch.stack([blocks.open.sum(1), (blocks.number != entered_block).long()]).tolist()
-            if 0 in counts:
-                kept = [i for i, count in enumerate(counts) if count]
-                if not kept:
-                    return
-                index = torch.tensor(kept, device=board.device)
-                canvas, entered_block = canvas.rows(index), entered_block[index]
-                self._keep(index, kept)
+            blocks = Blocks.of(canvas, self.block_length, block)
+            kept = [row for row, count in enumerate(blocks.counts) if count]
+            if not kept:
+                return
+            if len(kept) < len(blocks.counts):
+                canvas, block = canvas.rows(kept), block[torch.tensor(kept, device=block.device)]
+                self._keep(kept, canvas.tokens.shape[1])
                 continue
-            entered_block = blocks.number
-            canvas, step = self._step(canvas, board, blocks, counts, entered)
-            board = step.tokens
+            canvas, step = self._step(canvas, board, blocks)
+            board, block = step.tokens, blocks.number
             yield step
 
-    def _step(
-        self, canvas: Canvas, board: Tensor, blocks: Blocks, counts: list[int], entered: list[int]
-    ) -> tuple[Canvas, Step]:
-        mine = torch.nonzero_static(blocks.open.flatten(), size=sum(counts))[:, 0]
-        asked = mine
+    def _step(self, canvas: Canvas, board: Tensor, blocks: Blocks) -> tuple[Canvas, Step]:
+        mine = asked = torch.nonzero_static(blocks.open.flatten(), size=sum(blocks.counts))[:, 0]
         if self.look_ahead:
             asked = torch.cat([mine, (canvas.open & ~blocks.open).flatten().nonzero()[:, 0]])
-        logits = self.denoiser.logits(Query.of(canvas, blocks, asked, [bool(e) for e in entered]))
-        proposals, scores = self.choice.propose(logits[: len(mine)], self.noise, counts)
-        quota = None if self.pace is None else self.pace.next(counts, entered, self.noise)
+        logits = self.denoiser.logits(Query.of(canvas, blocks, asked))
+        proposals, scores = self.choice.propose(logits[: len(mine)], self.noise, blocks.counts)
+        quota = None if self.pace is None else self.pace.next(blocks, self.noise)
 
         ranked = torch.full(blocks.open.shape, -torch.inf, dtype=torch.float64, device=mine.device)
         ranked.view(-1)[mine] = scores
@@ -89,11 +83,11 @@ class Sampler:
         tokens.view(-1)[mine] = torch.where(commit, proposals, canvas.mask_id)
         if self.stop is not None:
             tokens = self.stop.close(tokens, canvas)
+        canvas = canvas.written(tokens)
 
         if self.look_ahead:
             beyond, sure = self.choice.propose(logits[len(mine) :], None, [])
             proposals, scores = torch.cat([proposals, beyond]), torch.cat([scores, sure])
-        canvas = canvas.written(tokens)
         step = Step(
             tokens=canvas.shown(board),
             before=board,
@@ -107,8 +101,8 @@ class Sampler:
         )
         return canvas, step
 
-    def _keep(self, index: Tensor, kept: list[int]) -> None:
-        self.denoiser.keep(index)
-        self.noise.keep(kept)
+    def _keep(self, rows: list[int], width: int) -> None:
+        self.denoiser.keep(rows, width)
+        self.noise.keep(rows)
         if self.pace is not None:
-            self.pace.keep(index)
+            self.pace.keep(rows)

@@ -77,23 +77,25 @@ def without_zeros(counts_AS: Tensor) -> Tensor:
     return counts_AS.gather(1, order)
 
 
-def top_quota(scores: Tensor, quota: Tensor) -> Tensor:
+def top_quota(scores: Tensor, quota: Tensor | None) -> Tensor:
     """The `quota` highest scores of each row; of equal ones the leftmost."""
+    if quota is None:
+        raise ValueError("top_quota needs a schedule")
     return (ranks(scores) < quota[:, None]) & (scores > -torch.inf)
 
 
-def above(scores: Tensor, quota: Tensor, *, threshold: float) -> Tensor:
+def above(scores: Tensor, quota: Tensor | None, *, threshold: float) -> Tensor:
     """Every score of at least `threshold`, and the best one in any case (Fast-dLLM)."""
     return ((scores >= threshold) | (ranks(scores) == 0)) & (scores > -torch.inf)
 
 
-def within_factor(scores: Tensor, quota: Tensor, *, factor: float) -> Tensor:
+def within_factor(scores: Tensor, quota: Tensor | None, *, factor: float) -> Tensor:
     """The r-th best score if it is 1 - factor/(r + 1) or more, and the best in any case (Fast-dLLM's factor)."""
     rank = ranks(scores)
     return ((rank == 0) | (scores >= 1 - factor / (rank + 2))) & (scores > -torch.inf)
 
 
-def within_entropy(scores: Tensor, quota: Tensor, *, bound: float) -> Tensor:
+def within_entropy(scores: Tensor, quota: Tensor | None, *, bound: float) -> Tensor:
     """The longest run of lowest entropies whose sum without the largest is at most `bound` (EB-Sampler, arXiv:2505.24857).
 
     `scores` are exp(-entropy).
