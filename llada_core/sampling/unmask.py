@@ -30,13 +30,13 @@ def even_quotas(open_A: Tensor, steps_A: Tensor) -> Tensor:
 
 
 def linear_noise(t: Tensor) -> Tensor:
-    """The chance that a token is masked at time t under the linear noise schedule."""
-    return t
+    """The chance that a token is masked at time t under the linear noise schedule, rounded as 1 - alpha(t)."""
+    return 1 - (1 - t)
 
 
 def cosine_noise(t: Tensor) -> Tensor:
-    """The chance that a token is masked at time t under the cosine noise schedule (MDLM)."""
-    return (math.pi / 2 * (1 - t)).cos()
+    """The chance that a token is masked at time t under the cosine noise schedule (MDLM), rounded likewise."""
+    return 1 - (1 - (math.pi / 2 * (1 - t)).cos())
 
 
 def expected_quotas(open_A: Tensor, steps_A: Tensor, *, noise: Callable[[Tensor], Tensor]) -> Tensor:
@@ -44,9 +44,10 @@ def expected_quotas(open_A: Tensor, steps_A: Tensor, *, noise: Callable[[Tensor]
     left = open_A.clone()
     counts = []
     for step in range(int(steps_A.max())):
-        t = ((steps_A - step) / steps_A).double().clamp(min=0.0)
-        s = ((steps_A - step - 1) / steps_A).double().clamp(min=0.0)
-        share = torch.where(s > 0, 1 - noise(s) / noise(t), 1.0)
+        # 1 - alpha in float32, as in dllm: which way a half is rounded hangs on it.
+        t = ((steps_A - step).double() / steps_A).clamp(min=0.0).float()
+        s = ((steps_A - step - 1).double() / steps_A).clamp(min=0.0).float()
+        share = torch.where(s > 0, 1 - (noise(s) / noise(t)).double(), 1.0)
         counts.append(torch.minimum((left.double() * share).round().long(), left))
         left = left - counts[-1]
     return without_zeros(torch.stack(counts, dim=1))
