@@ -3,19 +3,19 @@
 from pydantic import Field
 
 from llada_core.config.base import Block
+from llada_core.config.sampling import SamplingParams
 
 
 class GateParams(Block):
     """A candidate becomes champion if it is better on `better` by more than noise, and worse on none of `not_worse`.
 
-    A name is a benchmark of `reports/eval`. Scores are compared question by question, with a paired interval of
-    `confidence`. `at_least` are floors that hold for the first champion too.
+    A name is a benchmark of `reports/eval`. Scores are compared question by question, with a paired 95 % interval.
+    `at_least` are floors that hold for the first champion too.
     """
 
-    better: tuple[str, ...] = ()  # on average over these; empty: any candidate that is not worse
+    better: tuple[str, ...] = ()  # over the questions of all of these; empty: any candidate that is not worse
     not_worse: tuple[str, ...] = ()
     at_least: dict[str, float] = Field(default_factory=dict)
-    confidence: float = Field(default=0.95, gt=0.5, lt=1)
 
 
 class RegisterParams(Block):
@@ -24,3 +24,4 @@ class RegisterParams(Block):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: str = "grpo"  # a training stage
     gate: GateParams = GateParams()
+    sampling: SamplingParams = SamplingParams(max_new_tokens=64, block_length=64, steps=64, stop_at_eos=True)  # serving

@@ -1,0 +1,108 @@
+"""Folders as values: their content hash, hard-linked copies of them, and files written all at once.
+
+Knows nothing of stages, runs or models.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+IGNORED = frozenset({"__pycache__", ".DS_Store"})
+
+
+def files_in(path: Path) -> list[Path]:
+    """Every file below a folder (or the file itself), sorted by name; caches of Python are left out."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(2, "no such file or folder", str(path))
+    found = (p for p in path.rglob("*") if p.is_file() and not IGNORED & {*p.parts} and p.suffix != ".pyc")
+    return sorted(found, key=lambda p: p.relative_to(path).as_posix())
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 (64 hex digits) of names and contents below `path`; moving or touching a file changes nothing."""
+
+    def digest(file: Path) -> str:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    files = files_in(path)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(digest, files))
+    names = ("" if file == path else file.relative_to(path).as_posix() for file in files)
+    return hash_of([[name, value] for name, value in zip(names, digests, strict=True)])
+
+
+def hash_of(value: Any) -> str:
+    """SHA-256 of a value as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys, all at once."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file all at once: a reader sees the old text or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; raises `ValueError` that names a damaged file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and run again") from None
+
+
+def link_into(source: Path, target: Path) -> None:
+    """Put `source` (file or folder) at `target`, hard-linked where the file system allows it, else copied.
+
+    What was at `target` is replaced only when the new content is complete. Nothing here is ever changed in place, so a
+    link is as good as a copy and costs nothing.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")) / "new"
+    try:
+        for file in files_in(source):
+            place = fresh if file == source else fresh / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _link(file, place)
+        fresh.mkdir(exist_ok=True) if source.is_dir() else None
+        if target.is_dir() and not target.is_symlink():
+            os.replace(target, fresh.parent / "old")
+        os.replace(fresh, target)
+    finally:
+        shutil.rmtree(fresh.parent, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def size_of(paths: Iterable[Path]) -> int:
+    """Bytes on disk below `paths`; a file that has several links counts once."""
+    seen: dict[tuple[int, int], int] = {}
+    for path in paths:
+        for file in files_in(path) if path.exists() else []:
+            stat = file.stat()
+            seen[stat.st_dev, stat.st_ino] = stat.st_size
+    return sum(seen.values())

@@ -1,0 +1,152 @@
+"""What dvc.yaml says of one stage: the code it runs, what it reads, the parameters, what it writes.
+
+dvc.yaml is the only place where this is written; the fingerprint of a run, the snapshot that a job runs in and the
+pruned graph of a workspace are all derived from it. Knows neither DVC's Python side (importing it costs half a second
+for each stage) nor what a stage does.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llada_core.config.base import ConfigError, nearest, read_yaml
+from llada_core.config.params import TRAINING_STAGES
+
+CODE = frozenset({"llada_core", "tasks"})
+VALUE = re.compile(r"\$\{([\w.]+)\}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node: paths relative to the project (or absolute, for a model from elsewhere), keys of params.yaml."""
+
+    name: str  # as DVC says it: sft, evaluate@sudoku
+    code: tuple[str, ...]
+    inputs: tuple[str, ...]
+    params: tuple[str, ...]
+    outs: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """The name without an instance: evaluate for evaluate@sudoku."""
+        return self.name.partition("@")[0]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The stages whose models this one reads."""
+        return tuple(Path(path).name for path in self.inputs if path.startswith("models/"))
+
+
+def load_stage(root: Path, name: str, params: dict[str, Any]) -> Stage:
+    """The stage `name` (with its instance after @) of `root`/dvc.yaml, for the given values of params.yaml."""
+    kind, _, item = name.partition("@")
+    stages = read_yaml(root / "dvc.yaml").get("stages", {})
+    if kind not in stages:
+        raise ConfigError(f"dvc.yaml has no stage {kind!r}{nearest(kind, list(stages))}")
+    spec = _body(stages[kind])
+    values = params | ({"item": item} if item else {})
+    deps = [_fill(path, values) for path in _deps(kind, spec, params)]
+    outs = [_path(out) for key in ("outs", "metrics", "plots") for out in spec.get(key, [])]
+    return Stage(
+        name=name,
+        code=tuple(path for path in deps if Path(path).parts[0] in CODE),
+        inputs=tuple(path for path in deps if Path(path).parts[0] not in CODE),
+        params=tuple(spec.get("params", [])),
+        outs=tuple(_fill(path, values) for path in outs),
+    )
+
+
+def chosen(params: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """The values of dotted `keys`; `init_from` is left out, for the content of that folder stands for it."""
+    values = {key: lookup(params, key) for key in keys}
+    return {key: _without_source(value) for key, value in values.items() if not key.endswith(".init_from")}
+
+
+def lookup(params: dict[str, Any], key: str) -> Any:
+    """The value at a dotted key, None where there is none."""
+    value: Any = params
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def with_sources(params: dict[str, Any], root: Path) -> dict[str, Any]:
+    """`params` with every `init_from` that is no stage (a folder, an alias, a Hub name) as an absolute folder."""
+    result = dict(params)
+    for stage in TRAINING_STAGES:
+        value = lookup(params, f"{stage}.init_from")
+        if value is not None and value not in TRAINING_STAGES:
+            from tasks.registry import resolve
+
+            result[stage] = params[stage] | {"init_from": str(resolve(value, root))}
+    return result
+
+
+def prune(spec: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    """dvc.yaml's content for a run with only the stages that `params` lists.
+
+    A dependency on what a dropped stage would have made goes with it; a training stage depends on what it starts from;
+    an optional stage (`foreach: []`) that is listed becomes a plain one. Raises `ConfigError` for a source that no
+    stage of the run makes.
+    """
+    listed = params["stages"]
+    if missing := [name for name in listed if name not in spec["stages"]]:
+        near = nearest(missing[0], list(spec["stages"]))
+        raise ConfigError(f"stages lists {missing[0]!r}, which dvc.yaml does not have{near}")
+    stages = {name: _plain(stage) for name, stage in spec["stages"].items()}
+    dropped = [_path(out) for name, stage in stages.items() if name not in listed for out in _outs(_body(stage))]
+    for name in listed:
+        source = _source(name, params)
+        if source is not None and _under(source, dropped):
+            made = ", ".join(stage for stage in listed if stage in TRAINING_STAGES)
+            raise ConfigError(
+                f"{name}.init_from is {Path(source).name!r}, which this run does not make; it makes: {made}"
+            )
+        body = _body(stages[name])
+        body["deps"] = [path for path in _deps(name, body, params) if not _under(path, dropped)]
+    result = spec | {"stages": {name: stage for name, stage in stages.items() if name in listed}}
+    for key in ("metrics", "plots"):
+        if key in spec:
+            result[key] = [entry for entry in spec[key] if not _under(_path(entry), dropped)]
+    return result
+
+
+def _deps(kind: str, body: dict[str, Any], params: dict[str, Any]) -> list[str]:
+    """The dependencies as written, with the folder that a training stage starts from in place of its template."""
+    written = [path for path in body.get("deps", []) if not path.endswith(".init_from}")]
+    source = _source(kind, params)
+    return written if source is None or source in written else [*written, source]
+
+
+def _source(kind: str, params: dict[str, Any]) -> str | None:
+    value = lookup(params, f"{kind}.init_from") if kind in TRAINING_STAGES else None
+    return f"models/{value}" if value in TRAINING_STAGES else value
+
+
+def _plain(stage: dict[str, Any]) -> dict[str, Any]:
+    return stage["do"] if stage.get("foreach") == [] else stage
+
+
+def _body(stage: dict[str, Any]) -> dict[str, Any]:
+    return stage.get("do", stage)
+
+
+def _fill(text: str, values: dict[str, Any]) -> str:
+    return VALUE.sub(lambda match: str(lookup(values, match[1])), text)
+
+
+def _outs(spec: dict[str, Any]) -> list[Any]:
+    return [out for key in ("outs", "metrics", "plots") for out in spec.get(key, [])]
+
+
+def _path(entry: Any) -> str:
+    return next(iter(entry)) if isinstance(entry, dict) else entry
+
+
+def _under(path: str, roots: list[str]) -> bool:
+    return any(path == root or path.startswith(f"{root}/") for root in roots if "${" not in root)
+
+
+def _without_source(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k != "init_from"} if isinstance(value, dict) else value

@@ -1,0 +1,148 @@
+"""Attach to the job of a run or submit one, follow it to its end, cancel it: the same three verbs everywhere.
+
+The run folder is the only state. This file knows neither what a stage does nor how a job is started
+(`launch_local.py`, `launch_slurm.py`).
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Protocol
+
+from filelock import FileLock
+
+from llada_core.config.launch import LaunchParams
+from tasks.errors import StageError
+from tasks.launch_local import LocalLauncher, State
+from tasks.launch_slurm import SlurmLauncher
+from tasks.runs import RunFolder
+
+
+class Launcher(Protocol):
+    """Who starts jobs: each verb acts on the job that a run folder names."""
+
+    @property
+    def poll_seconds(self) -> float: ...
+    def script(self, run: RunFolder, launch: LaunchParams) -> str: ...
+    def submit(self, run: RunFolder, launch: LaunchParams) -> None: ...
+    def state(self, run: RunFolder) -> State: ...
+    def cancel(self, run: RunFolder, grace: float) -> None: ...
+
+
+class TerminatedError(BaseException):
+    """SIGTERM reached this program: what it looks after ends with it."""
+
+
+def launcher_for(kind: str, launch: LaunchParams) -> Launcher:
+    """The launcher of a kind: local or slurm."""
+    return SlurmLauncher(launch.poll_seconds) if kind == "slurm" else LocalLauncher()
+
+
+def launcher_of(run: RunFolder, launch: LaunchParams) -> Launcher:
+    """The launcher of the job that `run` already has, else the one asked for."""
+    job = run.job
+    return launcher_for(job["launcher"] if job else launch.kind, launch)
+
+
+def attach_or_submit(run: RunFolder, launch: LaunchParams) -> Launcher:
+    """Make sure that exactly one job is at `run`, unless it has succeeded; returns who looks after it."""
+    with FileLock(run.path / ".lock"):
+        launcher = launcher_of(run, launch)
+        while not run.succeeded and (state := launcher.state(run)) != "alive":
+            if state == "gone":
+                for marker in ("CANCELLED", "STOP", "exit"):
+                    (run.path / marker).unlink(missing_ok=True)
+                launcher = launcher_for(launch.kind, launch)
+                launcher.submit(run, launch)
+                return launcher
+            time.sleep(launcher.poll_seconds)
+        if not run.succeeded:
+            print(f"{run.key}: already running, following it", flush=True)
+        return launcher
+
+
+def follow(run: RunFolder, launcher: Launcher, launch: LaunchParams) -> None:
+    """Show the log as it grows until the run succeeds; raises `StageError` when its job is gone without success."""
+    log = LogReader(run)
+    with _ending_with_us(run, launcher, launch):
+        while not run.succeeded:
+            log.show()
+            if launcher.state(run) == "gone":
+                time.sleep(min(2.0, launcher.poll_seconds))  # a marker may reach a shared disk late
+                if not run.succeeded:
+                    log.show()
+                    raise failure(run)
+            time.sleep(launcher.poll_seconds)
+    log.show()
+
+
+def failure(run: RunFolder) -> StageError:
+    """Why a job without success ended, as far as its folder tells, and how to go on."""
+    if (run.path / "CANCELLED").exists():
+        return StageError(f"{run.stage} was cancelled; the same command goes on from the last checkpoint")
+    status = run.exit_status
+    ended = "ended" if status is None else f"ended with exit status {status}"
+    return StageError(f"{run.stage} {ended} without success; log: {run.log}; the same command tries again", status)
+
+
+class LogReader:
+    """Prints whole new lines of a run's log, beginning with the last job's (or with the last `tail` bytes)."""
+
+    def __init__(self, run: RunFolder, *, tail: int | None = None) -> None:
+        self._path = run.log
+        self._at = (run.job or {}).get("log_start", 0) if tail is None else max(0, run.log_size - tail)
+
+    def show(self) -> None:
+        """Print what came since the last call."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as stream:
+            stream.seek(self._at)
+            text = stream.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._at += len(whole)
+        sys.stdout.write(whole.decode("utf-8", errors="replace"))
+        sys.stdout.flush()
+
+
+@contextmanager
+def _ending_with_us(run: RunFolder, launcher: Launcher, launch: LaunchParams) -> Iterator[None]:
+    """Ctrl-C asks whether the job ends too; SIGTERM (a cancelled flow) ends it."""
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        raise TerminatedError
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if _asked_to_end(run):
+            launcher.cancel(run, grace(run, launch))
+        raise
+    except TerminatedError:
+        launcher.cancel(run, grace(run, launch))
+        sys.exit(143)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def grace(run: RunFolder, launch: LaunchParams) -> float:
+    """Seconds that a cancelled job may take: only training saves what it has."""
+    return launch.grace_seconds if (run.path / "checkpoints").exists() else 0.0
+
+
+def _asked_to_end(run: RunFolder) -> bool:
+    if not sys.stdin.isatty() or os.environ.get("LLADAFLOW_YES"):
+        return True
+    try:
+        answer = input(f"\nend the job of {run.key} as well? [Y/n] ")
+    except (KeyboardInterrupt, EOFError):
+        return True
+    if answer.strip().lower() in ("n", "no"):
+        print(f"it goes on; `llada logs -f {run.key}` follows it, the same command attaches to it")
+        return False
+    return True

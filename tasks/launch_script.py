@@ -1,0 +1,85 @@
+"""The script of a job, as text: what runs in the run folder's snapshot, alone or as several ranks.
+
+Knows accelerate's command line and the template; does not start anything.
+"""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import jinja2
+
+from llada_core.config.launch import LaunchParams, SlurmParams
+from tasks.runs import RunFolder
+
+TEMPLATE = Path(__file__).with_name("job.sh.jinja")
+# What a job sees of the submitter's environment, beside what the cluster gives it.
+PASSED_ON = ("PATH", "VIRTUAL_ENV", "LLADAFLOW_DATA_ROOT", "HF_HOME", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
+def render(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
+    """The whole script of one job."""
+    options = launch.slurm if slurm else SlurmParams()
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        run=run.path,
+        slurm=slurm,
+        sbatch=sbatch_options(run, options) if slurm else [],
+        setup=[*(f"module load {name}" for name in options.modules), *options.setup],
+        env=_environment(run, launch, slurm=slurm),
+        command=_command(run, launch, slurm=slurm),
+        restarts=launch.restarts,
+    )
+
+
+def sbatch_options(run: RunFolder, slurm: SlurmParams) -> list[str]:
+    """The `#SBATCH` lines. One name and `singleton`: two jobs of one run never run at once."""
+    values = {
+        "job-name": run.key,
+        "dependency": "singleton",
+        "output": run.log,
+        "open-mode": "append",
+        "nodes": slurm.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": slurm.cpus_per_task,
+        "gpus-per-node": slurm.gpus_per_node or None,
+        "mem": slurm.memory,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.time,
+        "constraint": slurm.constraint,
+        "signal": f"B:USR1@{slurm.signal_seconds}" if slurm.time else None,
+    }
+    return ["--requeue", *(f"--{key}={value}" for key, value in values.items() if value is not None), *slurm.extra]
+
+
+def _environment(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> dict[str, str]:
+    passed = {} if slurm else {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    origin = run.request["root"]
+    own = {"LLADAFLOW_RUN": str(run.path), "PYTHONUNBUFFERED": "1", "PYTHONPATH": f"{run.tree}:{origin}"}
+    threads = {"OMP_NUM_THREADS": str(launch.threads)} if launch.threads else {}
+    return passed | own | threads | launch.env
+
+
+def _command(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
+    kind, _, item = run.stage.partition("@")
+    program = f"-m tasks.{kind}" + (f" {shlex.quote(item)}" if item else "")
+    python = shlex.quote(sys.executable)
+    nodes = launch.slurm.nodes if slurm else 1
+    if launch.processes * nodes == 1 and not launch.accelerate_config:
+        command = f"{python} {program}"
+        return f"srun --kill-on-bad-exit=1 {_srun(launch)}{command}" if slurm else command
+    kinds = f"--config_file {shlex.quote(launch.accelerate_config)}" if launch.accelerate_config else "--multi_gpu"
+    ranks = f"{kinds} --num_processes {launch.processes * nodes} --num_machines {nodes}"
+    accelerate = f"{python} -m accelerate.commands.launch {ranks} --mixed_precision no --dynamo_backend no"
+    if not slurm:
+        return f"{accelerate} --main_process_port 0 {program}"
+    per_node = f'{accelerate} --machine_rank "$SLURM_NODEID" --main_process_ip "$0" --main_process_port "$1" {program}'
+    return f'srun --kill-on-bad-exit=1 {_srun(launch)}bash -c {shlex.quote("exec " + per_node)} "$address" "$port"'
+
+
+def _srun(launch: LaunchParams) -> str:
+    return "".join(f"{shlex.quote(option)} " for option in launch.slurm.srun_options)

@@ -1,0 +1,60 @@
+"""The registered model as MLflow loads it (models from code): chat messages in, an answer out.
+
+Holds no weights: `model_config` says where they lie and what their hash must be. MLflow runs this file when it loads a
+version, in an environment that has lladaflow. Knows nothing of registries or stages.
+"""
+
+import os
+from pathlib import Path
+
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+from pydantic import BaseModel
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Conversation(BaseModel):
+    """What is asked: the turns so far."""
+
+    messages: list[Message]
+
+
+class ChatModel(PythonModel):
+    """Answers conversations with the sampler settings that the version was registered with."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the weights, once their hash is verified."""
+        import llada_core
+        from llada_core.tokenizer import Tokenizer
+        from tasks.folders import content_hash
+
+        config = context.model_config
+        folder = Path(config["path"])
+        if not folder.is_dir():  # the project was moved
+            folder = Path(os.environ.get("LLADAFLOW_HOME", ".")) / "store" / config["hash"]
+        if not folder.is_dir() or content_hash(folder) != config["hash"]:
+            raise ValueError(
+                f"{folder}: the registered weights are gone or were altered; set LLADAFLOW_HOME or run again"
+            )
+        self.model = llada_core.load_model(folder)
+        self.tokenizer = Tokenizer.load(folder)
+        self.sampling = llada_core.SamplingParams(**config["sampling"])
+
+    def predict(self, model_input: list[Conversation]) -> list[Message]:
+        """The assistant's next turn of each conversation."""
+        import llada_core
+
+        turns = [[message.model_dump() for message in conversation.messages] for conversation in model_input]
+        prompts = [self.tokenizer.chat_ids(messages) for messages in turns]
+        answers = llada_core.generate(self.model, prompts, self.sampling).answers
+        texts = [self.tokenizer.answer_text(answer.tolist()) for answer in answers]
+        return [Message(role="assistant", content=text) for text in texts]
+
+
+set_model(ChatModel())

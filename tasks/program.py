@@ -1,0 +1,126 @@
+"""What every stage program (`python -m tasks.STAGE`) does around its work: find or make the run, launch, publish.
+
+The same program runs three times over: as the command in dvc.yaml (launches and follows), inside the job (does the
+work, in the run's snapshot), and by hand under `accelerate launch` (does the work at once, in each rank).
+"""
+
+import contextlib
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llada_core.config.base import ConfigError
+from llada_core.config.launch import LaunchParams
+from llada_core.config.params import Params
+from tasks.errors import StageError, one_line_errors
+from tasks.graph import load_stage, with_sources
+from tasks.launch import attach_or_submit, follow
+from tasks.runs import RunFolder, differences, open_run, previous_run, stage_params
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage's function is given; the working directory is the run's snapshot, laid out like the project."""
+
+    params: Params
+    run: RunFolder
+    stage: str
+    item: str | None  # the benchmark, for an instance of evaluate
+
+
+Function = Callable[[Work], float | None]  # returns what it cost in seconds, if it knows better than the clock
+
+
+def stage_program(stage: str, function: Function, arguments: list[str] | None = None) -> None:
+    """The `__main__` of a stage: arguments are an instance (a benchmark) and `block.key=value` overrides."""
+    with one_line_errors():
+        given = sys.argv[1:] if arguments is None else arguments
+        items = [text for text in given if "=" not in text]
+        if len(items) > 1:
+            raise ConfigError(f"{stage}: unexpected {items[1]!r}; overrides are written block.key=value")
+        if folder := os.environ.get("LLADAFLOW_RUN"):
+            do_work(RunFolder(Path(folder)), function)
+        else:
+            overrides = [text for text in given if "=" in text]
+            run_stage(Path.cwd(), "@".join([stage, *items]), overrides, function)
+
+
+def run_stage(root: Path, name: str, overrides: list[str], function: Function) -> RunFolder:
+    """Make the outputs of a stage, or put back those that a run with the same fingerprint has made."""
+    params = with_sources(stage_params(root, overrides), root)
+    stage = load_stage(root, name, params)
+    launch = Params.parse(params, "params.yaml").launch.of(stage.kind)
+    run = open_run(root, stage, params)
+    from tasks import tracking
+
+    with tracking.forwarding(run):
+        if run.succeeded:
+            print(f"{run.key}: already made, its outputs are put in place", flush=True)
+        elif _inside_ranks() or launch.kind == "inline":
+            confirm_cost(root, run, launch)
+            run_inline(run, function)
+        else:
+            confirm_cost(root, run, launch)
+            follow(run, attach_or_submit(run, launch), launch)
+    if _rank() == 0:
+        run.publish(root)
+    return run
+
+
+def run_inline(run: RunFolder, function: Function) -> None:
+    """Do the work in this process, as the only one at this run."""
+    with _sole_worker(run), contextlib.chdir(run.tree):
+        if not run.succeeded:
+            do_work(run, function)
+
+
+def do_work(run: RunFolder, function: Function) -> None:
+    """Call the stage's function in the snapshot; success is noted last. Every rank calls this."""
+    started = time.monotonic()
+    stage = run.stage
+    params = Params.load("params.yaml")
+    cost = function(Work(params, run, stage, stage.partition("@")[2] or None))
+    if _rank() == 0:
+        run.succeed(time.monotonic() - started if cost is None else cost)
+
+
+def confirm_cost(root: Path, run: RunFolder, launch: LaunchParams) -> None:
+    """Before doing again what took hours: say what changed and ask; a refusal puts the old outputs back."""
+    old = previous_run(root, run)
+    hours = (old.seconds or 0.0) / 3600 if old else 0.0
+    begun = (run.path / "checkpoints").exists() or run.job is not None
+    if old is None or begun or hours <= launch.confirm_hours or os.environ.get("LLADAFLOW_YES"):
+        return
+    print(f"{run.stage} took {hours:.1f} h the last time; since then changed:", *differences(run, old), sep="\n  ")
+    if sys.stdin.isatty() and input("do it again? [y/N] ").strip().lower() in ("y", "yes"):
+        return
+    old.publish(root)
+    how = f"`llada accept {run.stage}` keeps them as valid, LLADAFLOW_YES=1 (`llada run --yes`) does the stage again"
+    raise StageError(f"{run.stage}: not done again, the old outputs stay; {how}")
+
+
+def _inside_ranks() -> bool:
+    return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def _sole_worker(run: RunFolder) -> Iterator[Any]:
+    """Hold the lock that a job's script holds as well; other ranks of this launch share the first one's."""
+    if _rank() != 0:
+        yield None
+        return
+    with (run.path / "running.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{run.key} is being worked on by another process; see `llada status`") from None
+        yield lock

@@ -1,0 +1,26 @@
+"""Move the alias `champion` by a person's decision, or back to the model that held it before; both leave a record."""
+
+from pathlib import Path
+
+from llada_core.config.base import ConfigError
+from tasks.register import CHAMPION, point
+from tasks.registry import Version, receipts, verified, version_of, versions
+
+
+def promote(root: Path, name: str, which: str, why: str) -> Version:
+    """Make a version (number or alias) champion, once its weights are verified."""
+    version = version_of(root, name, which)
+    verified(root, version.hash)
+    point(root, version, CHAMPION, why)
+    return version
+
+
+def roll_back(root: Path, name: str, why: str = "rolled back") -> Version:
+    """Give the alias back to the last champion before the present one; raises `ConfigError` when there was none."""
+    present = version_of(root, name, CHAMPION)
+    held = [r["hash"] for r in receipts(root) if r["name"] == name and r.get("alias") == CHAMPION]
+    before = next((digest for digest in reversed(held) if digest != present.hash), None)
+    version = next((v for v in versions(root, name) if v.hash == before), None)
+    if version is None:
+        raise ConfigError(f"model {name!r} had no champion before version {present.number}")
+    return promote(root, name, version.number, why)

@@ -1,0 +1,201 @@
+"""The stage `register`: a model version by reference to immutable weights; `champion` only if the gate lets it.
+
+Everything is found before it is made, so that a killed registration goes on. Knows MLflow; does not know how models are
+trained or measured.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llada_core.config.base import ConfigError
+from llada_core.config.params import Params
+from tasks import tracking
+from tasks.errors import one_line_errors
+from tasks.folders import content_hash, hash_of, read_json, write_json
+from tasks.gate import Decision, Scores, decide
+from tasks.registry import Version, client, keep, receipts, scores_of, store_folder, versions, write_receipt
+from tasks.runs import RunFolder, home, stage_params
+
+CHAMPION, CANDIDATE = "champion", "candidate"
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "mlflow", "lladaflow")
+
+
+def register(root: Path, params: Params) -> dict[str, Any]:
+    """Register the model that the run names; returns what became of it, which is also the stage's output."""
+    spec = params.register_
+    if spec is None:
+        raise ConfigError("params.yaml has no block 'register'")
+    digest = keep(root, root / "models" / spec.model)
+    write_json(store_folder(root, digest).with_suffix(".scores.json"), measured(root, spec.model))
+    tracking.send_pending(root)
+    known = versions(root, spec.name)
+    version = next((v for v in known if v.hash == digest), None)
+    if version is None:
+        receipt = {"event": "version", "name": spec.name, "hash": digest, "sampling": asdict(spec.sampling)}
+        receipt["tags"] = lineage(root, spec.model)
+        write_receipt(root, receipt)  # first, so that a registration cut short is found again
+        version = make_version(root, receipt)
+    point(root, version, CANDIDATE, "registered by the pipeline")
+    champion = next((v for v in known if CHAMPION in v.aliases), None)
+    decision = judge(root, params, version, champion)
+    if decision.passed and (champion is None or champion.number != version.number):
+        point(root, version, CHAMPION, decision.reason)
+    client(root).set_model_version_tag(spec.name, version.number, "gate", decision.reason)
+    holder = version.number if decision.passed else (champion.number if champion else None)
+    aliases = [CANDIDATE, *([CHAMPION] if decision.passed else [])]
+    return {
+        "name": spec.name,
+        "version": version.number,
+        "hash": digest,
+        "aliases": aliases,
+        "gate": asdict(decision),
+        "champion": holder,
+    }
+
+
+def judge(root: Path, params: Params, version: Version, champion: Version | None) -> Decision:
+    """What the gate in params says of a version."""
+    assert params.register_ is not None
+    if champion is not None and champion.hash == version.hash:
+        return Decision(True, "it is the champion already")
+    return decide(
+        params.register_.gate, scores_of(root, version.hash), scores_of(root, champion.hash) if champion else None
+    )
+
+
+def measured(root: Path, model: str) -> Scores:
+    """The scores of one model on every benchmark of reports/eval, question by question."""
+    scores: Scores = {}
+    for path in sorted((root / "reports" / "eval").glob(f"*/{model}.samples.jsonl")):
+        lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        scores[path.parent.name] = {str(line["id"]): float(line["score"]) for line in lines}
+    return scores
+
+
+def make_version(root: Path, receipt: dict[str, Any]) -> Version:
+    """A new version that points to stored weights; nothing is copied but a note of some 30 KB."""
+    talk, digest = client(root), receipt["hash"]
+    import mlflow
+
+    config = {"path": str(store_folder(root, digest)), "hash": digest, "sampling": receipt["sampling"]}
+    run_id = _mlflow_run(root, receipt["tags"])
+    with mlflow.start_run(run_id=run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(__file__).with_name("mlflow_model.py")),
+            model_config=config,
+            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES],
+            registered_model_name=receipt["name"],
+        )
+    number = str(logged.registered_model_version)
+    tags = {**receipt["tags"], "content_hash": digest}
+    for key, value in tags.items():
+        talk.set_model_version_tag(receipt["name"], number, key, value)
+    return Version(receipt["name"], number, digest, tags)
+
+
+def point(root: Path, version: Version, alias: str, why: str) -> None:
+    """Set an alias, with a record of who, when and why."""
+    client(root).set_registered_model_alias(version.name, alias, version.number)
+    if alias in version.aliases:
+        return
+    who = os.environ.get("USER") or str(os.getuid())
+    record = {
+        "alias": alias,
+        "hash": version.hash,
+        "why": why,
+        "who": who,
+        "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_receipt(root, {"event": "alias", "name": version.name, **record})
+    client(root).set_model_version_tag(
+        version.name, version.number, f"{alias}.record", json.dumps(record, sort_keys=True)
+    )
+
+
+def register_anew(root: Path, name: str) -> None:
+    """Fill a lost registry from the receipts: versions in their order, then the aliases as they last were."""
+    print(f"the registry has lost model {name!r}; registering it anew from {home(root) / 'store' / 'receipts.jsonl'}")
+    made: dict[str, Version] = {}
+    aliases: dict[str, str] = {}
+    for receipt in (r for r in receipts(root) if r["name"] == name):
+        if receipt["event"] == "alias":
+            aliases[receipt["alias"]] = receipt["hash"]
+        elif receipt["hash"] not in made and store_folder(root, receipt["hash"]).is_dir():
+            made[receipt["hash"]] = make_version(root, receipt)
+    for alias, digest in aliases.items():
+        if digest in made:
+            client(root).set_registered_model_alias(name, alias, made[digest].number)
+
+
+def lineage(root: Path, stage: str) -> dict[str, str]:
+    """Where a model comes from: commit, lock file, parameters, data, the run of every stage, the environment."""
+    runs, inputs = _chain(root, stage)
+    lock = root / "dvc.lock"
+    return {
+        "git_commit": _git_commit(root),
+        "dvc_lock": content_hash(lock) if lock.exists() else "none",
+        "params": hash_of(stage_params(root, [])),
+        "stage_runs": json.dumps(runs, sort_keys=True),
+        "inputs": json.dumps(inputs, sort_keys=True),
+        "environment": f"python {platform.python_version()}, "
+        + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+        "folder": str(root.resolve()),
+    }
+
+
+def _chain(root: Path, stage: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Stage -> key of its run, and input -> hash, back to the first training stage of this project."""
+    runs: dict[str, str] = {}
+    inputs: dict[str, str] = {}
+    receipt = root / "models" / stage / "training.json"
+    while receipt.exists():
+        values = read_json(receipt)
+        runs[values["stage"]] = values["run"]
+        inputs |= values["inputs"]
+        before = next(
+            (Path(path) for path in values["inputs"] if Path(path).name not in runs and "models/" in path), None
+        )
+        receipt = root / before / "training.json" if before else Path("none")
+    return runs, inputs
+
+
+def _mlflow_run(root: Path, tags: dict[str, str]) -> str | None:
+    """The MLflow run of the stage that made the weights; None when its run folder is gone."""
+    for key in json.loads(tags["stage_runs"]).values():
+        run = RunFolder(home(root) / "runs" / key)
+        if (run.path / "request.json").exists():
+            return tracking.Sender(run).send()
+    return None
+
+
+def _git_commit(root: Path) -> str:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return (commit + ("+changes" if git("status", "--porcelain", "-uno") else "")) if commit else "no git"
+
+
+def main() -> None:
+    """What dvc.yaml runs."""
+    import sys
+
+    with one_line_errors():
+        root = Path.cwd()
+        result = register(root, Params.load(root / "params.yaml", sys.argv[1:]))
+        write_json(root / "reports" / "registered.json", result)
+        verdict = "champion" if result["gate"]["passed"] else f"not champion ({result['gate']['reason']})"
+        print(f"{result['name']} version {result['version']}: {verdict}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Names of models resolved to verified folders: a folder, `models:/NAME@alias`, `models:/NAME/3`, a Hub name.
+
+Keeps the store: immutable folders named by content hash, which registered versions point to. The receipts beside them
+(`store/receipts.jsonl`) are enough to register everything anew when the database is lost. MLflow is imported only when
+it is asked; this file knows neither gates nor stages.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_core.config.base import ConfigError
+from tasks.folders import content_hash, link_into, read_json
+from tasks.runs import home
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+NAME = r"[A-Za-z0-9][\w.-]*"
+REFERENCE = re.compile(rf"models:/({NAME})(?:@([\w.-]+)|/(\d+))|({NAME})@([\w.-]+)")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered version of a model."""
+
+    name: str
+    number: str
+    hash: str
+    tags: dict[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+
+
+def resolve(name: str, root: Path | None = None) -> Path:
+    """The local folder of a model. Raises `ConfigError` when there is none, or when registered weights were altered."""
+    place = Path.cwd() if root is None else root
+    folder = place / Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if match := REFERENCE.fullmatch(name):
+        return verified(place, version_of(place, match[1] or match[4], match[2] or match[3] or match[5]).hash)
+    if name.startswith((".", "/", "~", "models:")) or name.count("/") != 1:
+        ways = "give a folder, models:/NAME@alias, or a Hub name such as GSAI-ML/LLaDA-8B-Base"
+        raise ConfigError(f"there is no model {name!r}; {ways}")
+    return _from_hub(name)
+
+
+def version_of(root: Path, name: str, which: str) -> Version:
+    """The version with an alias or number; raises `ConfigError` that lists what there is."""
+    known = versions(root, name)
+    if not known:
+        raise ConfigError(f"no model {name!r} is registered; `make run` trains and registers one")
+    for version in known:
+        if which == version.number or which in version.aliases:
+            return version
+    listed = ", ".join(f"{v.number}{''.join(f' @{a}' for a in v.aliases)}" for v in known)
+    raise ConfigError(f"model {name!r} has no version {which!r}; it has: {listed}")
+
+
+def versions(root: Path, name: str) -> list[Version]:
+    """All versions of a model, oldest first. A lost database is noticed here and filled again from the receipts."""
+    found = _versions(root, name)
+    if not found and any(receipt["name"] == name for receipt in receipts(root)):
+        from tasks.register import register_anew
+
+        register_anew(root, name)
+        found = _versions(root, name)
+    return found
+
+
+def _versions(root: Path, name: str) -> list[Version]:
+    talk = client(root)
+    found = talk.search_model_versions(f"name='{name}'", max_results=1000)
+    aliases: dict[str, list[str]] = {}
+    if found:
+        for alias, number in talk.get_registered_model(name).aliases.items():
+            aliases.setdefault(str(number), []).append(alias)
+    ours = [entry for entry in found if "content_hash" in entry.tags]
+    result = [
+        Version(
+            name, str(e.version), e.tags["content_hash"], dict(e.tags), tuple(sorted(aliases.get(str(e.version), ())))
+        )
+        for e in ours
+    ]
+    return sorted(result, key=lambda version: int(version.number))
+
+
+def tracking_uri(root: Path) -> str:
+    """Where MLflow keeps its records: `MLFLOW_TRACKING_URI`, else mlflow.db beside runs/ and store/."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home(root)}/mlflow.db"
+
+
+def client(root: Path) -> "MlflowClient":
+    """MLflow's client for this project."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+    from mlflow.tracking import MlflowClient
+
+    mlflow.set_tracking_uri(tracking_uri(root))
+    return MlflowClient()
+
+
+def store_folder(root: Path, digest: str) -> Path:
+    """Where the weights with this content hash are kept."""
+    return home(root) / "store" / digest
+
+
+def keep(root: Path, folder: Path) -> str:
+    """Link a model folder into the store, unless it is there; returns its content hash. Nothing there ever changes."""
+    digest = content_hash(folder)
+    place = store_folder(root, digest)
+    if not place.is_dir() or content_hash(place) != digest:
+        link_into(folder, place)
+    return digest
+
+
+def verified(root: Path, digest: str) -> Path:
+    """The folder with this content hash; raises `ConfigError` when it is missing or its files were altered."""
+    place = store_folder(root, digest)
+    if not place.is_dir():
+        raise ConfigError(f"{place} is gone, but a registered version points to it; run the pipeline again")
+    if content_hash(place) != digest:
+        raise ConfigError(f"{place} was altered: its files no longer have the registered hash; remove it and run again")
+    return place
+
+
+def scores_of(root: Path, digest: str) -> dict[str, dict[str, float]]:
+    """Benchmark -> question -> score, as kept when the weights were registered; empty when nothing was measured."""
+    path = store_folder(root, digest).with_suffix(".scores.json")
+    return read_json(path) if path.exists() else {}
+
+
+def write_receipt(root: Path, receipt: dict[str, Any]) -> None:
+    """Append what happened to the registry (a version made, an alias moved), so that it can be done again."""
+    path = home(root) / "store" / "receipts.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(receipt, sort_keys=True) + "\n")
+
+
+def receipts(root: Path) -> Iterator[dict[str, Any]]:
+    """Every receipt, oldest first."""
+    path = home(root) / "store" / "receipts.jsonl"
+    if path.exists():
+        yield from (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"there is no folder {name!r} here, and the Hub does not give it: {reason}") from None

@@ -1,0 +1,205 @@
+"""What runs tell MLflow: one parent per pipeline run, a child per stage, live metrics from each run's own file.
+
+Everything is found before it is made, and a cursor in the run folder says what was sent, so that sending again adds
+nothing. A server that does not answer delays, never fails, a stage: what is missing is sent with the next one.
+`LLADAFLOW_TRACKING=off` sends nothing. MLflow is imported only when there is something to send.
+"""
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from tasks.folders import hash_of, read_json, write_json
+from tasks.runs import RunFolder, all_runs, flat
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+EXPERIMENT = "lladaflow"
+FIRST_SECONDS, EVERY_SECONDS = 5.0, 10.0  # a stage that is over sooner is sent with the next one
+BATCH = 1000  # metrics in one request: MLflow's limit
+ARTIFACTS = ("tree/params.yaml", "job.sh", "samples.jsonl")
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def forwarding(run: RunFolder) -> Iterator[None]:
+    """Send what the run writes while the block runs, and what was left over at its end."""
+    if os.environ.get("LLADAFLOW_TRACKING") == "off":
+        yield
+        return
+    over = threading.Event()
+    thread = threading.Thread(target=_keep_sending, args=(run, over), name="mlflow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=60.0)
+
+
+def _keep_sending(run: RunFolder, over: threading.Event) -> None:
+    if over.wait(FIRST_SECONDS) and not (run.path / "metrics.jsonl").exists():
+        return
+    while not over.wait(EVERY_SECONDS):
+        send([run])
+    send([run])
+
+
+def send_pending(root: Path) -> bool:
+    """Send every run of this project that MLflow does not have whole yet; False when MLflow does not answer."""
+    pending = [
+        run for run in all_runs(root) if run.request["root"] == str(root.resolve()) and not _cursor(run).get("done")
+    ]
+    return not pending or os.environ.get("LLADAFLOW_TRACKING") == "off" or send(pending[::-1])
+
+
+def send(runs: list[RunFolder]) -> bool:
+    """Send what is new in these runs; False (and a warning) when MLflow does not answer."""
+    for name, value in (("REQUEST_MAX_RETRIES", "1"), ("REQUEST_TIMEOUT", "10")):
+        os.environ.setdefault(f"MLFLOW_HTTP_{name}", value)
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        for run in runs:
+            Sender(run).send()
+    except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        _log.warning("MLflow does not take what %s measured (%s); it is kept and sent later", runs[0].key, reason)
+        return False
+    return True
+
+
+class Sender:
+    """Sends one run folder; `cursor` remembers what arrived."""
+
+    def __init__(self, run: RunFolder) -> None:
+        from tasks.registry import client
+
+        self.run, self.request = run, run.request
+        self.client: MlflowClient = client(Path(self.request["root"]))
+        self.cursor = _cursor(run)
+
+    def send(self) -> str:
+        """Everything new; returns the id of the stage's MLflow run."""
+        with FileLock(self.run.path / ".mlflow.lock"):
+            self.cursor = _cursor(self.run)
+            ended = self.run.succeeded
+            if not self._known():
+                self.cursor = {"run_id": self._child(), "uri": self.client.tracking_uri, "at": 0, "steps": {}}
+                self._describe()
+            self._metrics()
+            if ended and not self.cursor.get("done"):
+                self._finish()
+            return self.cursor["run_id"]
+
+    def _known(self) -> bool:
+        """Whether the run that the cursor names is in this database (it may have been lost)."""
+        if self.cursor.get("uri") != self.client.tracking_uri:
+            return False
+        return bool(self._find(f"attributes.run_id = '{self.cursor['run_id']}'"))
+
+    def _find(self, condition: str) -> str | None:
+        found = self.client.search_runs([self._experiment()], condition, max_results=1)
+        return found[0].info.run_id if found else None
+
+    def _experiment(self) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        found = self.client.get_experiment_by_name(name)
+        if found:
+            return found.experiment_id
+        folder = self.run.path.parents[1] / "mlartifacts"
+        local = self.client.tracking_uri.startswith("sqlite")
+        return self.client.create_experiment(name, artifact_location=folder.as_uri() if local else None)
+
+    def _child(self) -> str:
+        with FileLock(self.run.path.parent / ".mlflow.lock"):
+            found = self._find(f"tags.`lladaflow.key` = '{self.run.key}'")
+            return found or self._create(
+                self.run.stage, {"lladaflow.key": self.run.key, "mlflow.parentRunId": self._parent()}
+            )
+
+    def _parent(self) -> str:
+        params = {k: v for k, v in self.request["all_params"].items() if k != "launch"}
+        key = hash_of([params, self.request["source"]])[:16]
+        found = self._find(f"tags.`lladaflow.pipeline` = '{key}'")
+        return found or self._create(
+            params["name"], {"lladaflow.pipeline": key, "lladaflow.root": self.request["root"]}
+        )
+
+    def _create(self, name: str, tags: dict[str, str]) -> str:
+        return self.client.create_run(self._experiment(), tags=tags, run_name=name).info.run_id
+
+    def _describe(self) -> None:
+        from mlflow.entities import Dataset, DatasetInput, Param, RunTag
+
+        run_id = self.cursor["run_id"]
+        values = [Param(key, str(value)[:6000]) for key, value in flat(self.request["params"]).items()]
+        tags = [RunTag(f"input.{path}", digest) for path, digest in self.request["inputs"].items()]
+        tags += [RunTag("lladaflow.folder", str(self.run.path)), RunTag("lladaflow.stage", self.run.stage)]
+        for start in range(0, len(values), 100):
+            self.client.log_batch(run_id, params=values[start : start + 100])
+        self.client.log_batch(run_id, tags=tags)
+        data = [
+            DatasetInput(Dataset(name=path, digest=digest[:16], source_type="local", source=json.dumps({"uri": path})))
+            for path, digest in self.request["inputs"].items()
+        ]
+        self.client.log_inputs(run_id, datasets=data)
+
+    def _metrics(self) -> None:
+        path = self.run.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        with path.open("rb") as stream:
+            stream.seek(self.cursor["at"])
+            text = stream.read()
+        text = text[: text.rfind(b"\n") + 1]
+        batch = self._new_points([json.loads(line) for line in text.splitlines() if line.startswith(b"{")])
+        for start in range(0, len(batch), BATCH):
+            self.client.log_batch(self.cursor["run_id"], metrics=batch[start : start + BATCH])
+        self.cursor["at"] += len(text)
+        write_json(self.run.path / "mlflow.json", self.cursor)
+
+    def _new_points(self, lines: list[dict[str, Any]]) -> list[Any]:
+        """A resumed run measures some steps again, with the same values: only a roll-back makes them new."""
+        from mlflow.entities import Metric
+
+        points, steps = [], self.cursor["steps"]
+        for line in lines:
+            if line.get("event") == "rolled back":
+                steps.update({key: min(step, line["back_to"]) for key, step in steps.items()})
+            for key, value in line.items():
+                number = isinstance(value, int | float) and not isinstance(value, bool) and key not in ("step", "time")
+                if number and line["step"] > steps.get(key, -1):
+                    points.append(Metric(key, float(value), int(line["time"] * 1000), line["step"]))
+                    steps[key] = line["step"]
+        return points
+
+    def _finish(self) -> None:
+        run_id, job = self.cursor["run_id"], self.run.job or {}
+        self.client.set_tag(
+            run_id, "lladaflow.job", f"{job.get('launcher', 'inline')} {job.get('id', job.get('pid', ''))}"
+        )
+        self.client.log_metric(run_id, "seconds", self.run.seconds or 0.0)
+        paths = [self.run.path / name for name in ARTIFACTS]
+        paths += [self.run.tree / out for out in self.request["outs"] if out.startswith("reports/")]
+        for path in paths:
+            if path.is_file():
+                self.client.log_artifact(run_id, str(path))
+        self.client.set_terminated(run_id)
+        self.cursor["done"] = True
+        write_json(self.run.path / "mlflow.json", self.cursor)
+
+
+def _cursor(run: RunFolder) -> dict[str, Any]:
+    path = run.path / "mlflow.json"
+    return read_json(path) if path.exists() else {}

@@ -1,0 +1,212 @@
+"""Launching, attaching, resuming and damage, with toy stages as real jobs on this machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.graph import load_stage
+from tasks.launch_local import start_time
+from tasks.runs import RunFolder, all_runs, find_run, open_run, stage_params
+
+
+def wait_until(condition, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
+def program(*arguments: str, **env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | env,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, text
+    return text
+
+
+def the_run(project: Path, stage: str = "pretrain") -> RunFolder:
+    [run] = [r for r in all_runs(project) if r.stage == stage]
+    return run
+
+
+def steps(run: RunFolder) -> list[int]:
+    return [int(line.split()[0]) for line in (run.path / "steps.txt").read_text().splitlines()]
+
+
+def open_toy(project: Path, *overrides: str) -> RunFolder:
+    params = stage_params(project, list(overrides))
+    return open_run(project, load_stage(project, "pretrain", params), params)
+
+
+def test_a_stage_runs_as_a_job_and_its_output_is_published(project: Path) -> None:
+    text = finish(program("tasks.pretrain"))
+    run = the_run(project)
+    assert "first step 4" in text
+    assert run.succeeded
+    assert (project / "models/pretrain/weights").read_text() == "hello pretrain 4 first"
+    assert "already made" in finish(program("tasks.pretrain"))
+    assert steps(run) == [1, 2, 3, 4]
+
+
+def test_the_fingerprint_is_what_determines_the_result(project: Path) -> None:
+    first = open_toy(project)
+    assert open_toy(project, "launch.kind=inline", "sft.max_steps=9").key == first.key
+    assert open_toy(project, "pretrain.max_steps=9").key != first.key
+    (project / "inputs/text").write_text("other")
+    assert open_toy(project).key != first.key
+    (project / "inputs/text").write_text("hello")
+    with (project / "tasks/pretrain.py").open("a") as file:
+        file.write("# changed\n")
+    assert open_toy(project).key != first.key
+
+
+def test_killed_orchestrator_leaves_the_job_and_the_next_attaches(project: Path) -> None:
+    (project / "wait-pretrain-2").touch()
+    first = program("tasks.pretrain")
+    wait_until(lambda: list(project.glob("runs/*/steps.txt")) and 2 in steps(the_run(project)))
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    second = program("tasks.pretrain")
+    wait_until(lambda: "following" in second.stdout.readline())
+    (project / "wait-pretrain-2").unlink()
+    finish(second)
+    run = the_run(project)
+    assert steps(run) == [1, 2, 3, 4]
+    assert len((run.path / "attempts.txt").read_text().splitlines()) == 1
+
+
+def test_a_killed_program_is_restarted_from_its_checkpoint(project: Path) -> None:
+    (project / "die-pretrain-2").touch()
+    text = finish(program("tasks.pretrain"))
+    assert "restart 1 of 1" in text
+    assert steps(the_run(project)) == [1, 2, 3, 4]
+
+
+def test_a_killed_job_is_submitted_again_and_goes_on(project: Path) -> None:
+    (project / "wait-pretrain-2").touch()
+    first = program("tasks.pretrain")
+    wait_until(lambda: list(project.glob("runs/*/steps.txt")) and 2 in steps(the_run(project)))
+    os.killpg(the_run(project).job["pid"], signal.SIGKILL)
+    text = first.communicate(timeout=30)[0]
+    assert first.returncode == 1
+    assert "without success" in text
+    (project / "wait-pretrain-2").unlink()
+    finish(program("tasks.pretrain"))
+    assert steps(the_run(project)) == [1, 2, 3, 4]
+
+
+def test_a_job_whose_leader_died_is_waited_for_not_doubled(project: Path) -> None:
+    (project / "wait-pretrain-2").touch()
+    first = program("tasks.pretrain")
+    wait_until(lambda: list(project.glob("runs/*/steps.txt")) and 2 in steps(the_run(project)))
+    os.kill(the_run(project).job["pid"], signal.SIGKILL)  # the script alone: its program lives on
+    first.communicate(timeout=30)
+    second = program("tasks.pretrain")
+    wait_until(lambda: the_run(project).job and the_run(project).job["pid"] != first.pid)
+    (project / "wait-pretrain-2").unlink()
+    finish(second)
+    run = the_run(project)
+    assert steps(run) == [1, 2, 3, 4]
+    assert len({line.split()[1] for line in (run.path / "steps.txt").read_text().splitlines()}) == 1
+
+
+def test_a_mistake_is_one_line_and_not_retried(project: Path) -> None:
+    (project / "mistake-pretrain-2").touch()
+    process = program("tasks.pretrain")
+    text = process.communicate(timeout=30)[0]
+    assert process.returncode == 2
+    assert "error: a mistake of the user" in text
+    assert "Traceback" not in text
+    assert "restart" not in text
+
+
+def test_sigterm_ends_the_job_and_the_same_command_goes_on(project: Path) -> None:
+    (project / "wait-pretrain-2").touch()
+    first = program("tasks.pretrain")
+    wait_until(lambda: list(project.glob("runs/*/steps.txt")) and 2 in steps(the_run(project)))
+    os.kill(first.pid, signal.SIGTERM)
+    first.communicate(timeout=30)
+    assert first.returncode == 143
+    run = the_run(project)
+    assert (
+        not Path(f"/proc/{run.job['pid']}").exists()
+        or "Z" in Path(f"/proc/{run.job['pid']}/stat").read_text().split()[2]
+    )
+    finish(program("tasks.pretrain"))
+    assert steps(run) == [1, 2, 3, 4]
+
+
+def test_the_job_runs_the_code_that_was_submitted(project: Path) -> None:
+    (project / "wait-pretrain-2").touch()
+    (project / "die-pretrain-3").touch()
+    first = program("tasks.pretrain")
+    wait_until(lambda: list(project.glob("runs/*/steps.txt")) and 2 in steps(the_run(project)))
+    source = project / "tasks/pretrain.py"
+    source.write_text(source.read_text().replace('"first"', '"second"'))
+    (project / "inputs/text").write_text("changed since")
+    (project / "wait-pretrain-2").unlink()
+    finish(first)
+    assert (project / "models/pretrain/weights").read_text() == "hello pretrain 4 first"
+
+
+def test_inline_and_by_hand(project: Path) -> None:
+    finish(program("tasks.pretrain", "launch.kind=inline", "pretrain.max_steps=2"))
+    assert (project / "models/pretrain/weights").read_text() == "hello pretrain 2 first"
+    assert (project / "params.yaml").read_text().count("max_steps: 4") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["pretrain.max_stepz=3"], "did you mean 'max_steps'"),
+        (["a", "b"], "overrides are written block.key=value"),
+        (["pretrain.max_steps=0"], "greater than or equal to 1"),
+    ],
+)
+def test_bad_input_is_one_line(project: Path, arguments: list[str], line: str) -> None:
+    process = program("tasks.pretrain", *arguments)
+    text = process.communicate(timeout=30)[0]
+    assert process.returncode == 2
+    assert line in text
+    assert len(text.strip().splitlines()) == 1
+
+
+def test_costly_stages_are_not_done_again_unasked(project: Path) -> None:
+    finish(program("tasks.pretrain"))  # the toy says it took two hours
+    process = program("tasks.pretrain", "pretrain.max_steps=5")
+    text = process.communicate(timeout=30)[0]
+    assert process.returncode == 1
+    assert "pretrain.max_steps: 4 -> 5" in text
+    assert (project / "models/pretrain/weights").read_text() == "hello pretrain 4 first"
+    finish(program("tasks.pretrain", "pretrain.max_steps=5", LLADAFLOW_YES="1"))
+    assert (project / "models/pretrain/weights").read_text() == "hello pretrain 5 first"
+
+
+def test_runs_are_found_by_prefix_or_stage(project: Path) -> None:
+    run = open_toy(project)
+    assert find_run(project, "pretrain").key == find_run(project, run.key[:14]).key == run.key
+    with pytest.raises(ValueError, match="no run 'nothing'"):
+        find_run(project, "nothing")
+
+
+def test_damaged_state_is_named(project: Path) -> None:
+    run = open_toy(project)
+    (run.path / "job.json").write_text("{")
+    process = program("tasks.pretrain")
+    assert "job.json is damaged" in process.communicate(timeout=30)[0]
+    assert json.loads((run.path / "request.json").read_text())["stage"] == "pretrain"
