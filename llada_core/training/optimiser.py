@@ -1,19 +1,69 @@
 """The optimiser and the learning-rate curve. Knows parameters and progress; does not know losses or data."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from llada_core.config.training import TrainingParams
 
 
-def adamw(model: nn.Module, params: TrainingParams) -> torch.optim.AdamW:
-    """AdamW (fused) over the parameters that train; matrices decay, norms and biases do not."""
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) for the matrices inside the blocks, AdamW for everything else, as one optimiser.
+
+    Muon's steps are scaled to AdamW's root mean square (arXiv:2502.16982), so one learning rate serves both.
+    """
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self._parts = tuple(parts)
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for part in self._parts:
+            part.state = self.state
+            part.param_groups = [next(groups) for _ in part.param_groups]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self._parts:
+            part.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def optimiser_for(model: PreTrainedModel, params: TrainingParams) -> torch.optim.Optimizer:
+    """The optimiser that `params.optimiser` names, over the parameters that train; norms and biases do not decay."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": params.weight_decay},
-              {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=params.learning_rate, betas=params.betas, fused=True)
+    hidden = _hidden_matrices(model) if params.optimiser == "muon" else set()
+    matrices = [p for p in trainable if p.ndim >= 2 and p not in hidden]
+    groups = [
+        {"params": matrices, "weight_decay": params.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=params.learning_rate, betas=params.betas, fused=True
+    )
+    if not hidden:
+        return adamw
+    muon = torch.optim.Muon(
+        [p for p in trainable if p in hidden],
+        lr=params.learning_rate,
+        weight_decay=params.weight_decay,
+        momentum=0.95,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return MuonAndAdamW([muon, adamw])
+
+
+def _hidden_matrices(model: PreTrainedModel) -> set[nn.Parameter]:
+    outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    return {p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in outer}
 
 
 def learning_rate(params: TrainingParams, step: int, progress: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llada_core.training.checkpoint import Checkpoints, Stored, read_state
 from llada_core.training.objectives import Objective
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 _WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
@@ -61,14 +61,16 @@ class Snapshot:
     def _restore_moments(self, stored: Stored, updates: int) -> None:
         for name, parameter in self._trainable().items():
             self._optimiser.state.pop(parameter, None)
-            if f"optimiser.exp_avg.{name}" in stored:
-                moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
-                for moment, tensor in moments.items():
-                    stored.copy_into(f"optimiser.{moment}.{name}", tensor)
-                self._optimiser.state[parameter] = {"step": torch.tensor(float(updates), device=_step_device(parameter)), **moments}
+            moments = {m: torch.zeros_like(parameter) for m in _MOMENTS if f"optimiser.{m}.{name}" in stored}
+            for moment, tensor in moments.items():
+                stored.copy_into(f"optimiser.{moment}.{name}", tensor)
+            if "exp_avg" in moments:
+                moments["step"] = torch.tensor(float(updates), device=_step_device(parameter))
+            if moments:
+                self._optimiser.state[parameter] = moments
 
     def _updates(self) -> int:
-        return next((int(slots["step"]) for slots in self._optimiser.state.values()), 0)
+        return next((int(slots["step"]) for slots in self._optimiser.state.values() if "step" in slots), 0)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         found = {}
