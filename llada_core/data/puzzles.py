@@ -110,7 +110,7 @@ def sudoku_prompt(puzzle: str, rng: random.Random) -> str:
 def countdown(rng: random.Random, *, largest: int = 20) -> Puzzle:
     """Three numbers from 1 to `largest` and a target from 1 to 99 that some expression of all three reaches."""
     while True:
-        numbers = [rng.randint(1, largest) for _ in range(3)]
+        numbers = [_up_to(rng, largest) for _ in range(3)]
         expression, target = _expression(rng, numbers)
         if target is not None and 1 <= target <= 99:
             break
@@ -134,10 +134,10 @@ def split(rng: random.Random, *, largest: int = 99) -> Puzzle:
     """A total up to `largest` to be written as a sum of 2 to 4 different numbers, none below a bound."""
     parts = rng.randint(2, 4)
     while True:
-        numbers = [rng.randint(1, max(2, 2 * largest // parts)) for _ in range(parts)]
+        numbers = [_up_to(rng, max(2, 2 * largest // parts)) for _ in range(parts)]
         if len(set(numbers)) == parts and sum(numbers) <= largest:
             break
-    total, least = sum(numbers), rng.randint(1, min(numbers))
+    total, least = sum(numbers), _up_to(rng, min(numbers))
     expression = "+".join(map(str, numbers))
     return Puzzle(
         task="split",
@@ -211,6 +211,11 @@ _RANK = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _up_to(rng: random.Random, largest: int) -> int:
+    """From 1 to `largest`; six times as fast as randint, which most of the time would go to."""
+    return 1 + int(rng.random() * largest)
 
 
 def _is_solved(rows: tuple[str, ...]) -> bool:

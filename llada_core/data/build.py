@@ -1,0 +1,213 @@
+"""Builds the data of one training stage: rows from sources and puzzles, tokenised in several processes, written once.
+
+What is written depends on the sources' content and the block alone, not on the number of processes. A row's side
+(train or validation) is decided by its content, so equal rows never stand on both.
+"""
+
+import functools
+import itertools
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from llada_core.config.data import PartParams, SourceParams
+from llada_core.config.dotted import function_at
+from llada_core.data.rows import RowFile, schema_of
+from llada_core.data.sources import DataError, Origin, Row, read
+from llada_core.data.tokenise import ENCODERS, Encoded, content_hash, text_in, text_of
+from llada_core.tokenizer import Tokenizer
+
+Side = Literal["train", "validation"]
+SIDES: tuple[Side, ...] = ("train", "validation")
+_CHUNK = 1000
+_INLINE = 8  # chunks tokenised before a pool of processes is worth starting
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of one source, numbered; `source` None: generated rows, which stay on the side `side`."""
+
+    rows: tuple[tuple[int, Row], ...]
+    place: str
+    source: SourceParams | None = None
+    map: str | None = None
+    side: Side = "train"
+
+
+@dataclass(frozen=True)
+class Coded:
+    """One side's rows of a chunk as an Arrow table, and its drops."""
+
+    side: Side
+    table: pa.Table
+    counts: Counter[str]
+
+
+def chunks_of(source: SourceParams, origin: Origin) -> Iterator[Chunk]:
+    """The rows of a source in chunks of fixed size."""
+    rows = read(source, origin)
+    while chunk := tuple(itertools.islice(rows, _CHUNK)):
+        yield Chunk(chunk, origin.place, source, origin.map)
+
+
+def generated(rows: Iterable[Row], name: str, side: Side) -> Iterator[Chunk]:
+    """Rows that need no map function and whose side is known, in chunks of fixed size."""
+    numbered = enumerate(rows, 1)
+    while chunk := tuple(itertools.islice(numbered, _CHUNK)):
+        yield Chunk(chunk, name, side=side)
+
+
+class Workers:
+    """Runs a function over many chunks in order, in several processes once there are enough of them."""
+
+    def __init__(self, processes: int) -> None:
+        self._processes = processes or len(os.sched_getaffinity(0))
+        self._pool: Executor | None = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def each(self, function: Callable[[Chunk], list[Coded]], chunks: Iterator[Chunk]) -> Iterator[list[Coded]]:
+        """The results in the order of the chunks, few of which are in memory at a time."""
+        yield from map(function, itertools.islice(chunks, _INLINE if self._processes > 1 else None))
+        waiting: deque[Future[list[Coded]]] = deque()
+        for chunk in chunks:
+            waiting.append(self._started().submit(function, chunk))
+            if len(waiting) > 2 * self._processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _started(self) -> Executor:
+        if self._pool is None:
+            # Not fork: the tokenizer's and torch's threads do not survive it.
+            context = get_context("forkserver")
+            context.set_forkserver_preload(["llada_core.data.build"])
+            self._pool = ProcessPoolExecutor(self._processes, mp_context=context, initializer=_one_thread)
+        return self._pool
+
+
+def _one_thread() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def build(
+    stage: str, params: PartParams, tokenizer_folder: Path, chunks: Iterator[Chunk], workers: Workers, folder: Path
+) -> dict[str, Any]:
+    """Writes `folder/{train,validation}` (`datasets.load_from_disk`) and returns the card of what was written.
+
+    Raises `DataError` when nothing is left to train on.
+    """
+    tokenizer = _tokenizer(str(tokenizer_folder))
+    schema = schema_of(stage, params, tokenizer.vocab_size)
+    function = functools.partial(encode, stage, params, str(tokenizer_folder))
+    folder.mkdir(parents=True)
+    dropped: Counter[str] = Counter()
+    files = {side: RowFile(folder / side, params, schema) for side in SIDES}
+    for coded in itertools.chain.from_iterable(workers.each(function, chunks)):
+        files[coded.side].add(coded.table)
+        dropped += coded.counts
+    card: dict[str, Any] = {"dropped": dict(sorted(dropped.items()))}
+    for side, file in files.items():
+        card[side] = file.close()
+    if not card["train"]["rows"]:
+        raise DataError(f"data.{stage}: no row is left to train on; dropped: {card['dropped'] or 'none'}")
+    return card
+
+
+def encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) -> list[Coded]:
+    """The rows of one chunk, mapped, put on their sides, repeated by their weight, and tokenised."""
+    sides: dict[Side, list[tuple[int, Row]]] = {"train": [], "validation": []}
+    counts: Counter[str] = Counter()
+    for number, raw in chunk.rows:
+        if chunk.source is None:
+            sides[chunk.side].append((number, raw))
+            continue
+        row = _mapped(stage, chunk, number, raw)
+        if row is None:
+            counts["map function"] += 1
+            continue
+        share = content_hash(row) / 2**64
+        if share < params.validation:
+            sides["validation"].append((number, row))
+        else:
+            spread = (share - params.validation) / (1 - params.validation)
+            weight = chunk.source.weight
+            sides["train"] += [(number, row)] * (int(weight) + (spread < weight % 1))
+    tokenizer = _tokenizer(tokenizer_folder)
+    results = []
+    for side, rows in sides.items():
+        encoded = _encoded(stage, params, tokenizer, chunk.place, rows)
+        table = pa.table(encoded.columns, schema_of(stage, params, tokenizer.vocab_size, packed=False))
+        results.append(Coded(side, table, counts + encoded.counts))
+        counts = Counter()
+    return results
+
+
+def texts_in(stage: str, chunk: Chunk) -> Iterator[str]:
+    """The text of each row of a chunk, with the names of its speakers, as a tokenizer is trained on it."""
+    for number, raw in chunk.rows:
+        row = raw if chunk.source is None else _mapped(stage, chunk, number, raw)
+        if row is not None:
+            yield text_in(row)
+
+
+def _mapped(stage: str, chunk: Chunk, number: int, raw: Row) -> Row | None:
+    if chunk.map is None:
+        source = chunk.source
+        return {"text": text_of(raw, source.text_field)} if stage == "pretrain" and source is not None else raw
+    try:
+        mapped: Row | None = function_at(chunk.map, "map function")(raw)
+        return mapped
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        fields = ", ".join(sorted(raw))
+        raise DataError(
+            f"{chunk.place}, row {number}: the map function {chunk.map} raised {type(error).__name__}: {error};"
+            f" the row has the fields {fields}"
+        ) from None
+
+
+def _encoded(stage: str, params: PartParams, tokenizer: Tokenizer, place: str, rows: list[tuple[int, Row]]) -> Encoded:
+    try:
+        return ENCODERS[stage]([row for _, row in rows], tokenizer, params)
+    except (DataError, KeyError):
+        for number, row in rows:  # again one by one, to say which row it was
+            try:
+                ENCODERS[stage]([row], tokenizer, params)
+            except KeyError as error:
+                raise DataError(f"{place}, row {number}: the field {error} is missing") from None
+            except DataError as error:
+                raise DataError(f"{place}, row {number}: {error}") from None
+        raise
+
+
+@functools.cache
+def _tokenizer(folder: str) -> Tokenizer:
+    return Tokenizer.load(folder)
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """A copy that shares the files' content where the file system can, so that the cache costs nothing."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copy2(one, other)
+
+    shutil.copytree(source, target, copy_function=link)
+
+
+__all__ = ["SIDES", "Chunk", "Coded", "Workers", "build", "chunks_of", "copy_tree", "encode", "generated", "texts_in"]

@@ -1,0 +1,128 @@
+"""Generated puzzles as rows of the training stages and as evaluation files. Knows no tokens."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llada_core.config.data import PuzzleCounts, PuzzlesParams, SourceParams
+from llada_core.data import puzzles
+from llada_core.data.puzzles import Part, Puzzle
+from llada_core.data.sources import Row, find, read
+
+_PARTS: dict[str, Part] = {"pretrain": "train", "sft": "train", "grpo": "grpo", "preference": "grpo"}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Puzzles to be evaluated on; `keys` are their values, `note` fields are added to each row's own."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    keys: list[str] = field(default_factory=list)
+
+
+def training_puzzles(stage: str, params: PuzzlesParams, seed: int) -> tuple[list[Puzzle], list[Puzzle]]:
+    """The puzzles of a stage for training and for validation, each in mixed order."""
+    train: list[Puzzle] = []
+    validation: list[Puzzle] = []
+    for task, counts, generate in _generators(params):
+        count = {"pretrain": counts.pretrain, "sft": counts.sft, "grpo": counts.grpo, "preference": counts.preference}
+        if count[stage]:
+            train += puzzles.draw(generate, part=_PARTS[stage], count=count[stage], seed=f"{seed}:{task}:{stage}")
+            name = f"data.puzzles.{task}.validation ({seed})"
+            validation += puzzles.draw(generate, part="validation", count=counts.validation, seed=name)
+    for part in (train, validation):
+        random.Random(f"{seed}:{stage}:order").shuffle(part)
+    return train, validation
+
+
+def as_rows(stage: str, drawn: list[Puzzle]) -> Iterator[Row]:
+    """What each stage's encoder reads of a puzzle."""
+    for number, puzzle in enumerate(drawn):
+        if stage == "pretrain":
+            yield {"text": puzzle.text}
+        elif stage == "sft":
+            reply = {"role": "assistant", "content": puzzle.solution}
+            yield {"messages": [{"role": "user", "content": puzzle.prompt}, reply]}
+        elif stage == "grpo":
+            yield {"prompt": puzzle.prompt, "task": puzzle.task, "answer": puzzle.answer}
+        else:
+            yield {"prompt": puzzle.prompt, "chosen": puzzle.solution, "rejected": _wrong(puzzle, number)}
+
+
+def keys_of(drawn: list[Puzzle]) -> set[str]:
+    """The values of puzzles, each with its task before it."""
+    return {f"{puzzle.task}:{puzzle.key}" for puzzle in drawn}
+
+
+def benchmarks(params: PuzzlesParams, seed: int, roots: list[Path]) -> list[Benchmark]:
+    """Held-out puzzles of every task, sudokus with grids never shown, and the published sets that a data root holds."""
+    found = []
+    for task, counts, generate in _generators(params):
+        if counts.evaluate:
+            name = f"data.puzzles.{task}.evaluate ({seed})"
+            drawn = list(puzzles.draw(generate, part="evaluate", count=counts.evaluate, seed=name))
+            found.append(_benchmark(task, drawn))
+            found += _published(task, seed, roots)
+    sudoku = params.sudoku
+    if sudoku.new_grids:
+        generate = partial(puzzles.sudoku, empty=sudoku.empty, new=True)
+        name = f"data.puzzles.sudoku.new_grids ({seed})"
+        drawn = list(puzzles.draw(generate, part=None, count=sudoku.new_grids, seed=name))
+        found.append(_benchmark("sudoku_new_grids", drawn))
+    return found
+
+
+def _generators(params: PuzzlesParams) -> list[tuple[str, PuzzleCounts, Callable[[random.Random], Puzzle]]]:
+    return [
+        ("sudoku", params.sudoku, partial(puzzles.sudoku, empty=params.sudoku.empty)),
+        ("countdown", params.countdown, partial(puzzles.countdown, largest=params.countdown.largest)),
+        ("split", params.split, partial(puzzles.split, largest=params.split.largest)),
+    ]
+
+
+def _benchmark(name: str, drawn: list[Puzzle]) -> Benchmark:
+    rows = [
+        {
+            "id": f"{name}-{i}",
+            "task": puzzle.task,
+            "prompt": puzzle.prompt,
+            "answer": puzzle.answer,
+            "solution": puzzle.solution,
+        }
+        for i, puzzle in enumerate(drawn)
+    ]
+    return Benchmark(name, rows, [f"{puzzle.task}:{puzzle.key}" for puzzle in drawn])
+
+
+def _published(task: str, seed: int, roots: list[Path]) -> list[Benchmark]:
+    """d1's test set of a task, worded as this run's own puzzles, when a root holds it."""
+    name = {"sudoku": "sudoku4x4", "countdown": "countdown"}.get(task)
+    if name is None or not any((root / name / "test.jsonl").is_file() for root in roots):
+        return []
+    source = SourceParams(name=name, split="test")
+    benchmark = Benchmark(f"{task}_published", [])
+    for number, row in read(source, find(source, "evaluate", roots)):
+        rng = random.Random(f"{seed}:{name}:{number}")
+        answer: dict[str, Any]
+        if task == "sudoku":
+            puzzle = str(row["Puzzle"]).zfill(16)
+            prompt, answer, key = puzzles.sudoku_prompt(puzzle, rng), {"puzzle": puzzle}, puzzles.sudoku_key(puzzle)
+        else:
+            numbers, target = [int(n) for n in row["input"].split(",")], int(row["output"])
+            prompt, key = puzzles.countdown_prompt(numbers, target, rng), puzzles.countdown_key(numbers, target)
+            answer = {"numbers": numbers, "target": target}
+        benchmark.rows.append({"id": f"{task}_published-{number}", "task": task, "prompt": prompt, "answer": answer})
+        benchmark.keys.append(f"{task}:{key}")
+    return [benchmark]
+
+
+def _wrong(puzzle: Puzzle, number: int) -> str:
+    """The solution with one digit replaced, which makes it wrong in each of the tasks."""
+    digits = [i for i, character in enumerate(puzzle.solution) if character.isdigit()]
+    place = digits[number % len(digits)]
+    other = str(int(puzzle.solution[place]) % 4 + 1)
+    return puzzle.solution[:place] + other + puzzle.solution[place + 1 :]

@@ -1,0 +1,82 @@
+"""Token rows on disk: their columns, and a writer that packs, counts and hashes what it writes.
+
+The folders are those of `datasets.save_to_disk`. Knows nothing of where rows come from.
+"""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llada_core.config.data import PartParams, PretrainData
+from llada_core.data.packing import Packer
+
+
+def schema_of(stage: str, params: PartParams, vocab_size: int, *, packed: bool = True) -> pa.Schema:
+    """The columns of a stage's rows; not `packed`: of pretraining documents on their way to being packed."""
+    ids = pa.list_(pa.uint16() if vocab_size <= 1 << 16 else pa.int32())
+    text = pa.string()
+    fields: dict[str, dict[str, pa.DataType]] = {
+        "pretrain": {"input_ids": ids},
+        "sft": {"input_ids": ids, "maskable": pa.list_(pa.uint8())},
+        "grpo": {"prompt_ids": ids, "prompt": text, "task": text, "answer": text},
+        "preference": {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids},
+    }
+    if packed and isinstance(params, PretrainData) and params.documents:
+        fields["pretrain"]["document_ids"] = pa.list_(pa.int32())
+    return pa.schema(fields[stage])
+
+
+class RowFile:
+    """One side's rows on their way to a folder that `datasets.load_from_disk` reads."""
+
+    def __init__(self, folder: Path, params: PartParams, schema: pa.Schema) -> None:
+        self._folder, self._schema = folder, schema
+        self._packer = Packer(params) if isinstance(params, PretrainData) else None
+        self._path = folder.with_suffix(".arrow")
+        self._sink = pa.OSFile(str(self._path), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, schema)
+        self._rows = self._tokens = self._maskable = self._longest = 0
+        self._lengths: Counter[int] = Counter()
+
+    def add(self, table: pa.Table) -> None:
+        """Writes rows; documents are packed first."""
+        if self._packer is not None:
+            ids = table["input_ids"].combine_chunks()
+            lengths = np.diff(ids.offsets.to_numpy()) if len(ids) else np.zeros(0, np.int64)
+            table = pa.table(self._packer.add(ids.flatten().to_numpy(), lengths), self._schema)
+        self._write(table)
+
+    def _write(self, table: pa.Table) -> None:
+        first = table.column(0)
+        lengths = np.asarray(pc.list_value_length(first))
+        self._rows += len(lengths)
+        self._tokens += int(lengths.sum())
+        self._longest = max(self._longest, int(lengths.max(initial=0)))
+        self._lengths.update((1 << np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)).tolist())
+        if "maskable" in table.column_names:
+            self._maskable += pc.sum(pc.list_flatten(table["maskable"])).as_py() or 0
+        if table.num_rows:
+            self._writer.write_table(table)
+
+    def close(self) -> dict[str, Any]:
+        """Moves the rows into place; returns their counts, lengths (rows up to each power of two) and hash."""
+        if self._packer is not None:
+            self._write(pa.table(self._packer.rest(), self._schema))
+        self._writer.close()
+        self._sink.close()
+        with self._path.open("rb") as data:
+            digest = hashlib.file_digest(data, "sha256").hexdigest()
+        # The library would invent a fingerprint from the time of writing, and nothing downstream would be cached.
+        datasets.disable_progress_bars()
+        stored = datasets.Dataset.from_file(str(self._path))
+        datasets.Dataset(stored.data, info=stored.info, fingerprint=digest[:16]).save_to_disk(str(self._folder))
+        self._path.unlink()
+        card: dict[str, Any] = {"rows": self._rows, "tokens": self._tokens, "longest": self._longest, "hash": digest}
+        card["lengths"] = {str(bound): count for bound, count in sorted(self._lengths.items())}
+        return {**card, "maskable": self._maskable} if "maskable" in self._schema.names else card

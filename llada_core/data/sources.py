@@ -1,0 +1,196 @@
+"""Where rows come from: files and folders below a data root, data sets of the Hub, and short names for well-known ones.
+
+Yields rows as their authors wrote them, each with its number, so that an error can say which. Knows no tokens.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llada_core.config.base import nearest
+from llada_core.config.data import SourceParams
+
+Row = dict[str, Any]
+
+
+class DataError(ValueError):
+    """A user's data is not what it should be; the text is one line that says where and what was expected."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A data set with a short name: where the Hub has it, and the function in maps.py that each stage uses."""
+
+    hub: str | None = None
+    config: str | None = None
+    split: str = "train"
+    maps: dict[str, str] = field(default_factory=dict)
+
+
+KNOWN: dict[str, Known] = {
+    "alpaca": Known("tatsu-lab/alpaca", maps={"sft": "alpaca"}),
+    "dolly": Known("databricks/databricks-dolly-15k", maps={"sft": "dolly"}),
+    "tulu-3-sft-mixture": Known("allenai/tulu-3-sft-mixture"),
+    "ultrachat": Known("HuggingFaceH4/ultrachat_200k", split="train_sft"),
+    "smoltalk": Known("HuggingFaceTB/smoltalk", config="all"),
+    "opc-sft-stage1": Known("OpenCoder-LLM/opc-sft-stage1", "filtered_infinity_instruct", maps={"sft": "alpaca"}),
+    "opc-sft-stage2": Known("OpenCoder-LLM/opc-sft-stage2", "educational_instruct", maps={"sft": "alpaca"}),
+    "opc-annealing-corpus": Known("OpenCoder-LLM/opc-annealing-corpus", "algorithmic_corpus"),
+    "dclm": Known("mlfoundations/dclm-baseline-1.0"),
+    "gutenberg": Known(),
+    "gsm8k": Known("openai/gsm8k", "main", maps={"sft": "gsm8k_dialogue", "grpo": "gsm8k"}),
+    "math500": Known("ankner/math-500", split="test", maps={"grpo": "math"}),
+    "countdown": Known("Jiayi-Pan/Countdown-Tasks-3to4", maps={"grpo": "countdown"}),
+    "sudoku4x4": Known(maps={"grpo": "sudoku"}),
+    "kodcode": Known("KodCode/KodCode-Light-RL-10K", maps={"grpo": "code"}),
+    "ultrafeedback": Known(
+        "HuggingFaceH4/ultrafeedback_binarized", split="train_prefs", maps={"preference": "preference"}
+    ),
+}
+_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".csv")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A source that was found: a file, a folder written by `datasets`, or a name on the Hub; and its map function."""
+
+    place: str
+    kind: str  # file, saved, hub
+    split: str
+    config: str | None
+    map: str | None
+    digest: str  # of the content for files; of name, configuration and revision on the Hub
+
+
+def find(source: SourceParams, stage: str, roots: list[Path]) -> Origin:
+    """Where a source's rows are; a short name is looked up below the roots before it is asked of the Hub.
+
+    Raises FileNotFoundError that says where it was looked for.
+    """
+    known = KNOWN.get(source.name) or next((k for k in KNOWN.values() if k.hub == source.name), Known())
+    own_map = f"llada_core.data.maps.{known.maps[stage]}" if stage in known.maps else None
+    split, config = source.split or known.split, source.config or known.config
+    for root in roots:
+        place = root / Path(source.name).expanduser()
+        if place.is_dir() and any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return Origin(str(place), "saved", split, config, source.map or own_map, _digest_folder(place))
+        path = place if place.is_file() else _split_file(place, source.split or "train")
+        if path is not None:
+            return Origin(str(path), "file", split, config, source.map or own_map, _digest_file(path))
+    hub = known.hub if source.name in KNOWN else source.name if _looks_like_hub(source.name) else None
+    if hub is None:
+        looked = ", ".join(map(str, roots))
+        raise FileNotFoundError(
+            f"data source {source.name!r}: no file, and no folder with {split}{'|'.join(_SUFFIXES)}, below {looked}"
+            f"{'' if source.name in KNOWN else nearest(source.name, list(KNOWN))}"
+        )
+    asked = json.dumps([hub, config, split, source.revision])
+    return Origin(hub, "hub", split, config, source.map or own_map, hashlib.sha256(asked.encode()).hexdigest())
+
+
+def read(source: SourceParams, origin: Origin) -> Iterator[tuple[int, Row]]:
+    """The rows of a source with their numbers (of lines, from 1); raises `DataError` with file and line."""
+    rows = _read_file(Path(origin.place), source) if origin.kind == "file" else _read_datasets(source, origin)
+    if source.contains:
+        rows = ((n, row) for n, row in rows if all(text in str(row.get(f, "")) for f, text in source.contains.items()))
+    found = False
+    for row in islice(rows, source.limit):
+        found = True
+        yield row
+    if not found:
+        raise DataError(f"{origin.place}: no rows; expected at least one")
+
+
+def _read_file(path: Path, source: SourceParams) -> Iterator[tuple[int, Row]]:
+    if path.suffix == ".jsonl":
+        yield from _read_jsonl(path)
+    elif path.suffix == ".json":
+        rows = _json(_text(path.read_bytes(), f"{path}"), f"{path}")
+        if not isinstance(rows, list):
+            raise DataError(f"{path}: expected a JSON list of objects, got {type(rows).__name__}")
+        yield from ((i, _object(row, f"{path}, entry {i}")) for i, row in enumerate(rows, 1))
+    elif path.suffix in (".parquet", ".csv"):
+        import datasets
+
+        table = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
+        yield from enumerate(table, 1)
+    elif source.unit == "line":
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if text := _text(line, f"{path}, line {number}").strip():
+                    yield number, {"text": text}
+    elif text := _text(path.read_bytes(), str(path)):
+        yield 1, {"text": text}
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}, line {number}"
+            if text := _text(line, where).strip():
+                yield number, _object(_json(text, where), where)
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = "" if ", line" in where else f", line {data[: error.start].count(10) + 1}"
+        raise DataError(f"{where}{line}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); is the file cut off?") from None
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _read_datasets(source: SourceParams, origin: Origin) -> Iterator[tuple[int, Row]]:
+    import datasets
+
+    if origin.kind == "saved":
+        table = datasets.load_from_disk(origin.place)
+        if isinstance(table, datasets.DatasetDict):
+            if origin.split not in table:
+                raise DataError(f"{origin.place}: no split {origin.split!r}; it has {', '.join(table)}")
+            table = table[origin.split]
+    else:
+        try:
+            table = datasets.load_dataset(
+                origin.place, origin.config, split=origin.split, revision=source.revision, streaming=source.streaming
+            )
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"data set {origin.place!r} cannot be had from the Hub: {reason}") from None
+    yield from enumerate(table, 1)
+
+
+def _split_file(folder: Path, split: str) -> Path | None:
+    return next((path for suffix in _SUFFIXES if (path := folder / f"{split}{suffix}").is_file()), None)
+
+
+def _looks_like_hub(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(_SUFFIXES)
+
+
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _digest_folder(folder: Path) -> str:
+    digests = [
+        f"{path.relative_to(folder)} {_digest_file(path)}" for path in sorted(folder.rglob("*")) if path.is_file()
+    ]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

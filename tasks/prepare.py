@@ -1,0 +1,171 @@
+"""The stage `prepare`: from sources and puzzles to `data/`: tokenizer, tokenised splits, evaluation files, a card.
+
+What one stage's block asks for is built once and kept, under a name made of all that determines it, in a folder that
+all workspaces share. Knows no model.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import llada_core.data
+from llada_core.config.data import DataParams, TokenizerParams
+from llada_core.config.dotted import function_at
+from llada_core.data.build import Chunk, Workers, build, chunks_of, generated, texts_in
+from llada_core.data.puzzle_rows import as_rows, benchmarks, keys_of, training_puzzles
+from llada_core.data.sources import Origin, find
+from llada_core.tokenizer import Tokenizer, train_tokenizer
+from tasks.folders import content_hash, hash_of, link_into, write_json, write_text
+from tasks.program import Work, stage_program
+
+_CODE = Path(llada_core.data.__file__).parent  # a change there makes everything anew
+PARTS = ("pretrain", "sft", "grpo", "preference")
+
+
+class Part:
+    """One training stage's share of the data: where its rows come from, and what determines them."""
+
+    def __init__(self, stage: str, params: DataParams, seed: int, roots: list[Path]) -> None:
+        block = {"pretrain": params.pretrain, "sft": params.sft, "grpo": params.grpo, "preference": params.preference}
+        found = block[stage]
+        assert found is not None
+        self.stage, self.block = stage, found
+        self.origins = [(source, find(source, stage, roots)) for source in found.sources]
+        self.train, self.validation = training_puzzles(stage, params.puzzles, seed)
+        drawn = hashlib.sha256(repr([self.train, self.validation]).encode()).hexdigest()
+        sources = [[origin.digest, _code_of(origin)] for _, origin in self.origins]
+        self.key = hash_of([stage, found.model_dump(mode="json"), drawn, sources, content_hash(_CODE)])
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All rows: puzzles first, then source after source."""
+        yield from generated(as_rows(self.stage, self.train), "puzzles", "train")
+        yield from generated(as_rows(self.stage, self.validation), "puzzles", "validation")
+        for source, origin in self.origins:
+            yield from chunks_of(source, origin)
+
+    def texts(self, documents: int) -> Iterator[str]:
+        """Training text of each source for a tokenizer."""
+        starts = [generated(as_rows(self.stage, self.train), "puzzles", "train")]
+        starts += [chunks_of(source, origin) for source, origin in self.origins]
+        for chunks in starts:
+            yield from islice(chain.from_iterable(texts_in(self.stage, chunk) for chunk in chunks), documents)
+
+
+def prepare(params: DataParams, *, seed: int, out: Path, home: Path) -> dict[str, Any]:
+    """Writes the folder `out` and returns its card; names of files are relative to `home` or to the data root.
+
+    Raises `ConfigError`, `DataError` and FileNotFoundError for what a user can mend; `out` is then not there.
+    """
+    given = [Path(root).expanduser() for root in (os.environ.get("LLADAFLOW_DATA_ROOT"), params.root) if root]
+    roots = [home / root for root in given] + [home]
+    kept = home / ".cache" / "prepared"
+    kept.mkdir(parents=True, exist_ok=True)
+    blocks = (params.pretrain, params.sft, params.grpo, params.preference)
+    parts = [Part(stage, params, seed, roots) for stage, block in zip(PARTS, blocks, strict=True) if block is not None]
+    with tempfile.TemporaryDirectory(dir=kept, prefix=".new-") as scratch, Workers(params.workers) as workers:
+        folder = Path(scratch) / "data"
+        folder.mkdir()
+        card: dict[str, Any] = {"seed": seed, "parts": {}}
+        if parts:
+            tokenizer = _tokenizer(params.tokenizer, parts, kept, Path(scratch))
+            link_into(tokenizer, folder / "tokenizer")
+            digest = content_hash(tokenizer)
+            card["tokenizer"] = {"hash": digest, "vocab_size": Tokenizer.load(tokenizer).vocab_size}
+            for part in parts:
+                built = _built(part, tokenizer, hash_of([part.key, digest]), kept, workers)
+                link_into(built, folder / part.stage)
+                card["parts"][part.stage] = json.loads((built / "card.json").read_text())
+        card |= _evaluation(params, seed, roots, parts, folder / "eval")
+        write_json(folder / "card.json", card)
+        link_into(folder, out)
+    return card
+
+
+def _built(part: Part, tokenizer: Path, key: str, kept: Path, workers: Workers) -> Path:
+    """The folder of a part's rows, built unless a run before has."""
+    place = kept / f"{part.stage}-{key[:16]}"
+    if not (place / "card.json").is_file():
+        with tempfile.TemporaryDirectory(dir=kept, prefix=".new-") as scratch:
+            folder = Path(scratch) / part.stage
+            card = build(part.stage, part.block, tokenizer, part.chunks(), workers, folder)
+            sources = [
+                {"name": source.name, "kind": origin.kind, "split": origin.split, "hash": origin.digest}
+                for source, origin in part.origins
+            ]
+            puzzles = {"train": len(part.train), "validation": len(part.validation)}
+            write_text(folder / "puzzle_values.txt", "".join(f"{key}\n" for key in sorted(keys_of(part.train))))
+            write_json(folder / "card.json", card | {"sources": sources, "puzzles": puzzles})
+            _put(folder, place)
+    return place
+
+
+def _tokenizer(params: TokenizerParams, parts: list[Part], kept: Path, scratch: Path) -> Path:
+    """The folder of the tokenizer that was named, or of one trained on the parts' text."""
+    if params.name is not None:
+        Tokenizer.load(params.name).save(scratch / "tokenizer")
+        return scratch / "tokenizer"
+    place = kept / f"tokenizer-{hash_of([params.model_dump(mode='json'), [part.key for part in parts]])[:16]}"
+    if not (place / "tokenizer.json").is_file():
+        texts = chain.from_iterable(part.texts(params.documents) for part in parts)
+        train_tokenizer(texts, params.vocab_size, scratch / "tokenizer")
+        _put(scratch / "tokenizer", place)
+    return place
+
+
+def _put(folder: Path, place: Path) -> None:
+    """Moves a finished folder to its place; if another process was faster, its folder is as good."""
+    try:
+        os.replace(folder, place)
+    except OSError:
+        if not place.is_dir():
+            raise
+        shutil.rmtree(folder)
+
+
+def _evaluation(params: DataParams, seed: int, roots: list[Path], parts: list[Part], folder: Path) -> dict[str, Any]:
+    """Writes the evaluation files; counts, per training stage, the puzzles of each that occur there by value."""
+    shown = {part.stage: keys_of(part.train) for part in parts}
+    card: dict[str, Any] = {"evaluate": {}, "overlap": {}}
+    for benchmark in benchmarks(params.puzzles, seed, roots):
+        text = ""
+        for row, key in zip(benchmark.rows, benchmark.keys, strict=True):
+            in_training = any(key in keys for keys in shown.values())
+            text += json.dumps(row | {"in_training": in_training}, sort_keys=True) + "\n"
+        write_text(folder / f"{benchmark.name}.jsonl", text)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        card["evaluate"][benchmark.name] = {"rows": len(benchmark.rows), "hash": digest}
+        card["overlap"][benchmark.name] = {
+            stage: sum(key in keys for key in benchmark.keys) for stage, keys in shown.items()
+        }
+    return card
+
+
+def _code_of(origin: Origin) -> str | None:
+    return None if origin.map is None else inspect.getsource(function_at(origin.map, "map function"))
+
+
+def run(work: Work) -> None:
+    """The stage's work: `data/` in the run's own tree."""
+    params = work.params.data
+    assert params is not None
+    home = work.run.path.parents[1]
+    card = prepare(params, seed=work.params.seed, out=Path("data"), home=home)
+    for stage, part in card["parts"].items():
+        train, held_out = part["train"], part["validation"]
+        print(
+            f"{stage}: {train['rows']} rows of {train['tokens']} tokens, {held_out['rows']} held out", file=sys.stderr
+        )
+    for name, counts in card["overlap"].items():
+        print(f"{name}: {card['evaluate'][name]['rows']} puzzles, in training by value: {counts}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    stage_program("prepare", run)
