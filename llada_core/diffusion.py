@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llada_core.config.training import NoiseParams
@@ -84,7 +83,9 @@ def reverse_mask_probability(s: Tensor, t: Tensor, schedule: str) -> Tensor:
     return (1 - alpha(s, schedule)) / (1 - alpha(t, schedule))
 
 
-def corrupt(tokens: Tensor, maskable: Tensor, probability: Tensor, mask_id: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def corrupt(
+    tokens: Tensor, maskable: Tensor, probability: Tensor, mask_id: int, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
     """Hide each maskable token with its row's probability.
 
     tokens (B, L) int64, maskable (B, L) bool, probability (B,), uniforms (B, L) in [0, 1).
@@ -107,21 +108,27 @@ class MaskedLoss:
         return torch.zeros(rows, dtype=self.nll.dtype, device=self.nll.device).index_add(0, self.rows, self.nll)
 
 
-def masked_nll(model: nn.Module, noisy: Tensor, tokens: Tensor, masked: Tensor, attention_mask: Tensor | None = None, *,
-               right_shift: bool = False, router_losses: bool = False) -> MaskedLoss:
-    """Cross-entropy at the masked positions only; the vocabulary projection is computed nowhere else.
+def masked_nll(
+    model: nn.Module,
+    noisy: Tensor,
+    tokens: Tensor,
+    masked: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    right_shift: bool = False,
+    router_losses: bool = False,
+) -> MaskedLoss:
+    """Cross-entropy at the masked positions only; the vocabulary projection is computed nowhere else, and in chunks.
 
-    Give the tensors on the CPU and the index of positions costs the accelerator no synchronisation.
+    `model` is a `MaskPredictor`, perhaps wrapped. noisy, tokens, masked (B, L); attention_mask (B, L) or (B, L, L). Give the tensors on the CPU and the index of positions costs the accelerator no synchronisation.
     `right_shift`: logits at i-1 predict token i (position 0 predicts itself).
     """
     device = next(model.parameters()).device
     index = masked.flatten().nonzero()[:, 0]
     rows = index // noisy.shape[1]
     source = torch.where(index % noisy.shape[1] > 0, index - 1, index) if right_shift else index
-    targets = tokens.flatten()[index]
+    sent = [x.to(device, non_blocking=True) for x in (noisy, source, tokens.flatten()[index], rows)]
     if attention_mask is not None:
         attention_mask = attention_mask.to(device, non_blocking=True)
-    output = model(noisy.to(device, non_blocking=True), attention_mask, positions=source.to(device, non_blocking=True),
-                   router_losses=router_losses)
-    nll = F.cross_entropy(output.logits.float(), targets.to(device, non_blocking=True), reduction="none")
-    return MaskedLoss(nll, rows.to(device, non_blocking=True), output.router_losses if router_losses else None)
+    output = model(sent[0], attention_mask, positions=sent[1], targets=sent[2], router_losses=router_losses)
+    return MaskedLoss(output.nll, sent[3], output.router_losses if router_losses else None)

@@ -22,7 +22,7 @@ class Settings(Block):
     `eos`: none, defer (end tokens may be produced, committed last), forbid (the EOS token is never produced).
     """
 
-    sampling: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    sampling: dict[str, str | int | float | bool | tuple[int, ...] | None] = Field(default_factory=dict)
     samples: int | None = Field(default=None, ge=1)
     cfg_scale: float | None = Field(default=None, ge=0)  # guidance of a likelihood
 

@@ -12,7 +12,7 @@ from llada_core.config.sampling import SamplingParams
 
 
 class NoiseParams(Block):
-    """The forward process (LLADA, arXiv:2502.09992, eq. 3): t = epsilon + (1 - epsilon) u, mask probability 1 - alpha(t)."""
+    """The forward process (LLaDA, arXiv:2502.09992, eq. 3): t = epsilon + (1 - epsilon) u, mask probability 1 - alpha(t)."""
 
     schedule: Literal["linear", "cosine"] = "linear"
     epsilon: float = Field(default=1e-3, gt=0, lt=1)
@@ -63,8 +63,10 @@ class TrainingParams(Block):
     max_steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
     max_flops: float | None = Field(default=None, gt=0)
+    flops_of: str | None = None  # another stage: its receipt's FLOPs are the limit
     batch_size: int = Field(default=64, ge=1)  # rows per step, over all ranks
     micro_batch_size: int | None = Field(default=None, ge=1)  # rows per forward and rank; None: as many as fit the step
+    optimiser: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks, AdamW for the rest
     learning_rate: float = Field(default=4e-4, gt=0)
     schedule: Literal["constant", "cosine", "linear", "wsd", "phases"] = "wsd"
     warmup: float = Field(default=0.02, ge=0)  # below 1: share of the run; else steps
@@ -78,7 +80,6 @@ class TrainingParams(Block):
     noise: NoiseParams = NoiseParams()
     normalise: Literal["token", "sequence", "batch"] = "token"
     right_shift: bool = False  # logits at i-1 predict token i (models converted from autoregressive ones)
-    head_chunk: int = Field(default=4096, ge=1)  # rows of logits alive at once
     router_balance: float = Field(default=0.01, ge=0)  # mixture of experts: load balance, router z-loss
     router_z: float = Field(default=0.001, ge=0)
     compile: bool = False
@@ -96,10 +97,14 @@ class TrainingParams(Block):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.max_steps is None and self.epochs is None and self.max_flops is None:
-            raise ValueError("one of max_steps, epochs, max_flops must say when training ends")
+        if not (self.max_steps or self.epochs or self.max_flops or self.flops_of):
+            raise ValueError("one of max_steps, epochs, max_flops, flops_of must say when training ends")
         if (self.schedule == "phases") != bool(self.phases):
             raise ValueError("schedule phases and a non-empty list of phases go together")
+        if self.optimiser == "muon" and self.distribution.kind in ("fsdp", "zero2", "zero3"):
+            raise ValueError(
+                f"optimiser muon needs whole matrices on every rank, which {self.distribution.kind} splits; use adamw or ddp"
+            )
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -118,7 +123,9 @@ class SFTParams(TrainingParams):
     """Supervised fine-tuning: prompts are never noised; the loss is per answer length, as in LLaDA's guideline."""
 
     normalise: Literal["token", "sequence", "batch"] = "sequence"
-    eos_padding: Literal["longest", "none"] | int = "longest"  # EOS after the answer that is a visible target; n: that many
+    eos_padding: Literal["longest", "none"] | int = (
+        "longest"  # EOS after the answer that is a visible target; n: that many
+    )
 
 
 class GRPOParams(TrainingParams):

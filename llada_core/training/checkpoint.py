@@ -146,7 +146,9 @@ class Stored:
             raise ValueError(f"{name}: {tuple(full.shape)} in the checkpoint, {tuple(target.shape)} in this model")
         with torch.no_grad():
             if isinstance(target, DTensor):
-                shard = distribute_tensor(full.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+                shard = distribute_tensor(
+                    full.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+                )
                 target.to_local().copy_(shard.to_local())
             else:
                 target.copy_(full)

@@ -1,18 +1,19 @@
 """What training costs, by the usual count: 6 FLOPs per token and parameter trained, 2 per token and parameter of a forward."""
 
-from torch import nn
+from llada_core.modeling.model import LLaDAModelLM
+from llada_core.modeling.predictor import MaskPredictor
 
 _PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by accelerator name
 
 
-def active_parameters(model: nn.Module, *, embedding: nn.Module | None, expert_share: float = 1.0) -> int:
-    """Parameters that a token is multiplied with: all but the input table, experts by the share that is chosen."""
-    total = 0.0
-    table = {id(p) for p in embedding.parameters()} if embedding is not None else set()
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in table:
-            total += parameter.numel() * (expert_share if ".experts" in name else 1.0)
-    return int(total)
+def active_parameters(model: MaskPredictor) -> int:
+    """Parameters that a token is multiplied with: all but the input table, and of the experts the share that is chosen."""
+    dense = model if isinstance(model, LLaDAModelLM) else None
+    experts = 1.0 if dense is None or dense.shape.moe is None else dense.shape.moe.per_token / dense.shape.moe.n_experts
+    total = sum(p.numel() * (experts if ".experts." in name else 1.0) for name, p in model.named_parameters())
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = head is None or head.weight is table
+    return int(total) - (0 if tied else table.numel())
 
 
 def training_flops(parameters: int, trained_tokens: float, inference_tokens: float = 0.0) -> float:

@@ -63,25 +63,38 @@ class Parts:
 class Loop:
     """One run in one folder: construct, then `run()`; a second process on the same folder goes on where the first ended."""
 
-    def __init__(self, parts: Parts, params: TrainingParams, folder: Path, *, seed: int, metrics: MetricsFile, sampler: Sampler | None = None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        params: TrainingParams,
+        folder: Path,
+        *,
+        seed: int,
+        metrics: MetricsFile,
+        sampler: Sampler | None = None,
+    ) -> None:
         self.parts, self.params, self.folder, self.seed = parts, params, folder, seed
         self.ranks, self.metrics, self.sampler = Ranks(), metrics, sampler
         self.progress, self.meter = Progress(), Meter()
         self.recovery = Recovery(folder / "recovery.json", params.recovery, self.ranks)
-        checkpoints = Checkpoints(folder / "checkpoints", self.ranks, keep=params.keep, milestone_every=params.milestone_every)
+        checkpoints = Checkpoints(
+            folder / "checkpoints", self.ranks, keep=params.keep, milestone_every=params.milestone_every
+        )
         self.snapshot = Snapshot(checkpoints, parts.model, parts.optimiser, parts.objective, parts.fingerprint)
-        self._stop_asked = False
+        self.stopped = self._stop_asked = False
         self._notes: dict[str, float] = {}
         self._logged = (0, 0.0, 0.0, time.monotonic())  # step, tokens, flops, clock at the last log line
 
     def run(self) -> Progress:
         """Train to the end, or until asked to stop; raises `DivergedError` when recovery has run out of tries."""
-        (self.folder / "STOP").unlink(missing_ok=True) if self.ranks.first else None
+        if self.ranks.first:
+            (self.folder / "STOP").unlink(missing_ok=True)
         self._resume()
         self.parts.model.train()
         with self._signals():
             while not self._finished():
                 if self._step():
+                    self.stopped = True
                     self._save()
                     self.metrics.write(self.progress.step, {"event": "stopped"})
                     return self.progress
@@ -106,7 +119,9 @@ class Loop:
         if self.params.max_steps is not None:
             limits.append(self.progress.step / self.params.max_steps)
         if self.params.epochs is not None:
-            limits.append(self.progress.step / max(1, round(self.params.epochs * self.parts.objective.steps_per_epoch())))
+            limits.append(
+                self.progress.step / max(1, round(self.params.epochs * self.parts.objective.steps_per_epoch()))
+            )
         if self.params.max_flops is not None:
             limits.append(self.progress.flops / self.params.max_flops)
         return max(limits)
@@ -118,7 +133,9 @@ class Loop:
         stop = self._stop_asked or (self.ranks.first and (self.folder / "STOP").exists())
         if self.ranks.any(stop):
             return True
-        work = self.parts.objective.work(self.parts.model, self.recovery.data_step(step), self.ranks.index, self.ranks.count)
+        work = self.parts.objective.work(
+            self.parts.model, self.recovery.data_step(step), self.ranks.index, self.ranks.count
+        )
         count, tokens, inference = self.ranks.sum([sum(work.counts), work.tokens, work.inference_tokens])
         rate = learning_rate(self.params, step, self._share()) * self.recovery.factor(step)
         if count > 0:
@@ -144,7 +161,13 @@ class Loop:
             self.meter.add(loss.parts)
         norm = parts.engine.clip_grad_norm_(parts.model.parameters(), self.params.clip)
         if norm is not None:
-            self.meter.add({"grad_norm": torch.stack([norm.detach().to(torch.float32), torch.ones_like(norm, dtype=torch.float32)])})
+            self.meter.add(
+                {
+                    "grad_norm": torch.stack(
+                        [norm.detach().to(torch.float32), torch.ones_like(norm, dtype=torch.float32)]
+                    )
+                }
+            )
         parts.optimiser.step()
         parts.optimiser.zero_grad(set_to_none=True)
 
@@ -167,9 +190,16 @@ class Loop:
         step, tokens, flops, clock = self._logged
         now, progress = time.monotonic(), self.progress
         seconds = max(now - clock, 1e-9)
-        values |= {"tokens": progress.tokens, "flops": progress.flops, "tokens_per_second": (progress.tokens - tokens) / seconds,
-                   "steps_per_second": (progress.step - step) / seconds, "flops_per_second": (progress.flops - flops) / seconds,
-                   "share": min(self._share(), 1.0), **_memory(), **self._notes}
+        values |= {
+            "tokens": progress.tokens,
+            "flops": progress.flops,
+            "tokens_per_second": (progress.tokens - tokens) / seconds,
+            "steps_per_second": (progress.step - step) / seconds,
+            "flops_per_second": (progress.flops - flops) / seconds,
+            "share": min(self._share(), 1.0),
+            **_memory(),
+            **self._notes,
+        }
         peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         if peak is not None:
             values["mfu"] = values["flops_per_second"] / (peak * self.ranks.count)
@@ -178,7 +208,12 @@ class Loop:
         loss, norm = values.get("loss"), values.get("grad_norm")
         bad = [x for x in (loss, norm) if isinstance(x, float) and not math.isfinite(x)]
         mean = progress.mean_loss
-        exploding = not bad and isinstance(loss, float) and mean is not None and loss > self.params.recovery.spike * abs(mean) + 1.0
+        exploding = (
+            not bad
+            and isinstance(loss, float)
+            and mean is not None
+            and loss > self.params.recovery.spike * abs(mean) + 1.0
+        )
         if bad or exploding:
             self.metrics.write(progress.step, {"event": "diverged", "loss": str(loss), "grad_norm": str(norm)})
             return False
@@ -191,13 +226,18 @@ class Loop:
         bad = self.progress.step
         state = self.snapshot.restore()
         if state is None or not self.recovery.record(int(state["step"]), bad):
-            raise DivergedError(f"the loss diverged at step {bad} and {self.params.recovery.tries} recoveries did not help; "
-                                f"see {self.folder / 'metrics.jsonl'}; lower learning_rate or look at the data of that step")
+            raise DivergedError(
+                f"the loss diverged at step {bad} and {self.params.recovery.tries} recoveries did not help; "
+                f"see {self.folder / 'metrics.jsonl'}; lower learning_rate or look at the data of that step"
+            )
         self.progress = Progress(**state["progress"])
         self._logged = (self.progress.step, self.progress.tokens, self.progress.flops, time.monotonic())
         factor = self.recovery.factor(self.progress.step)
         _log.warning("diverged at step %d: back to step %d, learning rate x %g", bad, self.progress.step, factor)
-        self.metrics.write(self.progress.step, {"event": "rolled back", "back_to": self.progress.step, "from": bad, "learning_rate_factor": factor})
+        self.metrics.write(
+            self.progress.step,
+            {"event": "rolled back", "back_to": self.progress.step, "from": bad, "learning_rate_factor": factor},
+        )
 
     def _validate(self) -> None:
         self.parts.model.eval()
@@ -209,22 +249,26 @@ class Loop:
         if self.sampler is not None and self.params.samples:
             for line in self.sampler(self.parts.engine.unwrap_model(self.parts.model)):
                 self.metrics.write(self.progress.step, line, "samples.jsonl")
-        self.progress.done = self.progress.done or self.parts.objective.finished(values)
+        self.progress.done = self.parts.objective.finished(values)
         self.parts.model.train()
 
     def _save(self) -> None:
         saved = self.snapshot.save(self.progress.step, {"progress": asdict(self.progress)})
         if not saved:
             self.metrics.write(self.progress.step, {"event": "checkpoint failed"})
-            if self._finished() or self._stop_asked or self.progress.step == 0:
-                raise OSError(f"{self.folder}: the checkpoint of step {self.progress.step} could not be written (disk full?); "
-                              "the one before it is intact, free some space and run again")
+            if self._finished() or self.stopped or self.progress.step == 0:
+                raise OSError(
+                    f"{self.folder}: the checkpoint of step {self.progress.step} could not be written (disk full?); "
+                    "the one before it is intact, free some space and run again"
+                )
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGTERM and SIGINT ask for a stop at the next step."""
+
         def ask(_signal: int, _frame: FrameType | None) -> None:
             self._stop_asked = True
+
         try:
             before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
         except ValueError:  # not the main thread: the STOP file remains
@@ -240,4 +284,5 @@ def _memory() -> dict[str, float]:
     if torch.cuda.is_available():
         return {"memory_gb": torch.cuda.max_memory_allocated() / 2**30}
     import resource
+
     return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

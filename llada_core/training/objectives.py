@@ -64,16 +64,28 @@ class NoisyBatch:
 class DiffusionObjective:
     """Pretraining and fine-tuning (LLaDA, arXiv:2502.09992, eq. 3 and 5): cross-entropy of hidden tokens over their probability."""
 
-    def __init__(self, train: RowBatches, validation: RowBatches | None, params: TrainingParams, *, mask_id: int, seed: int) -> None:
+    def __init__(
+        self,
+        train: RowBatches,
+        validation: RowBatches | None,
+        params: TrainingParams,
+        *,
+        mask_id: int,
+        seed: int,
+        routed: bool = False,
+    ) -> None:
         self.train, self.validation, self.params = train, validation, params
-        self.mask_id, self.seed = mask_id, seed
+        self.mask_id, self.seed, self.routed = mask_id, seed, routed
 
     def steps_per_epoch(self) -> int:
         return self.train.order.batches_per_epoch
 
     def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work:
         micros = accumulation(self.params, ranks)
-        batches = [NoisyBatch(self.train.batch(step, part=rank * micros + i, parts=ranks * micros), step) for i in range(micros)]
+        batches = [
+            NoisyBatch(self.train.batch(step, part=rank * micros + i, parts=ranks * micros), step)
+            for i in range(micros)
+        ]
         counts = [self.count(item.batch) for item in batches]
         return Work(batches, counts, sum(item.batch.tokens.numel() for item in batches))
 
@@ -90,21 +102,24 @@ class DiffusionObjective:
         """The sum for given times (B,) and uniforms (B, L)."""
         params = self.params
         noisy, masked = corrupt(rows.tokens, rows.maskable, 1 - alpha(t, params.noise.schedule), self.mask_id, uniforms)
-        routed = params.router_balance > 0 or params.router_z > 0
-        result = masked_nll(model, noisy, rows.tokens, masked, visible(rows), right_shift=params.right_shift, router_losses=routed)
+        result = masked_nll(
+            model, noisy, rows.tokens, masked, visible(rows), right_shift=params.right_shift, router_losses=self.routed
+        )
         device = result.nll.device
         lengths = rows.maskable.sum(1).to(device, torch.float32)
         weight = loss_weight(t, params.noise).to(device)
         bound = result.per_row(len(t)) * weight
         total = (bound / lengths.clamp(min=1)).sum() if params.normalise == "sequence" else bound.sum()
         parts = {"loss": pair(total.detach(), self.count(rows)), **bound_parts(bound.detach(), t.to(device), lengths)}
-        return Loss(total, parts, self._router(result, parts))
+        return Loss(total, parts, self._router(result, rows, parts))
 
-    def _router(self, result: MaskedLoss, parts: dict[str, Tensor]) -> Tensor | None:
+    def _router(self, result: MaskedLoss, rows: Batch, parts: dict[str, Tensor]) -> Tensor | None:
         """Balance and z-loss as means over the step's rows: both add up over micro-batches and ranks."""
         if result.router_losses is None:
             return None
-        balance, z = result.router_losses[0], result.router_losses[1].mean(1)
+        balance, z_tokens = result.router_losses
+        seen = rows.tokens.shape[1] if rows.attention_mask is None else rows.attention_mask.sum(1).to(z_tokens.device)
+        z = z_tokens.sum(1) / seen
         parts["router_balance"], parts["router_z"] = (pair(x.sum().detach(), len(x)) for x in (balance, z))
         return (self.params.router_balance * balance + self.params.router_z * z).sum() / self.params.batch_size
 
@@ -117,9 +132,13 @@ class DiffusionObjective:
             rows = self.validation.batch(number)
             noise = Noise(self.seed, _VALIDATION_STEP, rows.numbers, len(self.validation.order.rows(0)))
             with torch.no_grad():
-                loss = self.noisy_loss(model, rows, noise.times(self.params.noise), noise.uniforms(rows.tokens.shape[1]))
+                loss = self.noisy_loss(
+                    model, rows, noise.times(self.params.noise), noise.uniforms(rows.tokens.shape[1])
+                )
             for name in ("loss", "nll"):
-                parts[f"validation_{name}"] = parts.get(f"validation_{name}", torch.zeros(2, dtype=torch.float64)) + loss.parts[name].cpu()
+                parts[f"validation_{name}"] = (
+                    parts.get(f"validation_{name}", torch.zeros(2, dtype=torch.float64)) + loss.parts[name].cpu()
+                )
         return parts
 
     def finished(self, validation: Mapping[str, Any]) -> bool:
@@ -136,8 +155,10 @@ def accumulation(params: TrainingParams, ranks: int) -> int:
     """Micro-batches per rank and step; raises ValueError when the rows do not divide."""
     micro = params.micro_batch_size or max(params.batch_size // ranks, 1)
     if params.batch_size % (micro * ranks):
-        raise ValueError(f"batch_size {params.batch_size} does not divide into {ranks} ranks x micro batches of {micro}; "
-                         f"use a multiple of {micro * ranks}")
+        raise ValueError(
+            f"batch_size {params.batch_size} does not divide into {ranks} ranks x micro batches of {micro}; "
+            f"use a multiple of {micro * ranks}"
+        )
     return params.batch_size // (micro * ranks)
 
 

@@ -60,15 +60,29 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
     fsdp = deepspeed = None
     if wanted.kind == "fsdp":
         fsdp = FullyShardedDataParallelPlugin(
-            fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=list(block_classes), state_dict_type="SHARDED_STATE_DICT",
-            activation_checkpointing=params.activation_checkpointing, cpu_offload=wanted.offload)
+            fsdp_version=2,
+            reshard_after_forward=True,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=list(block_classes),
+            state_dict_type="SHARDED_STATE_DICT",
+            activation_checkpointing=params.activation_checkpointing,
+            cpu_offload=wanted.offload,
+        )
     if wanted.kind in ("zero2", "zero3"):
         from accelerate import DeepSpeedPlugin
-        deepspeed = DeepSpeedPlugin(zero_stage=int(wanted.kind[-1]), gradient_clipping=params.clip,
-                                    offload_optimizer_device="cpu" if wanted.offload else "none")
-    engine = Accelerator(cpu=cpu, mixed_precision="bf16" if params.precision == "bf16" else "no", fsdp_plugin=fsdp,
-                         deepspeed_plugin=deepspeed, kwargs_handlers=[timeout])
+
+        deepspeed = DeepSpeedPlugin(
+            zero_stage=int(wanted.kind[-1]),
+            gradient_clipping=params.clip,
+            offload_optimizer_device="cpu" if wanted.offload else "none",
+        )
+    engine = Accelerator(
+        cpu=cpu,
+        mixed_precision="bf16" if params.precision == "bf16" else "no",
+        fsdp_plugin=fsdp,
+        deepspeed_plugin=deepspeed,
+        kwargs_handlers=[timeout],
+    )
     _assert_distribution(params, engine)
     return engine
 
@@ -76,11 +90,19 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
 def _assert_distribution(params: TrainingParams, engine: Accelerator) -> None:
     wanted = params.distribution
     runs = engine.distributed_type.value
-    allowed = {"auto": ("NO", "MULTI_CPU", "MULTI_GPU"), "none": ("NO",), "ddp": ("MULTI_CPU", "MULTI_GPU"), "fsdp": ("FSDP",), "zero2": ("DEEPSPEED",),
-               "zero3": ("DEEPSPEED",)}[wanted.kind]
+    allowed = {
+        "auto": ("NO", "MULTI_CPU", "MULTI_GPU"),
+        "none": ("NO",),
+        "ddp": ("MULTI_CPU", "MULTI_GPU"),
+        "fsdp": ("FSDP",),
+        "zero2": ("DEEPSPEED",),
+        "zero3": ("DEEPSPEED",),
+    }[wanted.kind]
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if runs not in allowed or engine.num_processes != launched:
-        raise ValueError(f"distribution {wanted.kind!r} was asked for, but {runs} runs with {engine.num_processes} of "
-                         f"{launched} launched processes; launch with torchrun or accelerate, or change distribution.kind")
+        raise ValueError(
+            f"distribution {wanted.kind!r} was asked for, but {runs} runs with {engine.num_processes} of "
+            f"{launched} launched processes; launch with torchrun or accelerate, or change distribution.kind"
+        )
     if wanted.processes is not None and wanted.processes != engine.num_processes:
         raise ValueError(f"distribution.processes is {wanted.processes}, but {engine.num_processes} run")

@@ -19,8 +19,14 @@ _WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 class Snapshot:
     """Saves and restores the parts of a run in place."""
 
-    def __init__(self, checkpoints: Checkpoints, model: nn.Module, optimiser: torch.optim.Optimizer, objective: Objective,
-                 fingerprint: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        objective: Objective,
+        fingerprint: Mapping[str, str],
+    ) -> None:
         self._checkpoints, self._model, self._optimiser, self._objective = checkpoints, model, optimiser, objective
         self._fingerprint = dict(fingerprint)
 
@@ -31,7 +37,9 @@ class Snapshot:
             slots = self._optimiser.state.get(parameter, {})
             tensors |= {f"optimiser.{moment}.{name}": slots[moment] for moment in _MOMENTS if moment in slots}
         tensors |= {f"objective.{name}": tensor for name, tensor in self._objective.state().items()}
-        return self._checkpoints.save(step, tensors, {**state, "updates": self._updates(), "fingerprint": self._fingerprint})
+        return self._checkpoints.save(
+            step, tensors, {**state, "updates": self._updates(), "fingerprint": self._fingerprint}
+        )
 
     def restore(self) -> dict[str, Any] | None:
         """Go back to the newest valid checkpoint and return its state; None when there is none.
@@ -85,7 +93,9 @@ class Snapshot:
         different = sorted(k for k in {*found, *self._fingerprint} if found.get(k) != self._fingerprint.get(k))
         if different:
             what = "; ".join(f"{k}: {found.get(k)} there, {self._fingerprint.get(k)} now" for k in different)
-            raise ValueError(f"run folder {run} holds another run ({what}); use a new folder, or start from its weights with init_from")
+            raise ValueError(
+                f"run folder {run} holds another run ({what}); use a new folder, or start from its weights with init_from"
+            )
 
 
 def _step_device(parameter: Tensor) -> torch.device:

@@ -1,0 +1,168 @@
+"""From a stage's block, a model and a data folder to a trained model: what each stage's objective is made of.
+
+The entry point of training. Knows the data folder's layout; does not know where models come from, launchers or registries.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_from_disk
+
+from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, SFTParams, TrainingParams
+from llada_core.data.batches import Order, RowBatches
+from llada_core.modeling import MaskPredictor, save_model
+from llada_core.tokenizer import Tokenizer
+from llada_core.training.flops import active_parameters
+from llada_core.training.loop import Loop, Parts
+from llada_core.training.metrics import Follower, MetricsFile
+from llada_core.training.objectives import DiffusionObjective, Objective
+from llada_core.training.optimiser import optimiser_for
+from llada_core.training.ranks import Ranks, accelerator_for
+
+_DATA = {PretrainParams: "pretrain", SFTParams: "sft", GRPOParams: "grpo", PreferenceParams: "preference"}
+# What may change between a run and its continuation without changing what the run computes.
+_FREE = {
+    "init_from",
+    "micro_batch_size",
+    "distribution",
+    "log_every",
+    "save_every",
+    "keep",
+    "milestone_every",
+    "samples",
+    "compile",
+    "activation_checkpointing",
+    "recovery",
+}
+_LENGTH = {"max_steps", "epochs", "max_flops", "flops_of"}
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a training run cost and how it ended; `finished` is false after a stop request."""
+
+    finished: bool
+    steps: int
+    tokens: float
+    flops: float
+    seconds: float
+    parameters: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run reads and writes."""
+
+    data: Path
+    run: Path
+    export: Path | None = None  # the trained model, in the published layout
+
+
+def train(
+    params: TrainingParams,
+    model: MaskPredictor,
+    tokenizer: Tokenizer,
+    place: Place,
+    *,
+    seed: int = 0,
+    follow: Follower | None = None,
+) -> Receipt:
+    """Train in the run folder, or go on where it stopped; export when finished.
+
+    `follow` is called with every line of metrics.jsonl. Raises ValueError for data or a run folder that do not fit,
+    `DivergedError` when the loss cannot be saved, OSError when the last checkpoint cannot be written.
+    """
+    place.run.mkdir(parents=True, exist_ok=True)
+    cpu = not torch.cuda.is_available()
+    engine = accelerator_for(params, cpu=cpu, block_classes=tuple(model._no_split_modules or ()))
+    parameters = active_parameters(model)
+    ranks = Ranks()
+    metrics = MetricsFile(place.run / "metrics.jsonl", ranks, follow)
+    objective = objective_for(params, model, tokenizer, place.data, seed=seed)
+    prepared, optimiser = engine.prepare(model, optimiser_for(model, params))
+    parts = Parts(engine, prepared, optimiser, objective, parameters, fingerprint_of(params, place.data, seed))
+    loop = Loop(parts, params, place.run, seed=seed, metrics=metrics)
+    progress, finished = loop.run(), not loop.stopped
+    receipt = Receipt(
+        finished,
+        progress.step,
+        progress.tokens,
+        progress.flops,
+        progress.seconds,
+        parameters,
+        parts.fingerprint["configuration"],
+    )
+    if finished and place.export is not None and ranks.first:
+        save_model(engine.unwrap_model(prepared), place.export, tokenizer)
+        (place.export / "training.json").write_text(
+            json.dumps(asdict(receipt), sort_keys=True, indent=1), encoding="utf-8"
+        )
+    ranks.barrier()
+    return receipt
+
+
+def objective_for(
+    params: TrainingParams, model: MaskPredictor, tokenizer: Tokenizer, data: Path, *, seed: int
+) -> Objective:
+    """The objective of a stage on the prepared data in `data`."""
+    folder = data / _DATA[type(params)]
+    special = model.special_tokens
+    if isinstance(params, PretrainParams | SFTParams):
+        train_batches, held_out = (
+            _batches(_table(folder / part, params), params, special.eos_id, seed=seed, held_out=part != "train")
+            for part in ("train", "validation")
+        )
+        assert train_batches is not None
+        return DiffusionObjective(
+            train_batches, held_out, params, mask_id=special.mask_id, seed=seed, routed=_is_routed(model)
+        )
+    raise ValueError(f"no objective for {type(params).__name__}")
+
+
+def _table(folder: Path, params: TrainingParams) -> Dataset:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no prepared data; run `python -m tasks.prepare` first")
+    table = load_from_disk(str(folder))
+    if isinstance(params, PretrainParams) and not params.document_mask and "document_ids" in table.column_names:
+        table = table.remove_columns("document_ids")
+    return table
+
+
+def _batches(table: Dataset, params: TrainingParams, eos_id: int, *, seed: int, held_out: bool) -> RowBatches | None:
+    if held_out:
+        table = table.select(range(min(len(table), params.validation_rows)))
+    if not len(table):
+        if held_out:
+            return None
+        raise ValueError("the training data has no rows; see data/card.json for what was dropped")
+    lengths = (
+        table.data["input_ids"].combine_chunks().value_lengths().to_numpy() if isinstance(params, SFTParams) else None
+    )
+    size = min(params.batch_size, len(table)) if held_out else params.batch_size
+    order = Order(len(table), size, seed=seed, lengths=lengths)
+    padding = params.eos_padding if isinstance(params, SFTParams) else "none"
+    cut = params.random_length_ratio if isinstance(params, PretrainParams) and not held_out else 0.0
+    return RowBatches(table, order, eos_id=eos_id, padding=padding, random_length=cut)
+
+
+def _is_routed(model: MaskPredictor) -> bool:
+    return any("experts" in name for name, _ in model.named_parameters())
+
+
+def fingerprint_of(params: TrainingParams, data: Path, seed: int) -> dict[str, str]:
+    """What must be the same for a checkpoint to be gone on from: configuration, length of the run, data."""
+    values = params.model_dump(mode="json")
+    length = {k: values.pop(k) for k in _LENGTH}
+    fixed: dict[str, Any] = {k: v for k, v in values.items() if k not in _FREE} | {"seed": seed}
+    card = data / "card.json"
+    data_hash = hashlib.sha256(card.read_bytes()).hexdigest()[:16] if card.exists() else "none"
+    return {"configuration": _digest(fixed), "length": _digest(length), "data": data_hash}
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
