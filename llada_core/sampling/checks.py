@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llada_core.config.sampling import SamplingParams
+from llada_core.modeling.inputs import require_in_vocabulary, require_no_mask
 from llada_core.modeling.predictor import MaskPredictor
 
 
@@ -44,13 +45,8 @@ def prompts(
         width = max(len(row.ids) for row in rows)
     for i, row in enumerate(rows):
         ids = row.ids if row.visible is None else row.ids[row.visible]
-        _in_vocabulary(model, ids, f"prompt {i}")
-        masks = (ids == model.special_tokens.mask_id).nonzero()
-        if len(masks):
-            raise ValueError(
-                f"prompt {i} holds the mask id {model.special_tokens.mask_id} at position {int(masks[0])};"
-                " to have masks filled, give the whole text as a template to infill()"
-            )
+        require_in_vocabulary(model, ids, f"prompt {i}")
+        require_no_mask(model, ids, f"prompt {i}", "to have masks filled, give the whole text as a template to infill()")
     return PromptBatch(rows, width)
 
 
@@ -62,7 +58,7 @@ def templates(model: MaskPredictor, template_ids: Tensor | Sequence[Sequence[int
         else _rows_of_list(model, template_ids)
     )
     for i, ids in enumerate(rows):
-        _in_vocabulary(model, ids, f"template {i}")
+        require_in_vocabulary(model, ids, f"template {i}")
         if not bool((ids == model.special_tokens.mask_id).any()):
             raise ValueError(f"template {i} has no mask id {model.special_tokens.mask_id}; there is nothing to fill")
     return rows
@@ -94,30 +90,14 @@ def _rows_of_list(model: MaskPredictor, rows: Sequence[Sequence[int]] | Sequence
     return [torch.as_tensor(row, dtype=torch.long, device=model.device).reshape(-1) for row in rows]
 
 
-def _in_vocabulary(model: MaskPredictor, ids: Tensor, what: str) -> None:
-    size = model.vocab_rows
-    wrong = ids[(ids < 0) | (ids >= size)]
-    if len(wrong):
-        raise ValueError(f"{what} holds token id {int(wrong[0])}, outside the model's vocabulary 0..{size - 1}")
-
-
-def length(model: MaskPredictor, needed: int) -> None:
-    """Does a sequence of `needed` tokens fit the model?"""
-    if needed > model.max_length:
-        raise ValueError(
-            f"the longest sequence has {needed} tokens (prompt and answer), the model takes {model.max_length};"
-            " shorten the prompt or max_new_tokens"
-        )
-
-
 def pinned(model: MaskPredictor, words: Mapping[int, int], new_tokens: int) -> Mapping[int, int]:
     """Answer position -> token id, all inside the answer and the vocabulary, and not everything."""
     for position, token in words.items():
         if not 0 <= position < new_tokens:
             raise ValueError(f"pinned position {position} is outside the answer 0..{new_tokens - 1}")
-        _in_vocabulary(model, torch.tensor([token]), f"pinned position {position}")
-        if token == model.special_tokens.mask_id:
-            raise ValueError(f"pinned position {position} holds the mask id {token}; leave it out to have it written")
+        word, what = torch.tensor([token]), f"the word pinned at {position}"
+        require_in_vocabulary(model, word, what)
+        require_no_mask(model, word, what, "leave it out to have it written")
     if len(words) == new_tokens:
         raise ValueError(f"all {new_tokens} positions of the answer are pinned; there is nothing to write")
     return words
@@ -152,6 +132,6 @@ def template_settings(params: SamplingParams) -> None:
 def token_settings(model: MaskPredictor, params: SamplingParams) -> None:
     """Are the tokens that `params` name in the vocabulary, and is anything left to say?"""
     for name in ("forbid_tokens", "defer_tokens", "cfg_keep_tokens"):
-        _in_vocabulary(model, torch.tensor(getattr(params, name), dtype=torch.long), name)
+        require_in_vocabulary(model, torch.tensor(getattr(params, name), dtype=torch.long), name)
     if len({*params.forbid_tokens, model.special_tokens.mask_id}) >= model.vocab_rows:
         raise ValueError("forbid_tokens leaves no token that could be produced")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llada_core.config.sampling import SamplingParams
+from llada_core.modeling.inputs import require_length
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import checks
 from llada_core.sampling.cached import denoiser_of
@@ -62,7 +63,9 @@ def generate(
     with evaluating(model):
         tokens = _last(sampler, canvas)
     last = tokens.shape[1] - model.closes
-    tokens = tokens[:, last - prompts.width - params.max_new_tokens : last]
+    tokens = tokens[:, last - prompts.width - params.max_new_tokens : last].contiguous()
+    if isinstance(prompt_ids, Tensor):
+        tokens[:, : prompts.width] = prompt_ids  # padding as it was given
     return Generation(tokens, sampler.denoiser.forwards, (params.max_new_tokens,) * len(tokens))
 
 
@@ -166,7 +169,7 @@ def _sampler(
     width: int,
     look_ahead: bool,
 ) -> tuple[Sampler, Canvas]:
-    checks.length(model, max(len(row.tokens) for row in rows))
+    require_length(model, max(len(row.tokens) for row in rows), "shorten the prompt or max_new_tokens")
     checks.token_settings(model, params)
     special, device = model.special_tokens, model.device
     canvas = Canvas.from_rows(rows, special, width=width, blind_keeps=params.cfg_keep_tokens)

@@ -14,9 +14,8 @@ from torch import Tensor
 from llada_core.config.sampling import SamplingParams
 
 Schedule = Callable[[Tensor, Tensor], Tensor]  # open positions (A,), steps (A,) -> counts (A, S)
-Rule = Callable[
-    [Tensor, Tensor], Tensor
-]  # scores (A, T), -inf where nothing can be committed, quota (A,) -> (A, T) bool
+# scores (A, T), -inf where nothing can be committed; quota (A,), None without a schedule -> commit (A, T) bool
+Rule = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def even_quotas(open_A: Tensor, steps_A: Tensor) -> Tensor:

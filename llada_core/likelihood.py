@@ -1,0 +1,232 @@
+"""Conditional log-likelihood of an answer under a mask predictor, and whether greedy unmasking would write it.
+
+Which parts of an answer are masked, and how often, is said by `estimators.py`; here they become canvases, equal canvases
+become one, and canvases of many questions share batches, sorted by length. Does not know text or tasks.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llada_core.estimators import ESTIMATORS, Estimator, Plan, plan
+from llada_core.modeling.inputs import require_in_vocabulary, require_length, require_no_mask
+from llada_core.modeling.predictor import MaskPredictor
+from llada_core.sampling.denoiser import Denoiser, Guided, Plain, Query
+
+Ids = Sequence[int] | Tensor
+Pair = tuple[Ids, Ids]
+Array = NDArray[np.int64]
+
+
+def log_likelihood(
+    model: MaskPredictor,
+    prompt_ids: Ids,
+    answer_ids: Ids,
+    *,
+    samples: int = 128,
+    cfg_scale: float = 0.0,
+    seed: int = 0,
+    estimator: Estimator = "auto",
+) -> float:
+    """log p(answer | prompt) in nats; see `log_likelihoods`."""
+    pairs = [(prompt_ids, answer_ids)]
+    return log_likelihoods(model, pairs, samples=samples, cfg_scale=cfg_scale, seed=seed, estimator=estimator)[0]
+
+
+def log_likelihoods(
+    model: MaskPredictor,
+    pairs: Sequence[Pair],
+    *,
+    samples: int = 128,
+    cfg_scale: float = 0.0,
+    seed: int = 0,
+    estimator: Estimator = "auto",
+    batch_tokens: int = 8192,
+) -> list[float]:
+    """A lower bound on log p(answer | prompt), in nats, of each (prompt ids, answer ids): LLaDA's estimate of it.
+
+    samples: looks at each answer. estimator: "stock" is LLaDA's; "antithetic" needs fewer looks for the same error; "exact"
+    enumerates; "auto" enumerates answers of up to 7 tokens where that takes no more looks, and is antithetic otherwise.
+    cfg_scale: guidance, as in sampling. The random numbers of a pair depend on `seed` and its prompt, so that the options of
+    a question are compared under the same ones and nothing depends on what shares the call. batch_tokens: tokens per forward.
+    Raises `ValueError` for an empty answer, ids outside the vocabulary, a MASK, or a pair longer than the model's sequences.
+    """
+    return Likelihood(model, samples, cfg_scale, seed, estimator, batch_tokens).scores(pairs)
+
+
+@dataclass
+class _Batch:
+    """Canvases for one forward and what is read from them."""
+
+    rows: list[Array] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+    numbers: dict[tuple[int, bytes], int] = field(default_factory=dict)
+    reads: list[tuple[int, int, Array, Array, float]] = field(default_factory=list)  # pair, row, columns, targets, weight
+
+    def tensors(self, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Tokens (R, L), visible (R, L) or None, and which tokens are prompt (R, L)."""
+        width = max(map(len, self.rows))
+        tokens = np.full((len(self.rows), width), pad_id, dtype=np.int64)
+        for i, row in enumerate(self.rows):
+            tokens[i, : len(row)] = row
+        column, lengths = np.arange(width), np.array([len(row) for row in self.rows])
+        visible = torch.from_numpy(column < lengths[:, None]).to(device)
+        prompt = torch.from_numpy(column < np.array(self.prompts)[:, None]).to(device)
+        return torch.from_numpy(tokens).to(device), None if (lengths == width).all() else visible, prompt
+
+
+@dataclass
+class Likelihood:
+    """Scores pairs; counts the `forwards` of the model and the canvases (`looks`) in them. Fields as in `log_likelihoods`."""
+
+    model: MaskPredictor
+    samples: int = 128
+    cfg_scale: float = 0.0
+    seed: int = 0
+    estimator: Estimator = "auto"
+    batch_tokens: int = 8192
+    forwards: int = field(default=0, init=False)
+    looks: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator {self.estimator!r} is none of {', '.join(ESTIMATORS)}")
+        if self.samples < 1 or self.batch_tokens < 1 or self.cfg_scale < 0:
+            raise ValueError(
+                f"samples {self.samples} and batch_tokens {self.batch_tokens} must be 1 or more,"
+                f" cfg_scale {self.cfg_scale} 0 or more"
+            )
+
+    def scores(self, pairs: Sequence[Pair]) -> list[float]:
+        """Log-likelihoods in the order of `pairs`."""
+        arrays = [checked(self.model, pair, number) for number, pair in enumerate(pairs)]
+        totals = torch.zeros(len(arrays), dtype=torch.float64, device=self.model.device)
+        batch = _Batch()
+        for number in sorted(range(len(arrays)), key=lambda i: sum(map(len, arrays[i]))):
+            prompt, answer = arrays[number]
+            looks = plan(self.estimator, len(answer), self.samples, self._rng(prompt, answer))
+            batch = self._collect(batch, number, prompt, answer, looks, totals)
+        self._flush(batch, totals)
+        return totals.tolist()
+
+    def score_plan(self, prompt_ids: Ids, answer_ids: Ids, looks: Plan) -> float:
+        """The log-likelihood of one pair under given looks."""
+        prompt, answer = checked(self.model, (prompt_ids, answer_ids), 0)
+        totals = torch.zeros(1, dtype=torch.float64, device=self.model.device)
+        self._flush(self._collect(_Batch(), 0, prompt, answer, looks, totals), totals)
+        return float(totals[0])
+
+    def _rng(self, prompt: Array, answer: Array) -> np.random.Generator:
+        # The stock estimator draws for each option anew.
+        text = prompt.tobytes() + (b"|" + answer.tobytes() if self.estimator == "stock" else b"")
+        return np.random.default_rng(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) ^ self.seed)
+
+    def _collect(
+        self, batch: _Batch, number: int, prompt: Array, answer: Array, looks: Plan, totals: Tensor
+    ) -> _Batch:
+        masked = np.where(looks.masks, self.model.special_tokens.mask_id, answer)
+        length = len(prompt) + len(answer)
+        for mask, noisy, weight in zip(looks.masks, masked, looks.weights.tolist(), strict=True):
+            row = np.concatenate([prompt, noisy])
+            key = (len(prompt), row.tobytes())
+            if key not in batch.numbers:
+                if (len(batch.rows) + 1) * length > self.batch_tokens and batch.rows:
+                    self._flush(batch, totals)
+                    batch = _Batch()
+                batch.numbers[key] = len(batch.rows)
+                batch.rows.append(row)
+                batch.prompts.append(len(prompt))
+            columns = mask.nonzero()[0]
+            batch.reads.append((number, batch.numbers[key], columns + len(prompt), answer[columns], weight))
+        return batch
+
+    def _flush(self, batch: _Batch, totals: Tensor) -> None:
+        if not batch.rows:
+            return
+        device, width = self.model.device, max(map(len, batch.rows))
+
+        def joined(arrays: list[Array] | list[NDArray[np.float64]]) -> Tensor:
+            return torch.from_numpy(np.concatenate(arrays)).to(device)
+
+        counts = [len(columns) for _, _, columns, _, _ in batch.reads]
+        positions = joined([row * width + columns for _, row, columns, _, _ in batch.reads])
+        targets = joined([targets for *_, targets, _ in batch.reads])
+        weights = joined([np.repeat([weight for *_, weight in batch.reads], counts)])
+        numbers = joined([np.repeat(np.array([read[0] for read in batch.reads]), counts)])
+        totals.index_add_(0, numbers, self._log_p(batch, positions, targets).double() * weights)
+        self.forwards += 1
+        self.looks += len(batch.rows)
+
+    @torch.no_grad()
+    def _log_p(self, batch: _Batch, positions: Tensor, targets: Tensor) -> Tensor:
+        special = self.model.special_tokens
+        tokens, visible, prompt = batch.tensors(special.pad_id, self.model.device)
+        if not self.cfg_scale:
+            return -self.model(tokens, visible, positions=positions, targets=targets).nll
+        guided = Guided(Plain(self.model), self.cfg_scale)
+        logits = guided.logits(Query.whole(tokens, visible, prompt, positions, special.mask_id))
+        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+@torch.no_grad()
+def greedy_matches(
+    model: MaskPredictor, pairs: Sequence[Pair], *, cfg_scale: float = 0.0, batch_tokens: int = 8192
+) -> list[bool]:
+    """Would each answer be written, token for token, if the surest token of its masks were committed at each step?
+
+    As LLaDA's `suffix_greedy_prediction`, which this stops short as soon as one committed token differs.
+    """
+    arrays = [checked(model, pair, number) for number, pair in enumerate(pairs)]
+    denoiser: Denoiser = Guided(Plain(model), cfg_scale) if cfg_scale else Plain(model)
+    order = sorted(range(len(arrays)), key=lambda i: sum(map(len, arrays[i])))
+    result = [False] * len(arrays)
+    while order:
+        longest = sum(map(len, arrays[order[-1]]))
+        chunk, order = order[-max(1, batch_tokens // longest) :], order[: -max(1, batch_tokens // longest)]
+        for number, matches in zip(chunk, _greedy(denoiser, model, [arrays[i] for i in chunk]), strict=True):
+            result[number] = matches
+    return result
+
+
+def _greedy(denoiser: Denoiser, model: MaskPredictor, pairs: list[tuple[Array, Array]]) -> list[bool]:
+    special = model.special_tokens
+    batch = _Batch([np.concatenate([p, np.full_like(a, special.mask_id)]) for p, a in pairs], [len(p) for p, _ in pairs])
+    tokens, visible, prompt = batch.tensors(special.pad_id, model.device)
+    wanted = _Batch([np.concatenate(pair) for pair in pairs], batch.prompts).tensors(special.pad_id, model.device)[0]
+    alive = torch.ones(len(pairs), dtype=torch.bool, device=tokens.device)
+    while True:
+        is_open = (tokens == special.mask_id) & alive[:, None]
+        rows = is_open.any(1).nonzero()[:, 0]
+        if not len(rows):
+            return alive.tolist()
+        flat = is_open[rows].flatten().nonzero()[:, 0]
+        seen = None if visible is None else visible[rows]
+        logits = denoiser.logits(Query.whole(tokens[rows], seen, prompt[rows], flat, special.mask_id)).float()
+        confidence = logits.log_softmax(-1)
+        confidence[:, special.mask_id] = -torch.inf
+        sure, token = confidence.max(-1)
+        ranked = torch.full(is_open[rows].shape, -torch.inf, device=tokens.device)
+        ranked.view(-1)[flat] = sure
+        column = ranked.argmax(1)
+        chosen = torch.zeros_like(ranked, dtype=torch.long)
+        chosen.view(-1)[flat] = token
+        written = chosen.gather(1, column[:, None])[:, 0]
+        alive[rows] = written == wanted[rows, column]
+        tokens[rows, column] = written
+
+
+def checked(model: MaskPredictor, pair: Pair, number: int) -> tuple[Array, Array]:
+    """A pair as arrays; `ValueError` if the model cannot score it."""
+    prompt, answer = (torch.as_tensor(ids, dtype=torch.long).cpu().reshape(-1) for ids in pair)
+    if not len(answer):
+        raise ValueError(f"the answer of pair {number} is empty; its likelihood is that of no token")
+    for what, ids in ((f"the prompt of pair {number}", prompt), (f"the answer of pair {number}", answer)):
+        require_in_vocabulary(model, ids, what)
+        require_no_mask(model, ids, what, "a likelihood is that of a text without masks")
+    require_length(model, len(prompt) + len(answer), "shorten the prompt")
+    return prompt.numpy(), answer.numpy()
