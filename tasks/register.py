@@ -24,7 +24,7 @@ from tasks.registry import Version, client, keep, receipts, scores_of, store_fol
 from tasks.runs import RunFolder, home, stage_params
 
 CHAMPION, CANDIDATE = "champion", "candidate"
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "mlflow", "lladaflow")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "mlflow")
 
 
 def register(root: Path, params: Params) -> dict[str, Any]:

@@ -1,0 +1,153 @@
+"""Registration by reference, the gate, promotion, roll-back, a lost database, altered weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llada_core.config.base import ConfigError
+from llada_core.config.params import Params
+from tasks.folders import write_json
+from tasks.promote import promote, roll_back
+from tasks.register import register
+from tasks.registry import resolve, store_folder, version_of, versions
+
+PARAMS = """\
+name: toy
+stages: [register]
+register:
+  name: toy
+  model: sft
+  gate: {better: [main], not_worse: [side], at_least: {main: 0.1}}
+"""
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated mlflow.db, made once: making one takes seconds."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_registered_models()
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project that has trained `models/sft`; nothing is registered yet."""
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def trained(root: Path, weights: str, *, main: int, side: int, of: int = 100) -> dict:
+    """Pretend that a run has trained and measured a model with so many right answers, and register it."""
+    folder = root / "models/sft"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_text(weights)
+    write_json(folder / "training.json", {"stage": "sft", "run": "sft-0", "inputs": {"data/sft": "d1"}})
+    for name, right in (("main", main), ("side", side)):
+        lines = [json.dumps({"id": i, "score": float(i < right)}) for i in range(of)]
+        path = root / f"reports/eval/{name}/sft.samples.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+    return register(root, Params.load(root / "params.yaml"))
+
+
+def test_accepted_within_noise_and_worse(root: Path) -> None:
+    first = trained(root, "one", main=50, side=50)
+    assert first["gate"] == {"passed": True, "reason": "there was no champion"}
+    assert first["aliases"] == ["candidate", "champion"]
+    noise = trained(root, "two", main=52, side=50)
+    assert not noise["gate"]["passed"]
+    assert "not better on main by more than noise" in noise["gate"]["reason"]
+    assert noise["champion"] == "1"
+    worse = trained(root, "three", main=90, side=30)
+    assert "worse on side" in worse["gate"]["reason"]
+    better = trained(root, "four", main=90, side=49)
+    assert better["gate"]["passed"]
+    assert better["champion"] == better["version"] == "4"
+    low = trained(root, "five", main=5, side=50)
+    assert "below the required 0.100" in low["gate"]["reason"]
+    assert [v.aliases for v in versions(root, "toy")] == [(), (), (), ("champion",), ("candidate",)]
+
+
+def test_older_versions_still_load_and_roll_back(root: Path) -> None:
+    trained(root, "one", main=50, side=50)
+    trained(root, "two", main=90, side=50)
+    assert (resolve("models:/toy/1") / "model.safetensors").read_text() == "one"
+    assert (resolve("toy@champion") / "model.safetensors").read_text() == "two"
+    assert roll_back(root, "toy").number == "1"
+    assert (resolve("models:/toy@champion") / "model.safetensors").read_text() == "one"
+    assert promote(root, "toy", "candidate", "by hand").number == "2"
+    record = json.loads(version_of(root, "toy", "2").tags["champion.record"])
+    assert record["why"] == "by hand"
+    assert {"who", "when"} <= record.keys()
+
+
+def test_registered_by_reference_and_once(root: Path) -> None:
+    first = trained(root, "one", main=50, side=50)
+    stored = store_folder(root, first["hash"]) / "model.safetensors"
+    assert stored.stat().st_ino == (root / "models/sft/model.safetensors").stat().st_ino
+    again = trained(root, "one", main=50, side=50)
+    assert again["version"] == first["version"] == "1"
+    shutil.rmtree(root / "models/sft")
+    assert stored.read_text() == "one"
+    artifacts = [p for p in (root / "mlartifacts").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in artifacts) < 100_000
+
+
+def test_a_lost_database_is_filled_again_from_receipts(root: Path, empty_database: Path) -> None:
+    trained(root, "one", main=50, side=50)
+    trained(root, "two", main=90, side=50)
+    roll_back(root, "toy")
+    (root / "mlflow.db").unlink()
+    shutil.copy(empty_database, root / "mlflow.db")
+    assert (resolve("toy@champion") / "model.safetensors").read_text() == "one"
+    assert [(v.number, v.aliases) for v in versions(root, "toy")] == [("1", ("champion",)), ("2", ("candidate",))]
+
+
+def test_altered_or_missing_weights_are_refused(root: Path) -> None:
+    digest = trained(root, "one", main=50, side=50)["hash"]
+    file = store_folder(root, digest) / "model.safetensors"
+    file.unlink()
+    file.write_text("altered")
+    with pytest.raises(ConfigError, match="was altered"):
+        resolve("toy@champion")
+    shutil.rmtree(store_folder(root, digest))
+    with pytest.raises(ConfigError, match="is gone"):
+        resolve("toy@champion")
+
+
+def test_lineage_leads_back(root: Path) -> None:
+    trained(root, "one", main=50, side=50)
+    tags = version_of(root, "toy", "champion").tags
+    assert json.loads(tags["stage_runs"]) == {"sft": "sft-0"}
+    assert json.loads(tags["inputs"]) == {"data/sft": "d1"}
+    assert tags["environment"].startswith("python 3")
+    assert {"git_commit", "dvc_lock", "params", "content_hash"} <= tags.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("toy@nothing", "no version 'nothing'; it has: 1"),
+        ("other@champion", "no model 'other' is registered; `make run`"),
+        ("./nowhere", "give a folder, models:/NAME@alias, or a Hub name"),
+        ("models:/we?ird@x", "give a folder, models:/NAME@alias"),
+    ],
+)
+def test_unknown_names(root: Path, name: str, line: str) -> None:
+    trained(root, "one", main=50, side=50)
+    with pytest.raises(ConfigError, match=line.replace("?", r"\?")):
+        resolve(name)
+
+
+def test_a_gate_on_what_nobody_measured(root: Path) -> None:
+    (root / "params.yaml").write_text(PARAMS.replace("not_worse: [side]", "not_worse: [sidee]"))
+    with pytest.raises(ValueError, match="'sidee'; measured are: main, side"):
+        trained(root, "one", main=50, side=50)
