@@ -157,19 +157,18 @@ def draw(generate: Callable[[random.Random], Puzzle], *, part: Part | None, coun
     rng = random.Random(f"{seed}:{part}")
     distinct = part not in ("train", "grpo")
     seen: set[str] = set()
-    found = 0
-    for _ in range(200 * count + 20_000):
-        if found == count:
-            return
+    found = misses = 0
+    while found < count:
         puzzle = generate(rng)
         if (part is not None and part_of(puzzle.task, puzzle.key) != part) or puzzle.key in seen:
+            misses += 1
+            if misses > _MISSES:
+                raise ValueError(f"{seed}: only {found} of {count} different puzzles exist for {part}; ask for fewer")
             continue
         if distinct:
             seen.add(puzzle.key)
-        found += 1
+        found, misses = found + 1, 0
         yield puzzle
-    if found < count:
-        raise ValueError(f"{seed}: only {found} of {count} different puzzles exist for {part}; ask for fewer")
 
 
 _SUDOKU_PROMPTS = (
@@ -206,6 +205,7 @@ _SPLIT_TEXTS = (
     "{total} = {expression}, a sum of {parts} different numbers of at least {least}.",
     "{expression} = {total}.",
 )
+_MISSES = 20_000  # in a row, before the puzzles of a side count as used up
 _RANK = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 

@@ -87,17 +87,15 @@ def pairs(rows: Sequence[Row], tokenizer: Tokenizer, params: PreferenceData) -> 
     """`prompt_ids`, `chosen_ids`, `rejected_ids` (replies with their end token) of `prompt`, `chosen`, `rejected`."""
     encoded = Encoded({"prompt_ids": [], "chosen_ids": [], "rejected_ids": []})
     chat = _ChatEncoder(tokenizer)
+    kept = [row for row in rows if text_of(row, "chosen").strip() and text_of(row, "rejected").strip()]
+    encoded.counts["no answer"] += len(rows) - len(kept)
     asked = []
-    for row in rows:
+    for row in kept:
         for name in ("chosen", "rejected"):
-            reply = {"role": "assistant", "content": text_of(row, name)}
-            asked.append(([*_as_messages(row["prompt"]), reply], False))
+            asked.append(([*_as_messages(row["prompt"]), {"role": "assistant", "content": row[name]}], False))
     both = chat.encode(asked)
     for chosen in both:
         rejected = next(both)
-        if not (any(chosen[1]) and any(rejected[1])):
-            encoded.counts["no answer"] += 1
-            continue
         fitted = [_fit(*row, params.length, params.truncation, encoded.counts) for row in (chosen, rejected)]
         if fitted[0] is None or fitted[1] is None:
             continue

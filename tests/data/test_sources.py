@@ -1,0 +1,138 @@
+"""Sources: found by name or path, read with line numbers; a mistake is told with file, line and what was expected."""
+
+import json
+
+import datasets
+import pytest
+
+from llada_core.config.data import SourceParams
+from llada_core.data import maps, sources
+from llada_core.data.sources import DataError, find, read
+
+
+def rows_of(path, **changes):
+    source = SourceParams(name=str(path), **changes)
+    return list(read(source, find(source, "pretrain", [path.parent])))
+
+
+def test_text_and_json_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "é"}\n\n{"text": "x"}\n')
+    (tmp_path / "c.json").write_text('[{"text": "y"}]')
+    (tmp_path / "d.csv").write_text("text\nz\n")
+    assert rows_of(tmp_path / "a.txt") == [(1, {"text": "one\n\ntwo\n"})]
+    assert rows_of(tmp_path / "a.txt", unit="line") == [(1, {"text": "one"}), (3, {"text": "two"})]
+    assert rows_of(tmp_path / "b.jsonl") == [(1, {"text": "é"}), (3, {"text": "x"})]
+    assert rows_of(tmp_path / "b.jsonl", limit=1) == [(1, {"text": "é"})]
+    assert rows_of(tmp_path / "b.jsonl", contains={"text": "x"}) == [(3, {"text": "x"})]
+    assert rows_of(tmp_path / "c.json") == [(1, {"text": "y"})]
+    assert rows_of(tmp_path / "d.csv") == [(1, {"text": "z"})]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "data.jsonl: no rows; expected at least one"),
+        (b'{"text": "a"}\n{"text": "b', "data.jsonl, line 2: not valid JSON .*cut off"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "data.jsonl, line 2: byte 10 is not UTF-8"),
+        (b'{"text": "a"}\n["b"]\n', "data.jsonl, line 2: expected a JSON object, got list"),
+    ],
+)
+def test_damaged_jsonl_is_told_with_its_line(tmp_path, content, message):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        rows_of(tmp_path / "data.jsonl")
+
+
+def test_damaged_text_is_told_with_its_line(tmp_path):
+    (tmp_path / "data.txt").write_bytes(b"fine\nfine\n\xe9\n")
+    with pytest.raises(DataError, match=r"data\.txt, line 3: byte 10 is not UTF-8"):
+        rows_of(tmp_path / "data.txt")
+    with pytest.raises(DataError, match=r"data\.txt, line 3: byte 0 is not UTF-8"):
+        rows_of(tmp_path / "data.txt", unit="line")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match=r"empty\.txt: no rows"):
+        rows_of(tmp_path / "empty.txt")
+
+
+def test_a_source_that_is_nowhere_names_where_it_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"'alpacca'.*below {tmp_path}; did you mean 'alpaca'"):
+        find(SourceParams(name="alpacca"), "sft", [tmp_path])
+    with pytest.raises(FileNotFoundError, match="'gutenberg': no file"):
+        find(SourceParams(name="gutenberg"), "pretrain", [tmp_path])
+
+
+def test_short_names_are_files_of_the_root_first_then_the_hub(tmp_path):
+    assert find(SourceParams(name="alpaca"), "sft", [tmp_path]).place == "tatsu-lab/alpaca"
+    folder = tmp_path / "alpaca"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("{}\n")
+    origin = find(SourceParams(name="alpaca"), "sft", [tmp_path])
+    assert (origin.kind, origin.place, origin.map) == (
+        "file",
+        str(folder / "train.jsonl"),
+        "llada_core.data.maps.alpaca",
+    )
+    assert find(SourceParams(name="tatsu-lab/alpaca", map="my.f"), "sft", [tmp_path]).map == "my.f"
+    assert find(SourceParams(name="gsm8k"), "grpo", [tmp_path]).map == "llada_core.data.maps.gsm8k"
+    digest = find(SourceParams(name="dclm"), "pretrain", [tmp_path]).digest
+    assert digest != find(SourceParams(name="dclm", revision="v2"), "pretrain", [tmp_path]).digest
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_data_sets_are_asked_for_as_the_source_says(monkeypatch, tmp_path, streaming):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        table = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": str(i)}]} for i in range(5)])
+        return table.to_iterable_dataset() if kwargs["streaming"] else table
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = SourceParams(name="smoltalk", streaming=streaming, limit=3, revision="main")
+    rows = list(read(source, find(source, "sft", [tmp_path])))
+    assert [number for number, _ in rows] == [1, 2, 3]
+    assert rows[2][1]["messages"][0]["content"] == "2"
+    expected = {"split": "train", "revision": "main", "streaming": streaming}
+    assert asked == [(("HuggingFaceTB/smoltalk", "all"), expected)]
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
+    def load_dataset(*_, **__):
+        raise ConnectionError("Couldn't reach it\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = SourceParams(name="owner/name")
+    with pytest.raises(DataError, match=r"'owner/name' cannot be had from the Hub: Couldn't reach it$"):
+        list(read(source, find(source, "sft", [tmp_path])))
+
+
+def test_folders_saved_by_datasets(tmp_path):
+    table = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+    datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(str(tmp_path / "saved"))
+    assert rows_of(tmp_path / "saved", split="test") == [(1, {"text": "b"})]
+    with pytest.raises(DataError, match="no split 'dev'; it has train, test"):
+        rows_of(tmp_path / "saved", split="dev")
+
+
+def test_every_known_data_set_has_its_map_function():
+    for known in sources.KNOWN.values():
+        assert all(callable(getattr(maps, name)) for name in known.maps.values())
+
+
+def test_maps_of_the_data_root(data_root):
+    expected = {
+        ("alpaca", "sft"): lambda row: row["messages"][1]["role"] == "assistant",
+        ("dolly", "sft"): lambda row: all(m["content"] for m in row["messages"]),
+        ("gsm8k", "sft"): lambda row: "<<" not in row["messages"][1]["content"],
+        ("gsm8k", "grpo"): lambda row: row["answer"]["answer"][-1].isdigit() and row["task"] == "gsm8k",
+    }
+    for (name, stage), check in expected.items():
+        source = SourceParams(name=name, limit=50)
+        origin = find(source, stage, [data_root])
+        mapped = [vars(maps)[origin.map.rpartition(".")[2]](row) for _, row in read(source, origin)]
+        assert len(mapped) == 50
+        assert all(map(check, mapped))
+    for name, function in (("sudoku4x4", maps.sudoku), ("countdown", maps.countdown), ("math500", maps.math)):
+        source = SourceParams(name=name, split="test", limit=20)
+        assert all(json.dumps(function(row)) for _, row in read(source, find(source, "grpo", [data_root])))

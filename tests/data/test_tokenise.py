@@ -1,0 +1,151 @@
+"""Rows of ids: what is trained on, what is cut, what is dropped, and that special strings in data stay text."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from llada_core.config.data import GRPOData, PreferenceData, PretrainData, SFTData
+from llada_core.data import tokenise
+from llada_core.data.packing import Packer
+from llada_core.data.sources import DataError
+from tests.tiny import tiny_tokenizer
+
+USER = {"role": "user", "content": "What is 7 + 5?"}
+REPLY = {"role": "assistant", "content": "12"}
+THREE = {"messages": [USER, REPLY, {"role": "user", "content": "and 12?"}, {"role": "assistant", "content": "34 56"}]}
+
+
+def sft(rows, **changes):
+    return tokenise.dialogues(rows, tiny_tokenizer(), SFTData(**changes))
+
+
+def trained_text(encoded, row=0):
+    tokenizer = tiny_tokenizer()
+    ids, maskable = encoded.columns["input_ids"][row], encoded.columns["maskable"][row]
+    return tokenizer.decode([i for i, m in zip(ids, maskable, strict=True) if m], skip_special=False)
+
+
+def test_rows_equal_the_chat_template_and_prompts_its_beginning():
+    tokenizer = tiny_tokenizer()
+    encoded = sft([THREE])
+    assert encoded.columns["input_ids"][0] == tokenizer.chat_ids(THREE["messages"], generation_prompt=False)
+    start = encoded.columns["maskable"][0].index(1)
+    assert encoded.columns["input_ids"][0][:start] == tokenizer.chat_ids(THREE["messages"][:3])
+    grpo = tokenise.prompts(
+        [{"prompt": THREE["messages"][:3], "task": "x", "answer": {"b": 1, "a": 2}}], tokenizer, GRPOData()
+    )
+    assert grpo.columns["prompt_ids"] == [tokenizer.chat_ids(THREE["messages"][:3])]
+    assert grpo.columns["answer"] == ['{"a":2,"b":1}']
+
+
+@pytest.mark.parametrize(
+    ("turns", "texts"),
+    [
+        ("last", ["34 56<|eot_id|>"]),
+        ("all", ["12<|eot_id|>34 56<|eot_id|>"]),
+        ("each", ["12<|eot_id|>", "34 56<|eot_id|>"]),
+    ],
+)
+def test_the_chosen_turns_train(turns, texts):
+    encoded = sft([THREE], turns=turns)
+    assert [trained_text(encoded, i) for i in range(len(encoded))] == texts
+
+
+def test_sampled_turns_train_one_reply_of_each_dialogue():
+    rows = [{"messages": [*THREE["messages"], {"role": "user", "content": f"{i}"}, REPLY]} for i in range(200)]
+    encoded = sft(rows, turns="sampled")
+    assert len(encoded) == 200
+    assert min(Counter(len(ids) // 32 for ids in encoded.columns["input_ids"]).values()) > 40
+    assert encoded.columns == sft(rows, turns="sampled").columns
+
+
+def test_what_follows_the_last_reply_is_left_out():
+    encoded = sft([{"messages": [USER, REPLY, USER]}])
+    assert encoded.columns == sft([{"messages": [USER, REPLY]}]).columns
+
+
+def test_special_strings_in_data_stay_text():
+    tokenizer = tiny_tokenizer()
+    nasty = {"role": "user", "content": "a<|eot_id|><|mdm_mask|>"}
+    ids = sft([{"messages": [nasty, REPLY]}]).columns["input_ids"][0]
+    assert ids.count(tokenizer.special.eot_id) == 2
+    assert tokenizer.special.mask_id not in ids
+    document = tokenise.documents([{"text": "a<|mdm_mask|>"}], tokenizer, PretrainData()).columns["input_ids"][0]
+    assert tokenizer.special.mask_id not in document
+
+
+def test_truncation_never_leaves_an_empty_answer_and_is_counted():
+    whole = sft([{"messages": [USER, REPLY]}], length=512)
+    length, prompt = len(whole.columns["input_ids"][0]), whole.columns["maskable"][0].index(1)
+    for width in range(8, length + 2):
+        encoded = sft([{"messages": [USER, REPLY]}], length=width)
+        if width >= length:
+            assert encoded.columns == whole.columns
+            assert not encoded.counts
+        elif width > prompt:
+            assert encoded.counts == {"answer cut": 1}
+            assert len(encoded.columns["input_ids"][0]) == width
+            assert any(encoded.columns["maskable"][0])
+        else:
+            assert encoded.counts == {"prompt too long": 1}
+            assert not encoded.columns["input_ids"]
+    assert sft([{"messages": [USER, REPLY]}], length=prompt + 1, truncation="filter").counts == {"too long": 1}
+
+
+def test_rows_without_an_answer_are_dropped_and_counted():
+    rows = [
+        {"messages": [USER]},
+        {"messages": [USER, {"role": "assistant", "content": " "}]},
+        {"messages": [USER, REPLY]},
+    ]
+    encoded = sft(rows)
+    assert len(encoded) == 1
+    assert encoded.counts == {"no answer": 2}
+    assert not any(sft(rows[2:], mask_prompt=True).columns["maskable"][0][:5])
+    assert all(sft(rows[2:], mask_prompt=False).columns["maskable"][0])
+
+
+def test_pairs_share_their_prompt():
+    tokenizer = tiny_tokenizer()
+    row = {"prompt": "What?", "chosen": "12", "rejected": "34 and 56"}
+    encoded = tokenise.pairs([row, {**row, "chosen": ""}, {**row, "prompt": "x" * 500}], tokenizer, PreferenceData())
+    assert encoded.columns["prompt_ids"] == [tokenizer.chat_ids([{"role": "user", "content": "What?"}])]
+    assert tokenizer.answer_text(encoded.columns["chosen_ids"][0]) == "12"
+    assert tokenizer.answer_text(encoded.columns["rejected_ids"][0]) == "34 and 56"
+    assert sum(encoded.counts.values()) == 3  # an empty reply; and a prompt that is too long in both halves
+
+
+def test_prompts_that_are_too_long_are_dropped():
+    rows = [{"prompt": "x" * n, "task": "t", "answer": {}} for n in (5, 400)]
+    encoded = tokenise.prompts(rows, tiny_tokenizer(), GRPOData(length=100))
+    assert encoded.columns["prompt"] == ["xxxxx"]
+    assert encoded.counts == {"prompt too long": 1}
+
+
+@pytest.mark.parametrize("cuts", [[7], [1, 2, 4], [3, 4]])
+def test_packing_does_not_depend_on_how_documents_arrive(cuts):
+    lengths = [5, 1, 9, 4, 2, 7, 3]
+    ids, whole = np.arange(sum(lengths)), []
+    packer = Packer(PretrainData(length=6, documents=True, drop_tail=False))
+    start = 0
+    for count in cuts:
+        part = lengths[start : start + count]
+        first = sum(lengths[:start])
+        columns = packer.add(ids[first : first + sum(part)], np.array(part))
+        whole += zip(columns["input_ids"], columns["document_ids"], strict=True)
+        start += count
+    rest = packer.rest()
+    whole += zip(rest["input_ids"], rest["document_ids"], strict=True)
+    assert [row.tolist() for row, _ in whole] == [list(range(i, min(i + 6, 31))) for i in range(0, 31, 6)]
+    assert whole[0][1].tolist() == [0, 0, 0, 0, 0, 1]
+    assert whole[2][1].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_missing_fields_are_named():
+    with pytest.raises(DataError, match="expected text in the field 'text'; the row has the fields body"):
+        tokenise.documents([{"body": "x"}], tiny_tokenizer(), PretrainData())
+    with pytest.raises(DataError, match=r"list of messages in the field 'messages'.*name a map function"):
+        sft([{"instruction": "x"}])
+    with pytest.raises(DataError, match="messages with the texts 'role' and 'content'"):
+        sft([{"messages": [{"from": "human", "value": "x"}]}])
