@@ -143,16 +143,25 @@ class GRPOParams(TrainingParams):
     likelihood: Literal["one_forward", "elbo"] = "one_forward"
     mask_prompt: float = Field(default=0.15, ge=0, lt=1)  # one_forward: share of prompt tokens hidden
     mask_samples: int = Field(default=1, ge=1)  # elbo: masks per completion and update, at evenly spread ratios
+    mask_ratios: tuple[float, float] = (0.1, 1.0)  # elbo: between which ratios; low ones add variance
     ratio: Literal["token", "sequence"] = "token"
     epsilon: float = Field(default=0.5, gt=0)
     beta: float = Field(default=0.04, ge=0)  # weight of the KL to the reference; 0: no reference is kept
     scale_rewards: bool = False  # divide advantages by the group's standard deviation
     negative_weight: float = Field(default=1.0, ge=0)  # factor on negative advantages
+    rollout_batch: int = Field(default=256, ge=1)  # completions in one call of the sampler
     sync_every: int = Field(default=0, ge=0)  # mix the policy into the reference every so many steps
     sync_mix: float = Field(default=0.6, gt=0, le=1)
     reward: str = "default"  # a name in llada_core.training.rewards, or a dotted path to f(task, text, answer) -> float
     validation: SamplingParams | None = None  # None: as `sampling`, greedy
     patience: int = Field(default=0, ge=0)  # validations without a new best before stopping; 0: never
+
+    @model_validator(mode="after")
+    def _ratios(self) -> Self:
+        low, high = self.mask_ratios
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"mask_ratios {list(self.mask_ratios)}: give a lower and an upper ratio in (0, 1]")
+        return self
 
 
 class PreferenceParams(TrainingParams):

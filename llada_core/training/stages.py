@@ -12,16 +12,21 @@ from typing import Any
 import torch
 from datasets import Dataset, load_from_disk
 
+from llada_core.config.dotted import function_at
 from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, SFTParams, TrainingParams
 from llada_core.data.batches import Order, RowBatches
 from llada_core.modeling import MaskPredictor, save_model
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.flops import active_parameters
+from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.loop import Loop, Parts
+from llada_core.training.lora import add_lora
 from llada_core.training.metrics import Follower, MetricsFile
 from llada_core.training.objectives import DiffusionObjective, Objective
 from llada_core.training.optimiser import optimiser_for
 from llada_core.training.ranks import Ranks, accelerator_for
+from llada_core.training.rollouts import Reward
+from llada_core.verifiers import verify
 
 _DATA = {PretrainParams: "pretrain", SFTParams: "sft", GRPOParams: "grpo", PreferenceParams: "preference"}
 # What may change between a run and its continuation without changing what the run computes.
@@ -81,6 +86,8 @@ def train(
     cpu = not torch.cuda.is_available()
     engine = accelerator_for(params, cpu=cpu, block_classes=tuple(model._no_split_modules or ()))
     parameters = active_parameters(model)
+    if params.lora is not None:
+        add_lora(model, params.lora)
     ranks = Ranks()
     metrics = MetricsFile(place.run / "metrics.jsonl", ranks, follow)
     objective = objective_for(params, model, tokenizer, place.data, seed=seed)
@@ -121,7 +128,18 @@ def objective_for(
         return DiffusionObjective(
             train_batches, held_out, params, mask_id=special.mask_id, seed=seed, routed=_is_routed(model)
         )
+    if isinstance(params, GRPOParams):
+        tables = [_table(folder / part, params) for part in ("train", "validation")]
+        problems = Problems(tables[0], tables[1], tokenizer, reward_named(params.reward), verify)
+        return GRPO(model, problems, params, seed=seed)
     raise ValueError(f"no objective for {type(params).__name__}")
+
+
+def reward_named(name: str) -> Reward:
+    """The reward that `grpo.reward` names; "default" is verified correctness."""
+    if name == "default":
+        return verify
+    return function_at(name, "grpo.reward")
 
 
 def _table(folder: Path, params: TrainingParams) -> Dataset:

@@ -1,0 +1,254 @@
+"""Group-relative policy optimisation as an objective of the loop: rollouts, then updates on them, each with its own masks.
+
+diffu-GRPO of d1 (arXiv:2504.12216), with a choice of likelihood estimators. Knows when to sample and what to store;
+the arithmetic is in `policy.py`, sampling and judging in `rollouts.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llada_core.config.training import GRPOParams
+from llada_core.data.batches import Order
+from llada_core.diffusion import Noise
+from llada_core.modeling import MaskPredictor
+from llada_core.tokenizer import Tokenizer
+from llada_core.training.objectives import Loss, Work
+from llada_core.training.policy import (
+    Completions,
+    Masks,
+    group_advantages,
+    mask_samples,
+    masks_for,
+    policy_loss,
+    token_log_probabilities,
+)
+from llada_core.training.ranks import Ranks
+from llada_core.training.reference import Reference
+from llada_core.training.rollouts import Prompt, PromptTable, Reward, Sampled, Verifier, judge, prompts_of, sample
+
+_GOLD = 0.6180339887498949  # spreads the mask ratios of a row's samples over updates
+
+
+@dataclass(frozen=True)
+class Problems:
+    """What a policy is trained and judged on."""
+
+    train: PromptTable
+    validation: PromptTable
+    tokenizer: Tokenizer
+    reward: Reward
+    verify: Verifier
+
+
+@dataclass(frozen=True)
+class Share:
+    """Completions of one micro-batch, their masks and their log-probabilities at rollout time (None: they are the present ones)."""
+
+    rows: Completions
+    masks: Masks
+    old: Tensor | None
+
+
+class GRPO:
+    """One rollout every `iterations` steps; the steps in between go on with it."""
+
+    def __init__(self, model: MaskPredictor, problems: Problems, params: GRPOParams, *, seed: int) -> None:
+        self.predictor, self.problems, self.params, self.seed = model, problems, params, seed
+        self.ranks = Ranks()
+        self.reference = Reference(model, params)
+        self.order = Order(len(problems.train), params.prompts, seed=seed)
+        self.tasks = sorted({p.task for p in prompts_of(problems.validation, range(len(problems.validation)))})
+        self._rollout: Completions | None = None
+        self._old: Tensor | None = None
+        self._number = -1
+        self._best = torch.tensor([-1.0, 0.0], dtype=torch.float64)  # best validation, validations since
+
+    def steps_per_epoch(self) -> int:
+        return self.order.batches_per_epoch * self.params.iterations
+
+    def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work:
+        number, update = divmod(step, self.params.iterations)
+        notes, inference = {}, 0
+        if number != self._number or self._rollout is None:
+            notes, inference = self._collect(model, number)
+        assert self._rollout is not None
+        self.reference.sync(self.predictor, step)
+        kept = self._kept()
+        mine = kept[rank::ranks]
+        micro = self.params.micro_batch_size or max(1, len(kept))
+        shares = -(-(-(-len(kept) // ranks)) // micro)  # the same number on every rank
+        batches = [self._share(index, step, update) for index in _split(mine, shares)]
+        samples = mask_samples(self.params)
+        tokens = sum(batch.rows.tokens.numel() for batch in batches)
+        inference += tokens if self.params.beta > 0 else 0
+        whole = (
+            self._rollout.scored.sum().item() * samples if self.params.ratio == "token" else len(self._rollout.scored)
+        )
+        # Every rank tells its part of the whole, so that rows which were left out still count.
+        return Work(batches, [whole / ranks if len(kept) else 0.0], tokens, inference, notes)
+
+    def loss(self, model: nn.Module, batch: Share) -> Loss:
+        mask_id = self.predictor.special_tokens.mask_id
+        now = token_log_probabilities(model, batch.rows, batch.masks, mask_id)
+        old = now.detach() if batch.old is None else batch.old.to(now.device)
+        reference = None
+        if self.params.beta > 0:
+            with torch.no_grad(), self.reference.active(model) as frozen:
+                reference = token_log_probabilities(frozen, batch.rows, batch.masks, mask_id)
+        result = policy_loss(self.params, now, old, reference, batch.rows, batch.masks)
+        counted = result.counted
+        chosen = (batch.rows.scored & batch.masks.masked).sum().to(now.device)
+        parts = {
+            "loss": torch.stack([result.sum.detach(), counted]),
+            "clipped": torch.stack([result.clipped, counted]),
+            "entropy_estimate": torch.stack([-now.detach().sum(), chosen]),
+        }
+        if reference is not None:
+            parts["kl"] = torch.stack([result.kl, counted])
+        return Loss(result.sum, parts)
+
+    def validate(self, model: nn.Module, rank: int, ranks: int) -> dict[str, Tensor]:
+        """Verified correctness on held-out prompts, over all and per task."""
+        table, params = self.problems.validation, self.params
+        settings = params.validation or replace(params.sampling, temperature=0.0)
+        parts = {f"validation_correct{suffix}": torch.zeros(2) for suffix in ("", *(f"_{task}" for task in self.tasks))}
+        rows = range(len(table))[: params.validation_rows][rank::ranks]
+        for start in range(0, len(rows), params.rollout_batch):
+            prompts = prompts_of(table, rows[start : start + params.rollout_batch])
+            texts = sample(self.predictor, self.problems.tokenizer, prompts, settings).texts
+            for prompt, text in zip(prompts, texts, strict=True):
+                right = torch.tensor([float(self.problems.verify(prompt.task, text, prompt.answer)), 1.0])
+                for name in ("validation_correct", f"validation_correct_{prompt.task}"):
+                    parts[name] += right
+        return parts
+
+    def finished(self, validation: Mapping[str, Any]) -> bool:
+        """Whether `patience` validations went by without a new best."""
+        score = float(validation.get("validation_correct", 0.0))
+        since = 0.0 if score > self._best[0] else float(self._best[1]) + 1
+        self._best = torch.tensor([max(score, float(self._best[0])), since], dtype=torch.float64)
+        return 0 < self.params.patience <= since
+
+    def state(self) -> dict[str, Tensor]:
+        tensors = {"best": self._best, **self.reference.state()}
+        if self._rollout is not None:
+            tensors |= {f"rollout.{name}": tensor for name, tensor in vars(self._rollout).items()}
+            tensors["number"] = torch.tensor([self._number])
+            if self._old is not None:
+                tensors["old"] = self._old
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self._rollout, self._old, self._number = None, tensors.get("old"), -1
+        self._best = tensors.get("best", self._best)
+        self.reference.load_state(tensors)
+        if "number" in tensors:
+            names = ("tokens", "attention", "scored", "written", "advantages")
+            self._rollout = Completions(*(tensors[f"rollout.{name}"] for name in names))
+            self._number = int(tensors["number"])
+
+    def _collect(self, model: nn.Module, number: int) -> tuple[dict[str, float], int]:
+        """Sample and judge this rollout's completions; every rank does its share and gets the whole."""
+        params, ranks = self.params, self.ranks
+        if params.prompts % ranks.count:
+            raise ValueError(f"grpo.prompts {params.prompts} does not divide over {ranks.count} ranks; use a multiple")
+        everyone = prompts_of(self.problems.train, list(self.order.rows(number)))
+        width = max(len(prompt.ids) for prompt in everyone)
+        own = params.prompts // ranks.count
+        mine = [p for p in everyone[ranks.index * own : (ranks.index + 1) * own] for _ in range(params.generations)]
+        sampled = self._sample(mine, width, seed=hash((self.seed, number)) % 2**31)
+        rewards = torch.tensor(judge(self.problems.reward, mine, sampled.texts), dtype=torch.float64)
+        right = torch.tensor(
+            [float(self.problems.verify(p.task, t, p.answer)) for p, t in zip(mine, sampled.texts, strict=True)]
+        )
+        start, total = ranks.index * len(mine), len(everyone) * params.generations
+        tokens, attention, scored, written, rewards, right = (
+            ranks.join(x, start, total)
+            for x in (sampled.tokens, sampled.attention, sampled.scored, sampled.written, rewards, right)
+        )
+        valid = ~rewards.isnan()
+        shape = (-1, params.generations)
+        advantages = group_advantages(rewards.view(shape), valid.view(shape), params).flatten().float()
+        self._rollout, self._number = Completions(tokens, attention, scored, written, advantages), number
+        inference = sampled.tokens_through_model + self._remember_old(model, number * params.iterations)
+        groups = torch.where(valid, rewards, 0.0).view(shape)
+        notes = {
+            "reward": float(rewards[valid].mean()) if valid.any() else 0.0,
+            "rollout_correct": float(right.mean()),
+            "groups_differ": float((groups.amax(1) > groups.amin(1)).double().mean()),
+            "rewards_dropped": float((~valid).sum()),
+            "completion_tokens": float(scored.sum(1).double().mean()),
+            "tokens_per_forward": params.sampling.max_new_tokens
+            / sampled.forwards
+            * -(-len(mine) // params.rollout_batch),
+        }
+        return notes, inference
+
+    def _sample(self, prompts: list[Prompt], width: int, *, seed: int) -> Sampled:
+        settings, size = replace(self.params.sampling, seed=seed), self.params.rollout_batch
+        size = max(size // self.params.generations, 1) * self.params.generations  # a group stays in one call
+        parts = [
+            sample(self.predictor, self.problems.tokenizer, prompts[i : i + size], settings, width=width)
+            for i in range(0, len(prompts), size)
+        ]
+        joined = [
+            torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "attention", "scored", "written")
+        ]
+        return Sampled(*joined, [text for part in parts for text in part.texts], sum(part.forwards for part in parts))
+
+    def _remember_old(self, model: nn.Module, first: int) -> int:
+        """Log-probabilities of the rollout's policy under the masks of the later updates; the first needs none."""
+        self._old = None
+        if self.params.iterations == 1:
+            return 0
+        assert self._rollout is not None
+        samples, mask_id = mask_samples(self.params), self.predictor.special_tokens.mask_id
+        old = []
+        for update in range(1, self.params.iterations):
+            parts = []
+            for index in torch.arange(len(self._rollout.tokens)).split(self.params.rollout_batch):
+                rows, masks = self._masked(index, first + update)
+                with torch.no_grad():
+                    parts.append(_by_row(token_log_probabilities(model, rows, masks, mask_id).cpu(), samples))
+            old.append(torch.cat(parts))
+        self._old = torch.stack(old)
+        return self._old.numel()
+
+    def _kept(self) -> Tensor:
+        """Rows that can change anything: all, or without a KL term those whose advantage is not zero."""
+        assert self._rollout is not None
+        everything = torch.arange(len(self._rollout.tokens))
+        return everything if self.params.beta > 0 else everything[self._rollout.advantages != 0]
+
+    def _share(self, index: Tensor, step: int, update: int) -> Share:
+        rows, masks = self._masked(index, step)
+        if update == 0 or self._old is None:
+            return Share(rows, masks, None)
+        old = self._old[update - 1, index]  # (R, samples, T)
+        return Share(rows, masks, old.transpose(0, 1).flatten(0, 1))
+
+    def _masked(self, index: Tensor, step: int) -> tuple[Completions, Masks]:
+        """Rows repeated once per mask sample, and the masks of one update; numbers depend on row and step alone."""
+        assert self._rollout is not None
+        samples = mask_samples(self.params)
+        rows = self._rollout.rows(index.repeat(samples))
+        sample_number = torch.arange(samples).repeat_interleave(len(index))
+        keys = index.repeat(samples) * samples + sample_number
+        noise = Noise(self.seed, step, keys, 1)
+        offset = Noise(self.seed, step, index.repeat(samples), 1).uniforms(1, stream=3)[:, 0]
+        low, high = self.params.mask_ratios
+        ratio = low + (high - low) * ((offset + sample_number / samples) % 1.0)
+        return rows, masks_for(self.params, rows, noise.uniforms(rows.tokens.shape[1], stream=2), ratio)
+
+
+def _by_row(values: Tensor, samples: int) -> Tensor:
+    """(samples * R, T) to (R, samples, T)."""
+    return values.view(samples, -1, values.shape[1]).transpose(0, 1)
+
+
+def _split(index: Tensor, shares: int) -> list[Tensor]:
+    return list(torch.tensor_split(index, shares)) if shares else []

@@ -1,0 +1,59 @@
+"""The policy that a trained one must not leave: a frozen copy, or the same model with its adapters switched off."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from llada_core.config.training import GRPOParams, PreferenceParams
+from llada_core.modeling import MaskPredictor
+from llada_core.training.lora import adapters_off
+
+
+class Reference:
+    """The reference of a run; with beta 0 there is none and nothing is copied."""
+
+    def __init__(self, model: MaskPredictor, params: GRPOParams | PreferenceParams) -> None:
+        self._adapter = params.lora is not None
+        self._every, self._mix = (params.sync_every, params.sync_mix) if isinstance(params, GRPOParams) else (0, 0.0)
+        if self._adapter and self._every:
+            raise ValueError(
+                "sync_every mixes the policy into a copy; with LoRA the reference is the adapter switched off"
+            )
+        if params.beta > 0 and not self._adapter and params.distribution.kind in ("fsdp", "zero3"):
+            raise ValueError("a reference copy is not sharded; use LoRA (the adapter is switched off) or beta 0")
+        self._copy = (
+            copy.deepcopy(model).requires_grad_(False).eval() if params.beta > 0 and not self._adapter else None
+        )
+
+    @contextmanager
+    def active(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The reference as a model to call; `model` is the policy as the loop wraps it."""
+        if self._copy is not None:
+            self._copy.to(next(model.parameters()).device)
+            yield self._copy
+        else:
+            with adapters_off(model):
+                yield model
+
+    @torch.no_grad()
+    def sync(self, policy: nn.Module, step: int) -> None:
+        """Every `sync_every` steps: reference = mix * policy + (1 - mix) * reference."""
+        if self._copy is None or not self._every or step == 0 or step % self._every:
+            return
+        for mine, theirs in zip(self._copy.parameters(), policy.parameters(), strict=True):
+            mine.to(theirs.device).lerp_(theirs.detach().to(mine.dtype), self._mix)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold: a copy that moves."""
+        if self._copy is None or not self._every:
+            return {}
+        return {f"reference.{name}": p for name, p in self._copy.named_parameters()}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Back to a stored copy."""
+        if self.state():
+            for name, parameter in self._copy.named_parameters():  # type: ignore[union-attr]
+                parameter.data.copy_(tensors[f"reference.{name}"])

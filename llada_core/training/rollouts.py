@@ -1,0 +1,111 @@
+"""Completions for policy optimisation: sample them, cut them at their end token, have them judged.
+
+Knows prompts, the sampler and callables that judge; does not know losses or advantages.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llada_core.config.sampling import SamplingParams
+from llada_core.modeling import MaskPredictor
+from llada_core.sampling import generate
+from llada_core.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+Reward = Callable[[str, str, Mapping[str, Any]], float]
+Verifier = Callable[[str, str, Mapping[str, Any]], bool]
+
+
+class PromptTable(Protocol):
+    """Rows with `prompt_ids`, `task` and `answer` (JSON)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: list[int]) -> dict[str, list[Any]]: ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem: its token ids, its task's name and what the judge needs."""
+
+    ids: list[int]
+    task: str
+    answer: Mapping[str, Any]
+
+
+def prompts_of(table: PromptTable, rows: Sequence[int]) -> list[Prompt]:
+    """Rows of a table as prompts."""
+    columns = table[[int(row) for row in rows]]
+    return [
+        Prompt(list(ids), task, json.loads(answer))
+        for ids, task, answer in zip(columns["prompt_ids"], columns["task"], columns["answer"], strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a batch of prompts was answered: tokens (R, P + N), each left-padded to the longest prompt; texts; cost.
+
+    scored, written (R, P + N) bool: the completion up to its first end token; the whole completion.
+    """
+
+    tokens: Tensor
+    attention: Tensor
+    scored: Tensor
+    written: Tensor
+    texts: list[str]
+    forwards: int
+
+    @property
+    def tokens_through_model(self) -> int:
+        """Positions fed to the model, over all forwards."""
+        return self.forwards * self.tokens.numel()
+
+
+@torch.no_grad()
+def sample(
+    model: MaskPredictor,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    *,
+    width: int | None = None,
+) -> Sampled:
+    """Answer every prompt once; `width` pads prompts to more than the longest of this batch."""
+    generation = generate(model, [prompt.ids for prompt in prompts], params)
+    answers = torch.stack([answer.cpu() for answer in generation.answers])
+    longest = max(width or 0, *(len(prompt.ids) for prompt in prompts))
+    new = answers.shape[1]
+    tokens = torch.full((len(prompts), longest + new), tokenizer.special.pad_id)
+    attention = torch.zeros_like(tokens)
+    for i, prompt in enumerate(prompts):
+        tokens[i, longest - len(prompt.ids) : longest] = torch.tensor(prompt.ids)
+        attention[i, longest - len(prompt.ids) :] = 1
+    tokens[:, longest:] = answers
+    written = (torch.arange(longest + new) >= longest).expand(tokens.shape)
+    ends = torch.isin(answers, torch.tensor(sorted(tokenizer.end_ids)))
+    before = ends.cumsum(1) - ends.long() == 0
+    scored = torch.cat([torch.zeros(len(prompts), longest, dtype=torch.bool), before], 1)
+    texts = [tokenizer.answer_text(answer.tolist()) for answer in answers]
+    return Sampled(tokens, attention, scored, written.clone(), texts, generation.forwards)
+
+
+def judge(reward: Reward, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    """One reward per text; NaN where the function raised or gave no finite number (logged, the run goes on)."""
+    rewards = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        try:
+            value = float(reward(prompt.task, text, prompt.answer))
+        except Exception as error:  # noqa: BLE001 - a person's reward may raise anything; the row is dropped and counted
+            _log.warning(
+                "reward of task %s raised %s: %s; the row is dropped", prompt.task, type(error).__name__, error
+            )
+            value = math.nan
+        rewards.append(value if math.isfinite(value) else math.nan)
+    return rewards
