@@ -10,10 +10,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from llada_core.sandbox import run_program
+from llada_core.sandbox import Limits, run_python
 
 Document = Mapping[str, Any]
-SECONDS = 5.0
+LIMITS = Limits(seconds=5.0)
 _FENCE = re.compile(r"```[a-zA-Z0-9_+-]*[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL)
 
 
@@ -84,5 +84,5 @@ def _marked(text: str) -> str:
 
 
 def _share(programs: list[str], test: str) -> float:
-    passed = [run_program(f"{program}\n{test}\n", seconds=SECONDS) for program in programs]
+    passed = [run_python(f"{program}\n{test}\n", limits=LIMITS).status == "ok" for program in programs]
     return sum(passed) / len(passed)

@@ -29,9 +29,10 @@ _REPLACED = (
     ("\\text{m}", "\\text{}"),
 )
 _UNITS = (
-    "square ways integers dollars mph inches ft hours km units sue points feet minutes digits cents degrees cm gm pounds "
-    "meters meals edges students childrentickets multiples"
-).split()
+    *("square", "ways", "integers", "dollars", "mph", "inches", "ft", "hours", "km", "units", "sue", "points", "feet"),
+    *("minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students"),
+    *("childrentickets", "multiples"),
+)
 _DROPPED = (
     *("\\ldots", "\\text{s}", "\\text{.}", "\\text{\ns}", "\\text{}^2", "\\text{}^3", "\\text{\n}", "\\text{}"),
     *("\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots"),

@@ -16,6 +16,7 @@ from llada_core.config.evaluation import Settings
 
 FOLDER = Path(__file__).parent
 OFFICIAL = "official"
+Fields = dict[str, str | int | bool | list[str] | dict[str, str | bool | list[str]] | None]
 
 
 class Variant(Block):
@@ -30,7 +31,7 @@ class LocalFiles(Block):
     """The folder below the data root with this benchmark's files, and the task fields that they need changed."""
 
     folder: str
-    change: dict[str, str | int | None | dict[str, str]] = Field(default_factory=dict)
+    change: Fields = Field(default_factory=dict)
     subset: str = ""  # said beside every score when these files are not the whole benchmark
 
 
@@ -49,6 +50,7 @@ class Recipe(Block):
     chance: float | None = None
     runs_code: bool = False
     settings: Settings = Settings()
+    change: Fields = Field(default_factory=dict)  # task fields that are ours and not lm-eval's
     variant: str = OFFICIAL
     variants: dict[str, Variant] = Field(default_factory=dict)
     local: LocalFiles | None = None

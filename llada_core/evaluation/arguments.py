@@ -1,0 +1,57 @@
+"""lm-eval's `--model_args` as a loaded model and options, in our names or those of the reference evaluators.
+
+Knows names of settings; does not know requests.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llada_core.config.base import ConfigError, nearest
+from llada_core.config.evaluation import SAMPLER_FIELDS, Settings
+from llada_core.evaluation.answering import Answerer, Options
+from llada_core.evaluation.requests import OTHER_NAMES, TOKEN_LISTS, token_list
+from llada_core.evaluation.worklist import AnswerStore, Shard
+from llada_core.modeling import MaskPredictor, load_model
+from llada_core.tokenizer import Tokenizer
+
+AUTO_BATCH = 32
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What the reference evaluators also take and what means nothing here.
+_SILENT = ("max_batch_size", "mask_id", "save_dir", "trust_remote_code", "parallelize")
+
+
+def from_arguments(given: Mapping[str, Any]) -> tuple[Answerer, AnswerStore]:
+    """What `--model_args` (and lm-eval's batch size and device) name; raises `ConfigError`."""
+    values = {OTHER_NAMES.get(k, k): v for k, v in given.items() if k not in _SILENT}
+    name = values.pop("pretrained", None) or values.pop("model_path", None)
+    if not name:
+        raise ConfigError("model_args lacks pretrained=FOLDER_OR_NAME")
+    samples = values.pop("mc_num", None) or values.pop("samples", None)
+    answers = values.pop("answers", None)
+    model = load(str(name), str(values.pop("dtype", "auto")), values.pop("device", None))
+    options = {k: values.pop(k) for k in ("max_length", "seed", "patience") if k in values}
+    batch, greedy = str(values.pop("batch_size", 1)), bool(values.pop("is_check_greedy", False))
+    allowed = [*SAMPLER_FIELDS, "eos", "pretrained", "mc_num", "is_check_greedy", "answers", *options]
+    for key in values:
+        if key not in [*SAMPLER_FIELDS, "eos"]:
+            raise ConfigError(f"model_args: unknown setting {key!r}{nearest(key, allowed)}")
+    values |= {k: token_list(values[k]) for k in TOKEN_LISTS if k in values}
+    settings = Settings(sampling=values, samples=samples, cfg_scale=values.get("cfg_scale"))
+    size = AUTO_BATCH if batch.startswith("auto") else int(batch)
+    answerer = Answerer(model, Tokenizer.load(str(name)), Options(settings, size, check_greedy=greedy, **options))
+    return answerer, AnswerStore(Path(answers), Shard.of_process()) if answers else AnswerStore()
+
+
+def load(name: str, dtype: str = "auto", device: str | None = None) -> MaskPredictor:
+    """The model on this process's own GPU if there is one, ready to answer; raises `ConfigError` for another dtype."""
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r}{nearest(dtype, list(_DTYPES))}")
+    if device in (None, "cuda"):
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    model = load_model(name, dtype=_DTYPES[dtype], device=device)
+    model.fuse_for_inference()
+    return model

@@ -1,0 +1,189 @@
+"""lm-eval's language model on top of a mask predictor: `--model llada`.
+
+Requests are batched across documents by length, finished answers are kept, ranks share the work (worklist.py). Knows
+lm-eval's interface; does not know tasks, recipes or scores.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+
+from llada_core.config.base import ConfigError
+from llada_core.evaluation.answering import Answerer
+from llada_core.evaluation.arguments import from_arguments
+from llada_core.evaluation.requests import batches, cut, wanted
+from llada_core.evaluation.worklist import Answer, AnswerStore, Work, keys_of, work_off
+from llada_core.tokenizer import Message
+
+log = logging.getLogger(__name__)
+NO_ANSWER: Answer = {"text": "", "tokens": 0, "forwards": 0, "ll": 0.0, "greedy": False}
+Pair = tuple[tuple[str, str], list[int], list[int]]
+
+
+@register_model("llada")
+class LladaLM(TemplateLM):
+    """A mask predictor that answers lm-eval's three kinds of requests."""
+
+    def __init__(self, answerer: Answerer, store: AnswerStore | None = None) -> None:
+        super().__init__()
+        self.answerer, self.tokenizer_, self.options = answerer, answerer.tokenizer, answerer.options
+        self.store = store or AnswerStore()
+        self.new_tokens: list[int] = []  # of each generated answer, up to its end token
+        self.forwards: list[int] = []  # that each generated answer took part in
+        self.cost = Cost()
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
+        """From lm-eval's `--model_args`, in our names or those of the reference evaluators; or `ConfigError`."""
+        given = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        return cls(*from_arguments({**given, **arg_dict}))
+
+    # -- lm-eval's view of tokenizer and template -------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer_.special.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        special = self.tokenizer_.special
+        return special.eos_id if special.bos_id is None else special.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer_.fast.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
+        return self.tokenizer_.encode(string, user=False)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self._template() if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
+        """The dialogue as text; without a generation prompt the last message is one that the reply continues."""
+        self._template()
+        if add_generation_prompt:
+            return self.tokenizer_.chat_text(chat_history)
+        return self.tokenizer_.chat_text(chat_history[:-1]) + chat_history[-1]["content"]
+
+    def _template(self) -> str:
+        template = self.tokenizer_.fast.chat_template
+        if not isinstance(template, str):
+            raise ConfigError("the model's tokenizer has no chat template; evaluate it with a recipe that needs none")
+        return template
+
+    # -- the three kinds of requests --------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts up to the end token or the first stop string."""
+        longest, settings = self.answerer.longest, self.options.settings
+        asked = [wanted(r.args[0], r.args[1], settings, self.tokenizer_, longest) for r in requests]
+        lengths, kinds = [w.length for w in asked], [(w.params, bool(w.blanks)) for w in asked]
+        groups = batches(lengths, kinds, self.options.batch_size)
+        self._announce(groups, lengths, lambda batch: asked[batch[0]].params.steps)
+        answers = self._answer(
+            "generate_until",
+            [r.args for r in requests],
+            groups,
+            lambda batch: self.answerer.generate([asked[i] for i in batch]),
+        )
+        self.new_tokens += [a["tokens"] for a in answers]
+        self.forwards += [a["forwards"] for a in answers]
+        return [cut(a["text"], w.until) for a, w in zip(answers, asked, strict=True)]
+
+    def _loglikelihood_tokens(self, requests: list[Pair], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        pairs = [self.answerer.fit(context, continuation) for _, context, continuation in requests]
+        lengths = [len(context) + len(continuation) for context, continuation in pairs]
+        groups = batches(lengths, [0] * len(pairs), self.options.batch_size)
+        self._announce(groups, lengths, lambda batch: self.answerer.samples)
+        answers = self._answer(
+            "loglikelihood",
+            [text for text, _, _ in requests],
+            groups,
+            lambda batch: self.answerer.score([pairs[i] for i in batch]),
+        )
+        return [(a["ll"], a["greedy"]) for a in answers]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood bounds of whole texts, in windows with half a window of context before each."""
+        half = max(1, self.answerer.longest // 2)
+        windows: list[Pair] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            (text,) = request.args
+            for context, part in map(
+                make_disjoint_window,
+                get_rolling_token_windows(
+                    token_list=self.tok_encode(text),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=half,
+                    context_len=max(1, half // 2),
+                ),
+            ):
+                windows.append(((f"{number}:{len(owners)}:{text[:80]}", text), context, part))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for number, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[number] += value
+        return totals
+
+    # -- the work ---------------------------------------------------------------------------------------------
+
+    def _answer(self, kind: str, arguments: Sequence[Any], groups: list[list[int]], work: Work) -> list[Answer]:
+        keys = keys_of(kind, arguments)
+
+        def work_and_tell(batch: Sequence[int]) -> list[Answer]:
+            answers = work(batch)
+            for i, answer in zip(batch, answers, strict=True):
+                value = answer["text"] if kind == "generate_until" else (answer["ll"], answer["greedy"])
+                self.cache_hook.add_partial(kind, arguments[i], value)  # lm-eval's own --use_cache
+            return answers
+
+        work_off(groups, keys, work_and_tell, self.store, patience=self.options.patience)
+        return [self.store.get(key, NO_ANSWER) for key in keys]
+
+    def _announce(self, groups: list[list[int]], lengths: list[int], steps: Callable[[Sequence[int]], int]) -> None:
+        """Says what the work costs before it starts, at the rate of one measured forward."""
+        if not groups:
+            return
+        shapes = [(len(batch), max(lengths[i] for i in batch), steps(batch)) for batch in groups]
+        tokens = sum(rows * length * forwards for rows, length, forwards in shapes)
+        rate = self.answerer.tokens_per_second(*shapes[0][:2])
+        hours = tokens / rate / 3600 / self.store.shard.world
+        self.cost += Cost(sum(map(len, groups)), sum(forwards for _, _, forwards in shapes), tokens, hours)
+        log.info("%s", self.cost)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """At most this much: an early stop, kept answers and few looks at short continuations save the rest."""
+
+    answers: int = 0
+    forwards: int = 0
+    tokens: int = 0  # through the model
+    hours: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        sums = (self.answers + other.answers, self.forwards + other.forwards, self.tokens + other.tokens)
+        return Cost(*sums, self.hours + other.hours)
+
+    def __str__(self) -> str:
+        time = f"{self.hours:.2f} h" if self.hours >= 0.1 else f"{self.hours * 3600:.0f} s"
+        return f"{self.answers:,} answers, at most {self.forwards:,} forwards over {self.tokens:,} tokens, about {time}"
+
+
+class EstimatingLM(LladaLM):
+    """Answers nothing and adds up what answering would cost."""
+
+    def _answer(self, kind: str, arguments: Sequence[Any], groups: list[list[int]], work: Work) -> list[Answer]:
+        return [NO_ANSWER] * len(arguments)

@@ -1,0 +1,141 @@
+"""What lm-eval asks for, as ids and sampler settings: stop strings, `gen_kwargs`, lengths, batches of similar length.
+
+Knows a tokenizer and a model's limits; does not know how an answer is produced.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from llada_core.config.base import ConfigError, nearest
+from llada_core.config.evaluation import SAMPLER_FIELDS, Settings
+from llada_core.config.sampling import SamplingParams
+from llada_core.families import SpecialTokens
+from llada_core.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+DEFAULT_LENGTH = 256
+# Names that other LLaDA evaluators use for the same things.
+OTHER_NAMES = {
+    "block_size": "block_length",
+    "gen_length": "max_new_tokens",
+    "length": "max_new_tokens",
+    "cfg": "cfg_scale",
+    "suppress_tokens": "forbid_tokens",
+    "begin_suppress_tokens": "defer_tokens",
+}
+TOKEN_LISTS = ("forbid_tokens", "defer_tokens", "cfg_keep_tokens")
+_IGNORED = {"until", "do_sample", "infill", "max_gen_toks", "temperature"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One answer to generate: `prompt` ids, settings, stop strings; `blanks` masks before `suffix` when infilling."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    until: tuple[str, ...] = ()
+    suffix: tuple[int, ...] = ()
+    blanks: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens on the canvas."""
+        return len(self.prompt) + (self.blanks or self.params.max_new_tokens) + len(self.suffix)
+
+
+def sampling_params(
+    settings: Settings, special: SpecialTokens, asked: Mapping[str, Any] | None = None
+) -> SamplingParams:
+    """The sampler settings of a request.
+
+    `settings` are the recipe's or the model's own; a task's or user's `gen_kwargs` (`asked`) go over them where they
+    use the sampler's names. `max_gen_toks` counts only if no length is set, `temperature` only if `do_sample` is not
+    false. A length given alone takes blocks and steps along. Raises `ConfigError` for unknown names or bad values.
+    """
+    values = {k: v for k, v in settings.sampling.items() if v is not None}
+    asked = {OTHER_NAMES.get(k, k): v for k, v in (asked or {}).items()}
+    for key in asked:
+        if key not in SAMPLER_FIELDS and key not in _IGNORED:
+            raise ConfigError(f"gen_kwargs: unknown setting {key!r}{nearest(key, [*SAMPLER_FIELDS, *_IGNORED])}")
+    over = {k: v for k, v in asked.items() if k in SAMPLER_FIELDS and k != "temperature"}
+    if "max_new_tokens" not in values:
+        over.setdefault("max_new_tokens", asked.get("max_gen_toks", DEFAULT_LENGTH))
+    if "temperature" in asked and asked.get("do_sample", True):
+        over["temperature"] = asked["temperature"]
+    eos = values.pop("eos", "none")
+    over |= {name: token_list(over[name]) for name in TOKEN_LISTS if name in over}
+    values = _lengths(values, over)
+    if eos == "forbid":
+        values["forbid_tokens"] = (special.eos_id,)
+    if eos == "defer":
+        values["defer_tokens"] = tuple(sorted(special.end_ids))
+    try:
+        return SamplingParams(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"sampler settings: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
+
+
+def token_list(value: Any) -> tuple[int, ...]:
+    """Token ids as lm-eval's command line gives them: `[1;2]`, a list, or one number."""
+    if isinstance(value, str):
+        return tuple(int(part) for part in value.strip("[]() ").replace(",", ";").split(";") if part.strip())
+    return (value,) if isinstance(value, int) else tuple(int(v) for v in value)
+
+
+def _lengths(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` put over `values`; block and steps that nobody gave follow the length."""
+    merged = {**values, **over}
+    new, before = int(merged["max_new_tokens"]), values.get("max_new_tokens")
+    if "block_length" not in over:
+        kept = before != new and before == values.get("block_length")
+        merged["block_length"] = new if kept or "block_length" not in values else min(new, int(values["block_length"]))
+    if "steps" not in over:
+        steps = int(values.get("steps", before or new))
+        merged["steps"] = steps if before in (None, new) else max(1, round(steps * new / int(before)))
+    return merged
+
+
+def wanted(text: str, asked: Mapping[str, Any], settings: Settings, tokenizer: Tokenizer, longest: int) -> Wanted:
+    """The request behind a rendered prompt. A prompt that leaves no room for the answer loses its beginning."""
+    params = sampling_params(settings, tokenizer.special, asked)
+    until = asked.get("until") or ()
+    until = (until,) if isinstance(until, str) else tuple(until)
+    mark = asked.get("infill")
+    if mark:
+        before, reference, after = text.split(mark)
+        prompt, blanks, suffix = tokenizer.encode_batch([before, reference, after], user=False)
+        return Wanted(tuple(prompt), params, until, tuple(suffix), max(1, len(blanks)))
+    prompt = tokenizer.encode(text, user=False)
+    room = longest - params.max_new_tokens
+    if room < 1:
+        raise ConfigError(f"max_new_tokens {params.max_new_tokens} leaves no room for a prompt in {longest} tokens")
+    if len(prompt) > room:
+        log.warning(
+            "a prompt of %d tokens loses its beginning; the model takes %d with the answer", len(prompt), longest
+        )
+    return Wanted(tuple(prompt[-room:]), params, until)
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """`text` up to the first stop string."""
+    for stop in until:
+        if stop:
+            text = text.split(stop, 1)[0]
+    return text
+
+
+def batches(lengths: Sequence[int], groups: Sequence[Any], size: int) -> list[list[int]]:
+    """Numbers of requests in batches of one group and similar length, the longest first, ties in their given order."""
+    order: dict[Any, list[int]] = {}
+    for number, group in enumerate(groups):
+        order.setdefault(group, []).append(number)
+    result = []
+    for numbers in order.values():
+        numbers.sort(key=lambda i: -lengths[i])
+        result += [numbers[i : i + size] for i in range(0, len(numbers), size)]
+    return result

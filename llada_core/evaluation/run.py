@@ -1,0 +1,216 @@
+"""One benchmark with one model: from a name to a score with its interval, its settings and every answer.
+
+Knows recipes, puzzle files and lm-eval's evaluator; does not know stages, registries or where results are kept.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate
+
+from llada_core.config.base import ConfigError
+from llada_core.config.evaluation import EvaluateParams, Settings
+from llada_core.evaluation import recipes, taskset
+from llada_core.evaluation.answering import Answerer
+from llada_core.evaluation.harness import Cost, EstimatingLM, LladaLM
+from llada_core.evaluation.recipes import Recipe
+from llada_core.evaluation.statistics import estimate
+
+log = logging.getLogger(__name__)
+OPTIONAL = "_published"  # puzzle files that `prepare` writes only where a data root holds the published set
+SHOWN = 4000  # characters of a prompt kept with its answer: the end of it
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is asked, and how answers are scored; `absent` says why there is nothing to ask."""
+
+    recipe: Recipe
+    tasks: taskset.Tasks
+    settings: Settings  # the recipe's, with the caller's over them
+    subset: str = ""
+    absent: str = ""
+
+    @property
+    def as_pinned(self) -> bool:
+        """Whether the recipe's own settings are in force, so that its figures compare."""
+        return self._that_matter(self.settings) == self._that_matter(self.recipe.settings)
+
+    @property
+    def shown_settings(self) -> Result:
+        """The settings that this kind of benchmark uses."""
+        return self._that_matter(self.settings)
+
+    def _that_matter(self, settings: Settings) -> Result:
+        values = settings.model_dump(mode="json", exclude_none=True)
+        return (
+            values["sampling"]
+            if self.recipe.kind == "generate"
+            else {k: v for k, v in values.items() if k != "sampling"}
+        )
+
+
+def benchmark(name: str, params: EvaluateParams, *, root: Path | None, puzzles: Path) -> Benchmark:
+    """The benchmark called `name`: a file of the folder `puzzles`, the published sudokus, or a recipe.
+
+    Raises `ConfigError` for an unknown name, unreadable files, or programs to run without the opt-in.
+    """
+    own = params.overrides.get(name, Settings())
+    if (puzzles / f"{name}.jsonl").exists() or name.endswith(OPTIONAL):
+        return _puzzle_benchmark(name, own.over(params.puzzles), puzzles / f"{name}.jsonl")
+    if not recipes.exists(name):
+        there = sorted(path.stem for path in puzzles.glob("*.jsonl"))
+        known = f"puzzles of this run: {', '.join(there) or 'none (run the stage prepare)'}"
+        raise ConfigError(f"there is no benchmark {name!r}; {known}; recipes: {', '.join(recipes.names())}")
+    recipe = recipes.find(name)
+    if recipe.runs_code and not params.run_code:
+        raise ConfigError(f"{name} runs programs that the model writes (in a sandbox); allow it with run_code")
+    local = recipe.local if taskset.local_files(recipe, root) else None
+    tasks = taskset.tasks_of(recipe, root)
+    return Benchmark(recipe, tasks, own.over(recipe.settings), local.subset if local else "")
+
+
+def _puzzle_benchmark(name: str, settings: Settings, path: Path) -> Benchmark:
+    recipe = Recipe(
+        name=name,
+        task=name,
+        definition="puzzles",
+        version=1.0,
+        kind="generate",
+        metric="correct,none",
+        shots=0,
+        chat=True,
+        chance=0.0,
+        settings=settings,
+    )
+    if not path.exists():
+        return Benchmark(recipe, {}, settings, absent=f"{path.name} was not made: no data root holds the published set")
+    return Benchmark(recipe, taskset.puzzles(name, taskset.read_puzzles(path)), settings)
+
+
+def requests_of(asked: Benchmark, lm: LladaLM, *, limit: int | None = None) -> dict[str, list[Instance]]:
+    """What lm-eval would ask, by kind of request, rendered for this model's tokenizer."""
+    found: dict[str, list[Instance]] = {}
+    for task in asked.tasks["tasks"].values():
+        task.build_all_requests(
+            limit=limit,
+            apply_chat_template=asked.recipe.chat,
+            fewshot_as_multiturn=asked.recipe.chat,
+            chat_template=lm.apply_chat_template if asked.recipe.chat else None,
+            tokenizer_name=lm.tokenizer_name,
+        )
+        for instance in task.instances:
+            found.setdefault(instance.request_type, []).append(instance)
+    return found
+
+
+def cost_of(asked: Benchmark, answerer: Answerer, *, limit: int | None = None) -> Cost:
+    """What a benchmark costs at most, at the rate of one measured forward; nothing is answered."""
+    lm = EstimatingLM(answerer)
+    for kind, instances in requests_of(asked, lm, limit=limit).items() if not asked.absent else ():
+        getattr(lm, kind)(instances)
+    return lm.cost
+
+
+def run(asked: Benchmark, lm: LM, *, limit: int | None = None) -> tuple[Result, list[Result]]:
+    """The result of a benchmark (JSON values, equal for equal inputs) and one record per question."""
+    recipe = asked.recipe
+    if asked.absent:
+        return {"absent": asked.absent, "benchmark": recipe.name}, []
+    outcome = evaluate(
+        lm,
+        asked.tasks,
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=recipe.chat,
+        fewshot_as_multiturn=recipe.chat,
+        confirm_run_unsafe_code=recipe.runs_code,
+    )
+    metric, _, chosen = recipe.metric.partition(",")
+    rows = [
+        s
+        for _, samples in sorted(outcome["samples"].items())
+        for s in sorted(samples, key=lambda s: s["doc_id"])
+        if s["filter"] == chosen
+    ]
+    named = [task for task, samples in sorted(outcome["samples"].items()) for s in samples if s["filter"] == chosen]
+    records = [_record(task, s, metric) for task, s in zip(named, rows, strict=True)]
+    if recipe.definition == "puzzles":
+        for record, row in zip(records, rows, strict=True):
+            record |= {"id": row["doc"]["id"], "in_training": row["doc"]["in_training"]}
+    asked_in_all = sum(n["original"] for n in outcome["n-samples"].values())
+    subset = "; ".join(
+        filter(None, [asked.subset, f"{len(rows)} of {asked_in_all} questions" * (len(rows) < asked_in_all)])
+    )
+    return {
+        "benchmark": recipe.name,
+        "variant": recipe.variant,
+        "task": recipe.task,
+        "metric": recipe.metric,
+        **_scores(recipe, outcome, records),
+        "chance": _chance(recipe, rows),
+        "subset": subset,
+        "shots": recipe.shots,
+        "chat": recipe.chat,
+        "settings": asked.shown_settings,
+        "as_pinned": asked.as_pinned,
+        "versions": {name: version(name).partition("+")[0] for name in ("lm-eval", "torch", "transformers")},
+    }, records
+
+
+def _scores(recipe: Recipe, outcome: Mapping[str, Any], records: list[Result]) -> Result:
+    aggregated = {**outcome["results"], **outcome.get("groups", {})}[recipe.task]
+    score = float(aggregated[recipe.metric])
+    also = {key: float(aggregated[key]) for key in recipe.also if key in aggregated}
+    values = [record["score"] for record in records]
+    result: Result = {"score": score, "n": len(values), "also": also, "stderr": None, "low": None, "high": None}
+    if not all(isinstance(v, float) and math.isfinite(v) for v in values) or not math.isfinite(score):
+        return result if math.isfinite(score) else {**result, "score": None}
+    measured = estimate(values)
+    if recipe.kind == "rolling":
+        return result
+    if not math.isclose(measured.value, score, abs_tol=1e-6):
+        log.warning("%s: lm-eval aggregates to %.4f, the mean of questions is %.4f", recipe.name, score, measured.value)
+        return result
+    return {**result, "score": measured.value, "stderr": measured.stderr, "low": measured.low, "high": measured.high}
+
+
+def _record(task: str, sample: Mapping[str, Any], metric: str) -> Result:
+    replies = [response[0] for response in sample["resps"]]
+    generated = isinstance(replies[0], str)
+    return {
+        "task": task,
+        "id": f"{task}/{sample['doc_id']}",
+        "prompt": str(sample["arguments"][0][0])[-SHOWN:],
+        "reply": replies[0] if generated else [_number(reply) for reply in replies],
+        "read_as": sample["filtered_resps"][0] if generated else None,
+        "target": str(sample["target"])[-SHOWN:],
+        "score": _question_score(sample[metric]),
+    }
+
+
+def _number(reply: Any) -> float:
+    return round(float(reply[0] if isinstance(reply, tuple | list) else reply), 6)
+
+
+def _question_score(value: Any) -> float:
+    """One question's score; of a text's (log-likelihood, length), the bits per unit of length."""
+    if isinstance(value, tuple | list):
+        return -float(value[0]) / float(value[1]) / math.log(2)
+    return float(value)
+
+
+def _chance(recipe: Recipe, rows: list[Mapping[str, Any]]) -> float | None:
+    """What guessing scores: the recipe's figure, or the mean of one over the number of choices."""
+    if recipe.chance is not None or recipe.kind != "likelihood":
+        return recipe.chance
+    return sum(1 / len(row["arguments"]) for row in rows) / len(rows)

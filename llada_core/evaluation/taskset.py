@@ -1,0 +1,147 @@
+"""A benchmark as lm-eval's tasks: stock definitions pointed at local files, ours, and puzzles of a data folder.
+
+Only the folder that defines a task is indexed (lm-eval's own index of all tasks takes 20 s). Knows files and lm-eval's
+definitions; does not know models or scores.
+"""
+
+import json
+import random
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import yaml
+from datasets.exceptions import DatasetsError
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+
+from llada_core.config.base import ConfigError
+from llada_core.evaluation.recipes import Recipe
+from llada_core.verifiers import verify
+
+OURS = Path(__file__).parent / "definitions"
+STOCK = Path(lm_eval.__file__).parent / "tasks"
+PUZZLE_FIELDS = ("id", "task", "prompt", "answer")
+FEWSHOT_SEED = 1234  # lm-eval's own default
+Tasks = dict[str, Any]
+
+
+def tasks_of(recipe: Recipe, root: Path | None = None) -> Tasks:
+    """What lm-eval evaluates for a recipe, from files below `root` where they are, else from the Hub.
+
+    Raises `ConfigError` in one line: files absent or damaged, another version of the task than the recipe pins, a
+    missing package.
+    """
+    folder = OURS if recipe.definition == "ours" else STOCK / recipe.definition
+    files = local_files(recipe, root)
+    if files is None and not recipe.hub:
+        raise ConfigError(f"{recipe.name}: its files are not on the Hub; give a data root with a folder for them")
+    random.seed(0)  # some definitions shuffle choices while they are read
+    with tempfile.TemporaryDirectory() as temporary:
+        (Path(temporary) / "group.yaml").write_text(yaml.safe_dump(_group(recipe, files)), encoding="utf-8")
+        manager = TaskManager(include_path=[folder, temporary], include_defaults=False)
+        try:
+            loaded = manager.load([_group_name(recipe)])
+        except (OSError, ValueError, KeyError, DatasetsError) as error:
+            where = files or "the Hub"
+            raise ConfigError(f"{recipe.name}: no questions from {where}: {_first_line(error)}") from error
+        except ImportError as error:
+            raise ConfigError(f"{recipe.name}: {_first_line(error)}") from error
+    _check_version(recipe, loaded)
+    return _prepared(dict(loaded), recipe.shots)
+
+
+def local_files(recipe: Recipe, root: Path | None) -> Path | None:
+    """The folder with a recipe's files, if it is there."""
+    if root is None or recipe.local is None:
+        return None
+    folder = (root / recipe.local.folder).absolute()
+    return folder if folder.is_dir() else None
+
+
+def puzzles(name: str, rows: list[dict[str, str | bool]]) -> Tasks:
+    """Questions (id, task, prompt, answer as JSON text), right or wrong by `llada_core.verifiers.verify`."""
+    task = ConfigurableTask(
+        config={
+            "task": name,
+            "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+            "output_type": "generate_until",
+            "test_split": "test",
+            "doc_to_text": "{{prompt}}",
+            "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": [], "do_sample": False},
+            "process_results": _verified,
+            "metric_list": [{"metric": "correct", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1.0},
+        }
+    )
+    return _prepared({"tasks": {name: task}, "groups": {}, "group_map": {}}, 0)
+
+
+def read_puzzles(path: Path) -> list[dict[str, str | bool]]:
+    """The rows of a puzzle file, `answer` as JSON text; raises `ConfigError` with file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; run the stage prepare, or name a recipe") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    if not lines:
+        raise ConfigError(f"{path}: empty; expected one puzzle a line")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            answer = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"], sort_keys=True)
+            told = {"id": str(row["id"]), "in_training": bool(row.get("in_training", False)), "answer": answer}
+            rows.append({**told, "task": str(row["task"]), "prompt": str(row["prompt"])})
+        except (ValueError, KeyError, TypeError):
+            expected = ", ".join(PUZZLE_FIELDS)
+            raise ConfigError(f"{path}, line {number}: expected a JSON object with {expected}") from None
+    return rows
+
+
+def _prepared(loaded: Tasks, shots: int) -> Tasks:
+    for task in loaded["tasks"].values():
+        task.set_config("num_fewshot", shots)
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    return loaded
+
+
+def _verified(document: Mapping[str, Any], replies: list[str]) -> dict[str, float]:
+    return {"correct": float(verify(document["task"], replies[0], json.loads(document["answer"])))}
+
+
+def _group_name(recipe: Recipe) -> str:
+    return f"llada/{recipe.name}"
+
+
+def _group(recipe: Recipe, files: Path | None) -> dict[str, Any]:
+    """lm-eval merges what a group says beside its task list into every member."""
+    group: dict[str, Any] = {"group": _group_name(recipe), "task": [recipe.task], **recipe.change}
+    if files is not None and recipe.local is not None:
+        change = dict(recipe.local.change)
+        inner = change.get("dataset_kwargs")
+        if isinstance(inner, dict):
+            change["dataset_kwargs"] = {k: str(files / v) for k, v in inner.items()}
+        else:
+            group["dataset_path"] = str(files)
+        group |= change
+    return group
+
+
+def _check_version(recipe: Recipe, loaded: Mapping[str, Any]) -> None:
+    group = loaded["groups"].get(recipe.task)
+    found = loaded["tasks"][recipe.task].VERSION if group is None else (group.metadata or {}).get("version")
+    if found is None or float(found) != recipe.version:
+        raise ConfigError(
+            f"{recipe.name}: pinned to version {recipe.version} of {recipe.task}, installed is {found};"
+            " its figures cannot be compared"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
