@@ -177,9 +177,10 @@ def find_run(root: Path, name: str) -> RunFolder:
 
 
 def previous_run(root: Path, run: RunFolder) -> RunFolder | None:
-    """The newest successful run of the same stage that is not `run`."""
-    stage = run.stage
-    return next((r for r in all_runs(root) if r.key != run.key and r.succeeded and r.stage == stage), None)
+    """The newest successful run of the same stage in the same folder that is not `run`."""
+    stage, here = run.stage, str(root.resolve())
+    others = (r for r in all_runs(root) if r.key != run.key and r.succeeded)
+    return next((r for r in others if r.stage == stage and r.request["root"] == here), None)
 
 
 def differences(new: RunFolder, old: RunFolder) -> list[str]:

@@ -53,11 +53,13 @@ def _keep_sending(run: RunFolder, over: threading.Event) -> None:
     send([run])
 
 
-def send_pending(root: Path) -> bool:
-    """Send every run of this project that MLflow does not have whole yet; False when MLflow does not answer."""
-    pending = [
-        run for run in all_runs(root) if run.request["root"] == str(root.resolve()) and not _cursor(run).get("done")
-    ]
+def send_pending(root: Path, *, again: bool = False) -> bool:
+    """Send every run of this folder that MLflow does not have whole yet (`again`: or may have lost).
+
+    False when MLflow does not answer.
+    """
+    here = (run for run in all_runs(root) if run.request["root"] == str(root.resolve()))
+    pending = [run for run in here if again or not _cursor(run).get("done")]
     return not pending or os.environ.get("LLADAFLOW_TRACKING") == "off" or send(pending[::-1])
 
 

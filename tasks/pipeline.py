@@ -1,0 +1,82 @@
+"""The whole pipeline by `dvc repro`, in the checkout or in a workspace, and what it says at the end.
+
+Knows DVC's command line; the order of stages is dvc.yaml's. Prefect's way to the same is flows/pipeline.py.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tasks import tracking
+from tasks.errors import StageError
+from tasks.folders import read_json
+from tasks.registry import receipts, tracking_uri, versions
+from tasks.workspace import Workspace, configure_without_git, pipeline_lock
+
+
+def dvc(workspace: Workspace, *arguments: str) -> int:
+    """Run a DVC command in the workspace with this environment's programs; returns its exit status."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return subprocess.run(command, cwd=workspace.path, env=environment(), check=False).returncode
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with our interpreter first, so that `python` in dvc.yaml is the right one."""
+    quiet = {"DVC_NO_ANALYTICS": "1", "PYTHONUNBUFFERED": "1"}
+    return os.environ | quiet | {"PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
+
+
+def reproduce(workspace: Workspace, targets: list[str]) -> None:
+    """Bring the stages (all, or `targets` with what they need) up to date; raises `StageError` when one fails."""
+    configure_without_git(workspace.path)
+    with pipeline_lock(workspace):
+        status = dvc(workspace, "repro", *targets)
+        restore_lost_records(workspace.path)
+    if status:
+        raise StageError("the pipeline stopped; the same command goes on where it ended", status if status > 2 else 1)
+
+
+def restore_lost_records(root: Path) -> None:
+    """Send what MLflow does not have, and register anew what it has lost; costs nothing when all is there."""
+    if os.environ.get("LLADAFLOW_TRACKING") == "off":
+        return
+    names = {receipt["name"] for receipt in receipts(root)}
+    if names and _database_is_empty(root):
+        for name in names:
+            versions(root, name)
+        tracking.send_pending(root, again=True)
+    else:
+        tracking.send_pending(root)
+
+
+def _database_is_empty(root: Path) -> bool:
+    uri = tracking_uri(root)
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///"):
+        return False
+    if not path.exists():
+        return True
+    import sqlite3
+
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
+        try:
+            return not database.execute("select 1 from model_versions limit 1").fetchall()
+        except sqlite3.OperationalError:
+            return True
+
+
+def summary(workspace: Workspace) -> str:
+    """The results table, the registered version, and what to do next."""
+    parts = []
+    table = workspace.path / "reports" / "table.md"
+    if table.exists():
+        parts.append(table.read_text(encoding="utf-8").strip())
+    registered = workspace.path / "reports" / "registered.json"
+    if registered.exists():
+        entry = read_json(registered)
+        aliases = " ".join(f"@{alias}" for alias in entry["aliases"])
+        parts.append(f"registered: models:/{entry['name']}/{entry['version']} {aliases} ({entry['gate']['reason']})")
+    parts.append("next:\n  make app   the page, with the champion\n  make ui    MLflow and Prefect in the browser")
+    parts.append(f"  llada status   every run and where it is (this one: {workspace.path})")
+    return "\n\n".join(parts[:-1]) + "\n" + parts[-1]

@@ -1,0 +1,103 @@
+"""What every training stage does inside its job: model and data in, trained model, receipt and curves out.
+
+The working directory is the run's snapshot. Knows neither launchers nor the objective of a stage.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from llada_core.config.base import ConfigError
+from llada_core.config.params import TRAINING_STAGES
+from llada_core.config.training import TrainingParams
+from tasks.errors import StoppedError
+from tasks.folders import content_hash, read_json, write_json
+from tasks.program import Work
+
+# What differs from machine to machine, and so must not be in an output that DVC hashes.
+TIMINGS = ("_per_second", "seconds", "time", "memory_gb", "mfu", "step", "tokens", "flops", "share")
+
+
+def train_stage(work: Work) -> float:
+    """Train, or go on; writes models/<stage> and reports/training/<stage>.*; returns the seconds it took in all."""
+    from llada_core.tokenizer import Tokenizer
+    from llada_core.training.stages import Place, train
+
+    params = _with_limit(work)
+    _verify_inputs(work)
+    tokenizer = Tokenizer.load(Path("data/tokenizer"))
+    model = _model(work, params, tokenizer)
+    place = Place(data=Path("data"), run=work.run.path, export=Path("models") / work.stage)
+    receipt = train(params, model, tokenizer, place, seed=work.params.seed)
+    if not receipt.finished:
+        raise StoppedError(f"{work.stage}: stopped at step {receipt.steps}, saved; the same command goes on from there")
+    if int(os.environ.get("RANK", "0")) == 0:
+        _write_receipts(work, {"steps": receipt.steps, "tokens": receipt.tokens, "flops": receipt.flops})
+    return receipt.seconds
+
+
+def _with_limit(work: Work) -> TrainingParams:
+    """The stage's block, with `flops_of` as the number that the other stage's receipt gives."""
+    params = work.params.training(work.stage)
+    if params.flops_of is None:
+        return params
+    spent = read_json(Path("models") / params.flops_of / "training.json")["flops"]
+    return params.model_copy(update={"flops_of": None, "max_flops": spent})
+
+
+def _verify_inputs(work: Work) -> None:
+    """Folders outside the snapshot may have changed while the job waited."""
+    for path, digest in work.run.request["inputs"].items():
+        if Path(path).is_absolute() and content_hash(Path(path)) != digest:
+            raise ConfigError(f"{path} has changed since this job was submitted; run the same command again")
+
+
+def _model(work: Work, params: TrainingParams, tokenizer: Any) -> Any:
+    from llada_core.modeling import load_model, new_model
+
+    source = params.init_from
+    if source is not None:
+        return load_model(Path("models") / source if source in TRAINING_STAGES else source)
+    if work.params.model is None:
+        raise ConfigError(f"{work.stage}.init_from is empty and params.yaml has no block 'model'")
+    return new_model(work.params.model, tokenizer.vocab_size, tokenizer.special, work.params.seed)
+
+
+def _write_receipts(work: Work, spent: dict[str, Any]) -> None:
+    from llada_core.training.metrics import read_metrics
+
+    lines = read_metrics(work.run.path / "metrics.jsonl")
+    last = {key: value for line in lines for key, value in line.items() if _is_result(key, value)}
+    origin = {"stage": work.stage, "run": work.run.key, "inputs": work.run.request["inputs"]}
+    write_json(Path("models") / work.stage / "training.json", origin | spent)
+    write_json(Path("reports/training") / f"{work.stage}.json", last | spent)
+    draw_curves(lines, Path("reports/training") / f"{work.stage}.png")
+
+
+def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
+    """One small plot for each thing that was measured more than once; the same metrics give the same file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if _is_result(key, value):
+                curves.setdefault(key, []).append((line["step"], value))
+    names = sorted(key for key, points in curves.items() if len(points) > 1) or sorted(curves)
+    rows = max(1, -(-len(names) // 3))
+    figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, name in enumerate(names):
+        axes = figure.add_subplot(rows, 3, number + 1)
+        axes.plot(*zip(*curves[name], strict=True), marker="." if len(curves[name]) < 30 else "")
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80, metadata={"Software": None})
+
+
+def _is_result(key: str, value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and key not in TIMINGS and not key.endswith(TIMINGS[0]) and key != "back_to"
