@@ -1,0 +1,1 @@
+"""The page: talk to a registered model in a browser and watch it write."""

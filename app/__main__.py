@@ -1,0 +1,89 @@
+"""`python -m app`: the page on a loopback port. Knows arguments and the page; everything else is elsewhere."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tasks.errors import one_line_errors
+
+
+def serve(  # noqa: PLR0913 - a command has as many arguments as it has options
+    model: Annotated[
+        str, typer.Option(help="Alias, version, folder or Hub name; default: the champion of params.yaml.")
+    ] = "",
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; the default is reachable from this machine alone.")
+    ] = "127.0.0.1",
+    share: Annotated[bool, typer.Option(help="Open a public link through Gradio's servers.")] = False,
+    login: Annotated[
+        str, typer.Option(help="USER:PASSWORD asked for before the page opens.", envvar="LLADAFLOW_APP_LOGIN")
+    ] = "",
+    at_once: Annotated[int, typer.Option(min=1, help="Answers written at the same time; more wait in line.")] = 4,
+    seconds: Annotated[float, typer.Option(min=1, help="Longest time that one answer may compute.")] = 120.0,
+) -> None:
+    """Open the page: talk to a model in the browser and watch it write."""
+    with one_line_errors():
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        free(host, port)
+        user, _, password = login.partition(":")
+        if login and not (user and password):
+            raise ValueError("--login wants USER:PASSWORD, both not empty")
+        launch(
+            model, at_once=at_once, seconds=seconds, where=(host, port, share), auth=(user, password) if login else None
+        )
+
+
+def free(host: str, port: int) -> None:
+    """Raises OSError with one sentence when the port is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"port {port} on {host} is taken ({error.strerror}); choose another: --port {port + 1}"
+            ) from None
+
+
+def launch(
+    model: str, *, at_once: int, seconds: float, where: tuple[str, int, bool], auth: tuple[str, str] | None
+) -> None:
+    """Loads the model, then serves the page until Ctrl-C; without a model the page says what to run."""
+    from app import page
+    from app.catalogue import Catalogue
+    from app.desk import Desk
+    from app.engine import Shelf
+    from app.writing import Refused
+
+    catalogue = Catalogue(Path.cwd())
+    name = model or catalogue.champion
+    desk = Desk(Shelf(catalogue), catalogue, name, seconds=seconds, at_once=at_once)
+    try:
+        desk.engine(name)
+        blocks = page.build(desk)
+    except Refused as error:
+        if model:
+            raise
+        blocks = page.absent(name, str(error))
+    host, port, share = where
+    blocks.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        auth=auth,
+        css_paths=[page.CSS],
+        theme=page.theme(),
+        footer_links=[],
+        max_file_size="1kb",
+        enable_monitoring=False,
+        state_session_capacity=256,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(serve)

@@ -1,0 +1,144 @@
+"""What is known about models without loading them: names, lineage, scores, recommended settings, example questions.
+
+Reads the registry and the files of a model folder; does not know Gradio, engines or sessions.
+"""
+
+import json
+from pathlib import Path
+
+from llada_core.config.base import ConfigError
+from llada_core.config.params import Params
+from llada_core.config.sampling import SamplingParams
+from llada_core.data.puzzles import countdown, draw, split, sudoku
+from tasks import registry
+
+PUBLISHED = SamplingParams(
+    max_new_tokens=128, block_length=32, steps=128, stop_at_eos=True
+)  # LLaDA's own demo, 64 to 128
+GENERAL = (
+    "What is 72 divided by 6? Explain step by step.",
+    "Write a short poem about the sea.",
+    "List three uses of a paper clip.",
+)
+
+
+class Catalogue:
+    """The registry of one project folder, and its params for what a version does not say itself."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            self.params: Params | None = Params.load(root / "params.yaml")
+        except ConfigError:
+            self.params = None
+
+    @property
+    def champion(self) -> str:
+        """The name that the page loads by default."""
+        if self.params is None or self.params.register_ is None:
+            raise ConfigError(
+                f"{self.root / 'params.yaml'} names no registered model; say which: --model NAME_OR_FOLDER"
+            )
+        return f"models:/{self.params.register_.name}@champion"
+
+    def names(self) -> list[str]:
+        """Every alias and version of every registered model, newest first."""
+        found = []
+        for model in self._models():
+            for version in reversed(registry.versions(self.root, model)):
+                found += [f"models:/{model}@{alias}" for alias in version.aliases]
+                found.append(f"models:/{model}/{version.number}")
+        return found
+
+    def version(self, name: str) -> registry.Version | None:
+        """The registered version behind a name; None for folders and Hub names. Raises ConfigError when it is gone."""
+        match = registry.REFERENCE.fullmatch(name)
+        if not match or Path(name).is_dir():
+            return None
+        model, which = match[1] or match[4], match[2] or match[3] or match[5]
+        if model not in self._models():
+            raise ConfigError(f"no model {model!r} is registered; make run trains and registers one")
+        return registry.version_of(self.root, model, which)
+
+    def locate(self, name: str) -> str:
+        """What changes when a name leads to other weights: cheap, unlike `resolve`, which verifies them."""
+        version = self.version(name)
+        return name if version is None else version.hash
+
+    def resolve(self, name: str) -> Path:
+        """The verified folder."""
+        return registry.resolve(name, self.root)
+
+    def facts(self, name: str) -> list[tuple[str, str]]:
+        """Where a model comes from: version, aliases, lineage, and the receipt of its last training stage."""
+        try:
+            version, folder = self.version(name), Path(name)
+        except ConfigError as error:
+            return [("registry", str(error))]
+        rows = [("name", name)]
+        if version is not None:
+            aliases = ", ".join(version.aliases) or "none"
+            rows += [("version", version.number), ("aliases", aliases), *sorted(version.tags.items())]
+            folder = registry.store_folder(self.root, version.hash)
+        receipt = folder / "training.json"
+        if receipt.is_file():
+            values = json.loads(receipt.read_text(encoding="utf-8"))
+            rows += [(f"training: {key}", _short(value)) for key, value in sorted(values.items())]
+        return rows
+
+    def scores(self, name: str) -> list[tuple[str, str]]:
+        """Benchmark, mean score and number of questions, as kept when the weights were registered."""
+        try:
+            version = self.version(name)
+        except ConfigError:
+            return []
+        measured = {} if version is None else registry.scores_of(self.root, version.hash)
+        return [
+            (benchmark, f"{100 * sum(each.values()) / len(each):.1f} % of {len(each)} questions")
+            for benchmark, each in sorted(measured.items())
+            if each
+        ]
+
+    def recommended(self, name: str) -> SamplingParams:
+        """The settings registered with a model; for others those of params.yaml, or of LLaDA's own demo."""
+        try:
+            version = self.version(name)
+        except ConfigError:
+            version = None
+        if version is not None:
+            for receipt in registry.receipts(self.root):
+                if receipt["event"] == "version" and receipt["hash"] == version.hash:
+                    return SamplingParams(**receipt["sampling"])
+        if self._is_ours(name) and self.params is not None and self.params.register_ is not None:
+            return self.params.register_.sampling
+        return PUBLISHED
+
+    def examples(self, name: str) -> list[str]:
+        """Questions that this model can answer: held-out puzzles of the tasks it was trained on, or general ones."""
+        if not self._is_ours(name):
+            return list(GENERAL)
+        makers = (sudoku, countdown, split)
+        return [p.prompt for make in makers for p in draw(make, part="evaluate", count=2, seed="examples")]
+
+    def knows_sudoku(self, name: str) -> bool:
+        """Whether the grid fits the model."""
+        return self._is_ours(name)
+
+    def _is_ours(self, name: str) -> bool:
+        """Trained on this project's puzzles: registered here, or a folder with a training receipt."""
+        if Path(name).is_dir():
+            return (Path(name) / "training.json").is_file()
+        return registry.REFERENCE.fullmatch(name) is not None
+
+    def _models(self) -> list[str]:
+        """Names of all registered models; MLflow is not asked when it has no files yet, since asking makes them."""
+        lost = {receipt["name"] for receipt in registry.receipts(self.root)}
+        uri = registry.tracking_uri(self.root)
+        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+            return sorted(lost)
+        return sorted(lost | {model.name for model in registry.client(self.root).search_registered_models()})
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 200 else text[:199] + "…"

@@ -1,0 +1,164 @@
+"""A loaded model behind the page, and the shelf that holds the few that are loaded.
+
+Knows the registry's `resolve` and llada_core's loaders; does not know Gradio, sessions or HTML.
+"""
+
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from app.writing import Refused
+from llada_core.config.sampling import SamplingParams
+from llada_core.modeling import load_model
+from llada_core.modeling.predictor import MaskPredictor
+from llada_core.sampling import Step, stream, stream_infill
+from llada_core.tokenizer import Tokenizer
+
+MOST_CONTEXT = 4096
+ROOM = 1.3  # what a model takes in memory over its weights' size on disk
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One model, ready to write. `turn` lets simultaneous writers share it step by step."""
+
+    name: str
+    folder: Path
+    model: MaskPredictor
+    tokenizer: Tokenizer
+    turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def context(self) -> int:
+        """Longest canvas in tokens."""
+        return min(self.model.max_length, MOST_CONTEXT)
+
+    @property
+    def mask_id(self) -> int:
+        """The token that stands for a masked position."""
+        return self.model.special_tokens.mask_id
+
+    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """The prompt of a conversation."""
+        return self.tokenizer.chat_ids(messages)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a person's text; nothing in it is read as a special token."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, token: int) -> str:
+        """One token as text, special ones by name."""
+        return self.tokenizer.decode([token], skip_special=False)
+
+    def text(self, tokens: list[int]) -> str:
+        """The plain answer."""
+        return self.tokenizer.answer_text(tokens)
+
+    def write(
+        self, prompt: list[int], params: SamplingParams, *, pinned: dict[int, int] | None = None, watch: bool = False
+    ) -> Generator[Step, None, None]:
+        """Denoises an answer after `prompt`; with `watch`, guesses are made beyond the present block too."""
+        with _as_refusal():
+            return self._in_turn(stream(self.model, [prompt], params, pinned=pinned, look_ahead=watch))
+
+    def fill(self, template: list[int], params: SamplingParams, *, watch: bool = False) -> Generator[Step, None, None]:
+        """Denoises the masks of a template."""
+        with _as_refusal():
+            return self._in_turn(stream_infill(self.model, [template], params, look_ahead=watch))
+
+    def _in_turn(self, steps: Iterator[Step]) -> Generator[Step, None, None]:
+        while True:
+            with self.turn:
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+
+
+@contextmanager
+def _as_refusal() -> Iterator[None]:
+    """What the sampler says of settings that do not fit is a sentence for the person."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def load(name: str, resolve: Callable[[str], Path]) -> Engine:
+    """Resolves, checks memory and loads; raises Refused with one sentence when any of it fails."""
+    try:
+        folder = resolve(name)
+        enough_memory(folder)
+        model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise Refused(f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    model.eval()
+    model.fuse_for_inference()
+    return Engine(name, folder, model, tokenizer)
+
+
+def enough_memory(folder: Path) -> None:
+    """Raises Refused when the weights will not fit, before they are read."""
+    import torch
+
+    need = ROOM * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free, where = available_memory(), "memory"
+    if torch.cuda.is_available():
+        free, where = torch.cuda.mem_get_info()[0], "GPU memory"
+    if need > free:
+        raise Refused(f"{folder.name} needs about {need / 2**30:.1f} GB of {where}; {free / 2**30:.1f} GB are free.")
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can be had without swapping (Linux), or a great many where that is not told."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 1 << 60
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+class Source(Protocol):
+    """Where names lead."""
+
+    def locate(self, name: str) -> str:
+        """What changes when a name leads to other weights; cheap."""
+
+    def resolve(self, name: str) -> Path:
+        """The verified folder of a name."""
+
+
+class Shelf:
+    """The loaded models, at most `most`; the one asked for longest ago makes room.
+
+    A name is looked up at every `get`, so that a moved champion is the one that answers next.
+    """
+
+    def __init__(self, source: Source, most: int = 2) -> None:
+        self._source, self._most = source, most
+        self._engines: dict[str, tuple[str, Engine]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> tuple[Engine, str]:
+        """The engine, and a sentence when it is another than last time or the registry no longer names it."""
+        with self._lock:
+            place, loaded = self._engines.pop(name, ("", None))
+            try:
+                now = self._source.locate(name)
+            except (ValueError, OSError) as error:
+                if loaded is None:
+                    raise Refused(f"There is no model {name!r}: {str(error).splitlines()[0]}") from error
+                self._engines[name] = place, loaded
+                return loaded, f"{name} is no longer in the registry; the version that was loaded goes on."
+            if loaded is None or place != now:
+                same = next((engine for at, engine in self._engines.values() if at == now), None)
+                while len(self._engines) >= self._most:
+                    del self._engines[next(iter(self._engines))]
+                engine = same or load(name, self._source.resolve)
+            else:
+                engine = loaded
+            self._engines[name] = now, engine
+            return engine, f"{name} moved: another version answers from now on." if loaded and place != now else ""

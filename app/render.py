@@ -1,0 +1,110 @@
+"""A canvas as HTML: one tile of fixed size per position, so that nothing moves while the model writes.
+
+Pure functions; every text is escaped here and nowhere else. Knows no model, no session and no Gradio.
+"""
+
+import html
+from collections.abc import Iterable, Sequence
+
+from llada_core.sampling.trace import Cell
+
+LEVELS = 5  # shades of one hue, told apart by lightness alone
+STATE_CLASS = {"given": "g", "open": "m", "fresh": "d f", "done": "d"}
+LEGEND = (
+    ("m", "", "masked"),
+    ("m", "42", "its present guess"),
+    ("d f c4", "42", "just written"),
+    ("d c0", "42", "written, unsure"),
+    ("d c4", "42", "written, sure"),
+    ("g", "42", "given"),
+)
+
+
+def escape(text: str) -> str:
+    """Text made inert in HTML, and in the two template languages that Gradio's HTML component runs."""
+    return html.escape(text).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
+
+
+def level(confidence: float | None) -> int:
+    """The shade 0..LEVELS-1 of a confidence; an unknown one is in the middle."""
+    if confidence is None:
+        return LEVELS // 2
+    return min(LEVELS - 1, int(max(0.0, confidence) * LEVELS))
+
+
+def tile(cell: Cell) -> str:
+    """One position."""
+    classes = STATE_CLASS[cell.state] + (f" c{level(cell.confidence)}" if cell.state in ("fresh", "done") else "")
+    text = escape(cell.text)
+    hint = f' title="{text}"' if len(cell.text) > 5 else ""
+    return f'<i class="{classes}{" b" if cell.in_block else ""}"{hint}>{text}</i>'
+
+
+def canvas(cells: Sequence[Cell], caption: str = "", columns: int | None = None) -> str:
+    """The whole canvas; `columns` fixes the width (a sudoku), else tiles fill the line."""
+    written = sum(cell.state != "open" for cell in cells)
+    size = " small" if len(cells) > 200 else ""
+    grid = f' style="grid-template-columns:repeat({columns},3em)"' if columns else ""
+    tiles = "".join(tile(cell) for cell in cells)
+    label = f"canvas: {written} of {len(cells)} positions written"
+    head = f'<p class="cap">{escape(caption) or "&nbsp;"}</p>'
+    return f'<div class="lf">{head}<div class="tiles{size}"{grid} role="img" aria-label="{label}">{tiles}</div></div>'
+
+
+def legend() -> str:
+    """What the tiles mean."""
+    items = "".join(f'<span><i class="{c}">{escape(t)}</i> {escape(name)}</span>' for c, t, name in LEGEND)
+    return f'<div class="lf legend">{items}<span><i class="m b"></i> present block</span></div>'
+
+
+def notice(text: str, kind: str = "info") -> str:
+    """A sentence for the person: `kind` is info, good or bad."""
+    return f'<div class="lf note {kind if text else "none"}" role="status">{escape(text) or "&nbsp;"}</div>'
+
+
+def table(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values in two columns."""
+    body = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    return f'<table class="lf facts">{body}</table>'
+
+
+def conversation(turns: Sequence[tuple[str, str | None]], *, live: str = "", note: str = "", kind: str = "info") -> str:
+    """Questions and answers; `live`, the HTML of a canvas, belongs to the last turn; `CLICKS` wires the buttons."""
+    parts = []
+    for number, (user, answer) in enumerate(turns):
+        last = number == len(turns) - 1
+        edit = f"<button type=button data-act=edit data-turn={number}>Edit and resend</button>"
+        copy = "<button type=button data-act=copy>Copy</button>"
+        parts.append(
+            f'<div class="turn user"><div class="said">{escape(user)}</div><div class="acts">{edit}{copy}</div></div>'
+        )
+        said = (
+            f'<div class="said">{escape(answer)}</div>'
+            if answer is not None
+            else '<div class="said wait">writing</div>'
+        )
+        acts = f'<div class="acts">{copy}</div>' if answer else ""
+        parts.append(f'<div class="turn model">{said}{live if last else ""}{acts}</div>')
+    if not turns:
+        parts.append('<p class="cap empty">Ask something below, or take one of the examples.</p>')
+    if note:
+        parts.append(notice(note, kind))
+    return f'<div class="lf talk" role="log" aria-label="conversation">{"".join(parts)}</div>'
+
+
+CLICKS = """
+element.addEventListener('click', event => {
+  const button = event.target.closest('button[data-act]');
+  if (!button) return;
+  const said = button.closest('.turn').querySelector('.said');
+  if (button.dataset.act !== 'copy') return trigger('edit', {turn: Number(button.dataset.turn)});
+  const range = document.createRange();
+  range.selectNodeContents(said);
+  getSelection().removeAllRanges();
+  getSelection().addRange(range);
+  if (navigator.clipboard) navigator.clipboard.writeText(said.textContent); else document.execCommand('copy');
+  button.textContent = 'Copied';
+});
+const frame = element.closest('#talk') || element;
+watch('value', () => { frame.scrollTop = frame.scrollHeight; });
+"""

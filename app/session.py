@@ -1,0 +1,173 @@
+"""One person's conversation: turns, the running answer, Stop. Pure Python; knows no Gradio and no HTML.
+
+A session is a plain value that can be copied; `stopping` is the only thing another thread touches.
+"""
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from app.writing import Refused, Writing
+from llada_core.config.sampling import SamplingParams
+from llada_core.sampling.step import Step
+from llada_core.sampling.trace import Frame, Trace, readable
+
+LONGEST_MESSAGE = 20_000  # characters
+MOST_TURNS = 50
+
+
+class Writer(Protocol):
+    """What a session needs of a loaded model."""
+
+    @property
+    def context(self) -> int:
+        """Longest canvas in tokens."""
+
+    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """The prompt of a conversation."""
+
+    def write(
+        self, prompt: list[int], params: SamplingParams, *, pinned: dict[int, int] | None = None, watch: bool = False
+    ) -> Generator[Step, None, None]:
+        """Denoises an answer."""
+
+    def text(self, tokens: list[int]) -> str:
+        """The plain answer that these tokens mean."""
+
+    def decode(self, token: int) -> str:
+        """One token as text."""
+
+
+@dataclass
+class Turn:
+    """What was asked, and the answer once there is one."""
+
+    user: str
+    answer: str | None = None
+
+
+@dataclass
+class ChatSession:
+    """A conversation with at most `MOST_TURNS` turns; `last` is the denoising of its last answer."""
+
+    system: str = ""
+    turns: list[Turn] = field(default_factory=list)
+    last: Writing = field(default_factory=Writing)
+    writing: bool = False
+    picture: str = ""  # what a view drew of the last answer, for the view alone
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the last question has no answer yet."""
+        return bool(self.turns) and self.turns[-1].answer is None
+
+    def ask(self, text: str) -> None:
+        """Adds a turn; raises Refused for an empty or far too long message, or while an answer is being written."""
+        self._idle()
+        if self.waiting:
+            raise Refused("The last question still waits for its answer: press Stop, or Write again.")
+        text = readable(text).strip()
+        if not text:
+            raise Refused("Write something first: the message is empty.")
+        if len(text) > LONGEST_MESSAGE:
+            raise Refused(
+                f"The message has {len(text):,} characters; at most {LONGEST_MESSAGE:,} are read. Shorten it."
+            )
+        if len(self.turns) >= MOST_TURNS:
+            raise Refused(f"This conversation has {MOST_TURNS} turns; start a new one.")
+        self.turns.append(Turn(text))
+        self.last = Writing()
+
+    def edit(self, index: int, text: str) -> None:
+        """Replaces the question of turn `index` and forgets everything after it."""
+        self._idle()
+        kept, self.turns = self.turns, self.turns[:index]
+        try:
+            self.ask(text)
+        except Refused:
+            self.turns = kept
+            raise
+
+    def again(self) -> None:
+        """Forgets the last answer, so that `reply` writes another."""
+        self._idle()
+        if not self.turns:
+            raise Refused("There is nothing to write again yet.")
+        self.turns[-1].answer = None
+        self.last = Writing()
+
+    def undo(self) -> str:
+        """Removes the last turn and returns its question."""
+        self._idle()
+        if not self.turns:
+            raise Refused("There is nothing to undo.")
+        return self.turns.pop().user
+
+    def clear(self) -> None:
+        """Starts a new conversation under the same system prompt."""
+        self._idle()
+        self.turns, self.last, self.picture = [], Writing(), ""
+
+    def stop(self) -> None:
+        """Ends the running answer after its present step; called from any thread."""
+        self.last.stopping = True
+
+    def _idle(self) -> None:
+        if self.writing:
+            raise Refused("An answer is being written; press Stop first.")
+
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation as the chat template takes it."""
+        system = [{"role": "system", "content": self.system.strip()}] if self.system.strip() else []
+        said = [
+            {"role": role, "content": content}
+            for turn in self.turns
+            for role, content in (("user", turn.user), ("assistant", turn.answer))
+            if content is not None
+        ]
+        return system + said
+
+    def reply(
+        self,
+        writer: Writer,
+        params: SamplingParams,
+        *,
+        watch: bool = False,
+        limit: float = 120.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> Generator[Frame, None, None]:
+        """Writes the answer to the last turn, frame by frame; Stop or `limit` seconds keep what is there.
+
+        Raises Refused when there is nothing to answer or the conversation no longer fits the model.
+        """
+        if not self.waiting:
+            raise Refused("There is no question to answer.")
+        prompt = writer.chat_ids(self.messages())
+        fits(writer, len(prompt), params)
+        self.last.trace, self.writing = Trace(prompt), True
+        steps = writer.write(prompt, params, watch=watch)
+        frames = self.last.run(steps, writer.decode, limit=limit, clock=clock)
+        try:
+            yield from frames
+        finally:
+            frames.close()
+            self._finish(writer)
+            self.writing = False
+
+    def _finish(self, writer: Writer) -> None:
+        answer = readable(writer.text(self.last.tokens()))
+        self.turns[-1].answer = answer
+        if not answer.strip() and not self.last.note:
+            self.last.note = (
+                "The model ended its answer at once (nothing but end-of-text). Try other words or more steps."
+            )
+
+
+def fits(writer: Writer, prompt: int, params: SamplingParams) -> None:
+    """Raises Refused when prompt and answer are longer than the model can read."""
+    if prompt + params.max_new_tokens > writer.context:
+        raise Refused(
+            f"The conversation has {prompt} tokens and the answer asks for {params.max_new_tokens}; this model reads "
+            f"{writer.context} at most. Undo some turns, start a new conversation, or lower max_new_tokens."
+        )

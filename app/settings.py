@@ -1,0 +1,138 @@
+"""The sampler panel as data: every value of SamplingParams with its range and its sentence, and the presets.
+
+Read from SamplingParams itself, so that a new knob appears by itself. Knows no Gradio and no model.
+"""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+
+from app.writing import Refused
+from llada_core.config.sampling import SamplingParams
+from llada_core.config.sampling_help import SENTENCES
+
+Kind = Literal["choice", "integer", "number", "switch", "tokens"]
+PRESETS = ("exact", "fast", "creative")
+MOST_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One setting: `low` and `high` are None where there is no limit; `optional` ones may be left empty."""
+
+    name: str
+    kind: Kind
+    default: Any
+    sentence: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+
+def knobs() -> list[Knob]:
+    """Every field of SamplingParams, in its order."""
+    fields = TypeAdapter(SamplingParams).json_schema()["properties"]
+    return [_knob(field, fields[field.name]) for field in dataclasses.fields(SamplingParams)]
+
+
+def _knob(field: dataclasses.Field[Any], schema: dict[str, Any]) -> Knob:
+    annotation = field.type
+    optional = get_origin(annotation) in (Union, types.UnionType)
+    inner = next(a for a in get_args(annotation) if a is not type(None)) if optional else annotation
+    limits = next((part for part in schema.get("anyOf", []) if part.get("type") != "null"), schema)
+    low = limits.get("minimum", limits.get("exclusiveMinimum"))
+    high = limits.get("maximum", limits.get("exclusiveMaximum"))
+    if get_origin(inner) is Literal:
+        kind: Kind = "choice"
+    elif inner is bool:
+        kind = "switch"
+    else:
+        kind = "integer" if inner is int else "number" if inner is float else "tokens"
+    choices = tuple(str(c) for c in get_args(inner)) if kind == "choice" else ()
+    default = schema.get("default")
+    return Knob(field.name, kind, default, SENTENCES[field.name], low, high, choices, optional)
+
+
+def params(values: Mapping[str, Any]) -> SamplingParams:
+    """The settings as the person left them; raises Refused with one sentence for a value out of range."""
+    given: dict[str, Any] = {}
+    for knob in knobs():
+        value = values.get(knob.name, knob.default)
+        if value is None or value == "":
+            value = knob.default
+        elif knob.kind == "tokens":
+            value = _tokens(knob.name, value)
+        elif knob.kind in ("integer", "number"):
+            value = _number(knob, value)
+        given[knob.name] = value
+    try:
+        made = SamplingParams(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise Refused(f"{where}: {reason} (got {first['input']!r})" if where else reason) from None
+    if made.max_new_tokens > MOST_TOKENS:
+        raise Refused(f"max_new_tokens is {made.max_new_tokens}; this page writes at most {MOST_TOKENS} at a time.")
+    return made
+
+
+def _number(knob: Knob, value: Any) -> int | float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise Refused(f"{knob.name}: write a number (got {str(value)[:20]!r})") from None
+    if knob.kind == "number":
+        return number
+    if number != int(number):
+        raise Refused(f"{knob.name}: write a whole number (got {value})")
+    return int(number)
+
+
+def _tokens(name: str, value: Any) -> tuple[int, ...]:
+    parts = [str(part) for part in value] if isinstance(value, list | tuple) else str(value).replace(",", " ").split()
+    if not all(part.isdecimal() for part in parts):
+        raise Refused(f"{name}: write token numbers with commas between them (got {value!r})")
+    return tuple(int(part) for part in parts)
+
+
+def preset(name: str, base: SamplingParams) -> SamplingParams:
+    """`base` made exact (one token per step), fast (parallel, cached), or creative (drawn at random)."""
+    exact = SamplingParams(
+        max_new_tokens=base.max_new_tokens,
+        block_length=min(base.block_length, base.max_new_tokens),
+        steps=base.max_new_tokens,
+        forbid_tokens=base.forbid_tokens,
+        defer_tokens=base.defer_tokens,
+        stop_at_eos=base.stop_at_eos,
+        right_shift_logits=base.right_shift_logits,
+        seed=base.seed,
+    )
+    if name == "exact":
+        return exact
+    if name == "fast":
+        return dataclasses.replace(exact, threshold=0.9, cache="prefix")
+    if name == "creative":
+        return dataclasses.replace(exact, temperature=0.8)
+    raise Refused(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
+
+
+def exactness(made: SamplingParams) -> str:
+    """Which of these settings approximate, as a sentence."""
+    reasons = []
+    if made.cache != "none":
+        reasons.append(f"the {made.cache} cache reuses keys and values of an older canvas")
+    if made.parallel:
+        reasons.append("several tokens are written at once when the model is sure enough")
+    elif made.steps < made.max_new_tokens:
+        reasons.append(f"{made.max_new_tokens} tokens in {made.steps} steps write several at once")
+    return (
+        "Approximate: " + "; ".join(reasons) + "."
+        if reasons
+        else "Exact: one token per step, each from a full forward."
+    )

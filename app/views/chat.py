@@ -1,0 +1,158 @@
+"""Chat: several turns, the denoising of each answer live, Stop, again, undo, edit. Wires a ChatSession up."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from app.desk import Desk, paced, told
+from app.render import CLICKS, canvas, conversation, legend
+from app.session import ChatSession
+from app.views.panel import Panel, Values
+from app.writing import Refused
+
+Shown = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class ChatView:
+    """The components that the handlers read and write."""
+
+    desk: Desk
+    panel: Panel
+    session: gr.State  # ChatSession
+    editing: gr.State  # the number of the turn that Send replaces, or None
+    talk: gr.HTML
+    box: gr.Textbox
+    system: gr.Textbox
+
+    def ask(self, values: Values) -> Shown:
+        """Adds the message to the conversation; the answer is another event's work."""
+        chat, text, turn = values[self.session], values[self.box] or "", values[self.editing]
+        chat.system = values[self.system] or ""
+        try:
+            if turn is None:
+                chat.ask(text)
+            else:
+                chat.edit(turn, text)
+        except Refused as error:
+            return chat, talk_of(chat, str(error), "bad"), text, turn
+        return chat, talk_of(chat), "", None
+
+    def reply(self, values: Values) -> Iterator[Shown]:
+        """Writes the answer that is waited for, if one is."""
+        chat: ChatSession = values[self.session]
+        if chat.waiting and not chat.writing:
+            yield from told(lambda: self._frames(chat, values), lambda text: self._failed(chat, text))
+
+    def _frames(self, chat: ChatSession, values: Values) -> Iterator[Shown]:
+        engine, moved = self.desk.engine(values[self.panel.model])
+        params, guesses = self.panel.params(values), bool(values[self.panel.guesses])
+        frames = chat.reply(engine, params, watch=guesses, limit=self.desk.seconds)
+        total = params.max_new_tokens
+        try:
+            for frame in paced(frames, values[self.panel.pace] or 0):
+                step = len(chat.last.trace.frames)
+                caption = f"step {step} · {frame.forwards} forwards · {frame.written} of {total} tokens"
+                chat.picture = canvas(chat.last.trace.cells(frame, engine.decode, guesses=guesses), caption)
+                yield chat, talk_of(chat, moved)
+        finally:
+            frames.close()
+        if chat.last.counts:
+            caption = f"{engine.name} · {chat.last.counts.sentence()}"
+            chat.picture = canvas(
+                chat.last.trace.cells(chat.last.trace.frames[-1], engine.decode, guesses=guesses), caption
+            )
+        yield chat, talk_of(chat, chat.last.note or moved)
+
+    def _failed(self, chat: ChatSession, text: str) -> Shown:
+        if chat.waiting:
+            chat.turns[-1].answer = ""
+        return chat, talk_of(chat, text, "bad")
+
+    def undo(self, chat: ChatSession, text: str) -> Shown:
+        """Takes the last question back into the box."""
+        try:
+            text = chat.undo()
+            chat.picture = ""
+        except Refused as error:
+            return chat, talk_of(chat, str(error), "bad"), text, None
+        return chat, talk_of(chat), text, None
+
+    def again(self, chat: ChatSession, text: str) -> Shown:
+        """Forgets the last answer."""
+        try:
+            chat.again()
+        except Refused as error:
+            return chat, talk_of(chat, str(error), "bad"), text, None
+        return chat, talk_of(chat), text, None
+
+    def new(self, chat: ChatSession, text: str) -> Shown:
+        """Forgets the conversation."""
+        try:
+            chat.clear()
+        except Refused as error:
+            return chat, talk_of(chat, str(error), "bad"), text, None
+        return chat, talk_of(chat), text, None
+
+    def edit(self, chat: ChatSession, event: gr.EventData) -> tuple[str, int | None]:
+        """Puts a question back into the box; Send then replaces it."""
+        number = int(event.turn)
+        return (chat.turns[number].user, number) if number < len(chat.turns) else ("", None)
+
+
+def talk_of(chat: ChatSession, note: str = "", kind: str = "info") -> str:
+    """The conversation as HTML, the last canvas with its answer."""
+    return conversation([(t.user, t.answer) for t in chat.turns], live=chat.picture, note=note, kind=kind)
+
+
+def build(desk: Desk, panel: Panel, session: gr.State) -> None:
+    """Draws the view and wires it."""
+    talk = gr.HTML(conversation([]), js_on_load=CLICKS, apply_default_css=False, elem_id="talk")
+    with gr.Row():
+        place = "Ask something; Enter sends, Shift+Enter makes a new line"
+        box = gr.Textbox(
+            show_label=False,
+            container=False,
+            label="Message",
+            placeholder=place,
+            lines=1,
+            max_lines=6,
+            scale=6,
+            autofocus=True,
+            elem_id="message",
+        )
+        send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
+        stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop")
+    with gr.Row():
+        again = gr.Button("Write again", size="sm", min_width=80, elem_id="again")
+        undo = gr.Button("Undo", size="sm", min_width=80, elem_id="undo")
+        new = gr.Button("New conversation", size="sm", min_width=80, elem_id="new")
+    line = gr.HTML(legend(), apply_default_css=False, elem_id="line")
+    samples = [[text] for text in desk.catalogue.examples(desk.model)]
+    examples = gr.Dataset(
+        components=[box], samples=samples, label="Examples", elem_id="examples", visible=bool(samples)
+    )
+    with gr.Accordion("System prompt", open=False):
+        system = gr.Textbox(show_label=False, label="System prompt", lines=2, elem_id="system")
+    view = ChatView(desk, panel, session, gr.State(None), talk, box, system)
+    shown = [session, talk, box, view.editing]
+    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    slow: dict[str, Any] = {
+        "show_progress_on": line,
+        "show_progress": "minimal",
+        "api_visibility": "private",
+        **desk.queue(),
+    }
+    reading = {session, *panel.inputs}
+    for event in (box.submit, send.click):
+        event(view.ask, {session, box, system, view.editing}, shown, **quick).then(
+            view.reply, reading, [session, talk], **slow
+        )
+    again.click(view.again, [session, box], shown, **quick).then(view.reply, reading, [session, talk], **slow)
+    undo.click(view.undo, [session, box], shown, **quick)
+    new.click(view.new, [session, box], shown, **quick)
+    stop.click(ChatSession.stop, [session], None, **quick)
+    talk.edit(view.edit, [session], [box, view.editing], **quick)
+    examples.click(lambda sample: sample[0], examples, box, **quick)

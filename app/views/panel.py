@@ -1,0 +1,120 @@
+"""The sidebar: which model answers, with which sampler settings. Made from `app.settings.knobs`."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from app import settings
+from app.desk import Desk, sentence
+from app.render import notice
+from app.writing import Refused
+from llada_core.config.sampling import SamplingParams
+
+FIRST = ("max_new_tokens", "steps", "block_length", "temperature", "threshold")  # the rest folds away
+Values = Mapping[Any, Any]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The components of the sidebar."""
+
+    model: gr.Dropdown
+    preset: gr.Radio
+    pace: gr.Slider
+    guesses: gr.Checkbox
+    knobs: dict[str, gr.components.Component]
+
+    @property
+    def inputs(self) -> set[gr.components.Component]:
+        """What every generating handler reads."""
+        return {self.model, self.pace, self.guesses, *self.knobs.values()}
+
+    def params(self, values: Values) -> SamplingParams:
+        """The settings in a handler's values; raises Refused."""
+        return settings.params({name: values[knob] for name, knob in self.knobs.items()})
+
+    def shown(self, params: SamplingParams) -> list[Any]:
+        """Updates for all knobs, in their order."""
+        return [_shown(getattr(params, name)) for name in self.knobs]
+
+
+def build(desk: Desk) -> Panel:
+    """Draws the sidebar and wires presets to knobs."""
+    start = desk.catalogue.recommended(desk.model)
+    names = desk.catalogue.names()
+    choices = names if desk.model in names else [desk.model, *names]
+    model = gr.Dropdown(
+        choices, value=desk.model, label="Model", allow_custom_value=True, info="an alias, a version, or a model folder"
+    )
+    preset = gr.Radio(["recommended", *settings.PRESETS], value="recommended", label="Preset")
+    exact = gr.HTML(notice(settings.exactness(start)), elem_id="exactness", apply_default_css=False)
+    all_knobs = {knob.name: knob for knob in settings.knobs()}
+    made = {name: _component(all_knobs[name], getattr(start, name)) for name in FIRST}
+    pace = gr.Slider(
+        0, 60, value=desk.pace, step=1, label="Steps shown a second", info="0: as fast as the model writes"
+    )
+    guesses = gr.Checkbox(
+        False,
+        label="Show guesses",
+        info="what the model would write now at every masked position ",
+    )
+    with gr.Accordion("All settings", open=False):
+        made |= {name: _component(knob, getattr(start, name)) for name, knob in all_knobs.items() if name not in FIRST}
+    panel = Panel(model, preset, pace, guesses, {name: made[name] for name in all_knobs})
+
+    def describe(values: Values) -> str:
+        try:
+            return notice(settings.exactness(panel.params(values)))
+        except Refused as error:
+            return notice(str(error), "bad")
+
+    def choose(values: Values) -> list[Any]:
+        try:
+            base = desk.catalogue.recommended(values[model] or desk.model)
+            length = values[panel.knobs["max_new_tokens"]]
+            if values[preset] != "recommended":
+                base = settings.preset(values[preset], dataclasses.replace(base, max_new_tokens=int(length or 64)))
+            return [*panel.shown(base), notice(settings.exactness(base))]
+        except Exception as error:  # noqa: BLE001 - shown to the person, the page lives on
+            return [*[gr.skip()] * len(panel.knobs), notice(sentence(error), "bad")]
+
+    outputs = [*panel.knobs.values(), exact]
+    preset.input(choose, {preset, model, *panel.knobs.values()}, outputs, queue=False, api_visibility="private")
+    model.change(choose, {preset, model, *panel.knobs.values()}, outputs, queue=False, api_visibility="private")
+    for knob in panel.knobs.values():
+        knob.input(
+            describe, {*panel.knobs.values()}, exact, queue=False, show_progress="hidden", api_visibility="private"
+        )
+    return panel
+
+
+def _component(knob: settings.Knob, value: Any) -> gr.components.Component:
+    label, info = knob.name, knob.sentence + _range(knob)
+    if knob.kind == "choice":
+        return gr.Dropdown(list(knob.choices), value=value, label=label, info=info)
+    if knob.kind == "switch":
+        return gr.Checkbox(value, label=label, info=info)
+    if knob.kind == "tokens" or knob.optional:
+        return gr.Textbox(_shown(value), label=label, info=info, placeholder="off")
+    low = None if knob.low is None or knob.kind == "number" else knob.low
+    step = 1 if knob.kind == "integer" else 0.05
+    return gr.Number(value, label=label, info=info, minimum=low, precision=0 if step == 1 else None, step=step)
+
+
+def _range(knob: settings.Knob) -> str:
+    limits = [
+        f"from {knob.low:g}" if knob.low is not None else "",
+        f"to {knob.high:g}" if knob.high is not None else "",
+    ]
+    told = " ".join(part for part in limits if part)
+    empty = "may be left empty" if knob.optional else ""
+    return f" ({', '.join(part for part in (told, empty) if part)})" if told or empty else ""
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return ", ".join(str(v) for v in value)
+    return "" if value is None else value

@@ -1,0 +1,159 @@
+"""What happened on one canvas, step by step, as plain arrays: what a page, a terminal or a file shows.
+
+Knows Steps and how to print a token safely; does not know HTML, terminals, models or text formats.
+"""
+
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llada_core.modeling.predictor import MaskPredictor
+from llada_core.sampling.step import Step
+
+State = Literal["given", "open", "fresh", "done"]
+STATES: tuple[State, ...] = ("given", "open", "fresh", "done")
+GIVEN, OPEN, FRESH, DONE = range(4)
+LONGEST_TOKEN = 64  # characters; a page must survive a token of ten thousand
+Decode = Callable[[int], str]
+MARKS = {"\n": "⏎", "\r": "⏎", "\t": "⇥", " ": "␣"}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One moment of a canvas. W positions; `state` indexes `STATES`.
+
+    `tokens` (W,) int32, meaningless where open; `guesses` (W,) int32, what the model would write now where open, -1
+    where it was not asked; `confidence` (W,) float32, of the written token when it was written or of the guess, nan if
+    unknown; `block` [start, end) in these positions; `forwards` of the model so far.
+    """
+
+    tokens: NDArray[np.int32]
+    guesses: NDArray[np.int32]
+    confidence: NDArray[np.float32]
+    state: NDArray[np.int8]
+    block: tuple[int, int]
+    forwards: int
+
+    @property
+    def written(self) -> int:
+        """How many positions are no longer masked."""
+        return int((self.state != OPEN).sum())
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One position, ready to be printed: every text is printable and short."""
+
+    text: str
+    state: State
+    confidence: float | None
+    in_block: bool
+
+
+@dataclass
+class Trace:
+    """The frames of one generation, from the end of its `prompt` on.
+
+    `committed_at` (W,) holds the number of the step that wrote a position, 0 if given, -1 if open; `runners` the
+    likeliest tokens of a position just before it was written, with their probabilities, once `find_runners_up` ran.
+    """
+
+    prompt: list[int] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
+    committed_at: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    runners: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+
+    def add(self, step: Step, row: int = 0) -> Frame:
+        """Records what `step` did to a row."""
+        start = len(self.prompt)
+        tokens, is_open, fresh, guesses, sure = (
+            t[row, start:].cpu().numpy()
+            for t in (step.tokens, step.open, step.committed, step.proposal, step.confidence)
+        )
+        if not self.frames:
+            self.committed_at = np.where(is_open | fresh, -1, 0).astype(np.int32)
+        self.committed_at[is_open] = -1
+        self.committed_at[fresh & ~is_open] = len(self.frames) + 1
+        state = np.select([is_open, fresh, self.committed_at == 0], [OPEN, FRESH, GIVEN], DONE).astype(np.int8)
+        kept = self.frames[-1].confidence if self.frames else np.full(len(tokens), np.nan, np.float32)
+        confidence = np.where(is_open | fresh, sure, kept).astype(np.float32)
+        first, last = (max(0, int(bound) - start) for bound in step.block[row])
+        self.frames.append(
+            Frame(tokens.astype(np.int32), guesses.astype(np.int32), confidence, state, (first, last), step.forwards)
+        )
+        return self.frames[-1]
+
+    def cells(self, frame: Frame, decode: Decode, *, guesses: bool = False) -> list[Cell]:
+        """The positions of a frame as texts; masked ones are empty unless `guesses` are asked for."""
+        start, end = frame.block
+        result = []
+        for i, kind in enumerate(frame.state.tolist()):
+            shown = frame.guesses[i] if kind == OPEN else frame.tokens[i]
+            text = self.text(int(shown), decode) if kind != OPEN or guesses else ""
+            sure = float(frame.confidence[i])
+            result.append(Cell(text, STATES[kind], None if sure != sure else sure, start <= i < end))
+        return result
+
+    def text(self, token: int, decode: Decode) -> str:
+        """A token in print, remembered; nothing for -1."""
+        if token < 0:
+            return ""
+        if token not in self.texts:
+            self.texts[token] = printable(decode(token))
+        return self.texts[token]
+
+    def spell(self, decode: Decode) -> None:
+        """Remembers the text of every token that occurs, so that the trace can be shown without its model."""
+        seen = {int(t) for frame in self.frames for array in (frame.tokens, frame.guesses) for t in set(array.tolist())}
+        for token in seen | {token for others in self.runners.values() for token, _ in others}:
+            self.text(token, decode)
+
+
+@torch.inference_mode()
+def find_runners_up(trace: Trace, model: MaskPredictor, *, likeliest: int = 4, batch: int = 8) -> None:
+    """Looks once more at every canvas of a trace, just before its step, and fills `trace.runners`.
+
+    Exactly what the sampler saw unless it was guided, shifted or cached.
+    """
+    mask_id, done = model.special_tokens.mask_id, trace.committed_at
+    for first in range(1, len(trace.frames) + 1, batch):
+        numbers = range(first, min(first + batch, len(trace.frames) + 1))
+        final = trace.frames[-1].tokens
+        rows = [trace.prompt + np.where((done < n) & (done >= 0), final, mask_id).tolist() for n in numbers]
+        places = [(row, at) for row, n in enumerate(numbers) for at in np.flatnonzero(done == n).tolist()]
+        if not places:
+            continue
+        width = len(rows[0])
+        wanted = torch.tensor([row * width + len(trace.prompt) + at for row, at in places], device=model.device)
+        logits = model(torch.tensor(rows, device=model.device), None, positions=wanted).logits.float()
+        logits[:, mask_id] = -torch.inf
+        top = logits.softmax(-1).topk(likeliest, dim=-1)
+        for (_, at), ids, shares in zip(places, top.indices.tolist(), top.values.tolist(), strict=True):
+            trace.runners[at] = list(zip(ids, shares, strict=True))
+
+
+def printable(text: str, longest: int = LONGEST_TOKEN) -> str:
+    """One token as visible characters: white space by signs, what would steer a terminal or a page by its number."""
+    shown = MARKS.get(text) or ("␣" * len(text) if text.strip(" ") == "" else text.strip(" "))
+    shown = "".join(
+        MARKS.get(c, c) if c in "\n\r\t" else c if harmless(c) else f"‹{ord(c):04X}›" for c in shown[: longest + 1]
+    )
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+def readable(text: str) -> str:
+    """A whole text with line breaks kept; what steers (bidi, escapes, half surrogates) becomes U+FFFD."""
+    return "".join(c if c in "\n\t" or harmless(c) else "\ufffd" for c in text)
+
+
+def harmless(character: str) -> bool:
+    """Whether a character only shows itself: no control, bidi or format sign, no half surrogate, no unassigned one."""
+    return (
+        unicodedata.category(character) not in {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"} or character in "\u200c\u200d"
+    )
