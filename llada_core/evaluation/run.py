@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
-from llada_core.config.base import ConfigError
+from llada_core.config.base import ConfigError, nearest
 from llada_core.config.evaluation import EvaluateParams, Settings
 from llada_core.evaluation import recipes, taskset
 from llada_core.evaluation.answering import Answerer
@@ -33,6 +33,7 @@ Result = dict[str, Any]
 class Benchmark:
     """What is asked, and how answers are scored; `absent` says why there is nothing to ask."""
 
+    name: str  # as it was asked for
     recipe: Recipe
     tasks: taskset.Tasks
     settings: Settings  # the recipe's, with the caller's over them
@@ -67,15 +68,14 @@ def benchmark(name: str, params: EvaluateParams, *, root: Path | None, puzzles: 
     if (puzzles / f"{name}.jsonl").exists() or name.endswith(OPTIONAL):
         return _puzzle_benchmark(name, own.over(params.puzzles), puzzles / f"{name}.jsonl")
     if not recipes.exists(name):
-        there = sorted(path.stem for path in puzzles.glob("*.jsonl"))
-        known = f"puzzles of this run: {', '.join(there) or 'none (run the stage prepare)'}"
-        raise ConfigError(f"there is no benchmark {name!r}; {known}; recipes: {', '.join(recipes.names())}")
+        known = [path.stem for path in puzzles.glob("*.jsonl")] + list(recipes.names())
+        raise ConfigError(f"there is no benchmark {name!r}{nearest(name, known)}")
     recipe = recipes.find(name)
     if recipe.runs_code and not params.run_code:
         raise ConfigError(f"{name} runs programs that the model writes (in a sandbox); allow it with run_code")
     local = recipe.local if taskset.local_files(recipe, root) else None
     tasks = taskset.tasks_of(recipe, root)
-    return Benchmark(recipe, tasks, own.over(recipe.settings), local.subset if local else "")
+    return Benchmark(name, recipe, tasks, own.over(recipe.settings), local.subset if local else "")
 
 
 def _puzzle_benchmark(name: str, settings: Settings, path: Path) -> Benchmark:
@@ -92,8 +92,10 @@ def _puzzle_benchmark(name: str, settings: Settings, path: Path) -> Benchmark:
         settings=settings,
     )
     if not path.exists():
-        return Benchmark(recipe, {}, settings, absent=f"{path.name} was not made: no data root holds the published set")
-    return Benchmark(recipe, taskset.puzzles(name, taskset.read_puzzles(path)), settings)
+        return Benchmark(
+            name, recipe, {}, settings, absent=f"{path.name} was not made: no data root holds the published set"
+        )
+    return Benchmark(name, recipe, taskset.puzzles(name, taskset.read_puzzles(path)), settings)
 
 
 def requests_of(asked: Benchmark, lm: LladaLM, *, limit: int | None = None) -> dict[str, list[Instance]]:
@@ -124,7 +126,7 @@ def run(asked: Benchmark, lm: LM, *, limit: int | None = None) -> tuple[Result, 
     """The result of a benchmark (JSON values, equal for equal inputs) and one record per question."""
     recipe = asked.recipe
     if asked.absent:
-        return {"absent": asked.absent, "benchmark": recipe.name}, []
+        return {"absent": asked.absent, "recipe": recipe.name}, []
     outcome = evaluate(
         lm,
         asked.tasks,
@@ -152,7 +154,7 @@ def run(asked: Benchmark, lm: LM, *, limit: int | None = None) -> tuple[Result, 
         filter(None, [asked.subset, f"{len(rows)} of {asked_in_all} questions" * (len(rows) < asked_in_all)])
     )
     return {
-        "benchmark": recipe.name,
+        "recipe": recipe.name,
         "variant": recipe.variant,
         "task": recipe.task,
         "metric": recipe.metric,

@@ -21,7 +21,9 @@ def prove(name, root, *, limit=None, shift=0, batch_size=32, steps=1):
     recipe = recipes.find(name)
     tasks = taskset.tasks_of(recipe, root)
     lm = GoldLM(tiny_tokenizer(), recipe, tasks, batch_size=batch_size, shift=shift, steps=steps)
-    return run(Benchmark(recipe, tasks, recipe.settings, recipe.local.subset if recipe.local else ""), lm, limit=limit)
+    return run(
+        Benchmark(name, recipe, tasks, recipe.settings, recipe.local.subset if recipe.local else ""), lm, limit=limit
+    )
 
 
 def main():
