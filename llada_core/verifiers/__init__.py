@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llada_core.config.base import nearest
-from llada_core.verifiers import countdown, split, sudoku
+from llada_core.verifiers import code, countdown, gsm8k, math, split, sudoku
 
 Answer = Mapping[str, Any]
 _VERIFIERS: dict[str, Callable[[str, Answer], bool]] = {
     "sudoku": sudoku.verify,
     "countdown": countdown.verify,
     "split": split.verify,
+    "gsm8k": gsm8k.verify,
+    "math": math.verify,
+    "code": code.verify,
 }
 
 

@@ -1,0 +1,142 @@
+"""Runs a stranger's Python program and says how it ended.
+
+The program gets a process of its own with limits on CPU, memory, files and processes, no network, an empty folder and a
+wall clock; where the kernel lets us, also namespaces of its own and a file system that holds nothing but the Python
+interpreter. When run by root it loses root first, because root is above process limits. Only the standard library is
+there. What this file does not know: what the program is for, and whether its output is right.
+
+How the isolation is built is in sandbox_child.py, which runs inside the new process.
+"""
+
+import contextlib
+import json
+import math
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+Status = Literal["ok", "failed", "timeout", "killed"]
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+_SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
+_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/", "PYTHONDONTWRITEBYTECODE": "1"}
+_SET_UP = 30.0  # seconds that building the isolation may take
+
+
+class SandboxError(RuntimeError):
+    """The program was not run, because this machine cannot shut it in."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use: `seconds` on the wall clock and of CPU, bytes of memory and per file, and counts."""
+
+    seconds: float = 5.0
+    memory: int = 1 << 30
+    file_bytes: int = 16 << 20
+    processes: int = 4
+    open_files: int = 64
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended.
+
+    ok: exit code 0; failed: another exit code; timeout: out of wall clock or CPU; killed: by a signal. `stdout` and
+    `stderr` are cut to the limit asked for. `isolation` names what was in force.
+    """
+
+    status: Status
+    code: int
+    stdout: str
+    stderr: str
+    isolation: tuple[str, ...]
+
+
+def run_python(program: str, *, stdin: str = "", limits: Limits | None = None, output_bytes: int = 1 << 16) -> Outcome:
+    """The outcome of running `program` (Python source) shut in; raises `SandboxError` if that cannot be done here."""
+    limits = limits or Limits()
+    if os.name != "posix" or sys.platform != "linux":
+        raise SandboxError(f"programs of strangers are run on Linux only, not on {sys.platform}")
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
+        task = {
+            "folder": folder,
+            "python": os.path.realpath(sys._base_executable),  # type: ignore[attr-defined]
+            "readable": _readable(),
+            "program": program,
+            "stdin": stdin,
+            "cpu": math.ceil(limits.seconds),
+            **asdict(limits),
+        }
+        return _run(task, limits.seconds, output_bytes)
+
+
+def _run(task: dict[str, object], seconds: float, output_bytes: int) -> Outcome:
+    ready, report = os.pipe()
+    with (
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+        tempfile.TemporaryFile() as given,
+        os.fdopen(ready, "rb", buffering=0) as ready_file,
+    ):
+        given.write(json.dumps(task).encode())
+        given.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_CHILD), str(report)],
+            stdin=given,
+            stdout=out,
+            stderr=err,
+            pass_fds=(report,),
+            env=_ENVIRONMENT,
+            start_new_session=True,
+        )
+        try:
+            os.close(report)
+            words = _first_line(ready_file)
+            late = False
+            if words.startswith("ready"):
+                try:
+                    process.wait(seconds)
+                except subprocess.TimeoutExpired:
+                    late = True
+        finally:
+            # The whole session: what the program started dies with it (a process namespace sees to the rest).
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+        texts = []
+        for stream in (out, err):
+            stream.seek(0)
+            texts.append(stream.read(output_bytes).decode(errors="replace"))
+    if not words.startswith("ready"):
+        raise SandboxError(
+            f"cannot shut in a program on this machine: {words or texts[1].strip() or 'no reason given'}"
+        )
+    return Outcome(_status(code, late), code, texts[0], texts[1], tuple(words.split()[1:]))
+
+
+def _first_line(pipe: BinaryIO) -> str:
+    """What the child says once it is shut in, just before it becomes the program."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        return pipe.read(4096).decode(errors="replace") if selector.select(_SET_UP) else "it took too long"
+
+
+def _status(code: int, late: bool) -> Status:
+    # A program in a process namespace is seen through its parent, which exits with 128 + the signal's number.
+    number = -code if code < 0 else code - 128
+    if late or number == signal.SIGXCPU:
+        return "timeout"
+    if number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGXFSZ):
+        return "killed"
+    return "ok" if code == 0 else "failed"
+
+
+def _readable() -> list[str]:
+    """What the interpreter itself needs to be able to read."""
+    return [path for path in (*_SYSTEM, sys.base_prefix) if os.path.exists(path)]

@@ -1,0 +1,34 @@
+"""What a completion is worth to GRPO: a function (task, text, answer) -> float, found by name or dotted path.
+
+`text` is what the model wrote up to its first end token. Knows no model and no group.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llada_core.config.base import ConfigError, nearest
+from llada_core.config.dotted import function_at
+from llada_core.training.rewards import published
+from llada_core.verifiers import verify
+
+Reward = Callable[[str, str, Mapping[str, Any]], float]
+
+
+def correct(task: str, text: str, answer: Mapping[str, Any]) -> float:
+    """1.0 for a right answer, else 0.0."""
+    return float(verify(task, text, answer))
+
+
+NAMED: dict[str, Reward] = {"default": correct, "correct": correct, "published": published.reward}
+
+
+def reward_named(name: str) -> Reward:
+    """The reward called `name`, or the function at that dotted path; raises `ConfigError`."""
+    if name in NAMED:
+        return NAMED[name]
+    if "." not in name:
+        raise ConfigError(f"grpo.reward {name!r}{nearest(name, list(NAMED))}, or the dotted path of a function")
+    return function_at(name, "grpo.reward")
+
+
+__all__ = ["NAMED", "Reward", "correct", "reward_named"]

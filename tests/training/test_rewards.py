@@ -1,0 +1,83 @@
+"""Rewards: equal to the published ones, except where those are mistaken, which is written down here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llada_core.config.base import ConfigError
+from llada_core.training.rewards import published, reward_named
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/rewards.json").read_text())
+# (case, reward) -> ours, where the published value is a mistake.
+DIFFERENT = {
+    (1, "xmlcount"): 0.5,  # no newline at the end: theirs takes off 0.001 for each character of the whole reply
+    (11, "xmlcount"): 0.125,  # the same mistake, to its favour
+    (20, "countdown"): 0.1,  # 2**4-20: theirs allows powers, and hangs on large ones
+    (40, "correctness"): 2.0,  # 1,000 is 1000
+}
+
+
+@pytest.mark.parametrize("case", range(len(GOLDEN)))
+def test_golden(case):
+    golden = GOLDEN[case]
+    task, text = golden["task"], golden["completion"]
+    theirs = golden["dllm"] if isinstance(golden["dllm"], dict) else {task: golden["dllm"]}
+    ours = published.parts(task, text, golden)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(DIFFERENT.get((case, name), value), abs=1e-9), name
+    assert published.reward(task, text, golden) == pytest.approx(sum(ours.values()))
+
+
+def test_commas_do_not_cost_a_right_answer():
+    score = published.gsm8k("<answer>\n1,234\n</answer>\n", {"answer": "1,234"})
+    assert score == published.gsm8k("<answer>\n1234\n</answer>\n", {"answer": "1,234"})
+    assert score["correctness"] == 2.0
+    assert score["int"] == 0.5
+    assert published.gsm8k("<answer>1,2</answer>", {"answer": "12"})["correctness"] == 0.0
+
+
+def test_sudoku_with_several_solutions_and_changed_givens():
+    puzzle = {"puzzle": "1234341200000000", "solution": "1234341221434321"}
+    assert published.sudoku_score("<answer>1234341243212143</answer>", puzzle) == 1.0
+    assert published.sudoku_score("<answer>2134341243212143</answer>", puzzle) == 1 - 1 / 8
+
+
+PROGRAM = "<answer>\n```python\ndef plus(a, b):\n    return a + b\n```\n</answer>"
+TESTS = """from solution import add
+
+def test_one():
+    assert add(1, 2) == 3
+
+def test_two():
+    assert add(1, 1) == 3
+"""
+
+
+def test_code_counts_passed_tests_and_its_place():
+    assert published.code_score(PROGRAM, {"tests": TESTS}) == 0.5 + 0.5
+    outside = PROGRAM.replace("<answer>", "").replace("</answer>", "")
+    assert published.code_score(outside, {"tests": "assert add(1, 2) == 3"}) == 1.0
+    assert published.code_score("no program", {"tests": TESTS}) == 0.0
+
+
+def own(task, text, answer):
+    """A reward of one's own."""
+    return float(len(text))
+
+
+def test_rewards_by_name_and_by_dotted_path():
+    answer = {"puzzle": "0200040200034320"}
+    assert reward_named("default")("sudoku", "1234341221434321", answer) == 1.0
+    assert reward_named("default")("sudoku", "1111111111111111", answer) == 0.0
+    assert reward_named("published")("sudoku", "<answer>1234</answer>", answer) == 3 / 9
+    assert reward_named("tests.training.test_rewards.own")("any", "four", {}) == 4.0
+    with pytest.raises(ConfigError, match=r"grpo.reward 'corect'; did you mean 'correct'"):
+        reward_named("corect")
+    with pytest.raises(ConfigError, match=r"has no function 'owm'; did you mean 'own'"):
+        reward_named("tests.training.test_rewards.owm")
+    with pytest.raises(ConfigError, match="no module named 'nowhere'"):
+        reward_named("nowhere.f")
+    with pytest.raises(ValueError, match="task 'split' has no published reward"):
+        published.reward("split", "1+2", {})
