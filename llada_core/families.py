@@ -165,4 +165,5 @@ FAMILIES = (LLADA, LLADA_MOE)
 
 def family_of(architectures: list[str], vocab_size: int) -> Family | None:
     """The published family with this architecture and exactly this vocabulary (same vocabulary, same ids)."""
-    return next((f for f in FAMILIES if f.config["architectures"] == architectures and f.vocab_size == vocab_size), None)
+    same = (f for f in FAMILIES if f.config["architectures"] == architectures and f.vocab_size == vocab_size)
+    return next(same, None)

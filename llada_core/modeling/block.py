@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llada_core.modeling.architecture import Architecture
 from llada_core.modeling.cache import KVCache
-from llada_core.modeling.config import Architecture
 from llada_core.modeling.experts import GatedMLP, MoE, Routing
 from llada_core.modeling.rope import rotate
 
@@ -32,6 +32,19 @@ class Surroundings:
         bias = None if self.bias is None else self.bias.to(device)
         slots = None if self.flat_slots is None else self.flat_slots.to(device)
         return Surroundings(self.cos.to(device), self.sin.to(device), bias, self.cache, slots)
+
+
+def key_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The additive bias for a 1/0 mask (B, T) or (B, W, T); None where nothing is hidden.
+
+    On CPU a mask of ones is found out; on a GPU that would stall the stream, so pass None there.
+    The dtype's minimum, not -inf, keeps a row that sees nothing finite, as the published code does.
+    """
+    if mask is None or (mask.device.type == "cpu" and bool(mask.all())):
+        return None
+    shaped = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
+    bias = torch.zeros(shaped.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(shaped == 0, torch.finfo(dtype).min)
 
 
 class RMSNorm(nn.Module):
@@ -77,9 +90,7 @@ class LLaDABlock(GradientCheckpointingLayer):
             if shape.moe.shared_width:
                 self.shared_expert = GatedMLP(shape.width, shape.moe.shared_width)
 
-    def forward(
-        self, x_BWD: Tensor, around: Surroundings, keep: Tensor | None = None
-    ) -> tuple[Tensor, Routing | None]:
+    def forward(self, x_BWD: Tensor, around: Surroundings, keep: Tensor | None = None) -> tuple[Tensor, Routing | None]:
         """The block's output and, for a sparse block, its routing.
 
         With `keep` (P,) only those of the B*W flattened positions are finished: the output is (P, D).

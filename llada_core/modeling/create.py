@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llada_core.config.model import ModelParams
 from llada_core.families import LLADA, LLADA_MOE, SpecialTokens
+from llada_core.modeling.architecture import TOKEN_KEYS
 from llada_core.modeling.config import LLaDAConfig, LLaDAMoEConfig
 from llada_core.modeling.experts import Experts
 from llada_core.modeling.masked_lm import new_masked_lm
@@ -19,7 +20,7 @@ from llada_core.modeling.predictor import MaskPredictor
 
 
 def new_model(params: ModelParams, vocab_size: int, special_tokens: SpecialTokens, seed: int = 0) -> MaskPredictor:
-    """A freshly initialised fp32 model on the CPU; the same seed gives the same weights, torch's own stream is unused."""
+    """A freshly initialised fp32 model on the CPU; the same seed gives the same weights, whatever torch's own is."""
     special_tokens.check(vocab_size)
     if params.kind == "masked_lm":
         return new_masked_lm(dict(params.backbone), vocab_size, special_tokens, seed)
@@ -34,11 +35,8 @@ def new_model(params: ModelParams, vocab_size: int, special_tokens: SpecialToken
     return model
 
 
-_BY_VOCABULARY = frozenset("vocab_size mask_token_id eos_token_id pad_token_id bos_token_id eot_token_id".split())
-
-
 def _template(config: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if k not in _BY_VOCABULARY}
+    return {k: v for k, v in config.items() if k != "vocab_size" and k not in TOKEN_KEYS}
 
 
 def _dense_config(params: ModelParams) -> dict[str, Any]:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llada_core.modeling.config import ExpertShape
+from llada_core.modeling.architecture import ExpertShape
 
 
 class Routing(NamedTuple):
     """What the router decided: its logits (T, E), and for each token the chosen experts and their weights (T, K)."""
 
-    logits_TE: Tensor
-    expert_TK: Tensor
-    weight_TK: Tensor
+    logits: Tensor
+    experts: Tensor
+    weights: Tensor
 
 
 class GatedMLP(nn.Module):
@@ -46,7 +46,8 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Sum over each token's experts of weight times expert output, (T, D), by two grouped products."""
-        gate_up, down = self.gate_up, self.down
+        gate_up: Tensor = self.gate_up
+        down: Tensor = self.down
         if torch.is_autocast_enabled(x_TD.device.type):  # grouped_mm is not on autocast's list
             low = torch.get_autocast_dtype(x_TD.device.type)
             x_TD, gate_up, down = x_TD.to(low), gate_up.to(low), down.to(low)
@@ -93,4 +94,4 @@ class MoE(nn.Module):
         """`x` (..., D) through its experts, and what the router decided for the flattened tokens."""
         x_TD = x.flatten(0, -2)
         routing = self.route(x_TD)
-        return self.experts(x_TD, routing.expert_TK, routing.weight_TK).type_as(x).view_as(x), routing
+        return self.experts(x_TD, routing.experts, routing.weights).type_as(x).view_as(x), routing

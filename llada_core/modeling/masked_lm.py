@@ -3,10 +3,11 @@
 Knows how to reach the vocabulary projection of such a model; does not know which backbone it is.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from llada_core.families import SpecialTokens
@@ -25,6 +26,9 @@ class MaskedLM(MaskPredictor):
         super().__init__()
         self.backbone = backbone
         self._special = special_tokens.check(backbone.config.vocab_size)
+        for name, value in vars(special_tokens).items():  # so that a saved copy names them by itself
+            if value is not None:
+                setattr(backbone.config, name.replace("_id", "_token_id"), value)
 
     @property
     def config(self) -> Any:
@@ -61,6 +65,8 @@ class MaskedLM(MaskPredictor):
         router_losses: bool = False,
     ) -> Prediction:
         """As `LLaDAModelLM.forward`; `cache`, `slots` and `router_losses` are refused by name."""
+        if attention_mask is not None and attention_mask.dim() == 3:
+            attention_mask = attention_mask[:, None].bool()
         if cache is not None or slots is not None or router_losses:
             raise ValueError(f"{type(self.backbone).__name__} knows no cache, slots or router_losses")
         body = self.backbone.base_model
@@ -74,29 +80,20 @@ class MaskedLM(MaskPredictor):
         states = out.hidden_states if output_hidden_states else None
         if positions is not None:
             x = x.flatten(0, 1)[positions]
-        head = _Head(self.backbone)
         if targets is not None:
-            return Prediction(nll=projected_nll(x, head, targets), hidden_states=states)
-        return Prediction(logits=head(x), hidden_states=states)
+            return Prediction(nll=projected_nll(x, self._project, self.vocab_rows, targets), hidden_states=states)
+        return Prediction(logits=self._project(x), hidden_states=states)
 
-
-class _Head(nn.Module):
-    """All that a masked-LM applies after its body, row by row."""
-
-    def __init__(self, backbone: PreTrainedModel) -> None:
-        super().__init__()
-        self.weight = backbone.get_output_embeddings().weight
-        self.apply_to = _head_of(backbone)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for step in self.apply_to:
+    def _project(self, x: Tensor) -> Tensor:
+        """All that the masked-LM applies after its body, position by position."""
+        for step in _head_of(self.backbone):
             x = step(x)
         return x
 
 
-def _head_of(backbone: PreTrainedModel) -> list[Any]:
+def _head_of(backbone: Any) -> list[Callable[[Tensor], Tensor]]:
     """The modules after the body, in order, of the masked-LM classes of transformers."""
-    parts = dict(backbone.named_children())
+    parts: dict[str, Any] = dict(backbone.named_children())
     if "vocab_transform" in parts:  # DistilBERT
         return [parts["vocab_transform"], backbone.activation, parts["vocab_layer_norm"], parts["vocab_projector"]]
     if "cls" in parts:  # BERT and its kin
@@ -105,13 +102,18 @@ def _head_of(backbone: PreTrainedModel) -> list[Any]:
         return [parts["head"], parts["decoder"]]
     if "lm_head" in parts:  # RoBERTa and its kin
         return [parts["lm_head"]]
-    raise ValueError(f"{type(backbone).__name__}: its vocabulary head was not found; use BERT, DistilBERT or ModernBERT")
+    known = "BERT, DistilBERT, RoBERTa and ModernBERT"
+    raise ValueError(f"{type(backbone).__name__}: its vocabulary head is not known; those of {known} are")
 
 
 def new_masked_lm(values: dict[str, Any], vocab_size: int, special_tokens: SpecialTokens, seed: int) -> MaskedLM:
     """A freshly initialised masked-LM from its `model_type` and config keys."""
     kind = values.pop("model_type")
-    config = AutoConfig.for_model(kind, **{**values, "vocab_size": vocab_size, "pad_token_id": special_tokens.pad_id})
+    eos, bos = special_tokens.eos_id, special_tokens.bos_id
+    ids = {"pad_token_id": special_tokens.pad_id, "eos_token_id": eos, "sep_token_id": eos}
+    if bos is not None:
+        ids |= {"bos_token_id": bos, "cls_token_id": bos}
+    config = AutoConfig.for_model(kind, **{**values, **ids, "vocab_size": vocab_size})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MaskedLM(AutoModelForMaskedLM.from_config(config), special_tokens)

@@ -12,14 +12,17 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llada_core.families import SpecialTokens
-from llada_core.modeling.block import LLaDABlock, RMSNorm, Surroundings
+from llada_core.modeling.architecture import TOKEN_KEYS, Architecture
+from llada_core.modeling.block import LLaDABlock, RMSNorm, Surroundings, key_bias
 from llada_core.modeling.cache import KVCache
-from llada_core.modeling.config import Architecture, LLaDAConfig, LLaDAMoEConfig
+from llada_core.modeling.config import LLaDAConfig, LLaDAMoEConfig
 from llada_core.modeling.experts import Routing
+from llada_core.modeling.names import register_names
 from llada_core.modeling.nll import projected_nll
 from llada_core.modeling.predictor import MaskPredictor, Prediction, RouterLosses
 from llada_core.modeling.rope import RotaryTables
 from llada_core.modeling.router import router_losses as losses_of
+from llada_core.modeling.strict import require_all_weights
 
 
 class Transformer(nn.Module):
@@ -54,10 +57,18 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
         self.shape = config.architecture()
-        self.model = Body(self.shape)
+        self.model: Any = Body(self.shape)
         self.tables = RotaryTables(self.shape.rope_theta, self.shape.head_width)
         self._special = _special_in(config, self.shape.vocab_rows)
-        self.post_init()
+        self.post_init()  # type: ignore[operator]
+
+    @classmethod
+    def from_pretrained(cls, name: str, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers', but a missing, unexpected or mismatched weight is a `ValueError` and no report."""
+        kwargs["ignore_mismatched_sizes"] = True  # they are told with all the others
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        require_all_weights(str(name), info)
+        return (model, info) if output_loading_info else model
 
     def name_special_tokens(self, special: SpecialTokens) -> None:
         """Makes `special` this model's, and lets its config.json name them when it is saved."""
@@ -82,7 +93,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         like = self.model.transformer.blocks[0].k_proj.weight
-        dtype = like.dtype if like.is_floating_point() else self.dtype
+        dtype: torch.dtype = like.dtype if like.is_floating_point() else self.dtype
         shape = (batch, length, self.shape.n_kv_heads, self.shape.head_width)
         return KVCache.empty(self.shape.n_layers, shape, torch.empty(0, dtype=dtype, device=like.device))
 
@@ -124,12 +135,13 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
             x = x.flatten(0, 1)[positions]
         losses = self._router_losses(routings, hidden[0], attention_mask) if router_losses else None
         if targets is not None:
-            return Prediction(nll=projected_nll(x, self._head(), targets), hidden_states=states, router_losses=losses)
-        return Prediction(logits=self._head()(x), hidden_states=states, router_losses=losses)
+            nll = projected_nll(x, self._project, self.vocab_rows, targets)
+            return Prediction(nll=nll, hidden_states=states, router_losses=losses)
+        return Prediction(logits=self._project(x), hidden_states=states, router_losses=losses)
 
-    def _head(self) -> nn.Module:
+    def _project(self, x: Tensor) -> Tensor:
         transformer = self.model.transformer
-        return _Tied(transformer.wte) if transformer.ff_out is None else transformer.ff_out
+        return F.linear(x, transformer.wte.weight) if transformer.ff_out is None else transformer.ff_out(x)
 
     def _surroundings(
         self, x: Tensor, mask: Tensor | None, cache: KVCache | None, slots: Tensor | None
@@ -148,9 +160,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
             flat = (slots + first).flatten()
         return Surroundings(cos.unsqueeze(-2), sin.unsqueeze(-2), key_bias(mask, x.dtype), cache, flat)
 
-    def _router_losses(
-        self, routings: list[Routing | None], embedded: Tensor, mask: Tensor | None
-    ) -> RouterLosses:
+    def _router_losses(self, routings: list[Routing | None], embedded: Tensor, mask: Tensor | None) -> RouterLosses:
         sparse = [r for r in routings if r is not None]
         if not sparse:
             raise ValueError("router_losses was asked of a model without sparse layers")
@@ -163,35 +173,13 @@ class LLaDAMoEModelLM(LLaDAModelLM):
     config_class = LLaDAMoEConfig
 
 
-class _Tied(nn.Module):
-    """The embedding matrix read as a head."""
-
-    def __init__(self, embedding: nn.Embedding) -> None:
-        super().__init__()
-        self.weight = embedding.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+register_names()
 
 
-def key_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The additive bias for a 1/0 mask (B, T) or (B, W, T); None where nothing is hidden.
-
-    On CPU a mask of ones is found out; on a GPU that would stall the stream, so pass None there.
-    The dtype's minimum, not -inf, keeps a row that sees nothing finite, as the published code does.
-    """
-    if mask is None or (mask.device.type == "cpu" and bool(mask.all())):
-        return None
-    shaped = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
-    bias = torch.zeros(shaped.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill_(shaped == 0, torch.finfo(dtype).min)
-
-
-def _special_in(config: Any, vocab_rows: int) -> SpecialTokens | None:
-    """The special tokens that a config.json names by itself, if it names the three that are needed."""
+def _special_in(config: LLaDAConfig, vocab_rows: int) -> SpecialTokens | None:
+    """The special tokens that a config.json names by itself, if it names those that are needed."""
     values = config.published()
-    mask, eos, pad = (values.get(k) for k in ("mask_token_id", "eos_token_id", "pad_token_id"))
-    if mask is None or eos is None:
+    ids = {key.replace("_token_id", "_id"): values[key] for key in TOKEN_KEYS if values.get(key) is not None}
+    if not {"mask_id", "eos_id"} <= ids.keys():
         return None
-    tokens = SpecialTokens(mask, eos, eos if pad is None else pad, values.get("bos_token_id"), values.get("eot_token_id"))
-    return tokens.check(vocab_rows)
+    return SpecialTokens(**{"pad_id": ids["eos_id"], **ids}).check(vocab_rows)

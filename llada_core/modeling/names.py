@@ -22,6 +22,20 @@ _RENAMED = {
 }
 
 
+def own_name(published: str) -> str:
+    """Our name of a LLaDA-MoE parameter that is not an expert's."""
+    for theirs, ours in _RENAMED.items():
+        published = published.replace(theirs, ours)
+    return published
+
+
+def published_name(own: str) -> str:
+    """The published name of a LLaDA-MoE parameter of ours that is not an expert's."""
+    for theirs, ours in reversed(_RENAMED.items()):
+        own = own.replace(ours, theirs)
+    return own
+
+
 def register_names() -> None:
     """Makes transformers load and save `LLaDAMoEModelLM` under the published names; experts are stacked on the way."""
     experts = [

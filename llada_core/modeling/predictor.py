@@ -17,8 +17,8 @@ from llada_core.modeling.cache import KVCache
 class RouterLosses(NamedTuple):
     """Mean over sparse layers of the balance loss per row (B,), 1 when even, and of the z-loss per token (B, W)."""
 
-    balance_B: Tensor
-    z_BW: Tensor
+    balance: Tensor
+    z: Tensor
 
 
 @dataclass

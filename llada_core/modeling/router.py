@@ -20,14 +20,14 @@ def router_losses(routings: list[Routing], batch: int, attention_mask: Tensor | 
     """
     balances, zs = [], []
     for routing in routings:
-        n_experts = routing.logits_TE.shape[-1]
-        logits_BWE = routing.logits_TE.float().unflatten(0, (batch, -1))
-        choices_BWE = F.one_hot(routing.expert_TK, n_experts).sum(1).float().unflatten(0, (batch, -1))
-        real_BW1 = logits_BWE.new_ones(logits_BWE.shape[:2] + (1,))
+        n_experts = routing.logits.shape[-1]
+        logits_BWE = routing.logits.float().unflatten(0, (batch, -1))
+        choices_BWE = F.one_hot(routing.experts, n_experts).sum(1).float().unflatten(0, (batch, -1))
+        real_BW1 = logits_BWE.new_ones((*logits_BWE.shape[:2], 1))
         if attention_mask is not None and attention_mask.dim() == 2:
             real_BW1 = attention_mask[..., None].to(logits_BWE.dtype)
         count_B1 = real_BW1.sum(1).clamp(min=1)
-        share_BE = (choices_BWE * real_BW1).sum(1) / (count_B1 * routing.expert_TK.shape[-1])
+        share_BE = (choices_BWE * real_BW1).sum(1) / (count_B1 * routing.experts.shape[-1])
         probability_BE = (logits_BWE.softmax(-1) * real_BW1).sum(1) / count_B1
         balances.append(n_experts * (share_BE * probability_BE).sum(-1))
         zs.append(logits_BWE.logsumexp(-1).square() * real_BW1[..., 0])

@@ -6,7 +6,7 @@ Knows the order of writing; does not know which names the weights have (the mode
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from llada_core.modeling.masked_lm import MaskedLM
 from llada_core.modeling.predictor import MaskPredictor
@@ -22,12 +22,12 @@ class SavesItself(Protocol):
 def save_model(
     model: MaskPredictor, folder: str | Path, tokenizer: SavesItself | None = None, *, max_shard_size: str = "5GB"
 ) -> None:
-    """Writes config.json, safetensors and the tokenizer's files; `folder` appears, or is replaced, only when complete."""
+    """Writes config.json, safetensors and the tokenizer's files; `folder` appears, or is replaced, when complete."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        network = model.backbone if isinstance(model, MaskedLM) else model
+        network: Any = model.backbone if isinstance(model, MaskedLM) else model
         network.save_pretrained(staging, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save(staging)
