@@ -52,7 +52,7 @@ def load_stage(root: Path, name: str, params: dict[str, Any]) -> Stage:
         name=name,
         code=tuple(path for path in deps if Path(path).parts[0] in CODE),
         inputs=tuple(path for path in deps if Path(path).parts[0] not in CODE),
-        params=tuple(spec.get("params", [])),
+        params=tuple(_params(kind, spec, params)),
         outs=tuple(_fill(path, values) for path in outs),
     )
 
@@ -105,6 +105,7 @@ def prune(spec: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
             )
         body = _body(stages[name])
         body["deps"] = [path for path in _deps(name, body, params) if not _under(path, dropped)]
+        body["params"] = [key for key in _params(name, body, params) if _given(params, key)]
     result = spec | {"stages": {name: stage for name, stage in stages.items() if name in listed}}
     for key in ("metrics", "plots"):
         if key in spec:
@@ -113,10 +114,27 @@ def prune(spec: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _deps(kind: str, body: dict[str, Any], params: dict[str, Any]) -> list[str]:
-    """The dependencies as written, with the folder that a training stage starts from in place of its template."""
+    """The dependencies as written, but with the models that `params` name: what a stage starts from, or evaluates."""
     written = [path for path in body.get("deps", []) if not path.endswith(".init_from}")]
-    source = _source(kind, params)
-    return written if source is None or source in written else [*written, source]
+    models = [source] if (source := _source(kind, params)) else []
+    if kind == "evaluate":
+        written = [path for path in written if not path.startswith("models/")]
+        named = lookup(params, "evaluate.models") or []
+        models = [f"models/{name}" for name in named if name in TRAINING_STAGES]
+        models += [name for name in named if Path(name).is_absolute()]
+    return [*written, *(path for path in models if path not in written)]
+
+
+def _params(kind: str, body: dict[str, Any], params: dict[str, Any]) -> list[str]:
+    """The parameters as written; a training stage that starts from nothing reads the shape of a new model as well."""
+    fresh = kind in TRAINING_STAGES and _source(kind, params) is None
+    return list(dict.fromkeys([*body.get("params", []), *(["model"] if fresh else [])]))
+
+
+def _given(params: dict[str, Any], key: str) -> bool:
+    parent, _, last = key.rpartition(".")
+    block = lookup(params, parent) if parent else params
+    return isinstance(block, dict) and last in block
 
 
 def _source(kind: str, params: dict[str, Any]) -> str | None:

@@ -33,6 +33,7 @@ class Work:
     item: str | None  # the benchmark, for an instance of evaluate
 
 
+OPEN_ENDED = {"prepare"}  # reads files that no fingerprint covers, and keeps what it made by their content itself
 Function = Callable[[Work], float | None]  # returns what it cost in seconds, if it knows better than the clock
 
 
@@ -56,6 +57,8 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
     stage = load_stage(root, name, params)
     launch = Params.parse(params, "params.yaml").launch.of(stage.kind)
     run = open_run(root, stage, params)
+    if stage.kind in OPEN_ENDED and not _inside_ranks():
+        run.forget_success()
     from tasks import tracking
 
     with tracking.forwarding(run):

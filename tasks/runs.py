@@ -95,6 +95,10 @@ class RunFolder:
         """The program's last act: what it wrote stays for good."""
         write_json(self.path / "SUCCESS", {"seconds": round(seconds, 1), "time": time.time()})
 
+    def forget_success(self) -> None:
+        """Let the stage be done again although nothing that determines it has changed."""
+        (self.path / "SUCCESS").unlink(missing_ok=True)
+
     def last_metrics(self) -> dict[str, Any]:
         """The newest line of metrics.jsonl; empty before the first."""
         path = self.path / "metrics.jsonl"

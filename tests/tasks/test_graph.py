@@ -1,0 +1,109 @@
+"""dvc.yaml as it is: what stages name is what they read, and the default run has every key that DVC looks up."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llada_core.config.params import TRAINING_STAGES
+from tasks.graph import load_stage, lookup, prune
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+# How runs are launched, told and kept; what composes and checks settings; what a stage imports of a room without using.
+PLUMBING = {
+    *(
+        "llada_core/__init__.py",
+        "llada_core/autoclasses.py",
+        "llada_core/config/base.py",
+        "llada_core/config/params.py",
+    ),
+    *("llada_core/config/launch.py", "llada_core/config/registry.py", "llada_core/config/dotted.py"),
+    *(f"tasks/{n}.py" for n in ("__init__", "errors", "folders", "graph", "launch", "launch_local", "launch_script")),
+    *(f"tasks/{n}.py" for n in ("launch_slurm", "program", "register", "registry", "runs", "tracking", "gate")),
+}
+CONFIG = {f"llada_core/config/{n}.py" for n in ("__init__", "data", "evaluation", "model", "sampling", "training")}
+RL = (
+    "sampling",
+    "verifiers",
+    "likelihood.py",
+    "estimators.py",
+    "sandbox.py",
+    "evaluation",
+    "data/__init__.py",
+    *(f"training/{n}" for n in ("grpo.py", "policy.py", "reference.py", "rollouts.py", "rewards", "preference.py")),
+)
+NOT_READ = {  # imported only where another stage's objective is built
+    "pretrain": RL,
+    "sft": RL,
+    "sft_control": RL,
+    "preference": RL,
+    "grpo": ("evaluation", "data/__init__.py", "training/preference.py"),
+    "evaluate": ("diffusion.py", "data/__init__.py"),
+    "prepare": ("evaluation",),
+    "report": (),
+    "register": (),
+}
+
+
+def module_file(name: str) -> Path | None:
+    path = ROOT.joinpath(*name.split("."))
+    return next((c for c in (path.with_suffix(".py"), path / "__init__.py") if c.exists()), None)
+
+
+def imported(file: Path) -> set[Path]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {f for n in names if n.split(".")[0] in ("llada_core", "tasks") and (f := module_file(n))}
+
+
+def closure(stage: str) -> set[str]:
+    left_out = {f"llada_core/{name}" for name in NOT_READ[stage]}
+    seen: set[Path] = set()
+    todo = [ROOT / f"tasks/{stage}.py"]
+    while todo:
+        file = todo.pop()
+        name = file.relative_to(ROOT).as_posix()
+        if file in seen or name in PLUMBING or any(name == x or name.startswith(f"{x}/") for x in left_out):
+            continue
+        seen.add(file)
+        todo += imported(file)
+    return {file.relative_to(ROOT).as_posix() for file in seen}
+
+
+@pytest.mark.parametrize("name", list(SPEC["stages"]))
+def test_a_stage_lists_all_code_that_it_runs(name: str) -> None:
+    item = f"{name}@x" if "@" not in name and SPEC["stages"][name].get("foreach") else name
+    listed = load_stage(ROOT, item, PARAMS).code
+    for path in listed:
+        assert (ROOT / path).exists(), f"{name} lists {path}, which is not there"
+    missing = {
+        file
+        for file in closure(name) - CONFIG - {f"tasks/{name}.py"}
+        if not any(file == path or file.startswith(f"{path}/") for path in listed) and not file.endswith("__init__.py")
+    }
+    assert not missing, f"{name} runs, but does not list: {sorted(missing)}"
+
+
+def test_the_default_run_is_dvc_yaml_as_it_is() -> None:
+    pruned = prune(yaml.safe_load((ROOT / "dvc.yaml").read_text()), PARAMS)
+    assert set(pruned["stages"]) == set(PARAMS["stages"])
+    for name, stage in pruned["stages"].items():
+        body, written = (s.get("do", s) for s in (stage, SPEC["stages"][name]))
+        filled = {
+            p.replace("${%s.init_from}" % name, str(lookup(PARAMS, f"{name}.init_from"))) for p in written["deps"]
+        }
+        assert set(body["deps"]) == filled, name
+        assert body["params"] == written["params"], f"{name}: params.yaml lacks a key that dvc.yaml lists"
+
+
+def test_settings_of_sampling_touch_no_training() -> None:
+    for stage in ("pretrain", "sft", "sft_control"):
+        assert not any("sampling" in path for path in load_stage(ROOT, stage, PARAMS).code)
+    assert not any(key.startswith("launch") for s in TRAINING_STAGES for key in load_stage(ROOT, s, PARAMS).params)
