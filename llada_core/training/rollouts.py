@@ -17,9 +17,9 @@ from llada_core.config.sampling import SamplingParams
 from llada_core.modeling import MaskPredictor
 from llada_core.sampling import generate
 from llada_core.tokenizer import Tokenizer
+from llada_core.training.rewards import Reward
 
 _log = logging.getLogger(__name__)
-Reward = Callable[[str, str, Mapping[str, Any]], float]
 Verifier = Callable[[str, str, Mapping[str, Any]], bool]
 
 
@@ -109,3 +109,38 @@ def judge(reward: Reward, prompts: Sequence[Prompt], texts: Sequence[str]) -> li
             value = math.nan
         rewards.append(value if math.isfinite(value) else math.nan)
     return rewards
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A held-out text to write anew at every validation: what the model is given, what it should say, how long."""
+
+    prompt: list[int]
+    expected: list[int]
+
+
+def specimens_of(table: Any, count: int) -> list[Specimen]:
+    """The first rows of a validation table: the masked-free beginning is given (a quarter of a row without prompts)."""
+    specimens = []
+    for row in table.select(range(min(count, len(table)))):
+        ids = row.get("input_ids", row.get("prompt_ids"))
+        maskable = row.get("maskable") or [int(i >= len(ids) // 4) for i in range(len(ids))]
+        cut = len(ids) if "prompt_ids" in row else maskable.index(1)
+        specimens.append(Specimen(ids[:cut], ids[cut:]))
+    return specimens
+
+
+def write_samples(
+    model: MaskPredictor, tokenizer: Tokenizer, specimens: Sequence[Specimen], settings: SamplingParams | None = None
+) -> list[dict[str, Any]]:
+    """One line per specimen: prompt, answer and what was expected, as text; greedy, at most 64 tokens and 32 steps."""
+    lines = []
+    for specimen in specimens:
+        length = min(max(len(specimen.expected), 1), 64)
+        params = settings or SamplingParams(
+            max_new_tokens=length, block_length=length, steps=min(length, 32), schedule="linear"
+        )
+        answer = generate(model, [specimen.prompt], params).answers[0].tolist()
+        texts = {"prompt": specimen.prompt, "answer": answer, "expected": specimen.expected}
+        lines.append({name: tokenizer.decode(ids, skip_special=False) for name, ids in texts.items()})
+    return lines

@@ -5,14 +5,14 @@ The entry point of training. Knows the data folder's layout; does not know where
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, load_from_disk
 
-from llada_core.config.dotted import function_at
 from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, SFTParams, TrainingParams
 from llada_core.data.batches import Order, RowBatches
 from llada_core.modeling import MaskPredictor, save_model
@@ -25,7 +25,8 @@ from llada_core.training.metrics import Follower, MetricsFile
 from llada_core.training.objectives import DiffusionObjective, Objective
 from llada_core.training.optimiser import optimiser_for
 from llada_core.training.ranks import Ranks, accelerator_for
-from llada_core.training.rollouts import Reward
+from llada_core.training.rewards import reward_named
+from llada_core.training.rollouts import specimens_of, write_samples
 from llada_core.verifiers import verify
 
 _DATA = {PretrainParams: "pretrain", SFTParams: "sft", GRPOParams: "grpo", PreferenceParams: "preference"}
@@ -93,7 +94,7 @@ def train(
     objective = objective_for(params, model, tokenizer, place.data, seed=seed)
     prepared, optimiser = engine.prepare(model, optimiser_for(model, params))
     parts = Parts(engine, prepared, optimiser, objective, parameters, fingerprint_of(params, place.data, seed))
-    loop = Loop(parts, params, place.run, seed=seed, metrics=metrics)
+    loop = Loop(parts, params, place.run, seed=seed, metrics=metrics, sampler=_sampler(params, tokenizer, place.data))
     progress, finished = loop.run(), not loop.stopped
     receipt = Receipt(
         finished,
@@ -106,9 +107,6 @@ def train(
     )
     if finished and place.export is not None and ranks.first:
         save_model(engine.unwrap_model(prepared), place.export, tokenizer)
-        (place.export / "training.json").write_text(
-            json.dumps(asdict(receipt), sort_keys=True, indent=1), encoding="utf-8"
-        )
     ranks.barrier()
     return receipt
 
@@ -135,11 +133,13 @@ def objective_for(
     raise ValueError(f"no objective for {type(params).__name__}")
 
 
-def reward_named(name: str) -> Reward:
-    """The reward that `grpo.reward` names; "default" is verified correctness."""
-    if name == "default":
-        return verify
-    return function_at(name, "grpo.reward")
+def _sampler(params: TrainingParams, tokenizer: Tokenizer, data: Path) -> Callable[[Any], list[dict[str, Any]]]:
+    """Writes the same few held-out texts at every validation."""
+    settings = None
+    if isinstance(params, GRPOParams):
+        settings = params.validation or replace(params.sampling, temperature=0.0)
+    specimens = specimens_of(_table(data / _DATA[type(params)] / "validation", params), params.samples)
+    return lambda model: write_samples(model, tokenizer, specimens, settings)
 
 
 def _table(folder: Path, params: TrainingParams) -> Dataset:

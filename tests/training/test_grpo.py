@@ -24,15 +24,29 @@ def likes_low_ids(task, text, answer):
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for part, count in (("train", 24), ("validation", 6)):
-        rows = {"prompt_ids": [[10 + i, 20, 30][: 2 + i % 2] for i in range(count)], "task": ["sudoku"] * count,
-                "answer": [json.dumps({"puzzle": "1" * 16})] * count, "prompt": [""] * count}
+        rows = {
+            "prompt_ids": [[10 + i, 20, 30][: 2 + i % 2] for i in range(count)],
+            "task": ["sudoku"] * count,
+            "answer": [json.dumps({"puzzle": "1" * 16})] * count,
+            "prompt": [""] * count,
+        }
         Dataset.from_dict(rows).save_to_disk(folder / "grpo" / part)
     return folder
 
 
 def run(data, folder, follow=None, **changes):
-    values = {"max_steps": 8, "prompts": 4, "generations": 4, "sampling": SAMPLING, "learning_rate": 3e-3, "log_every": 1,
-              "save_every": 4, "samples": 0, "beta": 0.0, "reward": "tests.training.test_grpo.likes_low_ids"}
+    values = {
+        "max_steps": 8,
+        "prompts": 4,
+        "generations": 4,
+        "sampling": SAMPLING,
+        "learning_rate": 3e-3,
+        "log_every": 1,
+        "save_every": 4,
+        "samples": 0,
+        "beta": 0.0,
+        "reward": "tests.training.test_grpo.likes_low_ids",
+    }
     model, tokenizer = tiny_pair()
     receipt = train(GRPOParams(**{**values, **changes}), model, tokenizer, Place(data, folder), seed=1, follow=follow)
     return receipt, model

@@ -19,13 +19,23 @@ def data(tmp_path_factory):
 
 
 def params(stage="pretrain", **changes):
-    values = {"max_steps": 12, "batch_size": 16, "learning_rate": 3e-3, "log_every": 1, "save_every": 4, "warmup": 2, "samples": 0}
+    values = {
+        "max_steps": 12,
+        "batch_size": 16,
+        "learning_rate": 3e-3,
+        "log_every": 1,
+        "save_every": 4,
+        "warmup": 2,
+        "samples": 0,
+    }
     return KINDS[stage](**{**values, **changes})
 
 
 def run(data, folder, stage="pretrain", follow=None, **changes):
     model, tokenizer = tiny_pair()
-    receipt = train(params(stage, **changes), model, tokenizer, Place(data, folder, folder / "model"), seed=1, follow=follow)
+    receipt = train(
+        params(stage, **changes), model, tokenizer, Place(data, folder, folder / "model"), seed=1, follow=follow
+    )
     return receipt, model
 
 
@@ -35,11 +45,12 @@ def losses(folder):
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_it_learns_and_exports(data, tmp_path, stage):
-    receipt, model = run(data, tmp_path, stage, max_steps=40)
+    receipt, model = run(data, tmp_path, stage, max_steps=40, samples=1)
     found = losses(tmp_path)
     assert receipt.finished
     assert receipt.steps == 40
     assert found[40] < 0.8 * found[1]
+    assert (tmp_path / "samples.jsonl").read_text().count("expected") == 1
     exported = load_model(tmp_path / "model")
     ids = torch.arange(10, 20)[None]
     torch.testing.assert_close(exported(ids).logits, model.eval()(ids).logits)
