@@ -3,7 +3,7 @@
 import os
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +36,20 @@ def serve(  # noqa: PLR0913 - a command has as many arguments as it has options
         launch(
             model, at_once=at_once, seconds=seconds, where=(host, port, share), auth=(user, password) if login else None
         )
+
+
+def options() -> dict[str, Any]:
+    """What Gradio is told in every case: our look, no telemetry, no uploads, nothing from elsewhere."""
+    from app import page
+
+    return {
+        "css_paths": [page.CSS],
+        "theme": page.theme(),
+        "footer_links": [],
+        "max_file_size": "1kb",
+        "enable_monitoring": False,
+        "state_session_capacity": 256,
+    }
 
 
 def free(host: str, port: int) -> None:
@@ -71,18 +85,7 @@ def launch(
             raise
         blocks = page.absent(name, str(error))
     host, port, share = where
-    blocks.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        auth=auth,
-        css_paths=[page.CSS],
-        theme=page.theme(),
-        footer_links=[],
-        max_file_size="1kb",
-        enable_monitoring=False,
-        state_session_capacity=256,
-    )
+    blocks.launch(server_name=host, server_port=port, share=share, auth=auth, **options())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,51 @@
+"""A tiny engine, a folder with a tiny model, and a page served from it."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.engine import Engine
+from llada_core.modeling import save_model
+from tests.tiny import tiny_pair
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    model, tokenizer = tiny_pair(max_sequence_length=700)
+    return Engine("tiny", Path("nowhere"), model, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model, tokenizer = tiny_pair(max_sequence_length=700)
+    save_model(model, folder, tokenizer)
+    (folder / "training.json").write_text('{"stage": "sft", "steps": 3}')
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def page_url(model_folder: Path) -> Iterator[str]:
+    from app import page
+    from app.__main__ import options
+    from app.catalogue import Catalogue
+    from app.desk import Desk
+    from app.engine import Shelf
+
+    catalogue = Catalogue(model_folder.parent)
+    desk = Desk(Shelf(catalogue), catalogue, str(model_folder), pace=0)
+    blocks = page.build(desk)
+    blocks.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, **options())
+    yield blocks.local_url
+    blocks.close()

@@ -1,0 +1,78 @@
+"""Loading, the shelf, and hot-swap."""
+
+from pathlib import Path
+
+import pytest
+
+from app import engine as engines
+from app.engine import Shelf, enough_memory, load
+from app.writing import Refused
+
+
+class Names:
+    """Names that lead to folders and can be moved."""
+
+    def __init__(self, **places: Path) -> None:
+        self.places = places
+
+    def locate(self, name: str) -> str:
+        if name not in self.places:
+            raise ValueError(f"no model {name!r} is registered")
+        return str(self.places[name])
+
+    def resolve(self, name: str) -> Path:
+        return self.places[name]
+
+
+def test_a_moved_alias_answers_with_the_other_version(model_folder, tmp_path):
+    other = tmp_path / "other"
+    other.symlink_to(model_folder)
+    names = Names(champion=model_folder)
+    shelf = Shelf(names)
+    first, word = shelf.get("champion")
+    assert word == ""
+    assert shelf.get("champion") == (first, "")
+    names.places["champion"] = other
+    second, word = shelf.get("champion")
+    assert second is not first
+    assert "moved" in word
+
+
+def test_a_champion_deleted_while_the_page_is_open_goes_on(model_folder):
+    names = Names(champion=model_folder)
+    shelf = Shelf(names)
+    first, _ = shelf.get("champion")
+    del names.places["champion"]
+    again, word = shelf.get("champion")
+    assert again is first
+    assert "no longer in the registry" in word
+    with pytest.raises(Refused, match="no model"):
+        shelf.get("challenger")
+
+
+def test_two_names_of_one_version_share_it_and_the_oldest_makes_room(model_folder, tmp_path):
+    other = tmp_path / "other"
+    other.symlink_to(model_folder)
+    shelf = Shelf(Names(a=model_folder, b=model_folder, c=other), most=2)
+    assert shelf.get("a")[0] is shelf.get("b")[0]
+    shelf.get("c")
+    assert len(shelf._engines) == 2
+
+
+def test_too_little_memory_is_said_before_loading(model_folder, monkeypatch):
+    monkeypatch.setattr(engines, "available_memory", lambda: 1000)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(Refused, match=r"needs about .* GB of memory"):
+        enough_memory(model_folder)
+
+
+def test_a_folder_that_is_no_model_is_one_sentence(tmp_path):
+    with pytest.raises(Refused, match="cannot be loaded"):
+        load(str(tmp_path), Path)
+
+
+def test_settings_that_the_model_cannot_use_are_refused(engine):
+    from llada_core.config.sampling import SamplingParams
+
+    with pytest.raises(Refused):
+        engine.write([5], SamplingParams(max_new_tokens=7, block_length=3, steps=5))

@@ -1,0 +1,73 @@
+"""What a canvas looks like, and that no text can get out of its tile."""
+
+import re
+
+import pytest
+
+from app.render import canvas, conversation, escape, level, notice, table, tile
+from llada_core.sampling.trace import Cell, printable, readable
+
+NASTY = [
+    "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "${alert(1)}", "{{value}}", "`x`", "</i>", "&lt;",
+    "\u202eabc", "\u2066abc\u2069", "\ud800", "\x1b[31m", "\x00", "a" * 10_000, "\u0301" * 500, "'onmouseover='x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_no_text_gets_out_of_its_tile(text):
+    html = tile(Cell(printable(text), "done", 0.9, False))
+    inside = re.fullmatch(r'<i class="d c4"(?: title="([^"<>]*)")?>([^<>]*)</i>', html)
+    assert inside, html
+    assert not set("{}$`") & set(inside[2].replace("&#123;", "").replace("&#125;", "").replace("&#36;", ""))
+    html.encode("utf-8")
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_no_text_gets_out_of_the_conversation_a_notice_or_a_table(text):
+    said = readable(text)
+    for html in (conversation([(said, said)], note=said), notice(said), table([(said, said)])):
+        assert "<script" not in html
+        assert "<img" not in html
+        assert "${" not in html
+        assert "{{" not in html
+        html.encode("utf-8")
+
+
+def test_direction_signs_and_half_surrogates_are_shown_by_number_or_replaced():
+    assert printable("\u202eabc") == "‹202E›abc"
+    assert printable("\ud800") == "‹D800›"
+    assert readable("a\u202eb\ud800\x1b\nc") == "a\ufffdb\ufffd\ufffd\nc"
+
+
+def test_white_space_is_visible_and_huge_tokens_are_cut():
+    assert [printable(t) for t in ("\n", " ", "  ", "\t", " word", "two\nlines")] == ["⏎", "␣", "␣␣", "⇥", "word", "two⏎lines"]
+    assert len(printable("a" * 10_000)) == 64
+    assert printable("\u05d0\u05d1") == "\u05d0\u05d1"  # Hebrew itself is no control
+
+
+def test_every_state_is_told_apart_without_colour():
+    states = [tile(Cell("4", state, 0.9, False)) for state in ("given", "open", "fresh", "done")]
+    assert len(set(states)) == 4
+    assert 'class="m"' in states[1]
+    assert 'class="d f c4"' in states[2]
+    assert ' b"' in tile(Cell("", "open", None, True))
+
+
+def test_confidence_has_five_levels():
+    assert [level(c) for c in (0.0, 0.19, 0.2, 0.5, 0.99, 1.0, 1.5, -1.0, None)] == [0, 0, 1, 2, 4, 4, 4, 0, 2]
+
+
+def test_a_canvas_has_as_many_tiles_at_every_step_so_nothing_jumps():
+    early = canvas([Cell("", "open", None, True)] * 30, "step 1")
+    late = canvas([Cell("longword", "done", 1.0, True)] * 30, "step 30")
+    assert early.count("<i ") == late.count("<i ") == 30
+    assert early.count("<p") == late.count("<p") == 1
+    assert 'aria-label="canvas: 0 of 30 positions written"' in early
+
+
+def test_escape_leaves_plain_text_readable():
+    assert escape("2 + 3 = 5, isn't it?") == "2 + 3 = 5, isn&#x27;t it?"
+
+
+def test_a_canvas_of_512_tokens_stays_small_enough_to_stream():
+    assert len(canvas([Cell("token", "done", 0.5, False)] * 512)) < 32_000

@@ -1,0 +1,191 @@
+"""A conversation: turns, Stop, again, undo, edit, limits; with a tiny random model."""
+
+import copy
+
+import pytest
+import torch
+
+from app.engine import Engine
+from app.session import LONGEST_MESSAGE, MOST_TURNS, ChatSession
+from app.writing import Refused
+from llada_core.config.sampling import SamplingParams
+from tests.tiny import tiny_pair
+
+PARAMS = SamplingParams(max_new_tokens=12, block_length=6, steps=12)
+
+
+def answered(engine, *questions):
+    chat = ChatSession()
+    for question in questions:
+        chat.ask(question)
+        list(chat.reply(engine, PARAMS))
+    return chat
+
+
+def test_every_step_is_shown_and_the_answer_is_the_samplers(engine):
+    from llada_core.sampling import generate
+
+    chat = ChatSession()
+    chat.ask("12 + 3")
+    frames = list(chat.reply(engine, PARAMS))
+    assert [f.written for f in frames] == list(range(1, 13))
+    whole = generate(engine.model, [engine.chat_ids([{"role": "user", "content": "12 + 3"}])], PARAMS)
+    assert frames[-1].tokens.tolist() == whole.answers[0].tolist()
+    assert chat.last.counts.steps == chat.last.counts.forwards == whole.forwards == 12
+    assert chat.last.counts.tokens == 12
+    assert "12 steps · 12 forwards · 1.00 tokens per forward" in chat.last.counts.sentence()
+
+
+def test_earlier_turns_and_the_system_prompt_are_part_of_the_question(engine):
+    chat = answered(engine, "first")
+    chat.system = "be brief"
+    chat.ask("second")
+    assert [m["role"] for m in chat.messages()] == ["system", "user", "assistant", "user"]
+    frames = chat.reply(engine, PARAMS)
+    next(frames)
+    assert chat.last.trace.prompt == engine.chat_ids(chat.messages())
+    frames.close()
+
+
+def test_stop_keeps_what_is_there(engine):
+    chat = ChatSession()
+    chat.ask("12 + 3")
+    for frame in chat.reply(engine, PARAMS):
+        if frame.written == 5:
+            chat.stop()
+    assert chat.last.counts.tokens == 5
+    assert chat.turns[-1].answer is not None
+    assert "Stopped" in chat.last.note
+    assert not chat.writing
+
+
+def test_stop_before_the_turn_comes_writes_nothing(engine):
+    chat = ChatSession()
+    chat.ask("12 + 3")
+    chat.stop()
+    assert list(chat.reply(engine, PARAMS)) == []
+    assert chat.turns[-1].answer == ""
+
+
+def test_a_closed_tab_frees_the_model_and_leaves_the_session_usable(engine):
+    chat = ChatSession()
+    chat.ask("12 + 3")
+    frames = chat.reply(engine, PARAMS)
+    next(frames)
+    frames.close()
+    assert not engine.turn.locked()
+    assert not chat.writing
+    chat.ask("again")
+    assert len(list(chat.reply(engine, PARAMS))) == 12
+
+
+def test_again_undo_edit_and_clear(engine):
+    chat = answered(engine, "one", "two")
+    chat.again()
+    assert chat.waiting
+    list(chat.reply(engine, PARAMS))
+    assert chat.undo() == "two"
+    chat.edit(0, "other")
+    assert [t.user for t in chat.turns] == ["other"]
+    assert chat.waiting
+    list(chat.reply(engine, PARAMS))
+    chat.clear()
+    assert chat.messages() == []
+    for act in (chat.undo, chat.again):
+        with pytest.raises(Refused):
+            act()
+
+
+def test_a_refused_edit_loses_nothing(engine):
+    chat = answered(engine, "one", "two")
+    with pytest.raises(Refused):
+        chat.edit(0, "  ")
+    assert [t.user for t in chat.turns] == ["one", "two"]
+
+
+def test_nothing_changes_under_a_running_answer(engine):
+    chat = ChatSession()
+    chat.ask("one")
+    frames = chat.reply(engine, PARAMS)
+    next(frames)
+    for act in (chat.undo, chat.again, chat.clear, lambda: chat.ask("x"), lambda: chat.edit(0, "x")):
+        with pytest.raises(Refused, match="press Stop"):
+            act()
+    frames.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("", "empty"), (" \n\t", "empty"), ("x" * 100_000, "100,000 characters"), ("\u200e", None)]
+)
+def test_bad_messages_are_refused_in_a_sentence(text, says):
+    chat = ChatSession()
+    if says is None:
+        chat.ask(text)
+        assert chat.turns[0].user == "\ufffd"
+        return
+    with pytest.raises(Refused, match=says):
+        chat.ask(text)
+    assert not chat.turns
+    assert len(text) < LONGEST_MESSAGE or says
+
+
+def test_half_surrogates_reach_the_model_as_replacement_characters(engine):
+    chat = ChatSession()
+    chat.ask("a\ud800b")
+    assert list(chat.reply(engine, PARAMS))
+
+
+def test_a_conversation_that_no_longer_fits_says_what_to_do(engine):
+    chat = ChatSession()
+    chat.ask("1 " * 600)
+    with pytest.raises(Refused, match=r"reads 700 at most.*lower max_new_tokens"):
+        list(chat.reply(engine, PARAMS))
+    assert not chat.writing
+
+
+def test_too_many_turns_are_refused():
+    chat = ChatSession()
+    for _ in range(MOST_TURNS):
+        chat.ask("x")
+        chat.turns[-1].answer = "y"
+    with pytest.raises(Refused, match="start a new one"):
+        chat.ask("x")
+
+
+def test_the_time_limit_keeps_what_is_there(engine):
+    ticks = iter(range(1000))
+    chat = ChatSession()
+    chat.ask("12 + 3")
+    frames = list(chat.reply(engine, PARAMS, limit=4.5, clock=lambda: float(next(ticks))))
+    assert len(frames) == 5
+    assert "time allowed" in chat.last.note
+
+
+def test_a_model_that_writes_nothing_but_end_of_text_is_explained():
+    model, tokenizer = tiny_pair()
+    with torch.no_grad():
+        model.model.transformer.ff_out.weight.zero_()  # all logits equal: the first token, a special one, is written
+    engine = Engine("mute", None, model, tokenizer)
+    chat = ChatSession()
+    chat.ask("hello")
+    list(chat.reply(engine, PARAMS))
+    assert chat.turns[-1].answer == ""
+    assert "end-of-text" in chat.last.note
+
+
+def test_guesses_beyond_the_block_are_there_on_request(engine):
+    chat = ChatSession()
+    chat.ask("12 + 3")
+    first = next(chat.reply(engine, PARAMS))
+    assert (first.guesses[6:] == -1).all()
+    chat = ChatSession()
+    chat.ask("12 + 3")
+    watched = next(chat.reply(engine, PARAMS, watch=True))
+    assert (watched.guesses[6:] >= 0).all()
+    assert watched.block == (0, 6)
+
+
+def test_a_session_is_a_value():
+    chat = ChatSession()
+    chat.ask("x")
+    assert copy.deepcopy(chat).turns == chat.turns

@@ -1,0 +1,74 @@
+"""The sampler panel: every value with its range and its sentence; presets; refusals."""
+
+import dataclasses
+
+import pytest
+
+from app import settings
+from app.writing import Refused
+from llada_core.config.sampling import SamplingParams
+from llada_core.config.sampling_help import SENTENCES
+
+BASE = SamplingParams(max_new_tokens=32, block_length=8, steps=32, stop_at_eos=True)
+
+
+def test_every_sampler_value_has_a_knob_and_a_sentence():
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    assert [knob.name for knob in settings.knobs()] == names
+    assert set(SENTENCES) == set(names)
+    assert all(len(s) > 20 for s in SENTENCES.values())
+
+
+def test_ranges_are_those_of_the_params():
+    knobs = {knob.name: knob for knob in settings.knobs()}
+    assert (knobs["steps"].low, knobs["steps"].kind) == (1, "integer")
+    assert (knobs["threshold"].low, knobs["threshold"].high, knobs["threshold"].optional) == (0, 1, True)
+    assert knobs["remasking"].choices == ("low_confidence", "random", "margin", "entropy")
+    assert knobs["forbid_tokens"].kind == "tokens"
+    assert knobs["stop_at_eos"].kind == "switch"
+
+
+def test_what_the_panel_shows_comes_back_unchanged():
+    made = dataclasses.replace(BASE, threshold=0.9, forbid_tokens=(3, 4), seed=7)
+    shown = {
+        name: ", ".join(map(str, value)) if isinstance(value, tuple) else "" if value is None else value
+        for name, value in vars(made).items()
+    }
+    assert settings.params(shown) == made
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("steps", 0, "steps.*greater than or equal to 1"), ("temperature", -1, "temperature"), ("threshold", "abc", "number"),
+        ("threshold", "2", "threshold"), ("forbid_tokens", "1, x", "token numbers"), ("max_new_tokens", 100_000, "at most"),
+        ("block_length", 1.5, "whole number"), ("remasking", "magic", "remasking"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_one_sentence(name, value, says):
+    with pytest.raises(Refused, match=says):
+        settings.params({**vars(BASE), name: value})
+
+
+def test_settings_that_exclude_each_other_are_refused():
+    with pytest.raises(Refused, match="one choice"):
+        settings.params({**vars(BASE), "threshold": "0.9", "factor": "1"})
+
+
+def test_presets_say_whether_they_are_exact():
+    assert settings.exactness(settings.preset("exact", BASE)).startswith("Exact")
+    assert settings.exactness(settings.preset("creative", BASE)).startswith("Exact")
+    assert settings.exactness(settings.preset("fast", BASE)).startswith("Approximate: the prefix cache")
+    assert settings.exactness(dataclasses.replace(BASE, steps=16)).startswith("Approximate: 32 tokens in 16 steps")
+    assert settings.preset("exact", BASE).stop_at_eos
+    with pytest.raises(Refused):
+        settings.preset("magic", BASE)
+
+
+@pytest.mark.parametrize("name", settings.PRESETS)
+def test_presets_run(engine, name):
+    from app.session import ChatSession
+
+    chat = ChatSession()
+    chat.ask("12 + 3")
+    assert list(chat.reply(engine, settings.preset(name, BASE)))
