@@ -141,7 +141,21 @@ def table(name: str) -> Table:
     return tables()[name]
 
 
-def figures(recipe: str) -> dict[str, float]:
-    """Published figures for a recipe as fractions, by variant; empty where nothing is published."""
-    found = (column for each in tables().values() for column in each.columns if column.recipe == recipe)
-    return {variant: value / 100 for column in found for variant, value in column.figures.items()}
+class Figure(Block):
+    """A published figure, as a fraction: of which model, where it stands."""
+
+    source: str
+    value: float
+    model: str
+    where: str
+
+
+def figures(recipe: str) -> list[Figure]:
+    """Published figures for a recipe; empty where nothing is published."""
+    return [
+        Figure(source=source, value=value / 100, model=each.title, where=each.sources[source])
+        for each in tables().values()
+        for column in each.columns
+        if column.recipe == recipe
+        for source, value in column.figures.items()
+    ]
