@@ -92,10 +92,9 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         return self.model.transformer.ff_out
 
     def new_cache(self, batch: int, length: int) -> KVCache:
-        like = self.model.transformer.blocks[0].k_proj.weight
-        dtype: torch.dtype = like.dtype if like.is_floating_point() else self.dtype
+        like: Tensor = self.model.transformer.blocks[0].attn_norm.weight  # never quantised
         shape = (batch, length, self.shape.n_kv_heads, self.shape.head_width)
-        return KVCache.empty(self.shape.n_layers, shape, torch.empty(0, dtype=dtype, device=like.device))
+        return KVCache.empty(self.shape.n_layers, shape, like)
 
     def forward(  # noqa: PLR0913 - the one call of the library; everything after the mask is keyword-only
         self,
