@@ -68,14 +68,15 @@ def launch(
     model: str, *, at_once: int, seconds: float, where: tuple[str, int, bool], auth: tuple[str, str] | None
 ) -> None:
     """Loads the model, then serves the page until Ctrl-C; without a model the page says what to run."""
-    from app import page
     from app.catalogue import Catalogue
+
+    catalogue = Catalogue(Path.cwd())
+    name = model or catalogue.champion
+    from app import page  # Gradio takes seconds to import; a mistake is told before
     from app.desk import Desk
     from app.engine import Shelf
     from app.writing import Refused
 
-    catalogue = Catalogue(Path.cwd())
-    name = model or catalogue.champion
     desk = Desk(Shelf(catalogue), catalogue, name, seconds=seconds, at_once=at_once)
     try:
         desk.engine(name)

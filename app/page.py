@@ -23,7 +23,8 @@ def theme() -> gr.themes.Base:
 def build(desk: Desk) -> gr.Blocks:
     """The page around a desk."""
     with gr.Blocks(title="lladaflow", analytics_enabled=False, fill_width=True) as page:
-        session = gr.State(lambda: ChatSession(), time_to_live=KEEP_SECONDS)
+        session = gr.State(None, time_to_live=KEEP_SECONDS)
+        page.load(lambda: ChatSession(), None, session, queue=False, show_progress="hidden", api_visibility="private")
         with gr.Sidebar(width=340):
             gr.Markdown("## lladaflow\nA language model that writes by unmasking.")
             side = panel.build(desk)

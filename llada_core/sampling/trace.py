@@ -131,11 +131,11 @@ def find_runners_up(trace: Trace, model: MaskPredictor, *, likeliest: int = 4, b
             continue
         width = len(rows[0])
         wanted = torch.tensor([row * width + len(trace.prompt) + at for row, at in places], device=model.device)
-        logits = model(torch.tensor(rows, device=model.device), None, positions=wanted).logits.float()
-        logits[:, mask_id] = -torch.inf
-        top = logits.softmax(-1).topk(likeliest, dim=-1)
-        for (_, at), ids, shares in zip(places, top.indices.tolist(), top.values.tolist(), strict=True):
-            trace.runners[at] = list(zip(ids, shares, strict=True))
+        shares = model(torch.tensor(rows, device=model.device), None, positions=wanted).logits.float().softmax(-1)
+        shares[:, mask_id] = -1.0  # it counts against the others, but is never written
+        top = shares.topk(likeliest, dim=-1)
+        for (_, at), ids, values in zip(places, top.indices.tolist(), top.values.tolist(), strict=True):
+            trace.runners[at] = list(zip(ids, values, strict=True))
 
 
 def printable(text: str, longest: int = LONGEST_TOKEN) -> str:
