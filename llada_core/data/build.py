@@ -131,14 +131,13 @@ def encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) 
     """The rows of one chunk, mapped, put on their sides, repeated by their weight, and tokenised."""
     sides: dict[Side, list[tuple[int, Row]]] = {"train": [], "validation": []}
     counts: Counter[str] = Counter()
-    for number, raw in chunk.rows:
-        if chunk.source is None:
-            sides[chunk.side].append((number, raw))
-            continue
-        row = _mapped(stage, chunk, number, raw)
+    if chunk.source is None:
+        sides[chunk.side] += chunk.rows
+    for number, row in _mapped(stage, chunk) if chunk.source is not None else ():
         if row is None:
             counts["map function"] += 1
             continue
+        assert chunk.source is not None
         share = content_hash(row) / 2**64
         if share < params.validation:
             sides["validation"].append((number, row))
@@ -158,25 +157,32 @@ def encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) 
 
 def texts_in(stage: str, chunk: Chunk) -> Iterator[str]:
     """The text of each row of a chunk, with the names of its speakers, as a tokenizer is trained on it."""
+    rows = chunk.rows if chunk.source is None else _mapped(stage, chunk)
+    yield from (text_in(row) for _, row in rows if row is not None)
+
+
+def _mapped(stage: str, chunk: Chunk) -> Iterator[tuple[int, Row | None]]:
+    function = _as_it_is if chunk.map is None else function_at(chunk.map, "map function")
+    if chunk.map is None and chunk.source is not None and stage == "pretrain":
+        function = functools.partial(_text_alone, chunk.source.text_field)
     for number, raw in chunk.rows:
-        row = raw if chunk.source is None else _mapped(stage, chunk, number, raw)
-        if row is not None:
-            yield text_in(row)
+        try:
+            yield number, function(raw)
+        except DataError as error:
+            raise DataError(f"{chunk.place}, row {number}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise DataError(
+                f"{chunk.place}, row {number}: the map function {chunk.map} raised {type(error).__name__}: {error};"
+                f" the row has the fields {', '.join(sorted(raw))}"
+            ) from None
 
 
-def _mapped(stage: str, chunk: Chunk, number: int, raw: Row) -> Row | None:
-    if chunk.map is None:
-        source = chunk.source
-        return {"text": text_of(raw, source.text_field)} if stage == "pretrain" and source is not None else raw
-    try:
-        mapped: Row | None = function_at(chunk.map, "map function")(raw)
-        return mapped
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        fields = ", ".join(sorted(raw))
-        raise DataError(
-            f"{chunk.place}, row {number}: the map function {chunk.map} raised {type(error).__name__}: {error};"
-            f" the row has the fields {fields}"
-        ) from None
+def _as_it_is(row: Row) -> Row:
+    return row
+
+
+def _text_alone(name: str, row: Row) -> Row:
+    return {"text": text_of(row, name)}
 
 
 def _encoded(stage: str, params: PartParams, tokenizer: Tokenizer, place: str, rows: list[tuple[int, Row]]) -> Encoded:

@@ -17,6 +17,7 @@ from llada_core.data.sources import DataError, Row
 from llada_core.tokenizer import Message, Tokenizer
 
 Columns = dict[str, list[Any]]
+_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass
@@ -205,15 +206,18 @@ def _messages(row: Row) -> list[Message]:
 def _as_messages(prompt: Any) -> list[Message]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
+    messages = []
     for message in prompt:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"expected messages with the texts 'role' and 'content', got {str(message)[:80]!r}")
-    return [{"role": m["role"], "content": m["content"]} for m in prompt]
+        messages.append({"role": role, "content": content})
+    return messages
 
 
 def canonical(value: Any) -> str:
     """JSON that is equal for equal values."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return _JSON.encode(value)
 
 
 def content_hash(row: Row) -> int:

@@ -175,6 +175,8 @@ def test_mistakes_name_file_and_row_and_leave_the_old_data(tmp_path):
     kind, text = error(name="bad.jsonl", map="llada_core.data.maps.alpacca")
     assert kind is ConfigError
     assert "did you mean 'alpaca'" in text
+    with pytest.raises(DataError, match=r"bad\.jsonl, row 1: expected text in the field 'body'; .* fields messages"):
+        made(tmp_path, {"workers": 1, "pretrain": {"sources": [{"name": "bad.jsonl", "text_field": "body"}]}})
     kind, text = error(name="bad.jsonl", limit=1)
     assert "data.sft: no row is left to train on; dropped: {'no answer': 1}" in text
 
