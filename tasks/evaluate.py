@@ -61,6 +61,8 @@ def run(work: Work) -> None:
         with answering(folder, params) as answerer:
             timings[name] = measure(work.item, name, answerer, params, places)
     if _rank() == 0:
+        path = places.out / f"{work.item}.json"
+        write_json(path, read_json(path) | {"run": work.run.key})
         for step, (name, line) in enumerate(timings.items()):
             record = {f"{name}/{key}": value for key, value in line.items()} | {"step": step, "time": time.time()}
             _append(work.run.path / "metrics.jsonl", record)
@@ -76,7 +78,7 @@ def sweep(
     """
     from llada_core.evaluation.run import benchmark, cost_of
 
-    quiet_lm_eval()
+    quiet_lm_eval(harness=logging.WARNING)
     results: dict[str, Result] = {}
     with answering(resolve(model), params) as answerer:
         for name in benchmarks:
@@ -157,11 +159,11 @@ def sweep_places(model: str, params: EvaluateParams, home: Path, root: Path | No
     return Places(root, home / "data" / "eval", out, home / "runs" / f"answers-{key}")
 
 
-def quiet_lm_eval() -> None:
-    """lm-eval warns of what recipes do on purpose; what our harness says is shown."""
+def quiet_lm_eval(*, harness: int = logging.INFO) -> None:
+    """lm-eval warns of what recipes do on purpose; what our harness says is shown from the level `harness` on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    logging.getLogger("llada_core.evaluation").setLevel(logging.INFO)
+    logging.getLogger("llada_core.evaluation").setLevel(harness)
 
 
 def safe(model: str) -> str:

@@ -46,6 +46,8 @@ class LladaLM(TemplateLM):
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
         """From lm-eval's `--model_args`, in our names or those of the reference evaluators; or `ConfigError`."""
         given = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        if given.get("device") == "cuda:0":  # lm-eval's default, for every rank and on machines without a GPU
+            del given["device"]
         return cls(*from_arguments({**given, **arg_dict}))
 
     # -- lm-eval's view of tokenizer and template -------------------------------------------------------------

@@ -86,7 +86,7 @@ def picture(report: Result, path: Path) -> None:
     for i, row in enumerate(rows):
         if row["chance"]:
             axes.hlines(100 * row["chance"], i - 0.45, i + 0.45, colors="black", linestyles="dotted")
-    axes.set_xticks(range(len(rows)), [row["benchmark"] for row in rows])
+    axes.set_xticks(range(len(rows)), [row["benchmark"] for row in rows], rotation=20 if len(rows) > 5 else 0)
     axes.set_ylabel("% right, 95 % intervals (dotted: chance)")
     axes.set_ylim(0, 105)
     if rows:
