@@ -1,8 +1,9 @@
 """Which parts of an answer are masked to estimate its likelihood, and how much each look counts.
 
-LLaDA's bound for an answer of n tokens (arXiv:2502.09992, equation 14) is the mean over k of 1..n, and over the subsets M of
-k tokens, of n/k times the sum of log p(token) over M when M is masked. Every plan here is a weighted list of subsets whose
-weighted sum has that mean (the stock one as nearly as its authors' rounding allows). Does not know models or tokens.
+LLaDA's bound for an answer of n tokens (arXiv:2502.09992, equation 14) is the mean over k of 1..n, and over the
+subsets M of k tokens, of n/k times the sum of log p(token) over M when M is masked. Every plan here is a weighted list
+of subsets whose weighted sum has that mean (the stock one as nearly as its authors' rounding allows). Does not know
+models or tokens.
 """
 
 from dataclasses import dataclass
@@ -63,10 +64,11 @@ def lattice(batch: int, length: int, start: int) -> list[int]:
 
 
 def antithetic(length: int, samples: int, rng: np.random.Generator) -> Plan:
-    """Counts spread evenly over 1..n; each k has a partner of n + 1 - k tokens from the other end of the same permutation.
+    """Counts spread evenly over 1..n; each k has a partner of n + 1 - k tokens from the other end of the same
+    permutation.
 
-    An odd number of samples above one is rounded up. Answers that share `rng`'s state share permutations and counts as far
-    as their lengths allow: differences between them vary less (common random numbers).
+    An odd number of samples above one is rounded up. Answers that share `rng`'s state share permutations and counts as
+    far as their lengths allow: differences between them vary less (common random numbers).
     """
     pairs = (samples + 1) // 2
     offset, alone = rng.random(), samples == 1

@@ -1,7 +1,7 @@
 """Conditional log-likelihood of an answer under a mask predictor, and whether greedy unmasking would write it.
 
-Which parts of an answer are masked, and how often, is said by `estimators.py`; here they become canvases, equal canvases
-become one, and canvases of many questions share batches, sorted by length. Does not know text or tasks.
+Which parts of an answer are masked, and how often, is said by `estimators.py`; here they become canvases, equal
+canvases become one, and canvases of many questions share batches, sorted by length. Does not know text or tasks.
 """
 
 import hashlib
@@ -50,11 +50,12 @@ def log_likelihoods(
 ) -> list[float]:
     """A lower bound on log p(answer | prompt), in nats, of each (prompt ids, answer ids): LLaDA's estimate of it.
 
-    samples: looks at each answer. estimator: "stock" is LLaDA's; "antithetic" needs fewer looks for the same error; "exact"
-    enumerates; "auto" enumerates answers of up to 7 tokens where that takes no more looks, and is antithetic otherwise.
-    cfg_scale: guidance, as in sampling. The random numbers of a pair depend on `seed` and its prompt, so that the options of
-    a question are compared under the same ones and nothing depends on what shares the call. batch_tokens: tokens per forward.
-    Raises `ValueError` for an empty answer, ids outside the vocabulary, a MASK, or a pair longer than the model's sequences.
+    samples: looks at each answer. estimator: "stock" is LLaDA's; "antithetic" needs fewer looks for the same error;
+    "exact" enumerates; "auto" enumerates answers of up to 7 tokens where that takes no more looks, and is antithetic
+    otherwise. cfg_scale: guidance, as in sampling. The random numbers of a pair depend on `seed` and its prompt, so
+    that the options of a question are compared under the same ones and nothing depends on what shares the call.
+    batch_tokens: tokens per forward. Raises `ValueError` for an empty answer, ids outside the vocabulary, a MASK, or a
+    pair longer than the model's sequences.
     """
     return Likelihood(model, samples, cfg_scale, seed, estimator, batch_tokens).scores(pairs)
 
@@ -66,7 +67,9 @@ class _Batch:
     rows: list[Array] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     numbers: dict[tuple[int, bytes], int] = field(default_factory=dict)
-    reads: list[tuple[int, int, Array, Array, float]] = field(default_factory=list)  # pair, row, columns, targets, weight
+    reads: list[tuple[int, int, Array, Array, float]] = field(
+        default_factory=list
+    )  # pair, row, columns, targets, weight
 
     def tensors(self, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
         """Tokens (R, L), visible (R, L) or None, and which tokens are prompt (R, L)."""
@@ -82,7 +85,8 @@ class _Batch:
 
 @dataclass
 class Likelihood:
-    """Scores pairs; counts the `forwards` of the model and the canvases (`looks`) in them. Fields as in `log_likelihoods`."""
+    """Scores pairs; counts the `forwards` of the model and the canvases (`looks`) in them. Fields as in
+    `log_likelihoods`."""
 
     model: MaskPredictor
     samples: int = 128
@@ -126,9 +130,7 @@ class Likelihood:
         text = prompt.tobytes() + (b"|" + answer.tobytes() if self.estimator == "stock" else b"")
         return np.random.default_rng(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) ^ self.seed)
 
-    def _collect(
-        self, batch: _Batch, number: int, prompt: Array, answer: Array, looks: Plan, totals: Tensor
-    ) -> _Batch:
+    def _collect(self, batch: _Batch, number: int, prompt: Array, answer: Array, looks: Plan, totals: Tensor) -> _Batch:
         masked = np.where(looks.masks, self.model.special_tokens.mask_id, answer)
         length = len(prompt) + len(answer)
         for mask, noisy, weight in zip(looks.masks, masked, looks.weights.tolist(), strict=True):
@@ -195,7 +197,9 @@ def greedy_matches(
 
 def _greedy(denoiser: Denoiser, model: MaskPredictor, pairs: list[tuple[Array, Array]]) -> list[bool]:
     special = model.special_tokens
-    batch = _Batch([np.concatenate([p, np.full_like(a, special.mask_id)]) for p, a in pairs], [len(p) for p, _ in pairs])
+    batch = _Batch(
+        [np.concatenate([p, np.full_like(a, special.mask_id)]) for p, a in pairs], [len(p) for p, _ in pairs]
+    )
     tokens, visible, prompt = batch.tensors(special.pad_id, model.device)
     wanted = _Batch([np.concatenate(pair) for pair in pairs], batch.prompts).tensors(special.pad_id, model.device)[0]
     alive = torch.ones(len(pairs), dtype=torch.bool, device=tokens.device)

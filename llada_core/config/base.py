@@ -6,6 +6,7 @@ This file does not know any particular block.
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,28 +34,30 @@ class Block(BaseModel):
 
 def _explain(block: type[BaseModel], error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         parent, _, last = key.rpartition(".")
         return f"unknown key {key!r}{nearest(last, _keys_at(block, error['loc'][:-1]))}"
     if error["type"] == "missing":
         return f"the key {key!r} is missing"
     reason = error["msg"].removeprefix("Value error, ")
-    return f"{key or block.__name__}: {reason}" + ("" if error["type"] == "value_error" else f" (got {error['input']!r})")
+    return f"{key or block.__name__}: {reason}" + (
+        "" if error["type"] == "value_error" else f" (got {error['input']!r})"
+    )
 
 
 def _keys_at(block: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
     """The field names of the block found by following `path` from `block`."""
     for part in path:
-        field = block.model_fields.get(str(part))
+        field = block.__pydantic_fields__.get(str(part))
         inner = None if field is None else _block_in(field.annotation)
         if inner is not None:
             block = inner
-    return list(block.model_fields)
+    return list(block.__pydantic_fields__)
 
 
-def _block_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+def _block_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or is_dataclass(annotation)):
+        return annotation  # a pydantic dataclass names its fields as a model does
     return next((b for a in getattr(annotation, "__args__", ()) if (b := _block_in(a)) is not None), None)
 
 

@@ -3,10 +3,14 @@
 Knows limits and which settings exclude each other; does not know models, tokens or canvases.
 """
 
-from typing import Literal, Self
+import dataclasses
+from functools import wraps
+from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+
+from llada_core.config.base import ConfigError, nearest
 
 PARALLEL_RULES = ("threshold", "factor", "entropy_bound")
 
@@ -15,20 +19,24 @@ PARALLEL_RULES = ("threshold", "factor", "entropy_bound")
 class SamplingParams:
     """Settings of one generation (LLaDA, arXiv:2502.09992, section 2.4; Fast-dLLM, arXiv:2505.22618).
 
-    `max_new_tokens` masks follow the prompt and are filled block by block of `block_length`; `steps` is the budget of the
-    whole answer, shared evenly by its blocks. How many positions a step commits is said by one of
-    - `schedule`: "even" as LLaDA does (length and steps must divide), or "linear"/"cosine", the expectation of the reverse
-      process of that noise schedule, rounded (anything may divide); with `stochastic_transfer` the number is drawn, and
-      with `remasking="random"` too that is the reverse process itself (a masked token stays masked with chance s/t);
-    - `threshold`: every position at least that sure; `factor`: the r-th surest if its confidence is 1 - factor/(r+1) or more;
-      `entropy_bound`: the surest while their entropies without the largest add up to no more (arXiv:2505.24857). These commit
-      at least one position, need no schedule and leave `steps` unused.
-    Which positions come first is said by `remasking`: the probability of the proposed token, its margin over the next one,
-    the entropy of the whole distribution, or nothing ("random"). `forbid_tokens` are never produced, `defer_tokens` are
-    committed last. `cfg_scale` guides away from the answer to no prompt, in which `cfg_keep_tokens` stay visible.
-    `cache`: approximate, "prefix" keeps keys and values of what precedes the block, "dual" of all but the block (and
-    `cache_window` positions each side); refreshed when a row enters a block and, if set, every `cache_refresh` steps.
+    `max_new_tokens` masks follow the prompt and are filled block by block of `block_length`; `steps` is the budget of
+    the whole answer, shared evenly by its blocks. How many positions a step commits is said by one of
+    - `schedule`: "even" as LLaDA does (length and steps must divide), or "linear"/"cosine", the expectation of the
+      reverse process of that noise schedule, rounded (anything may divide); with `stochastic_transfer` the number is
+      drawn, and with `remasking="random"` too that is the reverse process itself (a masked token stays masked with
+      chance s/t);
+    - `threshold`: every position at least that sure; `factor`: the r-th surest if its confidence is 1 - factor/(r+1)
+      or more; `entropy_bound`: the surest while their entropies without the largest add up to no more
+      (arXiv:2505.24857; with `remasking="entropy"`). These commit at least one position, need no schedule and leave
+      `steps` unused.
+    Which positions come first is said by `remasking`: the probability of the proposed token, its margin over the next
+    one, the entropy of the whole distribution, or nothing ("random"). `forbid_tokens` are never produced,
+    `defer_tokens` are committed last. `cfg_scale` guides away from the answer to no prompt, in which
+    `cfg_keep_tokens` stay visible. `cache` is approximate: "prefix" keeps keys and values of what precedes the block,
+    "dual" of all but the block and `cache_window` positions each side; they are made anew when a row enters a block
+    and, if set, every `cache_refresh` steps. `right_shift_logits` is for models whose logits predict the next token.
     `stop_at_eos` ends a row at its first end token. One `seed` gives one answer for one prompt, whatever its batch.
+    Raises `ConfigError`, a `ValueError` of one line.
     """
 
     max_new_tokens: int = Field(ge=1)
@@ -88,3 +96,28 @@ class SamplingParams:
                 "right_shift_logits reads the position before the block, which a cache lacks; set cache to 'none'"
             )
         return self
+
+
+def _told_in_one_line(init: Any) -> Any:
+    """A mistake in a call becomes one `ConfigError`, as a mistake in a file does."""
+
+    @wraps(init)
+    def told(self: SamplingParams, *args: Any, **values: Any) -> None:
+        try:
+            init(self, *args, **values)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
+
+    return told
+
+
+def _explain(error: Any) -> str:
+    key = str(error["loc"][0]) if error["loc"] else ""
+    if error["type"] == "unexpected_keyword_argument":
+        return f"unknown setting {key!r}{nearest(key, [f.name for f in dataclasses.fields(SamplingParams)])}"
+    if error["type"] == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"{key} {error['input']!r}: {error['msg']}" if error["type"] != "missing" else f"{key} is missing"
+
+
+SamplingParams.__init__ = _told_in_one_line(SamplingParams.__init__)  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 """A denoiser that keeps keys and values between steps: approximate, as every position of LLaDA sees every other.
 
-Knows the mask predictor's cache and which positions a step feeds; does not know what is done with the logits. A row's keys
-and values are made anew when it enters a block, whatever the other rows of its batch are doing.
+Knows the mask predictor's cache and which positions a step feeds; does not know what is done with the logits. A row's
+keys and values are made anew when it enters a block, whatever the other rows of its batch are doing.
 """
 
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ from llada_core.sampling.denoiser import Denoiser, Guided, Plain, Query, Shifted
 
 @dataclass(frozen=True)
 class Window:
-    """Which positions a step feeds: the block and all that follows ("prefix", Fast-dLLM's prefix cache), or the block with
-    `margin` positions each side ("dual", its dual cache; dInfer's vicinity refresh). A refresh feeds all, on entering a
-    block and after `every` steps.
+    """Which positions a step feeds: the block and all that follows ("prefix", Fast-dLLM's prefix cache), or the block
+    with `margin` positions each side ("dual", its dual cache; dInfer's vicinity refresh). A refresh feeds all, on
+    entering a block and after `every` steps.
     """
 
     kind: Literal["prefix", "dual"]
@@ -29,7 +29,7 @@ class Window:
     every: int | None = None
 
     def slots(self, query: Query) -> tuple[Tensor, Tensor]:
-        """(A, W) canvas positions and (A,) the first of them; a window that reaches past the canvas repeats its edge."""
+        """(A, W) canvas positions and (A,) the first of them; a window past the canvas repeats the canvas's edge."""
         canvas_width = query.tokens.shape[1]
         if self.kind == "prefix":
             start, width = query.first, canvas_width - min(query.firsts)
@@ -117,7 +117,7 @@ def denoiser_of(model: MaskPredictor, params: SamplingParams) -> Denoiser:
         denoiser = Cached(model, window)
     else:
         raise ValueError(
-            f"cache {params.cache!r} needs a model that keeps keys and values, {type(model).__name__} does not; set cache to 'none'"
+            f"{type(model).__name__} keeps no keys and values for cache {params.cache!r}; set cache 'none'"
         )
     if params.cfg_scale:
         denoiser = Guided(denoiser, params.cfg_scale)

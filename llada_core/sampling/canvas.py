@@ -15,8 +15,8 @@ from llada_core.families import SpecialTokens
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence to write: `tokens` (L,); blocks are counted from `start` to `end`, excluded; `visible` (n,) bool says
-    which of the first n tokens are seen, if not all.
+    """One sequence to write: `tokens` (L,); blocks are counted from `start` to `end`, excluded; `visible` (n,) bool
+    says which of the first n tokens are seen, if not all.
     """
 
     tokens: Tensor
@@ -29,10 +29,10 @@ class Row:
 class Canvas:
     """A batch of rows. A rows, T columns.
 
-    `tokens` (A, T) int64, `mask_id` where open; `visible` (A, T) bool, or None when all is; `known` (A, T) bool: what an
-    unguided look must not see; `start`, `end` (A,) int64: the columns between which blocks are counted, `end` excluded;
-    `size` (A,): the columns of the row; `number` (A,): each row's number in the caller's batch, whose layout is `width`
-    columns wide and padded on the left.
+    `tokens` (A, T) int64, `mask_id` where open; `visible` (A, T) bool, or None when all is; `known` (A, T) bool: what
+    an unguided look must not see; `start`, `end` (A,) int64: the columns between which blocks are counted, `end`
+    excluded; `size` (A,): the columns of the row; `number` (A,): each row's number in the caller's batch, whose layout
+    is `width` columns wide and padded on the left.
     """
 
     tokens: Tensor
@@ -49,8 +49,8 @@ class Canvas:
     def from_rows(
         cls, rows: Sequence[Row], special: SpecialTokens, *, width: int = 0, blind_keeps: Sequence[int] = ()
     ) -> "Canvas":
-        """Rows of any lengths. `width` of the caller's layout, if wider than the longest row; `blind_keeps`: token ids that
-        an unguided look may see.
+        """Rows of any lengths. `width` of the caller's layout, if wider than the longest row; `blind_keeps`: token ids
+        that an unguided look may see.
         """
         device = rows[0].tokens.device
 
@@ -141,8 +141,8 @@ class Canvas:
 class Blocks:
     """The block of each row's first open position, on the device and, in one transfer, on the host. A rows.
 
-    `number` (A,) counts from the row's start; `first`, `last` (A,) are its columns, `last` excluded; `open` (A, T) bool.
-    `counts` of open positions, `entered` (was the row in another block before?), `firsts`.
+    `number` (A,) counts from the row's start; `first`, `last` (A,) are its columns, `last` excluded; `open` (A, T)
+    bool. `counts` of open positions, `entered` (was the row in another block before?), `firsts`.
     """
 
     number: Tensor
@@ -155,7 +155,7 @@ class Blocks:
 
     @classmethod
     def of(cls, canvas: Canvas, length: int, before: Tensor) -> "Blocks":
-        """Blocks of `length` columns, `before` (A,) being the last ones' numbers; a row without open positions counts 0."""
+        """Blocks of `length` columns, `before` (A,) being the last ones' numbers; a finished row counts 0."""
         is_open = canvas.open
         number = (is_open.to(torch.uint8).argmax(1) - canvas.start).div(length, rounding_mode="floor")
         first = canvas.start + number * length

@@ -46,7 +46,9 @@ def prompts(
     for i, row in enumerate(rows):
         ids = row.ids if row.visible is None else row.ids[row.visible]
         require_in_vocabulary(model, ids, f"prompt {i}")
-        require_no_mask(model, ids, f"prompt {i}", "to have masks filled, give the whole text as a template to infill()")
+        require_no_mask(
+            model, ids, f"prompt {i}", "to have masks filled, give the whole text as a template to infill()"
+        )
     return PromptBatch(rows, width)
 
 

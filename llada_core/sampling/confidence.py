@@ -15,7 +15,8 @@ Confidence = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 def probability(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None) -> Tensor:
     """The probability of the proposed token.
 
-    Taken from its odds against all others, in float64: near 1, where float32 knows no difference, the order still holds.
+    Taken from its odds against all others, in float64: near 1, where float32 knows no difference, the order still
+    holds.
     """
     weight_PV = (logits_PV - logits_PV.amax(-1, keepdim=True)).exp_()
     own = weight_PV.gather(1, tokens_P[:, None])

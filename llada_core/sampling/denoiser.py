@@ -18,9 +18,9 @@ from llada_core.sampling.canvas import Blocks, Canvas
 class Query:
     """What one step asks. A active rows, T columns, P asked-for positions.
 
-    `tokens` (A, T); `visible` (A, T) bool or None; `known` (A, T) bool, hidden from an unguided look; `wanted` (P,) indices
-    into the A*T flattened positions; `first` (A,) column of each row's block, also on the host; `fresh`: has the row just
-    entered it?
+    `tokens` (A, T); `visible` (A, T) bool or None; `known` (A, T) bool, hidden from an unguided look; `wanted` (P,)
+    indices into the A*T flattened positions; `first` (A,) column of each row's block, also on the host; `fresh`: has
+    the row just entered it?
     """
 
     tokens: Tensor

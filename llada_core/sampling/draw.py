@@ -1,7 +1,8 @@
 """How a token is drawn from logits: the likeliest, or a Gumbel-max sample with noise of the row's own.
 
-Every row has a private generator, seeded by (seed, prompt, how many equal prompts precede it in the batch): the same seed
-gives the same answer whatever else is in the batch, and equal prompts get different answers. Does not know models.
+Every row has a private generator, seeded by (seed, prompt, how many equal prompts precede it in the batch): the same
+seed gives the same answer whatever else is in the batch, and equal prompts get different answers. Does not know
+models.
 """
 
 import hashlib

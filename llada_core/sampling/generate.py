@@ -27,8 +27,8 @@ Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Generation:
-    """The outcome for a batch. `tokens` (B, T) int64, each row padded on the left if it is short; `lengths` (B,) of what
-    was asked for: the new tokens of a prompt, all tokens of a template; `forwards` of the model.
+    """The outcome for a batch. `tokens` (B, T) int64, each row padded on the left if it is short; `lengths` (B,) of
+    what was asked for: the new tokens of a prompt, all tokens of a template; `forwards` of the model.
     """
 
     tokens: Tensor
@@ -52,11 +52,11 @@ def generate(
     """Writes `params.max_new_tokens` tokens after each prompt.
 
     prompt_ids: (B, P) int64, or a list of B prompts of any lengths. attention_mask: (B, P), 0 where a prompt tensor is
-    padding. pinned: answer position -> token id that stands there from the start. The result's `tokens` are
-    (B, P + max_new_tokens), P being the longest prompt; after a stop the rest is EOS. An empty prompt is written after BOS.
-    The same seed gives the same answer to a prompt whatever shares its batch; equal prompts in one batch get answers of
-    their own. Raises `ValueError` for ids outside the vocabulary, a MASK in a prompt (that is a template: `infill`), a
-    sequence longer than the model's, and settings that do not fit each other or the model.
+    padding. pinned: answer position -> token id that stands there from the start. The result's `tokens` are (B, P +
+    max_new_tokens), P being the longest prompt; after a stop the rest is EOS. An empty prompt is written after BOS.
+    The same seed gives the same answer to a prompt whatever shares its batch; equal prompts in one batch get answers
+    of their own. Raises `ValueError` for ids outside the vocabulary, a MASK in a prompt (that is a template:
+    `infill`), a sequence longer than the model's, and settings that do not fit each other or the model.
     """
     prompts = checks.prompts(model, prompt_ids, attention_mask)
     sampler, canvas = _sampler_for_prompts(model, prompts, params, pinned, look_ahead=False)
@@ -78,8 +78,8 @@ def stream(
     pinned: Mapping[int, int] | None = None,
     look_ahead: bool = False,
 ) -> Iterator[Step]:
-    """`generate`, yielding every step. With `look_ahead` each step also holds proposals for open positions beyond the block
-    (they cost their share of the vocabulary projection; a cached forward leaves them out).
+    """`generate`, yielding every step. With `look_ahead` each step also holds proposals for open positions beyond the
+    block (they cost their share of the vocabulary projection; a cached forward leaves them out).
     """
     prompts = checks.prompts(model, prompt_ids, attention_mask)
     sampler, canvas = _sampler_for_prompts(model, prompts, params, pinned, look_ahead=look_ahead)
@@ -89,8 +89,8 @@ def stream(
 def infill(model: MaskPredictor, template_ids: Prompts, params: SamplingParams) -> Generation:
     """Fills every MASK of each template, in blocks of `params.block_length` counted from the template's first token.
 
-    template_ids: (B, L) int64 or a list of B templates of any lengths. `params.max_new_tokens` is not used. The result's
-    `answers` are the filled templates. Raises as `generate` does, and if a template has nothing to fill.
+    template_ids: (B, L) int64 or a list of B templates of any lengths. `params.max_new_tokens` is not used. The
+    result's `answers` are the filled templates. Raises as `generate` does, and if a template has nothing to fill.
     """
     sampler, canvas = _sampler_for_templates(model, template_ids, params, look_ahead=False)
     lengths = tuple(canvas.size.tolist())

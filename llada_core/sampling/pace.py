@@ -19,8 +19,8 @@ from llada_core.sampling.unmask import Schedule, schedule_of
 class Pace:
     """The counts of every active row's block. A rows, S steps.
 
-    `steps` (A,) is each row's budget for one block; with `draw` the schedule is given uniforms (A, N), nan where there is no
-    position, in place of counts (A,).
+    `steps` (A,) is each row's budget for one block; with `draw` the schedule is given uniforms (A, N), nan where there
+    is no position, in place of counts (A,).
     """
 
     schedule: Schedule

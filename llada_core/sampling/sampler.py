@@ -1,7 +1,7 @@
 """The one loop: ask for logits, propose, score, commit; a generator of steps over a canvas.
 
-It knows no text, no cache, no guidance and no model: how logits are got, how sure we are, what is committed and how many
-are values. Each row is in the block of its first open position; a finished row leaves the batch.
+It knows no text, no cache, no guidance and no model: how logits are got, how sure we are, what is committed and how
+many are values. Each row is in the block of its first open position; a finished row leaves the batch.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from llada_core.sampling.step import Step
 
 @dataclass(frozen=True)
 class Stop:
-    """When a row ends before its canvas does: at the first of `end_ids` with nothing open before it; the rest is EOS."""
+    """Where a row ends early: at the first of `end_ids` with nothing open before it; the rest becomes EOS."""
 
     end_ids: Tensor
     eos_id: int

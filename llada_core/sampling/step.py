@@ -13,9 +13,9 @@ from torch import Tensor
 class Step:
     """One step. B rows, T columns, A rows that took part, Q positions that the model was asked about.
 
-    `tokens` (B, T) int64 after the step, `before` it; `rows` (A,) the rows that took part; `bounds` (A, 2) their blocks;
-    `asked` (Q,) indices into the B*T flattened positions, `proposals` (Q,) and `scores` (Q,) what came back; `forwards` of
-    the model so far.
+    `tokens` (B, T) int64 after the step, `before` it; `rows` (A,) the rows that took part; `bounds` (A, 2) their
+    blocks; `asked` (Q,) indices into the B*T flattened positions, `proposals` (Q,) and `scores` (Q,) what came back;
+    `forwards` of the model so far.
     """
 
     tokens: Tensor

@@ -39,7 +39,7 @@ def cosine_noise(t: Tensor) -> Tensor:
 
 
 def expected_quotas(open_A: Tensor, steps_A: Tensor, *, noise: Callable[[Tensor], Tensor]) -> Tensor:
-    """What the reverse process from time 1 to 0 uncovers on average, rounded; steps that uncover nothing are left out."""
+    """What the reverse process from time 1 to 0 uncovers on average, rounded; empty steps are left out."""
     left = open_A.clone()
     counts = []
     for step in range(int(steps_A.max())):
@@ -72,7 +72,7 @@ def drawn_quotas(uniforms_AN: Tensor, steps_A: Tensor, *, noise: Callable[[Tenso
 
 
 def without_zeros(counts_AS: Tensor) -> Tensor:
-    """Each row's counts above zero, first; the model does not know time, so a step that commits nothing changes nothing."""
+    """Each row's counts above zero, first: the model does not know time, so an empty step changes nothing."""
     order = (counts_AS == 0).to(torch.int8).argsort(dim=1, stable=True)
     return counts_AS.gather(1, order)
 
@@ -96,7 +96,7 @@ def within_factor(scores: Tensor, quota: Tensor | None, *, factor: float) -> Ten
 
 
 def within_entropy(scores: Tensor, quota: Tensor | None, *, bound: float) -> Tensor:
-    """The longest run of lowest entropies whose sum without the largest is at most `bound` (EB-Sampler, arXiv:2505.24857).
+    """The longest run of lowest entropies whose sum without the largest is within `bound` (arXiv:2505.24857).
 
     `scores` are exp(-entropy).
     """

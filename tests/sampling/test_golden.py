@@ -1,5 +1,7 @@
 """Token for token what the reference projects generated, with no more forwards than they took."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -65,7 +67,7 @@ def test_generate_llada_among_ties(name):
     steps_per_block = params.steps // params.blocks
     ours = list(stream(golden_model("llada_tiny_eos"), data[f"{name}__prompt"], params))
     assert len(ours) == len(canvases) - 1
-    for i, (before, after) in enumerate(zip(canvases, canvases[1:], strict=False)):
+    for i, (before, after) in enumerate(pairwise(canvases)):
         first = prompt + i // steps_per_block * params.block_length
         assert_valid_choice(golden_model("llada_tiny_eos"), params, before, after, first, first + params.block_length)
         assert (before != after).sum() == ours[i].committed.sum()
@@ -129,7 +131,7 @@ def test_sampler_dllm(name):
 def test_sampler_dllm_among_ties():
     (row,), params = dllm_case("begin_suppress")
     canvases = arrays("sampler_dllm")["begin_suppress__histories"]
-    for before, after in zip(canvases, canvases[1:], strict=False):
+    for before, after in pairwise(canvases):
         assert_valid_choice(golden_model("llada_tiny_eos"), params, before, after, len(row), len(row) + 12)
 
 

@@ -1,4 +1,5 @@
-"""A batch of different lengths equals its singles, token for token, in every mode; nothing depends on the neighbours."""
+"""A batch of different lengths equals its singles, token for token, in every mode; nothing depends on the
+neighbours."""
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ MODES = {
     "linear": {"schedule": "linear", "steps": 10, "block_length": 7},
     "cosine": {"schedule": "cosine", "steps": 10},
     "stochastic": {"schedule": "linear", "stochastic_transfer": True, "seed": 3},
-    "reverse process": {"schedule": "cosine", "stochastic_transfer": True, "remasking": "random", "temperature": 1.0, "seed": 4},
+    "reverse process": {
+        "schedule": "cosine", "stochastic_transfer": True, "remasking": "random", "temperature": 1.0, "seed": 4,
+    },
     "temperature": {"temperature": 0.8, "seed": 1},
     "random": {"remasking": "random", "seed": 2},
     "margin": {"remasking": "margin"},
@@ -38,7 +41,7 @@ MODES = {
     "dual, refreshed": {"cache": "dual", "cache_refresh": 3, "threshold": 0.5},
     "dual, vicinity": {"cache": "dual", "cache_window": 4, "threshold": 0.4},
     "dual, uneven blocks": {"cache": "dual", "schedule": "linear", "block_length": 7},
-    "prefix, uneven blocks, vicinity refresh": {"cache": "prefix", "schedule": "linear", "block_length": 7, "cache_refresh": 2},
+    "prefix, uneven, refreshed": {"cache": "prefix", "schedule": "linear", "block_length": 7, "cache_refresh": 2},
     "stop": {"stop_at_eos": True},
     "stop, hot, dual": {"stop_at_eos": True, "cache": "dual", "temperature": 1.0, "seed": 11},
 }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Side-by-side speed runs that print ratios: `python -m benchmarks` runs all of them."""
