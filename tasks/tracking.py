@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from tasks.folders import hash_of, read_json, write_json
-from tasks.runs import RunFolder, all_runs, flat
+from tasks.runs import RunFolder, all_runs, flat, home
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -79,6 +79,12 @@ def send(runs: list[RunFolder]) -> bool:
         _log.warning("MLflow does not take what %s measured (%s); it is kept and sent later", runs[0].key, reason)
         return False
     return True
+
+
+def mlflow_link(root: Path) -> str:
+    """Where a person looks at it: the server's address, or how to start one on the project's database."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return uri if uri.startswith("http") else f"`make ui` in {home(root)}"
 
 
 class Sender:

@@ -40,9 +40,14 @@ class Workspace:
         return read_yaml(self.path / "params.yaml")
 
 
-def open_workspace(root: Path, profile: str | None = None, overrides: list[str] | None = None) -> Workspace:
-    """The checkout itself for its own params.yaml, else the workspace of a profile and overrides, made if need be."""
-    if profile is None and not overrides:
+def open_workspace(
+    root: Path, profile: str | None = None, overrides: list[str] | None = None, *, own: bool = False
+) -> Workspace:
+    """The checkout itself for its own params.yaml, else the workspace of a profile and overrides, made if need be.
+
+    `own`: a workspace in any case. Raises `ConfigError` for an unknown profile or one that does not make sense.
+    """
+    if profile is None and not overrides and not own:
         Params.load(root / "params.yaml")
         return Workspace(root.resolve())
     values = with_overrides(read_yaml(profile_file(root, profile)), overrides or [])
