@@ -23,7 +23,7 @@ Pair = tuple[Ids, Ids]
 Array = NDArray[np.int64]
 
 
-def log_likelihood(
+def log_likelihood(  # noqa: PLR0913 - the public face
     model: MaskPredictor,
     prompt_ids: Ids,
     answer_ids: Ids,
@@ -38,7 +38,7 @@ def log_likelihood(
     return log_likelihoods(model, pairs, samples=samples, cfg_scale=cfg_scale, seed=seed, estimator=estimator)[0]
 
 
-def log_likelihoods(
+def log_likelihoods(  # noqa: PLR0913 - the public face
     model: MaskPredictor,
     pairs: Sequence[Pair],
     *,

@@ -35,7 +35,7 @@ class Block(BaseModel):
 def _explain(block: type[BaseModel], error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        parent, _, last = key.rpartition(".")
+        _, _, last = key.rpartition(".")
         return f"unknown key {key!r}{nearest(last, _keys_at(block, error['loc'][:-1]))}"
     if error["type"] == "missing":
         return f"the key {key!r} is missing"
