@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from llada_core.config.data import DataParams, TokenizerParams
 from llada_core.config.dotted import function_at
 from llada_core.data.build import Chunk, Workers, build, chunks_of, generated, texts_in
 from llada_core.data.puzzle_rows import as_rows, benchmarks, keys_of, training_puzzles
-from llada_core.data.sources import Origin, find
+from llada_core.data.sources import Origin, find, shared_with_test
 from llada_core.tokenizer import Tokenizer, train_tokenizer
 from tasks.folders import content_hash, hash_of, link_into, write_json, write_text
 from tasks.program import Work, stage_program
@@ -68,6 +69,7 @@ def prepare(params: DataParams, *, seed: int, out: Path, home: Path) -> dict[str
     roots = [home / root for root in given] + [home]
     kept = home / ".cache" / "prepared"
     kept.mkdir(parents=True, exist_ok=True)
+    _sweep(kept)
     blocks = (params.pretrain, params.sft, params.grpo, params.preference)
     parts = [Part(stage, params, seed, roots) for stage, block in zip(PARTS, blocks, strict=True) if block is not None]
     with tempfile.TemporaryDirectory(dir=kept, prefix=".new-") as scratch, Workers(params.workers) as workers:
@@ -120,6 +122,13 @@ def _tokenizer(params: TokenizerParams, parts: list[Part], kept: Path, scratch: 
     return place
 
 
+def _sweep(kept: Path) -> None:
+    """Removes what a killed run left half-made a day ago or earlier."""
+    for folder in kept.glob(".new-*"):
+        if time.time() - folder.stat().st_mtime > 86_400:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _put(folder: Path, place: Path) -> None:
     """Moves a finished folder to its place; if another process was faster, its folder is as good."""
     try:
@@ -145,6 +154,10 @@ def _evaluation(params: DataParams, seed: int, roots: list[Path], parts: list[Pa
         card["overlap"][benchmark.name] = {
             stage: sum(key in keys for key in benchmark.keys) for stage, keys in shown.items()
         }
+    for part in parts:
+        for source, origin in part.origins:
+            if (count := shared_with_test(source, origin)) is not None:
+                card["overlap"].setdefault(f"{source.name} test", {})[part.stage] = count
     return card
 
 

@@ -27,7 +27,13 @@ class SourceParams(Block):
     text_field: str = "text"
     unit: Literal["file", "line"] = "file"  # plain text files: what one document is
     contains: dict[str, str] = Field(default_factory=dict)  # keep rows whose field contains this text
-    streaming: bool = False  # Hub: read over the network without storing the source
+    streaming: bool = False  # Hub: read over the network without storing the source; needs `limit`
+
+    @model_validator(mode="after")
+    def _streams_end(self) -> Self:
+        if self.streaming and self.limit is None:
+            raise ValueError(f"{self.name} is streamed: limit must say after how many rows to stop")
+        return self
 
 
 class PartParams(Block):

@@ -105,6 +105,15 @@ def read(source: SourceParams, origin: Origin) -> Iterator[tuple[int, Row]]:
         raise DataError(f"{origin.place}: no rows; expected at least one")
 
 
+def shared_with_test(source: SourceParams, origin: Origin) -> int | None:
+    """How many rows of a training file occur in the test file beside it as well; None when there is none beside it."""
+    beside = _split_file(Path(origin.place).parent, "test") if origin.kind == "file" else None
+    if beside is None or str(beside) == origin.place:
+        return None
+    tested = {json.dumps(row, sort_keys=True) for _, row in _read_file(beside, source)}
+    return sum(json.dumps(row, sort_keys=True) in tested for _, row in read(source, origin))
+
+
 def _read_file(path: Path, source: SourceParams) -> Iterator[tuple[int, Row]]:
     if path.suffix == ".jsonl":
         yield from _read_jsonl(path)

@@ -151,6 +151,8 @@ def test_real_dialogues_and_prompts(tmp_path, data_root):
     assert [source["name"] for source in sft["sources"]] == ["alpaca", "dolly"]
     assert sft["train"]["longest"] == 256
     assert card["parts"]["grpo"]["train"]["rows"] > 20
+    tests = {"gutenberg test": {"pretrain": 0}, "alpaca test": {"sft": 0}, "dolly test": {"sft": 0}}
+    assert card["overlap"] == {**tests, "gsm8k test": {"grpo": 0}}
     assert not (tmp_path / "data/eval").exists()
 
 

@@ -115,6 +115,20 @@ def test_folders_saved_by_datasets(tmp_path):
         rows_of(tmp_path / "saved", split="dev")
 
 
+def test_rows_that_are_test_rows_too_are_counted(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "n": 1}\n{"text": "b", "n": 1}\n{"n": 1, "text": "a"}\n')
+    (tmp_path / "test.jsonl").write_text('{"n": 1, "text": "a"}\n')
+    source = SourceParams(name=str(tmp_path / "train.jsonl"))
+    assert sources.shared_with_test(source, find(source, "pretrain", [tmp_path])) == 2
+    itself = SourceParams(name=str(tmp_path / "test.jsonl"))
+    assert sources.shared_with_test(itself, find(itself, "pretrain", [tmp_path])) is None
+
+
+def test_a_stream_needs_an_end():
+    with pytest.raises(ValueError, match="dclm is streamed: limit must say"):
+        SourceParams(name="dclm", streaming=True)
+
+
 def test_every_known_data_set_has_its_map_function():
     for known in sources.KNOWN.values():
         assert all(callable(getattr(maps, name)) for name in known.maps.values())
