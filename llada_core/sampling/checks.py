@@ -111,10 +111,10 @@ def answer_settings(params: SamplingParams) -> None:
     if params.parallel or params.schedule != "even":
         return
     if new % block:
-        fitting = [b for b in range(1, new + 1) if new % b == 0]
-        near = sorted(fitting, key=lambda b: abs(b - block))[:2]
+        near = [b for b in range(1, new + 1) if new % b == 0]
+        near = [max(b for b in near if b < block), *[b for b in near if b > block][:1]]
         raise ValueError(
-            f"block_length {block} does not divide max_new_tokens {new}; use {' or '.join(map(str, sorted(near)))},"
+            f"block_length {block} does not divide max_new_tokens {new}; use {' or '.join(map(str, near))},"
             " or schedule 'linear', which takes any length"
         )
     if steps % params.blocks:

@@ -88,8 +88,7 @@ def test_a_row_done_before_its_steps_takes_no_more_forwards():
 
 
 def test_guidance_hides_what_was_given_and_nothing_else():
-    """ML-GSAI's known = (x != mask) calls a template's masks unknown, so answer tokens written later are seen as
-    prompt."""
+    """The unguided look masks what was given (dllm's way), never what was written since; kept tokens stay."""
     seen = []
     model = tiny_model()
     forward = model.forward

@@ -1,0 +1,146 @@
+"""Every estimator has the enumerated mean; ours has less variance than the stock one at equal cost."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from llada_core.estimators import antithetic, enumerated, plan, stock
+from llada_core.likelihood import Likelihood, greedy_matches, log_likelihood, log_likelihoods
+from tests.reference import golden_model
+from tests.tiny import tiny_model
+
+PROMPT, ANSWER = [5, 9, 30, 61], [7, 99, 12, 55, 3]
+
+
+def coverage(looks) -> np.ndarray:
+    """How much each token counts in all: 1 on average, whatever the answer."""
+    return (looks.masks * looks.weights[:, None]).sum(0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 12])
+@pytest.mark.parametrize("samples", [1, 2, 5, 16])
+def test_antithetic_counts_every_size_and_token_alike(length, samples):
+    """Over many seeds each mask size and each token is as frequent as another: that is what unbiased means here."""
+    seeds, sizes, tokens = 600, np.zeros(length), np.zeros(length)
+    for seed in range(seeds):
+        looks = antithetic(length, samples, np.random.default_rng(seed))
+        sizes += np.bincount(looks.masks.sum(1) - 1, minlength=length) / len(looks.masks)
+        tokens += coverage(looks)
+    assert np.allclose(sizes / seeds, 1 / length, atol=4 * math.sqrt(1 / length / seeds))
+    assert np.allclose(tokens / seeds, 1, atol=5 * math.sqrt(length / seeds))
+
+
+def test_antithetic_pairs_share_a_permutation():
+    looks = antithetic(9, 8, np.random.default_rng(0))
+    first, partner = looks.masks[:4], looks.masks[4:]
+    assert (first.sum(1) + partner.sum(1) == 10).all()
+    assert ((first & partner).sum(1) == 1).all()
+    assert (first | partner).all()
+
+
+def test_common_random_numbers():
+    """A longer option's permutations begin with a shorter one's: masks of the shared tokens are in the same order."""
+    short, long = (antithetic(n, 2, np.random.default_rng(7)) for n in (12, 13))
+    assert (short.masks[0] != long.masks[0, :12]).sum() <= 2
+
+
+@pytest.mark.parametrize("length", [1, 4, 7])
+def test_enumeration_is_every_subset_once(length):
+    looks = enumerated(length)
+    assert len({mask.tobytes() for mask in looks.masks}) == 2**length - 1
+    assert np.allclose(coverage(looks), 1)
+
+
+@pytest.mark.parametrize(("length", "samples", "count"), [(1, 1, 1), (7, 128, 127), (7, 100, 100), (8, 128, 128)])
+def test_auto_enumerates_where_that_is_cheaper(length, samples, count):
+    assert len(plan("auto", length, samples, np.random.default_rng(0)).masks) == count
+
+
+@pytest.mark.parametrize("estimator", ["stock", "antithetic"])
+@pytest.mark.parametrize("guidance", [0.0, 0.7])
+def test_unbiased_against_enumeration(estimator, guidance):
+    model = golden_model("llada_tiny")
+    exact = log_likelihood(model, PROMPT, ANSWER, cfg_scale=guidance, estimator="exact")
+    runs = 300
+    # Different prompts have different random numbers; the same prompt with many seeds has them too.
+    found = np.array(
+        [log_likelihood(model, PROMPT, ANSWER, samples=4, cfg_scale=guidance, seed=s, estimator=estimator) for s in range(runs)]
+    )
+    assert abs(found.mean() - exact) < 4 * found.std() / math.sqrt(runs)
+
+
+def test_antithetic_beats_stock_at_equal_cost():
+    model = tiny_model(seed=3)
+    generator = torch.Generator().manual_seed(0)
+    answer = torch.randint(0, 119, (14,), generator=generator)
+    looks = {
+        name: np.std([log_likelihood(model, PROMPT, answer, samples=16, seed=s, estimator=name) for s in range(60)])
+        for name in ("stock", "antithetic")
+    }
+    assert looks["antithetic"] < 0.9 * looks["stock"]
+
+
+def test_options_of_one_token_share_one_forward():
+    scorer = Likelihood(golden_model("llada_tiny"))
+    scores = scorer.scores([(PROMPT, [option]) for option in (1, 2, 3, 4)])
+    assert (scorer.looks, scorer.forwards) == (1, 1)
+    logits = golden_model("llada_tiny")(torch.tensor([[*PROMPT, 126]])).logits[0, -1].log_softmax(-1)
+    assert scores == pytest.approx(logits[[1, 2, 3, 4]].tolist(), rel=1e-5)
+
+
+def test_batches_do_not_matter():
+    """Any neighbours, any order, any batch size: the same numbers."""
+    model = golden_model("llada_tiny")
+    pairs = [(PROMPT[: i % 4], list(range(1, 2 + i))) for i in range(9)]
+    alone = [log_likelihood(model, *pair, samples=12) for pair in pairs]
+    for batch_tokens in (1, 64, 8192):
+        assert log_likelihoods(model, pairs, samples=12, batch_tokens=batch_tokens) == pytest.approx(alone, rel=1e-5)
+    backwards = log_likelihoods(model, pairs[::-1], samples=12)
+    assert backwards[::-1] == pytest.approx(alone, rel=1e-5)
+
+
+def test_seed_changes_the_estimate_and_repeats_it():
+    model, answer = golden_model("llada_tiny"), list(range(20, 32))
+    first = log_likelihood(model, PROMPT, answer, samples=4, seed=1)
+    assert first == log_likelihood(model, PROMPT, answer, samples=4, seed=1)
+    assert first != log_likelihood(model, PROMPT, answer, samples=4, seed=2)
+
+
+def test_an_empty_prompt_and_a_masked_lm():
+    assert log_likelihood(golden_model("llada_tiny"), [], ANSWER) < 0
+    assert log_likelihood(tiny_model("bert"), PROMPT, ANSWER, cfg_scale=1.0) < 0
+
+
+def test_greedy_match_stops_at_the_first_difference(monkeypatch):
+    model, calls = golden_model("llada_tiny"), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    assert greedy_matches(model, [(PROMPT, [126 - 1] * 10)]) == [False]
+    assert len(calls) < 10
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "settings", "words"),
+    [
+        (PROMPT, [], {}, "is empty"),
+        (PROMPT, [1, 126], {}, "mask id 126"),
+        ([126], [1], {}, "mask id 126"),
+        (PROMPT, [136], {}, "token id 136"),
+        ([1] * 5000, [1], {}, "5001 tokens"),
+        (PROMPT, ANSWER, {"samples": 0}, "samples 0"),
+        (PROMPT, ANSWER, {"cfg_scale": -1.0}, "cfg_scale -1.0"),
+        (PROMPT, ANSWER, {"estimator": "best"}, "none of auto"),
+        (PROMPT, [1] * 40, {"estimator": "exact"}, "2^40 subsets"),
+    ],
+)
+def test_bad_input(prompt, answer, settings, words):
+    with pytest.raises(ValueError) as error:
+        log_likelihood(golden_model("llada_tiny"), prompt, answer, **settings)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_stock_is_drawn_anew_for_each_option():
+    assert len(stock(5, 40, np.random.default_rng(0)).masks) == 40
