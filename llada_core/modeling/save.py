@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from llada_core.modeling.masked_lm import MaskedLM
 from llada_core.modeling.predictor import MaskPredictor
 
@@ -20,15 +22,23 @@ class SavesItself(Protocol):
 
 
 def save_model(
-    model: MaskPredictor, folder: str | Path, tokenizer: SavesItself | None = None, *, max_shard_size: str = "5GB"
+    model: MaskPredictor,
+    folder: str | Path,
+    tokenizer: SavesItself | None = None,
+    *,
+    max_shard_size: str = "5GB",
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes config.json, safetensors and the tokenizer's files; `folder` appears, or is replaced, when complete."""
+    """Writes config.json, safetensors and the tokenizer's files; `folder` appears, or is replaced, when complete.
+
+    `weights`: whole tensors under the network's own names, for a model whose parameters are sharded over ranks.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         network: Any = model.backbone if isinstance(model, MaskedLM) else model
-        network.save_pretrained(staging, max_shard_size=max_shard_size)
+        network.save_pretrained(staging, max_shard_size=max_shard_size, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save(staging)
         staging.chmod(0o755)

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from llada_core.config.training import TrainingParams
 from llada_core.training.checkpoint import Checkpoints
 from llada_core.training.flops import peak_flops, training_flops
 from llada_core.training.metrics import Meter, MetricsFile
-from llada_core.training.objectives import Objective, Work
+from llada_core.training.objectives import Objective, Work, pair
 from llada_core.training.optimiser import learning_rate
 from llada_core.training.ranks import Ranks
 from llada_core.training.recovery import Recovery
@@ -161,13 +162,8 @@ class Loop:
             self.meter.add(loss.parts)
         norm = parts.engine.clip_grad_norm_(parts.model.parameters(), self.params.clip)
         if norm is not None:
-            self.meter.add(
-                {
-                    "grad_norm": torch.stack(
-                        [norm.detach().to(torch.float32), torch.ones_like(norm, dtype=torch.float32)]
-                    )
-                }
-            )
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self.meter.add({"grad_norm": pair(whole.detach().to(torch.float32), 1.0)})
         parts.optimiser.step()
         parts.optimiser.zero_grad(set_to_none=True)
 

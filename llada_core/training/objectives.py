@@ -127,18 +127,16 @@ class DiffusionObjective:
         """The bound per token on held-out rows, at the same times and masks at every call."""
         if self.validation is None:
             return {}
-        parts: dict[str, Tensor] = {}
+        parts = {f"validation_{name}": torch.zeros(2, dtype=torch.float64) for name in ("loss", "nll")}
         for number in range(rank, self.validation.order.batches_per_epoch, ranks):
             rows = self.validation.batch(number)
-            noise = Noise(self.seed, _VALIDATION_STEP, rows.numbers, len(self.validation.order.rows(0)))
+            noise = Noise(self.seed, _VALIDATION_STEP, rows.numbers, self.validation.order.size)
             with torch.no_grad():
                 loss = self.noisy_loss(
                     model, rows, noise.times(self.params.noise), noise.uniforms(rows.tokens.shape[1])
                 )
             for name in ("loss", "nll"):
-                parts[f"validation_{name}"] = (
-                    parts.get(f"validation_{name}", torch.zeros(2, dtype=torch.float64)) + loss.parts[name].cpu()
-                )
+                parts[f"validation_{name}"] += loss.parts[name].cpu()
         return parts
 
     def finished(self, validation: Mapping[str, Any]) -> bool:

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from llada_core.config.training import GRPOParams, PreferenceParams
 from llada_core.modeling import MaskPredictor
-from llada_core.training.lora import adapters_off
+from llada_core.modeling.adapters import adapter_off
 
 
 class Reference:
     """The reference of a run; with beta 0 there is none and nothing is copied."""
 
     def __init__(self, model: MaskPredictor, params: GRPOParams | PreferenceParams) -> None:
-        self._adapter = params.lora is not None
+        self._policy, self._adapter = model, params.lora is not None
         self._every, self._mix = (params.sync_every, params.sync_mix) if isinstance(params, GRPOParams) else (0, 0.0)
         if self._adapter and self._every:
             raise ValueError(
@@ -35,7 +35,7 @@ class Reference:
             self._copy.to(next(model.parameters()).device)
             yield self._copy
         else:
-            with adapters_off(model):
+            with adapter_off(self._policy):
                 yield model
 
     @torch.no_grad()

@@ -15,12 +15,12 @@ from datasets import Dataset, load_from_disk
 
 from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, SFTParams, TrainingParams
 from llada_core.data.batches import Order, RowBatches
-from llada_core.modeling import MaskPredictor, save_model
+from llada_core.modeling import MaskPredictor
 from llada_core.tokenizer import Tokenizer
+from llada_core.training.export import export, prepare_weights
 from llada_core.training.flops import active_parameters
 from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.loop import Loop, Parts
-from llada_core.training.lora import add_lora
 from llada_core.training.metrics import Follower, MetricsFile
 from llada_core.training.objectives import DiffusionObjective, Objective
 from llada_core.training.optimiser import optimiser_for
@@ -86,9 +86,8 @@ def train(
     place.run.mkdir(parents=True, exist_ok=True)
     cpu = not torch.cuda.is_available()
     engine = accelerator_for(params, cpu=cpu, block_classes=tuple(model._no_split_modules or ()))
-    parameters = active_parameters(model)
-    if params.lora is not None:
-        add_lora(model, params.lora)
+    parameters, stored = active_parameters(model), model.dtype
+    prepare_weights(model, params)
     ranks = Ranks()
     metrics = MetricsFile(place.run / "metrics.jsonl", ranks, follow)
     objective = objective_for(params, model, tokenizer, place.data, seed=seed)
@@ -105,8 +104,8 @@ def train(
         parameters,
         parts.fingerprint["configuration"],
     )
-    if finished and place.export is not None and ranks.first:
-        save_model(engine.unwrap_model(prepared), place.export, tokenizer)
+    if finished and place.export is not None:
+        export(model, place.export, tokenizer, params, ranks, dtype=stored)
     ranks.barrier()
     return receipt
 

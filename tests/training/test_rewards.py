@@ -79,5 +79,5 @@ def test_rewards_by_name_and_by_dotted_path():
         reward_named("tests.training.test_rewards.owm")
     with pytest.raises(ConfigError, match="no module named 'nowhere'"):
         reward_named("nowhere.f")
-    with pytest.raises(ValueError, match="task 'split' has no published reward"):
-        published.reward("split", "1+2", {})
+    with pytest.raises(ValueError, match="task 'seats' has no published reward"):
+        published.reward("seats", "21", {})

@@ -1,0 +1,57 @@
+"""One rank of a training run on the CPU, started by torchrun: `ranks.py SCENARIOS.json`.
+
+accelerate does not shard on the CPU by itself; telling it that the ranks are GPUs, before it builds an engine, makes it
+use the same FSDP2 path (only here: it is a private detail of accelerate).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+
+from llada_core.config.training import GRPOParams, PretrainParams, SFTParams
+from llada_core.training.loop import Loop
+from llada_core.training.stages import Place, train
+from tests.tiny import tiny_pair
+
+STAGES = {"pretrain": PretrainParams, "sft": SFTParams, "grpo": GRPOParams}
+SHARDED = {}
+
+
+def note_sharding(run):
+    """How many parameters of the prepared model are sharded, before it trains."""
+
+    def wrapped(loop):
+        parameters = list(loop.parts.model.parameters())
+        SHARDED["sharded"] = sum(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in parameters)
+        SHARDED["dtypes"] = sorted({str(p.dtype) for p in parameters})
+        SHARDED["all"] = len(parameters)
+        return run(loop)
+
+    return wrapped
+
+
+def main(path):
+    torch.set_num_threads(1)
+    Loop.run = note_sharding(Loop.run)
+    state = PartialState(cpu=True)
+    real = state.distributed_type
+    for scenario in json.loads(Path(path).read_text()):
+        params = STAGES[scenario["stage"]].model_validate(scenario["params"], strict=False)
+        AcceleratorState._reset_state()
+        kind = DistributedType.MULTI_GPU if params.distribution.kind == "fsdp" else real
+        PartialState._shared_state["distributed_type"] = kind
+        model, tokenizer = tiny_pair(scenario.get("model", "llada"))
+        folder = Path(scenario["run"])
+        train(params, model, tokenizer, Place(Path(scenario["data"]), folder, folder / "model"), seed=1)
+        if state.process_index == 0:
+            (folder / "sharding.json").write_text(json.dumps(SHARDED))
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
