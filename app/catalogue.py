@@ -9,7 +9,7 @@ from pathlib import Path
 from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
 from llada_core.config.sampling import SamplingParams
-from llada_core.data.puzzles import countdown, draw, split, sudoku
+from llada_core.data.puzzles import countdown, draw, seats, sudoku
 from tasks import registry
 
 PUBLISHED = SamplingParams(
@@ -117,7 +117,7 @@ class Catalogue:
         """Questions that this model can answer: held-out puzzles of the tasks it was trained on, or general ones."""
         if not self._is_ours(name):
             return list(GENERAL)
-        makers = (sudoku, countdown, split)
+        makers = (sudoku, countdown, seats)
         return [p.prompt for make in makers for p in draw(make, part="evaluate", count=2, seed="examples")]
 
     def knows_sudoku(self, name: str) -> bool:

@@ -106,13 +106,13 @@ class SudokuParams(PuzzleCounts):
 class CountdownParams(PuzzleCounts):
     """Three numbers from 1 to `largest`, to reach a target from 1 to 99."""
 
-    largest: int = Field(default=20, ge=3, le=100)
+    largest: int = Field(default=9, ge=3, le=100)
 
 
-class SplitParams(PuzzleCounts):
-    """A total up to `largest` as a sum of 2 to 4 different numbers, none below a bound."""
+class SeatsParams(PuzzleCounts):
+    """People in some order, to be seated anew so that nobody keeps a seat."""
 
-    largest: int = Field(default=99, ge=12, le=999)
+    people: int = Field(default=8, ge=4, le=9)
 
 
 class PuzzlesParams(Block):
@@ -120,7 +120,7 @@ class PuzzlesParams(Block):
 
     sudoku: SudokuParams = SudokuParams()
     countdown: CountdownParams = CountdownParams()
-    split: SplitParams = SplitParams()
+    seats: SeatsParams = SeatsParams()
 
 
 class TokenizerParams(Block):
@@ -146,7 +146,7 @@ class DataParams(Block):
 
     @model_validator(mode="after")
     def _every_part_has_rows(self) -> Self:
-        tasks = (self.puzzles.sudoku, self.puzzles.countdown, self.puzzles.split)
+        tasks = (self.puzzles.sudoku, self.puzzles.countdown, self.puzzles.seats)
         counts = {
             "pretrain": sum(task.pretrain for task in tasks),
             "sft": sum(task.sft for task in tasks),

@@ -80,7 +80,7 @@ def _generators(params: PuzzlesParams) -> list[tuple[str, PuzzleCounts, Callable
     return [
         ("sudoku", params.sudoku, partial(puzzles.sudoku, empty=params.sudoku.empty)),
         ("countdown", params.countdown, partial(puzzles.countdown, largest=params.countdown.largest)),
-        ("split", params.split, partial(puzzles.split, largest=params.split.largest)),
+        ("seats", params.seats, partial(puzzles.seats, people=params.seats.people)),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Puzzles drawn from a seed: 4x4 sudoku, countdown with three numbers, and splitting a number into a sum.
+"""Puzzles drawn from a seed: 4x4 sudoku, countdown with three numbers, and giving everyone at a table a new seat.
 
 A generator is a pure function of the random stream it is given. Which side a puzzle belongs to (training, GRPO,
 validation, evaluation) is decided by a hash of its value alone, so no wording, seed or count can leak one.
@@ -14,11 +14,11 @@ from functools import cache
 from typing import Literal
 
 Part = Literal["train", "grpo", "validation", "evaluate"]
-Task = Literal["sudoku", "countdown", "split"]
-TASKS: tuple[Task, ...] = ("sudoku", "countdown", "split")
+Task = Literal["sudoku", "countdown", "seats"]
+TASKS: tuple[Task, ...] = ("sudoku", "countdown", "seats")
 
-# Upper ends of the hash ranges: 10 % evaluation, 5 % validation, 25 % GRPO, the rest pretraining and SFT.
-_PARTS: tuple[tuple[float, Part], ...] = ((0.10, "evaluate"), (0.15, "validation"), (0.40, "grpo"), (1.0, "train"))
+# Upper ends of the hash ranges: 15 % evaluation, 5 % validation, 20 % GRPO, the rest pretraining and SFT.
+_PARTS: tuple[tuple[float, Part], ...] = ((0.15, "evaluate"), (0.20, "validation"), (0.40, "grpo"), (1.0, "train"))
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def countdown_key(numbers: list[int], target: int) -> str:
     return f"{','.join(map(str, sorted(numbers)))}={target}"
 
 
-def split_key(total: int, parts: int, least: int) -> str:
-    """Value of a split puzzle."""
-    return f"{total}/{parts}>={least}"
+def seats_key(order: str) -> str:
+    """Value of a seats puzzle: the order in which people sit."""
+    return order
 
 
 @cache
@@ -107,12 +107,12 @@ def sudoku_prompt(puzzle: str, rng: random.Random) -> str:
     return rng.choice(_SUDOKU_PROMPTS).format(puzzle=puzzle)
 
 
-def countdown(rng: random.Random, *, largest: int = 20) -> Puzzle:
-    """Three numbers from 1 to `largest` and a target from 1 to 99 that some expression of all three reaches."""
+def countdown(rng: random.Random, *, largest: int = 9) -> Puzzle:
+    """Three numbers from 1 to `largest` and a target from 1 to 99 that they reach in some order without brackets."""
     while True:
-        numbers = [_up_to(rng, largest) for _ in range(3)]
+        numbers = [rng.randint(1, largest) for _ in range(3)]
         expression, target = _expression(rng, numbers)
-        if target is not None and 1 <= target <= 99:
+        if 1 <= target <= 99:
             break
     rng.shuffle(numbers)
     return Puzzle(
@@ -130,22 +130,21 @@ def countdown_prompt(numbers: list[int], target: int, rng: random.Random) -> str
     return rng.choice(_COUNTDOWN_PROMPTS).format(*numbers, target=target)
 
 
-def split(rng: random.Random, *, largest: int = 99) -> Puzzle:
-    """A total up to `largest` to be written as a sum of 2 to 4 different numbers, none below a bound."""
-    parts = rng.randint(2, 4)
-    while True:
-        numbers = [_up_to(rng, max(2, 2 * largest // parts)) for _ in range(parts)]
-        if len(set(numbers)) == parts and sum(numbers) <= largest:
-            break
-    total, least = sum(numbers), _up_to(rng, min(numbers))
-    expression = "+".join(map(str, numbers))
+def seats(rng: random.Random, *, people: int = 8) -> Puzzle:
+    """People 1 to `people` in some order, to be seated anew so that nobody keeps a seat (a derangement)."""
+    order = list("123456789"[:people])
+    rng.shuffle(order)
+    moved = order[:]
+    while any(a == b for a, b in zip(order, moved, strict=True)):
+        rng.shuffle(moved)
+    before, after = "".join(order), "".join(moved)
     return Puzzle(
-        task="split",
-        key=split_key(total, parts, least),
-        prompt=rng.choice(_SPLIT_PROMPTS).format(total=total, parts=parts, least=least),
-        solution=expression,
-        text=rng.choice(_SPLIT_TEXTS).format(total=total, parts=parts, least=least, expression=expression),
-        answer={"total": total, "parts": parts, "least": least},
+        task="seats",
+        key=seats_key(before),
+        prompt=rng.choice(_SEATS_PROMPTS).format(before=before),
+        solution=after,
+        text=rng.choice(_SEATS_TEXTS).format(before=before, after=after),
+        answer={"order": before},
     )
 
 
@@ -171,42 +170,38 @@ def draw(generate: Callable[[random.Random], Puzzle], *, part: Part | None, coun
         yield puzzle
 
 
+_MISSES = 20_000  # in a row, before the puzzles of a side count as used up
+# Every wording ends with its data, so that an answer always sits equally far behind what it is made from.
 _SUDOKU_PROMPTS = (
     "Solve the sudoku {puzzle}",
     "Fill in this sudoku: {puzzle}",
     "Complete the sudoku grid {puzzle}",
-    "What is the solution of the sudoku {puzzle}?",
 )
 _SUDOKU_TEXTS = (
     "The sudoku {puzzle} has the solution {grid}.",
     "The sudoku grid {puzzle} is complete as {grid}.",
-    "{grid} is a solution of the sudoku {puzzle}.",
     "Sudoku: {puzzle} Solution: {grid}",
 )
 _COUNTDOWN_PROMPTS = (
-    "Make {target} from {0}, {1} and {2}.",
-    "Use {0}, {1} and {2} to make {target}.",
-    "How can {0}, {1} and {2} make {target}?",
-    "Write {target} with the numbers {0}, {1}, {2}.",
+    "Make {target} from {0}, {1}, {2}",
+    "Reach {target} with {0}, {1}, {2}",
+    "Write {target} with the numbers {0}, {1}, {2}",
 )
 _COUNTDOWN_TEXTS = (
-    "{expression} makes {target} from {0}, {1} and {2}.",
-    "The numbers {0}, {1} and {2} make {target}: {expression}.",
+    "To make {target} from {0}, {1}, {2} write {expression}.",
+    "To reach {target} with {0}, {1}, {2} write {expression}.",
     "{expression} = {target}.",
     "{target} = {expression}.",
 )
-_SPLIT_PROMPTS = (
-    "Split {total} into {parts} different numbers of at least {least}.",
-    "Write {total} as a sum of {parts} different numbers of at least {least}.",
-    "Which {parts} different numbers of at least {least} make {total}?",
+_SEATS_PROMPTS = (
+    "Give everyone a new seat: {before}",
+    "Nobody may keep a seat: {before}",
+    "Seat these people anew: {before}",
 )
-_SPLIT_TEXTS = (
-    "{expression} makes {total}: {parts} different numbers of at least {least}.",
-    "{total} = {expression}, a sum of {parts} different numbers of at least {least}.",
-    "{expression} = {total}.",
+_SEATS_TEXTS = (
+    "From {before} everyone moves to {after}.",
+    "The seats {before} become {after}.",
 )
-_MISSES = 20_000  # in a row, before the puzzles of a side count as used up
-_RANK = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
 def _hash(text: str) -> int:
@@ -233,23 +228,13 @@ def _with_holes(grid: str, rng: random.Random, empty: tuple[int, int]) -> str:
     return "".join("0" if i in holes else digit for i, digit in enumerate(grid))
 
 
-def _apply(left: int, operator: str, right: int) -> int | None:
-    if operator == "/":
-        return left // right if right and left % right == 0 else None
+def _expression(rng: random.Random, numbers: list[int]) -> tuple[str, int]:
+    """A random expression of three numbers without brackets, and its value."""
+    (a, b, c), first, second = numbers, rng.choice("+-*"), rng.choice("+-*")
+    if second == "*" and first != "*":
+        return f"{a}{first}{b}{second}{c}", _apply(a, first, b * c)
+    return f"{a}{first}{b}{second}{c}", _apply(_apply(a, first, b), second, c)
+
+
+def _apply(left: int, operator: str, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[operator]
-
-
-def _expression(rng: random.Random, numbers: list[int]) -> tuple[str, int | None]:
-    """A random expression of three numbers with only the brackets it needs, and its value (None: no whole number)."""
-    a, b, c = numbers
-    first, second = rng.choice("+-*/"), rng.choice("+-*/")
-    if rng.random() < 0.5:
-        inner = _apply(a, first, b)
-        value = None if inner is None else _apply(inner, second, c)
-        text = f"{a}{first}{b}"
-        return (f"({text})" if _RANK[second] > _RANK[first] else text) + f"{second}{c}", value
-    inner = _apply(b, second, c)
-    value = None if inner is None else _apply(a, first, inner)
-    text = f"{b}{second}{c}"
-    brackets = _RANK[first] > _RANK[second] or (first in "-/" and _RANK[first] == _RANK[second])
-    return f"{a}{first}" + (f"({text})" if brackets else text), value

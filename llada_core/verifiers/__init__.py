@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llada_core.config.base import nearest
-from llada_core.verifiers import code, countdown, gsm8k, math, split, sudoku
+from llada_core.verifiers import code, countdown, gsm8k, math, seats, sudoku
 
 Answer = Mapping[str, Any]
 _VERIFIERS: dict[str, Callable[[str, Answer], bool]] = {
     "sudoku": sudoku.verify,
     "countdown": countdown.verify,
-    "split": split.verify,
+    "seats": seats.verify,
     "gsm8k": gsm8k.verify,
     "math": math.verify,
     "code": code.verify,

@@ -1,6 +1,11 @@
 """The folder that `prepare` writes: complete, the same every time, disjoint, shared, and never half-written."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -18,7 +23,7 @@ COUNTS = {"pretrain": 60, "sft": 40, "grpo": 20, "preference": 10, "validation":
 PUZZLES = {
     "workers": 1,
     "tokenizer": {"vocab_size": 400},
-    "puzzles": {"sudoku": {**COUNTS, "new_grids": 8}, "countdown": COUNTS, "split": COUNTS},
+    "puzzles": {"sudoku": {**COUNTS, "new_grids": 8}, "countdown": COUNTS, "seats": COUNTS},
     "pretrain": {"length": 32, "documents": True},
     "sft": {"length": 80},
     "grpo": {},
@@ -54,7 +59,7 @@ def test_puzzle_rows_are_what_training_reads(puzzle_home):
         assert answer[-1] == tokenizer.special.eot_id
         assert tokenizer.answer_text(answer)
     grpo = rows(puzzle_home, "grpo")
-    assert set(grpo["task"]) == {"sudoku", "countdown", "split"}
+    assert set(grpo["task"]) == {"sudoku", "countdown", "seats"}
     assert max(map(len, grpo["prompt_ids"])) <= 48
     assert all(not verify(t, "1", json.loads(a)) for t, a in zip(grpo["task"], grpo["answer"], strict=True))
     assert len(rows(puzzle_home, "preference")) == 30
@@ -65,7 +70,7 @@ def test_evaluation_files_hold_right_solutions_and_nothing_from_training(puzzle_
     data, card = puzzle_home / "data", json.loads((puzzle_home / "data/card.json").read_text())
     shown = {line for part in ("pretrain", "sft", "grpo") for line in (data / part / "puzzle_values.txt").open()}
     assert len(shown) > 300
-    for name in ("sudoku", "sudoku_new_grids", "countdown", "split"):
+    for name in ("sudoku", "sudoku_new_grids", "countdown", "seats"):
         lines = [json.loads(line) for line in (data / "eval" / f"{name}.jsonl").open()]
         assert len(lines) == card["evaluate"][name]["rows"] == (8 if name == "sudoku_new_grids" else 12)
         assert all(verify(row["task"], row["solution"], row["answer"]) for row in lines)
@@ -94,7 +99,7 @@ def test_overlap_with_published_puzzles_is_counted_and_changes_nothing_else(tmp_
 
 
 def test_what_a_run_before_built_is_used_again(tmp_path, monkeypatch):
-    few = {"workers": 1, "puzzles": {"split": {"sft": 20, "grpo": 10}}, "sft": {}, "grpo": {}}
+    few = {"workers": 1, "puzzles": {"seats": {"sft": 20, "grpo": 10}}, "sft": {}, "grpo": {}}
     made(tmp_path, few)
     before = content_hash(tmp_path / "data")
     monkeypatch.setattr("tasks.prepare.build", None)
@@ -136,6 +141,34 @@ def test_the_number_of_processes_changes_nothing(texts):
     assert len(numbers("train") & numbers("validation")) < 30
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_while_building_the_same_command_ends_as_if_undisturbed(texts, number):
+    (texts / "whole").mkdir()
+    values = {"workers": 2, "tokenizer": {"vocab_size": 300, "documents": 100}}
+    values["pretrain"] = {"sources": [{"name": str(texts / "text.jsonl")}]}
+    made(texts / "whole", values)
+    program = f"""
+from pathlib import Path
+from llada_core.config.data import DataParams
+from tasks.prepare import prepare
+home = Path({str(texts)!r})
+if __name__ == "__main__":
+    prepare(DataParams.parse({values!r}, "data"), seed=3, out=home / "data", home=home)
+"""
+    (texts / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(texts / "program.py")]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and not list((texts / ".cache").glob("prepared/.new-*/pretrain/train.arrow")):
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    assert process.wait() != 0
+    assert not (texts / "data").exists()
+    subprocess.run(command, env=environment, check=True)
+    assert content_hash(texts / "data") == content_hash(texts / "whole/data")
+
+
 def test_real_dialogues_and_prompts(tmp_path, data_root):
     values = {
         "root": str(data_root),
@@ -157,7 +190,7 @@ def test_real_dialogues_and_prompts(tmp_path, data_root):
 
 
 def test_mistakes_name_file_and_row_and_leave_the_old_data(tmp_path):
-    good = {"workers": 1, "puzzles": {"split": {"sft": 20}}, "sft": {}}
+    good = {"workers": 1, "puzzles": {"seats": {"sft": 20}}, "sft": {}}
     made(tmp_path, good)
     before = content_hash(tmp_path / "data")
     (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n{"instruction": "a"}\n')
@@ -185,7 +218,7 @@ def test_mistakes_name_file_and_row_and_leave_the_old_data(tmp_path):
 
 def test_a_tokenizer_that_was_named_is_taken_over(tmp_path, puzzle_home):
     named = {"workers": 1, "tokenizer": {"name": str(puzzle_home / "data/tokenizer")}}
-    card = made(tmp_path, {**named, "puzzles": {"split": {"sft": 20}}, "sft": {}})
+    card = made(tmp_path, {**named, "puzzles": {"seats": {"sft": 20}}, "sft": {}})
     assert card["tokenizer"]["vocab_size"] == Tokenizer.load(puzzle_home / "data/tokenizer").vocab_size
 
 

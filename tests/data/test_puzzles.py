@@ -9,7 +9,7 @@ import pytest
 from llada_core.data import puzzles
 from llada_core.verifiers import verify
 
-GENERATORS = {"sudoku": puzzles.sudoku, "countdown": puzzles.countdown, "split": puzzles.split}
+GENERATORS = {"sudoku": puzzles.sudoku, "countdown": puzzles.countdown, "seats": puzzles.seats}
 PARTS = ("train", "grpo", "validation", "evaluate")
 
 
@@ -28,11 +28,11 @@ def test_same_seed_same_puzzles_and_every_solution_is_right(task):
 
 @pytest.mark.parametrize("task", puzzles.TASKS)
 def test_no_value_occurs_on_two_sides(task):
-    keys = {part: {p.key for p in drawn(task, part, 150, seed=part)} for part in PARTS}
+    keys = {part: {p.key for p in drawn(task, part, 60, seed=part)} for part in PARTS}
     for one in PARTS:
         for other in PARTS:
             assert one == other or not keys[one] & keys[other]
-    assert len(keys["evaluate"]) == len(keys["validation"]) == 150
+    assert len(keys["evaluate"]) == len(keys["validation"]) == 60
 
 
 def test_countdown_value_is_blind_to_order_and_wording():
@@ -58,5 +58,5 @@ def test_puzzles_of_new_grids_have_no_other_solution():
 
 
 def test_asking_for_more_than_there_are_says_so():
-    with pytest.raises(ValueError, match=r"split: only \d+ of 5000 different puzzles exist for evaluate"):
-        list(puzzles.draw(partial(puzzles.split, largest=20), part="evaluate", count=5000, seed="split"))
+    with pytest.raises(ValueError, match=r"seats: only \d+ of 5000 different puzzles exist for evaluate"):
+        list(puzzles.draw(partial(puzzles.seats, people=4), part="evaluate", count=5000, seed="seats"))
