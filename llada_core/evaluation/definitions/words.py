@@ -11,12 +11,15 @@ from datasets import Dataset
 
 
 def lettered_endings(documents: Dataset) -> Dataset:
-    """HellaSwag's questions with `context` and the endings as `A` to `D`, cleaned as lm-eval's likelihood task does."""
+    """HellaSwag's questions with `context` and the endings as `A` to `D`, cleaned as lm-eval's likelihood task does.
+
+    The activity's label is left out, as in OpenCompass, whose prompt this is.
+    """
 
     def add(document: Mapping[str, Any]) -> dict[str, str]:
-        context = document["ctx_a"] + " " + document["ctx_b"].capitalize()
+        context = _clean(document["ctx_a"] + " " + document["ctx_b"].capitalize())
         endings = dict(zip("ABCD", map(_clean, document["endings"]), strict=True))
-        return {"context": _clean(f"{document['activity_label']}: {context}"), **endings}
+        return {"context": context, **endings}
 
     return documents.map(add)
 

@@ -1,0 +1,170 @@
+"""Recipes and figures as files; what lm-eval is given for each; reference answers score 1 on real questions."""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from llada_core.config.base import ConfigError
+from llada_core.config.evaluation import EvaluateParams, Settings
+from llada_core.evaluation import recipes, taskset
+from llada_core.evaluation.run import Benchmark, benchmark, requests_of, run
+from tests.evaluation.scripted import GoldLM
+from tests.tiny import tiny_tokenizer
+
+REVIEWED = Path(__file__).parents[1] / "golden" / "rendered_requests.json"
+NOT_HERE = {"base_gpqa", "instruct_gpqa", "llada15_gpqa", "instruct_ifeval", "llada15_ifeval"}
+# One member stands for a large group here; `python -m tests.evaluation.gold` proves them whole.
+MEMBER = {
+    "mmlu": ("mmlu_anatomy", 1),
+    "mmlu_generative": ("mmlu_anatomy_generative", 3),
+    "mmlu_pro": ("mmlu_pro_law", 3.1),
+    "bbh": ("bbh_cot_fewshot_word_sorting", 4),
+    "cmmlu": ("cmmlu_anatomy", 1),
+    "ceval-valid": ("ceval-valid_logic", 2),
+    "minerva_math": ("minerva_math_geometry", 3.1),
+}
+HERE = [n for n in recipes.names() if n not in NOT_HERE]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def small(name):
+    recipe = recipes.find(name)
+    task, version = MEMBER.get(recipe.task, (recipe.task, recipe.version))
+    return recipe.model_copy(update={"task": task, "version": float(version)})
+
+
+def scripted(name, root, *, limit=4, shift=0, **options):
+    recipe = small(name)
+    tasks = taskset.tasks_of(recipe, root)
+    lm = GoldLM(tiny_tokenizer(), recipe, tasks, shift=shift, **options)
+    return run(Benchmark(name, recipe, tasks, recipe.settings), lm, limit=limit)
+
+
+def test_every_column_of_both_tables_has_a_recipe_for_each_of_its_sources():
+    columns = {name: [c.column for c in recipes.table(name).columns] for name in ("base", "instruct")}
+    assert len(columns["base"]) == 14
+    assert len(columns["instruct"]) == 10
+    without_settings = {"opencompass"}
+    for table in recipes.tables().values():
+        for column in table.columns:
+            recipe = recipes.find(column.recipe)
+            for source in column.figures.keys() - {recipes.OFFICIAL} - without_settings:
+                assert recipe.of(source).variant == source
+            assert column.figures.keys() <= table.sources.keys()
+
+
+def test_official_and_reproduced_figures():
+    row = {f.source: f.value for f in recipes.figures("base_gsm8k")}
+    assert row == pytest.approx({"official": 0.703, "dllm": 0.707})
+    assert {f.source: f.value for f in recipes.figures("instruct_gsm8k")}["semi_autoregressive"] == pytest.approx(0.786)
+    official = [c.figures["official"] for c in recipes.table("base").columns]
+    assert official == [65.9, 49.7, 45.9, 70.5, 46.1, 74.8, 73.6, 70.3, 31.4, 25.2, 35.4, 40.0, 70.5, 69.9]
+
+
+def test_a_variant_changes_only_what_it_names():
+    official, dllm = recipes.find("base_gsm8k"), recipes.find("base_gsm8k.dllm")
+    assert (official.settings.sampling["steps"], dllm.settings.sampling["steps"]) == (1024, 256)
+    assert dllm.shots == official.shots
+    semi = recipes.find("instruct_gsm8k.semi_autoregressive").settings.sampling
+    assert (semi["max_new_tokens"], semi["block_length"], semi["eos"]) == (256, 8, "none")
+    assert recipes.find("gsm8k").name == "base_gsm8k"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("bse_mmlu", "did you mean 'base_mmlu'"), ("base_mmlu.dlm", "did you mean 'dllm'"), ("zzz", "allowed: arc_easy")],
+)
+def test_an_unknown_recipe_names_the_nearest(name, message):
+    with pytest.raises(ConfigError, match=message):
+        recipes.find(name)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_reference_answers_score_one_through_the_whole_harness(data_root, name):
+    if recipes.find(name).kind == "rolling":
+        pytest.skip("a likelihood of text has no right answer")
+    result, records = scripted(name, data_root)
+    assert (result["score"], result["n"]) == (pytest.approx(1.0), 4)
+    assert all(record["score"] == pytest.approx(1.0) for record in records)
+    assert result["subset"]
+
+
+@pytest.mark.parametrize("name", ["base_gsm8k", "instruct_gsm8k", "instruct_math", "poem_next"])
+def test_another_questions_answer_is_wrong(data_root, name):
+    result, _ = scripted(name, data_root, limit=20 if "math" in name else 40, shift=1)
+    assert result["score"] <= 0.05
+
+
+def test_scripted_answers_come_out_of_many_steps_and_batches_of_one(data_root):
+    whole, records = scripted("instruct_gsm8k", data_root, limit=3, batch_size=3, steps=1)
+    stepped, same = scripted("instruct_gsm8k", data_root, limit=3, batch_size=1, steps=16)
+    assert (records, whole["score"]) == (same, stepped["score"])
+
+
+def told(text):
+    """Length, hash, and both ends of a text: the benchmarks' own words are not kept here."""
+    return [len(text), hashlib.sha256(text.encode()).hexdigest()[:16], text[:40], text[-40:]]
+
+
+def test_first_prompt_stop_strings_and_filters_are_the_reviewed_ones(data_root):
+    """The whole prompts were read before their hashes were kept; a change of one is a change of what is measured."""
+    tokenizer, found = tiny_tokenizer(), {}
+    for name in HERE:
+        recipe = small(name)
+        tasks = taskset.tasks_of(recipe, data_root)
+        lm = GoldLM(tokenizer, recipe, tasks)
+        asked = requests_of(Benchmark(name, recipe, tasks, recipe.settings), lm, limit=1)
+        (requests,) = asked.values()
+        (task,) = tasks["tasks"].values()
+        found[name] = {
+            "prompt": told(requests[0].args[0]),
+            "continuation": told(requests[0].args[1])
+            if len(requests[0].args) > 1 and recipe.kind != "generate"
+            else None,
+            "asked": requests[0].args[1] if recipe.kind == "generate" else None,
+            "filters": [[f["name"], [step["function"] for step in f["filter"]]] for f in task.config.filter_list or []],
+            "metric": recipe.metric,
+        }
+    found = json.loads(json.dumps(found))
+    if os.environ.get("WRITE_REVIEWED"):
+        REVIEWED.write_text(json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    assert found == json.loads(REVIEWED.read_text(encoding="utf-8"))
+
+
+def test_local_files_are_marked_where_they_are_not_the_whole_benchmark(data_root):
+    asked = benchmark("instruct_math", EvaluateParams(), root=data_root, puzzles=Path("none"))
+    assert asked.subset == "MATH-500 of 5000"
+    assert asked.as_pinned
+    changed = EvaluateParams(overrides={"instruct_math": Settings(sampling={"steps": 64})})
+    assert not benchmark("instruct_math", changed, root=data_root, puzzles=Path("none")).as_pinned
+
+
+def test_programs_run_only_with_the_opt_in(data_root):
+    with pytest.raises(ConfigError, match="allow it with run_code"):
+        benchmark("base_humaneval", EvaluateParams(), root=data_root, puzzles=Path("none"))
+
+
+def test_damaged_and_absent_files_are_told_in_one_line(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "1 + 1?", "ans')
+    with pytest.raises(ConfigError, match=r"base_gsm8k: no questions from .*gsm8k"):
+        taskset.tasks_of(recipes.find("base_gsm8k"), tmp_path)
+    with pytest.raises(ConfigError, match="not on the Hub; give a data root"):
+        taskset.tasks_of(recipes.find("poem_next"), tmp_path)
+    with pytest.raises(ConfigError, match="base_gpqa: no questions from the Hub"):
+        taskset.tasks_of(recipes.find("base_gpqa"), tmp_path)
+
+
+def test_another_version_of_a_task_is_refused(data_root):
+    other = recipes.find("base_gsm8k").model_copy(update={"version": 2.0})
+    with pytest.raises(ConfigError, match=r"pinned to version 2\.0 of gsm8k, installed is 3\.0"):
+        taskset.tasks_of(other, data_root)

@@ -1,0 +1,80 @@
+"""Prompts, stop strings and sampler settings as lm-eval's users set them."""
+
+import pytest
+
+from llada_core.config.base import ConfigError
+from llada_core.config.evaluation import Settings
+from llada_core.evaluation.requests import batches, cut, sampling_params, wanted
+from tests.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+FULL = Settings(sampling={"max_new_tokens": 64, "block_length": 64, "steps": 64})
+
+
+def test_the_recipe_wins_over_generic_names_and_loses_to_the_samplers_own():
+    asked = {"until": ["."], "max_gen_toks": 9, "temperature": 0.7, "do_sample": False}
+    params = sampling_params(FULL, TOKENIZER.special, asked)
+    assert (params.max_new_tokens, params.temperature) == (64, 0.0)
+    params = sampling_params(FULL, TOKENIZER.special, {"max_new_tokens": 16, "temperature": 0.7, "do_sample": True})
+    assert (params.max_new_tokens, params.block_length, params.steps, params.temperature) == (16, 16, 16, 0.7)
+    params = sampling_params(FULL, TOKENIZER.special, {"steps": 8, "block_size": 32, "cfg": 1.5})
+    assert (params.steps, params.block_length, params.cfg_scale) == (8, 32, 1.5)
+
+
+def test_a_length_given_alone_keeps_blocks_and_tokens_per_step():
+    semi = Settings(sampling={"max_new_tokens": 256, "block_length": 8, "steps": 128})
+    params = sampling_params(semi, TOKENIZER.special, {"max_new_tokens": 64})
+    assert (params.max_new_tokens, params.block_length, params.steps) == (64, 8, 32)
+
+
+def test_without_settings_the_tasks_length_counts():
+    params = sampling_params(Settings(), TOKENIZER.special, {"max_gen_toks": 12})
+    assert (params.max_new_tokens, params.block_length, params.steps) == (12, 12, 12)
+
+
+def test_end_tokens_are_deferred_or_forbidden_by_the_models_own_ids():
+    special = TOKENIZER.special
+    defer = sampling_params(Settings(sampling={**FULL.sampling, "eos": "defer"}), special)
+    assert set(defer.defer_tokens) == {special.eos_id, special.eot_id}
+    forbid = sampling_params(Settings(sampling={**FULL.sampling, "eos": "forbid"}), special)
+    assert forbid.forbid_tokens == (special.eos_id,)
+    given = sampling_params(FULL, special, {"begin_suppress_tokens": "[1;5]", "suppress_tokens": []})
+    assert (given.defer_tokens, given.forbid_tokens) == ((1, 5), ())
+
+
+def test_an_unknown_setting_names_the_nearest():
+    with pytest.raises(ConfigError, match="'blok_length'; did you mean 'block_length'"):
+        sampling_params(FULL, TOKENIZER.special, {"blok_length": 3})
+    with pytest.raises(ConfigError, match="temperature"):
+        sampling_params(FULL, TOKENIZER.special, {"temperature": -1.0})
+
+
+def test_a_long_prompt_loses_its_beginning():
+    asked = wanted("abcdefgh" * 20, {"until": "X"}, FULL, TOKENIZER, longest=100)
+    assert (len(asked.prompt), asked.length, asked.until) == (36, 100, ("X",))
+    assert TOKENIZER.decode(asked.prompt).endswith("fgh")
+    with pytest.raises(ConfigError, match="leaves no room"):
+        wanted("a", {}, FULL, TOKENIZER, longest=64)
+
+
+def test_infilling_leaves_as_many_blanks_as_the_reference_has_tokens():
+    asked = wanted("ab<|fill|>xyz!<|fill|>cd", {"infill": "<|fill|>"}, FULL, TOKENIZER, longest=100)
+    assert TOKENIZER.decode(asked.prompt) == "ab"
+    assert TOKENIZER.decode(asked.suffix) == "cd"
+    assert asked.blanks == len(TOKENIZER.encode("xyz!"))
+
+
+def test_special_strings_of_the_template_are_tokens():
+    text = TOKENIZER.chat_text([{"role": "user", "content": "hi"}])
+    assert list(wanted(text, {}, FULL, TOKENIZER, 1000).prompt) == TOKENIZER.chat_ids(
+        [{"role": "user", "content": "hi"}]
+    )
+
+
+def test_cut_at_the_first_of_several_stop_strings():
+    assert cut("one. two; three", [";", ".", ""]) == "one"
+    assert cut("", ["."]) == ""
+
+
+def test_batches_are_by_group_and_length_the_longest_first():
+    assert batches([3, 9, 5, 9, 1], ["a", "a", "a", "b", "a"], 2) == [[1, 2], [0, 4], [3]]
