@@ -1,0 +1,141 @@
+"""The table, what it says by itself, and two runs compared question by question."""
+
+import json
+import random
+
+import pytest
+
+from llada_core.config.base import ConfigError
+from llada_core.config.evaluation import ReportParams
+from llada_core.evaluation.compare import Side, compare
+from llada_core.evaluation.statistics import estimate
+from tasks.diff import diff, side, told
+from tasks.folders import read_json, write_json, write_text
+from tasks.report import write_report
+
+
+def result(scores, *, recipe="sudoku", chance=0.0, **more):
+    found = estimate(scores)
+    values = {"score": found.value, "n": found.n, "stderr": found.stderr, "low": found.low, "high": found.high}
+    fixed = {"recipe": recipe, "variant": "official", "metric": "acc,none", "chance": chance, "subset": "", "shots": 0}
+    return {**values, **fixed, "chat": True, "settings": {}, "as_pinned": True, "versions": {}, "also": {}, **more}
+
+
+def write(folder, name, by_model, **more):
+    for model, scores in by_model.items():
+        records = [
+            {"id": f"{name}/{i}", "score": s, "prompt": str(i), "target": "", "reply": str(s)}
+            for i, s in enumerate(scores)
+        ]
+        write_text(folder / name / f"{model}.samples.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    models = {model: result(scores, **more) for model, scores in by_model.items()}
+    write_json(folder / f"{name}.json", {"benchmark": name, "models": models})
+
+
+def draws(chance, n=400, seed=0):
+    rng = random.Random(f"{chance}{seed}")
+    return [float(rng.random() < chance) for _ in range(n)]
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "eval"
+    write(folder, "countdown", {"sft": draws(0.3), "sft_control": draws(0.32), "grpo": draws(0.6)})
+    write(folder, "sudoku", {"sft": draws(0.9), "sft_control": draws(0.9), "grpo": draws(0.9)})
+    guess = {m: draws(0.5, seed=m) for m in ("sft", "sft_control", "grpo")}
+    write(folder, "piqa", guess, recipe="base_piqa", chance=0.5, subset="400 of 1838 questions")
+    absent = {"absent": "no data root holds it", "recipe": "sudoku_published"}
+    write_json(folder / "sudoku_published.json", {"benchmark": "sudoku_published", "models": {"sft": absent}})
+    write_json(tmp_path / "training" / "grpo.json", {"groups_differ": 0.41, "weight_change": 1.25})
+    return folder
+
+
+NAMES = ["countdown", "sudoku", "piqa", "sudoku_published"]
+
+
+def reported(results, out="out"):
+    place = results.parent / out
+    order = ["sft", "sft_control", "grpo"]
+    report = write_report(results, NAMES, ReportParams(), place, training=results.parent / "training", models=order)
+    return report, place
+
+
+def test_the_report_says_what_its_numbers_do_not_carry(results):
+    report, place = reported(results)
+    text = (place / "table.md").read_text()
+    assert any(r.startswith("countdown: grpo gains") and "against sft (95 % interval +" in r for r in report["remarks"])
+    assert "- piqa: sft, sft_control, grpo not above chance (chance is 50 %; the interval reaches it)." in text
+    assert "piqa: a subset (400 of 1838 questions)" in text
+    assert "sudoku_published: not measured (no data root holds it)." in text
+    assert "GRPO: rewards differed in 41 % of groups, the weights moved by 1.25 (norm)." in text
+    assert not any(r.startswith("sudoku: grpo") for r in report["remarks"])
+    assert report == read_json(place / "table.json")
+
+
+def test_differences_are_paired_and_bold_when_real(results):
+    report, place = reported(results)
+    rows = {row["benchmark"]: row for row in report["rows"]}
+    gain, against_control = rows["countdown"]["differences"]
+    assert (gain["baseline"], against_control["baseline"]) == ("sft", "sft_control")
+    assert gain["low"] > 0
+    assert gain["value"] == pytest.approx(
+        rows["countdown"]["scores"]["grpo"]["score"] - rows["countdown"]["scores"]["sft"]["score"]
+    )
+    line = next(line for line in (place / "table.md").read_text().splitlines() if line.startswith("| countdown"))
+    assert line.count("**") == 4
+
+
+def test_published_figures_stand_beside_and_a_subset_does_not_compare(results):
+    report, _ = reported(results)
+    (row,) = [row for row in report["rows"] if row["benchmark"] == "piqa"]
+    official = row["references"][0]
+    assert (official["source"], official["value"]) == ("official", pytest.approx(0.736))
+    assert not official["same_settings"]
+    assert official["models"]["sft"]["within_noise"] is False
+
+
+def test_the_same_results_give_the_same_files(results):
+    _, first = reported(results)
+    _, second = reported(results, "again")
+    for name in ("table.json", "table.md", "table.png"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_missing_result_says_how_to_get_it(results):
+    with pytest.raises(ConfigError, match=r"python -m tasks\.evaluate nowhere"):
+        write_report(results, ["nowhere"], ReportParams(), results.parent / "out")
+
+
+def test_no_gain_is_said_too(tmp_path):
+    same = draws(0.5)
+    write(tmp_path / "eval", "countdown", {"sft": same, "grpo": same})
+    report = write_report(tmp_path / "eval", ["countdown"], ReportParams(), tmp_path / "out")
+    assert "grpo and sft differ on no benchmark by more than noise." in report["remarks"]
+
+
+def test_two_models_question_by_question(results, monkeypatch):
+    monkeypatch.setattr("tasks.diff.RESULTS", results)
+    found = diff("sft", f"{results}:grpo", results.parent)
+    assert set(found) == {"countdown", "sudoku", "piqa"}
+    c = found["countdown"]
+    assert c["difference"]["value"] > 0
+    assert len(c["gained"]) - len(c["lost"]) == round(400 * c["difference"]["value"])
+    text = told(found)
+    assert "countdown: 400 questions in common" in text
+    assert "a difference" in text
+    with pytest.raises(ConfigError, match="has no results of 'grp'; did you mean 'grpo'"):
+        side("grp")
+
+
+def test_a_comparison_tells_settings_and_questions_apart():
+    def record(score, prompt="p"):
+        return {"id": "1", "score": score, "prompt": prompt, "target": "t", "reply": str(score)}
+
+    first = Side(
+        {"score": 1.0, "settings": {"steps": 8}, "shots": 5}, {"a": record(1.0), "b": record(0.0), "c": record(1.0)}
+    )
+    second = Side({"score": 0.0, "settings": {"steps": 4}, "shots": 5}, {"a": record(0.0), "b": record(0.0, "q")})
+    found = compare(first, second)
+    assert found["settings"] == {"settings.steps": (8, 4)}
+    assert found["questions"] == {"common": 2, "only_first": 1, "only_second": 0, "asked_differently": 1}
+    assert (found["gained"], found["lost"], found["other_answers"]) == ([], ["a"], 1)

@@ -1,0 +1,174 @@
+"""The stage `evaluate` and the sweep of any checkpoint, at tiny width."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llada_core.config.base import ConfigError
+from llada_core.config.evaluation import EvaluateParams, Settings
+from llada_core.evaluation.answering import Answerer
+from llada_core.modeling import save_model
+from tasks.evaluate import Places, answering, measure, safe, sweep
+from tests.tiny import tiny_pair
+
+QUICK = {"max_new_tokens": 8, "block_length": 8, "steps": 8}
+PARAMS = EvaluateParams(puzzles=Settings(sampling=QUICK), batch_size=3, models=("sft", "grpo"))
+HERE = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def places(tmp_path):
+    folder = tmp_path / "data" / "eval"
+    folder.mkdir(parents=True)
+    rows = [
+        {
+            "id": f"sudoku-{i}",
+            "task": "sudoku",
+            "prompt": f"Solve {i}",
+            "answer": {"puzzle": "0" * 16},
+            "in_training": i == 0,
+        }
+        for i in range(7)
+    ]
+    (folder / "sudoku.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed, name in enumerate(PARAMS.models):
+        model, tokenizer = tiny_pair(seed=seed)
+        save_model(model, tmp_path / "models" / name, tokenizer)
+    return Places(None, folder, tmp_path / "reports" / "eval", tmp_path / "answers")
+
+
+def evaluate(places, model="sft", params=PARAMS):
+    with answering(places.out.parents[1] / "models" / model, params) as answerer:
+        return measure("sudoku", model, answerer, params, places)
+
+
+def written(places):
+    return {p.relative_to(places.out).as_posix(): p.read_bytes() for p in sorted(places.out.rglob("*")) if p.is_file()}
+
+
+def test_results_have_scores_intervals_and_settings_and_no_clock(places):
+    line = evaluate(places)
+    evaluate(places, "grpo")
+    values = json.loads((places.out / "sudoku.json").read_text())
+    assert sorted(values["models"]) == ["grpo", "sft"]
+    result = values["models"]["sft"]
+    assert (result["n"], result["score"], result["low"], result["chance"]) == (7, 0.0, 0.0, 0.0)
+    assert result["settings"] == QUICK
+    assert 0 < result["tokens_per_answer"] <= result["forwards_per_answer"] == 8
+    assert not any("second" in key for key in result)
+    assert line["seconds"] > 0
+    records = [json.loads(text) for text in (places.out / "sudoku" / "sft.samples.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in records] == [f"sudoku-{i}" for i in range(7)]
+    assert records[0]["in_training"]
+    assert records[0]["prompt"].endswith("assistant<|end_header_id|>\n\n")
+
+
+def test_killed_and_resumed_is_byte_for_byte_undisturbed(places, monkeypatch):
+    evaluate(places)
+    undisturbed = written(places)
+    for path in [*places.out.rglob("*.json*"), *places.answers.rglob("*.jsonl")]:
+        path.unlink()
+    work, calls = Answerer.generate, []
+
+    def dies(self, asked):
+        calls.append(len(asked))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return work(self, asked)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Answerer, "generate", dies)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(places)
+    assert written(places) == {}
+    calls.clear()
+    monkeypatch.setattr(Answerer, "generate", lambda self, asked: (calls.append(len(asked)), work(self, asked))[1])
+    evaluate(places)
+    assert written(places) == undisturbed
+    assert sum(calls) == 4  # the first batch of three was kept
+
+
+def test_right_answers_are_told_from_wrong_ones(places, monkeypatch):
+    grid = "1234341221434321"
+    text = {"text": grid, "tokens": 16, "forwards": 1}
+    wrong = {"text": "no", "tokens": 1, "forwards": 1}
+    monkeypatch.setattr(Answerer, "generate", lambda self, asked: [text, *[wrong] * (len(asked) - 1)])
+    assert evaluate(places)["score"] == pytest.approx(3 / 7)
+
+
+def test_an_absent_published_set_is_a_result_not_a_failure(places):
+    with answering(places.out.parents[1] / "models" / "sft", PARAMS) as answerer:
+        measure("sudoku_published", "sft", answerer, PARAMS, places)
+    values = json.loads((places.out / "sudoku_published.json").read_text())
+    assert "no data root holds" in values["models"]["sft"]["absent"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "empty"), ('{"id": 1}\n', "line 1: expected a JSON object"), ('{"id": 1, "ta', "line 1")],
+)
+def test_a_damaged_puzzle_file_is_told_with_its_line(places, text, message):
+    (places.puzzles / "sudoku.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        evaluate(places)
+
+
+def test_a_sweep_goes_on_after_a_failure_and_tells_costs_first(places, data_root, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    quick = {"piqa": Settings(samples=1)}
+    params = PARAMS.model_copy(update={"limit": 3, "overrides": quick})
+    said = []
+    model = str(places.out.parents[1] / "models" / "sft")
+    here = Places(data_root, places.puzzles, places.out, places.answers)
+    names = ["base_humaneval", "piqa", "sudokoo", "sudoku", "base_gpqa"]
+    found = sweep(model, names, params, here, tell=said.append)
+    assert list(found) == names
+    assert [name for name, result in found.items() if "error" in result] == ["base_humaneval", "sudokoo", "base_gpqa"]
+    assert "did you mean 'sudoku'" in found["sudokoo"]["error"]
+    assert (found["piqa"]["n"], found["piqa"]["subset"]) == (3, "3 of 1838 questions")
+    assert said[1].startswith("piqa: 6 answers, at most")
+    assert (here.out / "piqa" / f"{safe(model)}.samples.jsonl").exists()
+
+
+def test_lm_evals_command_line_on_two_processes(places, tmp_path):
+    """The line its users know; each process answers its share, the first writes one result."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "sums.jsonl").write_text(
+        "".join(f'{{"q": "{i} + {i}?", "a": "{2 * i}"}}\n' for i in range(5))
+    )
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "tasks" / "sums.jsonl")}},
+        "output_type": "generate_until",
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": ["."]},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "tasks" / "sums.yaml").write_text(json.dumps(task))
+    model = places.out.parents[1] / "models" / "sft"
+    line = [
+        *("--tasks", "sums", "--model", "llada", "--apply_chat_template", "--num_fewshot", "2", "--batch_size", "2"),
+        *("--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out"), "--log_samples"),
+        "--model_args",
+        f"pretrained={model},max_new_tokens=8,steps=8,block_size=8,suppress_tokens=[],begin_suppress_tokens=[1;5]",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(HERE), "WORLD_SIZE": "2", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "tests.evaluation.quick_lm_eval", *line]
+    ranks = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE)
+        for r in ("0", "1")
+    ]
+    errors = [rank.communicate()[1].decode() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(results.read_text())["n-samples"]["sums"]["effective"] == 5
+    files = sorted((tmp_path / ".cache" / "answers").rglob("answers-*.jsonl"))
+    answered = [sum(len(json.loads(text)["keys"]) for text in file.read_text().splitlines()) for file in files]
+    assert answered == [3, 2]
