@@ -56,7 +56,7 @@ def pipeline(
 ) -> str:
     """Run a profile (None: params.yaml) with `block.key=value` overrides; returns the folder with the results.
 
-    `confirmed`: costly stages are done again without asking; `own`: in a workspace even if nothing differs from the checkout.
+    `confirmed`: costly stages are done again without asking; `own`: in a workspace even if nothing differs.
     """
     workspace = open_workspace(Path.cwd(), profile, overrides, own=own)
     configure_without_git(workspace.path)

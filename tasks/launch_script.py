@@ -11,6 +11,7 @@ from pathlib import Path
 import jinja2
 
 from llada_core.config.launch import LaunchParams, SlurmParams
+from tasks.folders import hash_of
 from tasks.runs import RunFolder
 
 TEMPLATE = Path(__file__).with_name("job.sh.jinja")
@@ -34,10 +35,15 @@ def render(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
     )
 
 
+def job_name(run: RunFolder) -> str:
+    """The name that finds a run's job again: its key, and which folder of that name it is."""
+    return f"{run.key}-{hash_of(str(run.path))[:6]}"
+
+
 def sbatch_options(run: RunFolder, slurm: SlurmParams) -> list[str]:
     """The `#SBATCH` lines. One name and `singleton`: two jobs of one run never run at once."""
     values = {
-        "job-name": run.key,
+        "job-name": job_name(run),
         "dependency": "singleton",
         "output": run.log,
         "open-mode": "append",

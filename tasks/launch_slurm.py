@@ -1,7 +1,7 @@
 """Jobs on a Slurm cluster through sbatch, squeue, scontrol and scancel; no accounting is needed.
 
 Only a controller that answers can say that a job is gone: every other error means "ask again", or an outage would look
-like the end of a job and cause a second one. A job whose id was never stored is found again by its name, the run's key.
+like the end of a job and cause a second one. A job whose id was never stored is found again by its name.
 """
 
 import re
@@ -12,7 +12,7 @@ from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams
 from tasks.folders import write_json, write_text
 from tasks.launch_local import State
-from tasks.launch_script import render
+from tasks.launch_script import job_name, render
 from tasks.runs import RunFolder
 
 TIMEOUT = 30  # seconds that a Slurm command may take
@@ -29,7 +29,7 @@ REMEDIES = {
 }
 
 
-class NoAnswerError(RuntimeError):
+class NoAnswerError(OSError):
     """The Slurm controller did not answer; nothing is known."""
 
 
@@ -85,7 +85,7 @@ class SlurmLauncher:
 
     def _adopt(self, run: RunFolder) -> str | None:
         """The id of a job of this run that Slurm knows, written down; None when there is none."""
-        found = _ask("squeue", "--me", "--noheader", f"--name={run.key}", "--format=%A").split()
+        found = _ask("squeue", "--me", "--noheader", f"--name={job_name(run)}", "--format=%A").split()
         if found:
             self._note(run, found[0])
         return found[0] if found else None

@@ -89,6 +89,13 @@ def _versions(root: Path, name: str) -> list[Version]:
     return sorted(result, key=lambda version: int(version.number))
 
 
+def trained_on(root: Path, digest: str) -> list[Version]:
+    """Every version, of any name, that data or weights with this hash (or its beginning) went into."""
+    names = {entry.name for entry in client(root).search_registered_models(max_results=1000)}
+    found = [version for name in sorted(names) for version in _versions(root, name)]
+    return [v for v in found if any(value.startswith(digest) for value in json.loads(v.tags["inputs"]).values())]
+
+
 def tracking_uri(root: Path) -> str:
     """Where MLflow keeps its records: `MLFLOW_TRACKING_URI`, else mlflow.db beside runs/ and store/."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home(root)}/mlflow.db"

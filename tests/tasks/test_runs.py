@@ -34,8 +34,8 @@ def program(*arguments: str, **env: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    text = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, text
+    text = process.stdout.read()  # communicate() would lose what readline() has buffered
+    assert process.wait(timeout=60) == 0, text
     return text
 
 
@@ -46,6 +46,10 @@ def the_run(project: Path, stage: str = "pretrain") -> RunFolder:
 
 def steps(run: RunFolder) -> list[int]:
     return [int(line.split()[0]) for line in (run.path / "steps.txt").read_text().splitlines()]
+
+
+def at_step(project: Path, step: int) -> None:
+    wait_until(lambda: list(project.glob("runs/*/steps.txt")) and step in steps(the_run(project)), 120)
 
 
 def open_toy(project: Path, *overrides: str) -> RunFolder:
@@ -78,7 +82,7 @@ def test_the_fingerprint_is_what_determines_the_result(project: Path) -> None:
 def test_killed_orchestrator_leaves_the_job_and_the_next_attaches(project: Path) -> None:
     (project / "wait-pretrain-2").touch()
     first = program("tasks.pretrain")
-    wait_until(lambda: list(project.glob("runs/*/steps.txt")) and 2 in steps(the_run(project)))
+    at_step(project, 2)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     second = program("tasks.pretrain")
@@ -100,7 +104,7 @@ def test_a_killed_program_is_restarted_from_its_checkpoint(project: Path) -> Non
 def test_a_killed_job_is_submitted_again_and_goes_on(project: Path) -> None:
     (project / "wait-pretrain-2").touch()
     first = program("tasks.pretrain")
-    wait_until(lambda: list(project.glob("runs/*/steps.txt")) and 2 in steps(the_run(project)))
+    at_step(project, 2)
     os.killpg(the_run(project).job["pid"], signal.SIGKILL)
     text = first.communicate(timeout=30)[0]
     assert first.returncode == 1
@@ -113,7 +117,7 @@ def test_a_killed_job_is_submitted_again_and_goes_on(project: Path) -> None:
 def test_a_job_whose_leader_died_is_waited_for_not_doubled(project: Path) -> None:
     (project / "wait-pretrain-2").touch()
     first = program("tasks.pretrain")
-    wait_until(lambda: list(project.glob("runs/*/steps.txt")) and 2 in steps(the_run(project)))
+    at_step(project, 2)
     os.kill(the_run(project).job["pid"], signal.SIGKILL)  # the script alone: its program lives on
     first.communicate(timeout=30)
     second = program("tasks.pretrain")
@@ -138,7 +142,7 @@ def test_a_mistake_is_one_line_and_not_retried(project: Path) -> None:
 def test_sigterm_ends_the_job_and_the_same_command_goes_on(project: Path) -> None:
     (project / "wait-pretrain-2").touch()
     first = program("tasks.pretrain")
-    wait_until(lambda: list(project.glob("runs/*/steps.txt")) and 2 in steps(the_run(project)))
+    at_step(project, 2)
     os.kill(first.pid, signal.SIGTERM)
     first.communicate(timeout=30)
     assert first.returncode == 143
@@ -152,7 +156,7 @@ def test_the_job_runs_the_code_that_was_submitted(project: Path) -> None:
     (project / "wait-pretrain-2").touch()
     (project / "die-pretrain-3").touch()
     first = program("tasks.pretrain")
-    wait_until(lambda: list(project.glob("runs/*/steps.txt")) and 2 in steps(the_run(project)))
+    at_step(project, 2)
     source = project / "tasks/pretrain.py"
     source.write_text(source.read_text().replace('"first"', '"second"'))
     (project / "inputs/text").write_text("changed since")

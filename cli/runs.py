@@ -1,0 +1,219 @@
+"""Runs from a terminal: `llada run`, `plan`, `status`, `logs`, `cancel`, `accept`, `gc`, `lineage`, `promote`, `doctor`.
+
+Thin over tasks; knows no stage. Heavy packages are imported inside the commands that need them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from llada_core.config.base import ConfigError
+from tasks.errors import StageError, one_line_errors
+
+Overrides = Annotated[list[str], typer.Option("-S", "--set", help="block.key=value, put over the profile; repeatable")]
+Profile = Annotated[str | None, typer.Argument(help="a file of profiles/ by name, or any YAML file; none: params.yaml")]
+Run = Annotated[str, typer.Argument(help="a run's key, the beginning of it, or a stage's name (its newest run)")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="do not ask")]
+
+
+def run(
+    profile: Profile = None,
+    overrides: Overrides = [],  # noqa: B006 (typer's way; never changed)
+    upto: Annotated[str | None, typer.Option(help="stop after this stage")] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="go on in the background, also when the terminal closes")
+    ] = False,
+    yes: Yes = False,
+) -> None:
+    """Run the pipeline: params.yaml in place, a profile (or overrides) in its own workspace. Resumes what was cut."""
+    with one_line_errors():
+        from tasks.pipeline import reproduce, summary
+        from tasks.workspace import open_workspace
+
+        if yes:
+            os.environ["LLADAFLOW_YES"] = "1"
+        workspace = open_workspace(Path.cwd(), profile, overrides)
+        if detach:
+            _detach(workspace.path)
+            return
+        reproduce(workspace, [upto] if upto else [])
+        print(summary(workspace))
+
+
+def _detach(folder: Path) -> None:
+    arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
+    log = folder / "runs" / "pipeline.log" if (folder / "runs").exists() else folder / "pipeline.log"
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cli.main", *arguments],
+            env=os.environ | {"LLADAFLOW_YES": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    print(f"process {process.pid} goes on; log: {log}; `llada status` and `llada logs -f STAGE` show its runs")
+
+
+def plan(
+    stage: Annotated[str | None, typer.Argument(help="show the script of this stage's job")] = None,
+    profile: Annotated[str | None, typer.Option(help="a file of profiles/ by name")] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """What would run, and how: the stages that are not up to date, or the job script of one stage. Starts nothing."""
+    with one_line_errors():
+        from tasks.graph import load_stage, with_sources
+        from tasks.launch import launcher_for
+        from tasks.pipeline import dvc
+        from tasks.runs import open_run, stage_params
+        from tasks.workspace import open_workspace
+
+        workspace = open_workspace(Path.cwd(), profile, overrides)
+        print(f"in {workspace.path}")
+        if stage is None:
+            raise typer.Exit(dvc(workspace, "repro", "--dry"))
+        from llada_core.config.params import Params
+
+        params = with_sources(stage_params(workspace.path, []), workspace.path)
+        made = open_run(workspace.path, load_stage(workspace.path, stage, params), params)
+        launch = Params.parse(params, "params.yaml").launch.of(stage.partition("@")[0])
+        print(f"run folder: {made.path} ({'already done' if made.succeeded else launch.kind})\n")
+        if launch.kind != "inline":
+            print(launcher_for(launch.kind, launch).script(made, launch))
+
+
+def status() -> None:
+    """Every run: stage, state, job, step of total, loss, time left, size of its checkpoints."""
+    with one_line_errors():
+        from tasks.status import lines
+
+        table = Table(*("run", "state", "job", "step", "loss", "left", "GB"), box=None)
+        for line in lines(Path.cwd()):
+            table.add_row(line.key, line.state, line.job, line.step, line.loss, line.left, f"{line.gigabytes:.2f}")
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def logs(
+    name: Run, follow: Annotated[bool, typer.Option("-f", "--follow", help="until the run has ended")] = False
+) -> None:
+    """The log of a run."""
+    with one_line_errors():
+        from tasks.launch import LogReader
+        from tasks.runs import find_run
+        from tasks.status import state_of
+
+        found = find_run(Path.cwd(), name)
+        reader = LogReader(found, tail=None if follow else 1 << 20)
+        reader.show()
+        while follow and state_of(found) in ("running", "unknown"):
+            time.sleep(0.5)
+            reader.show()
+        if follow and not found.succeeded:
+            raise StageError(f"{found.key}: {state_of(found)}")
+
+
+def cancel(name: Run) -> None:
+    """End the job of a run; training saves itself first, and the next `llada run` goes on from there."""
+    with one_line_errors():
+        from llada_core.config.params import Params
+        from tasks.launch import grace, launcher_of
+        from tasks.runs import find_run
+        from tasks.status import state_of
+
+        found = find_run(Path.cwd(), name)
+        if state_of(found) != "running":
+            raise ConfigError(f"{found.key} is not running ({state_of(found)})")
+        launch = Params.parse(found.request["all_params"], "request.json").launch
+        launcher_of(found, launch).cancel(found, grace(found, launch))
+        print(f"{found.key}: {state_of(found)}")
+
+
+def accept(stages: Annotated[list[str], typer.Argument(help="stages whose outputs stay as they are")]) -> None:
+    """Take outputs as still valid although code or parameters have changed (`dvc commit`): nothing is run again."""
+    with one_line_errors():
+        from tasks.pipeline import dvc
+        from tasks.workspace import Workspace
+
+        raise typer.Exit(dvc(Workspace(Path.cwd()), "commit", "--force", *stages))
+
+
+def gc(yes: Yes = False) -> None:
+    """What could be freed: checkpoints of finished runs, workspaces nobody works in, weights no version points to."""
+    with one_line_errors():
+        from tasks.cleaning import candidates, remove
+
+        found = candidates(Path.cwd())
+        for item in found:
+            print(f"{item.gigabytes:8.2f} GB  {item.path}  ({item.why})")
+        if not found:
+            print("nothing to free")
+        elif yes or typer.confirm(f"free {sum(item.gigabytes for item in found):.2f} GB?"):
+            remove(Path.cwd(), found)
+
+
+def lineage(
+    reference: Annotated[
+        str, typer.Argument(help="NAME@alias, models:/NAME/3, or a hash of data: what was made of it")
+    ],
+) -> None:
+    """Where a registered version comes from: commit, dvc.lock, parameters, data, runs, jobs, environment."""
+    with one_line_errors():
+        from tasks.registry import REFERENCE, trained_on, version_of
+
+        match = REFERENCE.fullmatch(reference)
+        if match is None:
+            for version in trained_on(Path.cwd(), reference):
+                print(f"models:/{version.name}/{version.number}  {' '.join('@' + a for a in version.aliases)}")
+            return
+        version = version_of(Path.cwd(), match[1] or match[4], match[2] or match[3] or match[5])
+        print(f"models:/{version.name}/{version.number}  {' '.join('@' + alias for alias in version.aliases)}")
+        for key, value in sorted(version.tags.items()):
+            shown = json.dumps(json.loads(value), indent=1) if value.startswith("{") else value
+            print(f"{key}: {shown}")
+
+
+def promote(
+    name: Annotated[str, typer.Argument(help="registered model")],
+    version: Annotated[str, typer.Argument(help="number or alias")] = "candidate",
+    why: Annotated[str, typer.Option(help="kept with the version")] = "promoted by hand",
+) -> None:
+    """Make a version champion, once its weights are verified."""
+    with one_line_errors():
+        from tasks import promote as promotion
+
+        print(f"champion: version {promotion.promote(Path.cwd(), name, version, why).number}")
+
+
+def rollback(
+    name: Annotated[str, typer.Argument(help="registered model")],
+    why: Annotated[str, typer.Option(help="kept with the version")] = "rolled back",
+) -> None:
+    """Give `champion` back to the version that held it before."""
+    with one_line_errors():
+        from tasks import promote as promotion
+
+        print(f"champion: version {promotion.roll_back(Path.cwd(), name, why).number}")
+
+
+def doctor() -> None:
+    """Is this machine (and its cluster) fit: each finding with its remedy; exit status 1 if something is missing."""
+    with one_line_errors():
+        from tasks.doctor import findings
+
+        found = list(findings(Path.cwd()))
+        for finding in found:
+            print(
+                f"{'ok  ' if finding.fine else 'BAD '} {finding.what}" + ("" if finding.fine else f"; {finding.remedy}")
+            )
+        raise typer.Exit(0 if all(finding.fine for finding in found) else 1)
+
+
+COMMANDS = (run, plan, status, logs, cancel, accept, gc, lineage, promote, rollback, doctor)

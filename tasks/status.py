@@ -1,0 +1,65 @@
+"""Every run as one line: where it is, how far, what it takes on disk. Reads run folders; asks Slurm for its jobs."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from llada_core.config.launch import LaunchParams
+from tasks.folders import size_of
+from tasks.launch import launcher_of
+from tasks.launch_slurm import NoAnswerError
+from tasks.runs import RunFolder, all_runs
+
+
+@dataclass(frozen=True)
+class Line:
+    """What `llada status` shows of one run."""
+
+    key: str
+    stage: str
+    state: str  # done, running, stopped, failed, unknown
+    job: str
+    step: str
+    loss: str
+    left: str
+    gigabytes: float
+
+
+def lines(root: Path) -> list[Line]:
+    """A line for each run, the newest first."""
+    return [line_of(run) for run in all_runs(root)]
+
+
+def line_of(run: RunFolder) -> Line:
+    """One run as it is now."""
+    state = state_of(run)
+    job = run.job or {}
+    last = run.last_metrics()
+    size = size_of([run.path / "checkpoints", run.log]) / 2**30
+    name = f"{job['launcher']} {job.get('id', job.get('pid', ''))}" if job else "inline"
+    loss = last.get("loss")
+    share = last.get("share")
+    step = f"{last['step']}" + (f" ({share:.0%})" if share else "") if "step" in last else ""
+    return Line(run.key, run.stage, state, name, step, f"{loss:.4g}" if loss else "", _left(run, last, state), size)
+
+
+def state_of(run: RunFolder) -> str:
+    """done, running, stopped (by request), failed, or unknown while Slurm does not answer."""
+    if run.succeeded:
+        return "done"
+    try:
+        state = launcher_of(run, LaunchParams(kind="local")).state(run)
+    except (NoAnswerError, ValueError):
+        return "unknown"
+    if state != "gone":
+        return "running" if state == "alive" else "unknown"
+    stopped = (run.path / "CANCELLED").exists() or run.exit_status in (75, 143)
+    return "stopped" if stopped or run.exit_status is None else f"failed ({run.exit_status})"
+
+
+def _left(run: RunFolder, last: dict[str, float], state: str) -> str:
+    share, rate = last.get("share"), last.get("steps_per_second")
+    if state != "running" or not share or not rate:
+        return ""
+    seconds = last["step"] / share * (1 - share) / rate - (time.time() - last["time"])
+    return f"{max(0, seconds) / 60:.0f} min"

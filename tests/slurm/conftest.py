@@ -1,0 +1,36 @@
+"""One throw-away cluster for the module that asks for it; skipped with a clear line where Slurm is not installed."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing
+from tests.tasks.conftest import project  # noqa: F401  (a fixture)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if reason := missing():
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="lladaflow-slurm-"))
+    folder.chmod(0o755)  # munge wants its socket reachable
+    made = Cluster(folder)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def slurm(project: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:  # noqa: F811
+    """The toy project with Slurm as its launcher, and an empty cluster."""
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+    params = (project / "params.yaml").read_text()
+    block = "{kind: slurm, poll_seconds: 0.3, restarts: 1, grace_seconds: 5, slurm: {cpus_per_task: 1, memory: 500M}}"
+    (project / "params.yaml").write_text(params[: params.index("launch:")] + f"launch: {block}\n")
+    return cluster

@@ -1,0 +1,186 @@
+"""What may happen to a run on a real Slurm cluster, and what must come of it: the same weights, one job at a time."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tasks.launch_script import job_name
+from tasks.runs import RunFolder
+from tests.slurm.cluster import Cluster, wait_for
+from tests.tasks.test_runs import finish, program, steps, the_run
+
+pytestmark = pytest.mark.faults
+UNDISTURBED = "hello pretrain 4 first"
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def reach(project: Path) -> Start:
+    """Start the stage and let it come to a step, where it waits for the file to go."""
+
+    def start(step: int = 2, *overrides: str) -> subprocess.Popen:
+        (project / f"wait-pretrain-{step}").touch()
+        process = program("tasks.pretrain", *overrides)
+        at_step(project, step)
+        return process
+
+    return start
+
+
+def at_step(project: Path, step: int) -> None:
+    wait_for(f"step {step}", lambda: list(project.glob("runs/*/steps.txt")) and step in steps(the_run(project)), 120)
+
+
+def jobs_of(run: RunFolder) -> list[str]:
+    """The id of each job that ran for a run, one entry for each start."""
+    return [line.split()[0] for line in (run.path / "attempts.txt").read_text().splitlines()]
+
+
+def undisturbed(project: Path, *, starts: int = 1, jobs: int = 1) -> None:
+    """Same weights as without trouble; every step done once, in order; so many starts of so many jobs."""
+    run = the_run(project)
+    assert (project / "models/pretrain/weights").read_text() == UNDISTURBED
+    assert steps(run) == [1, 2, 3, 4]
+    assert len(jobs_of(run)) == starts
+    assert len(set(jobs_of(run))) == jobs
+
+
+def test_killed_orchestrator_is_re_attached(slurm: Cluster, project: Path, reach: Start) -> None:
+    first = reach()
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    second = program("tasks.pretrain")
+    wait_for("the second to attach", lambda: "following" in second.stdout.readline())
+    (project / "wait-pretrain-2").unlink()
+    assert "first step 1" in finish(second)  # the log is replayed
+    undisturbed(project)
+    assert "already made" in finish(program("tasks.pretrain"))
+
+
+def test_a_job_whose_id_was_never_stored_is_adopted(slurm: Cluster, project: Path, reach: Start) -> None:
+    first = reach()
+    os.killpg(first.pid, signal.SIGKILL)
+    (the_run(project).path / "job.json").unlink()
+    (project / "wait-pretrain-2").unlink()
+    finish(program("tasks.pretrain"))
+    undisturbed(project)
+
+
+def test_the_controller_dies_and_comes_back(slurm: Cluster, project: Path, reach: Start) -> None:
+    process = reach()
+    slurm.kill("slurmctld")
+    wait_for("the outage to be seen", lambda: "asking again" in process.stdout.readline(), 90)
+    (project / "wait-pretrain-2").unlink()
+    slurm.start_controller()
+    finish(process)
+    undisturbed(project)
+
+
+def test_submission_waits_for_a_controller(slurm: Cluster, project: Path) -> None:
+    slurm.kill("slurmctld")
+    process = program("tasks.pretrain")
+    wait_for("the outage to be seen", lambda: "again" in process.stdout.readline(), 90)
+    slurm.start_controller()
+    finish(process)
+    undisturbed(project)
+
+
+def test_a_node_dies_and_the_job_goes_on(slurm: Cluster, project: Path, reach: Start) -> None:
+    process = reach()
+    node = slurm.ask("squeue", "-h", "-o", "%N").strip()
+    pid = int((the_run(project).path / "steps.txt").read_text().split()[-1])
+    slurm.kill(f"slurmd-{node}")
+    os.kill(pid, signal.SIGKILL)  # with a node its processes die
+    (project / "wait-pretrain-2").unlink()
+    try:
+        finish(process)
+    finally:
+        slurm.start_node(int(node[1:]))
+    assert (project / "models/pretrain/weights").read_text() == UNDISTURBED
+    assert steps(the_run(project)) == [1, 2, 3, 4]
+
+
+def test_a_killed_rank_restarts_in_the_same_job(slurm: Cluster, project: Path) -> None:
+    (project / "die-pretrain-2").touch()
+    assert "restart 1 of 1" in finish(program("tasks.pretrain"))
+    undisturbed(project)
+
+
+def test_a_requeued_job_goes_on(slurm: Cluster, project: Path, reach: Start) -> None:
+    process = reach()
+    slurm.ask("scontrol", "requeue", the_run(project).job["id"])
+    wait_for("the job to wait", lambda: "R" not in slurm.ask("squeue", "-h", "-o", "%t").split(), 60)
+    (project / "wait-pretrain-2").unlink()
+    finish(process)
+    undisturbed(project, starts=2)
+
+
+def test_a_preempted_job_goes_on(slurm: Cluster, project: Path, reach: Start) -> None:
+    process = reach()
+    urgent = ["sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 3", "-o", "/dev/null"]
+    slurm.ask(*urgent)
+    run = the_run(project)
+    wait_for("preemption", lambda: slurm.ask("squeue", "-h", "-n", job_name(run), "-o", "%t").strip() == "PD", 90)
+    (project / "wait-pretrain-2").unlink()
+    finish(process)
+    undisturbed(project, starts=2)
+
+
+def test_a_time_limit_is_normal(slurm: Cluster, project: Path, reach: Start) -> None:
+    process = reach(2, "launch.slurm.time='1'", "launch.slurm.signal_seconds=60")
+    run = the_run(project)
+    wait_for("a second start", lambda: len(jobs_of(run)) == 2, 120)
+    (project / "wait-pretrain-2").unlink()
+    assert "starting again from the last checkpoint" in finish(process)
+    undisturbed(project, starts=2)
+
+
+def test_cancelling_ends_the_job_and_the_next_goes_on(slurm: Cluster, project: Path, reach: Start) -> None:
+    process = reach()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    run = the_run(project)
+    wait_for("the job to end", lambda: not slurm.ask("squeue", "-h", "-n", job_name(run), "-t", "R,PD").strip(), 30)
+    (project / "wait-pretrain-2").unlink()
+    finish(program("tasks.pretrain"))
+    undisturbed(project, starts=2, jobs=2)
+
+
+def test_a_waiting_job_runs_what_was_submitted(slurm: Cluster, project: Path) -> None:
+    blocker = slurm.ask("sbatch", "--parsable", "-N2", "--exclusive", "--wrap", "sleep 300", "-o", "/dev/null").strip()
+    process = program("tasks.pretrain")
+    wait_for("the job to queue", lambda: list(project.glob("runs/*/job.json")), 60)
+    source = project / "tasks/pretrain.py"
+    source.write_text(source.read_text().replace('"first"', '"second"'))
+    slurm.ask("scancel", blocker)
+    assert "PENDING" in finish(process)
+    undisturbed(project)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("launch.slurm.partition=nosuch", "invalid partition specified: nosuch; `sinfo -s` lists the partitions"),
+        ("launch.slurm.nodes=3", "no node has what launch.slurm asks for"),
+        ("launch.slurm.gpus_per_node=7", "no node has what launch.slurm asks for"),
+        ("launch.slurm.time=soon", "launch.slurm.time"),
+    ],
+)
+def test_requests_that_cannot_be(slurm: Cluster, project: Path, override: str, line: str) -> None:
+    process = program("tasks.pretrain", override)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 2
+    assert line in text
+    assert "Traceback" not in text
+
+
+def test_without_sbatch(slurm: Cluster, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    process = program("tasks.pretrain")
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 2
+    assert "squeue is not on the PATH of this machine; run this on the cluster's login node" in text

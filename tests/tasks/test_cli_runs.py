@@ -1,0 +1,91 @@
+"""The commands over runs, called as a person would, on the toy project."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cli.runs import COMMANDS
+from tests.tasks.test_runs import at_step, finish, program, steps, the_run
+
+app = typer.Typer()
+for command in COMMANDS:
+    app.command()(command)
+
+
+def llada(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def test_a_runs_life(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (project / "wait-pretrain-2").touch()
+    job = program("tasks.pretrain")
+    at_step(project, 2)
+    line = next(text for text in llada("status").splitlines() if "pretrain-" in text)
+    assert "running" in line
+    assert " 2" in line
+    assert "first step 2" in llada("logs", "pretrain")
+    assert "checkpoints" not in llada("gc", "--yes")
+    assert "stopped" in llada("cancel", "pretrain")
+    assert job.wait(timeout=60) == 1
+    assert "stopped" in llada("status")
+    assert "is not running (stopped)" in llada("cancel", "pretrain", code=2)
+    finish(program("tasks.pretrain"))
+    assert steps(the_run(project)) == [1, 2, 3, 4]
+    assert "done" in llada("status")
+    assert "checkpoints of a finished run" in llada("gc", "--yes")
+    assert not (the_run(project).path / "checkpoints").exists()
+    assert "nothing to free" in llada("gc")
+    assert "no run 'nope'" in llada("logs", "nope", code=2)
+
+
+def test_plan_shows_the_script_and_starts_nothing(project: Path) -> None:
+    text = llada("plan", "pretrain")
+    assert "-m tasks.pretrain" in text
+    assert not the_run(project).job
+    slurm = "launch={kind: slurm, slurm: {nodes: 2, partition: big, setup: [module load x]}, processes: 4}"
+    text = llada("plan", "pretrain", "-S", slurm)
+    for line in (
+        "#SBATCH --nodes=2",
+        "#SBATCH --partition=big",
+        "module load x",
+        "--num_processes 8",
+        "--machine_rank",
+    ):
+        assert line in text
+
+
+def test_accept_keeps_outputs_as_valid(project: Path) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", "sft"], check=True)
+    with (project / "tasks/pretrain.py").open("a") as file:
+        file.write("# a remark\n")
+    llada("accept", "pretrain")
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "status", "sft", "pretrain"], capture_output=True, text=True, check=True
+    )
+    assert "up to date" in done.stdout
+
+
+def test_run_says_what_it_made(project: Path) -> None:
+    shutil.rmtree(project / "tasks/__pycache__", ignore_errors=True)
+    assert "llada status" in llada("run", "--upto", "sft")
+    assert (project / "models/sft/weights").exists()
+    assert "unknown key" in llada("run", "-S", "sft.max_stepz=1", code=2)
+
+
+def test_doctor_finds_this_machine_fit(project: Path) -> None:
+    text = llada("doctor")
+    assert "BAD" not in text
+    assert "file locks" in text
+    os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
+    try:
+        assert "metrics are kept" in llada("doctor", code=1)
+    finally:
+        del os.environ["MLFLOW_TRACKING_URI"]
