@@ -56,7 +56,7 @@ def sampling_params(
     use the sampler's names. `max_gen_toks` counts only if no length is set, `temperature` only if `do_sample` is not
     false. A length given alone takes blocks and steps along. Raises `ConfigError` for unknown names or bad values.
     """
-    values = {k: v for k, v in settings.sampling.items() if v is not None}
+    values: dict[str, Any] = {k: v for k, v in settings.sampling.items() if v is not None}
     asked = {OTHER_NAMES.get(k, k): v for k, v in (asked or {}).items()}
     for key in asked:
         if key not in SAMPLER_FIELDS and key not in _IGNORED:

@@ -91,13 +91,13 @@ def read_puzzles(path: Path) -> list[dict[str, str | bool]]:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
     if not lines:
         raise ConfigError(f"{path}: empty; expected one puzzle a line")
-    rows = []
+    rows: list[dict[str, str | bool]] = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             answer = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"], sort_keys=True)
-            told = {"id": str(row["id"]), "in_training": bool(row.get("in_training", False)), "answer": answer}
-            rows.append({**told, "task": str(row["task"]), "prompt": str(row["prompt"])})
+            texts = {key: str(row[key]) for key in ("id", "task", "prompt")}
+            rows.append({**texts, "answer": answer, "in_training": bool(row.get("in_training", False))})
         except (ValueError, KeyError, TypeError):
             expected = ", ".join(PUZZLE_FIELDS)
             raise ConfigError(f"{path}, line {number}: expected a JSON object with {expected}") from None
@@ -126,7 +126,7 @@ def _group(recipe: Recipe, files: Path | None) -> dict[str, Any]:
         change = dict(recipe.local.change)
         inner = change.get("dataset_kwargs")
         if isinstance(inner, dict):
-            change["dataset_kwargs"] = {k: str(files / v) for k, v in inner.items()}
+            change["dataset_kwargs"] = {k: str(files / str(v)) for k, v in inner.items()}
         else:
             group["dataset_path"] = str(files)
         group |= change
