@@ -3,12 +3,13 @@
 Knows the ways in: published layouts, masked-LMs, adapters, quantised weights; does not know registries or hashes.
 """
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig
 
 from llada_core.families import SpecialTokens
@@ -17,18 +18,30 @@ from llada_core.modeling.config import LLaDAConfig
 from llada_core.modeling.masked_lm import MaskedLM
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.modeling.special import special_tokens_of
-from llada_core.modeling.strict import require_all_weights, require_folder_or_name, require_weight_files
+from llada_core.modeling.strict import require_folder, require_loaded, weight_shapes
 
 Device = str | torch.device | dict[str, Any]
 
 
 def load_config(name_or_path: str | Path) -> Any:
     """The transformers config of a model folder or Hub name, checked where it is of the LLaDA family."""
-    require_folder_or_name(Path(name_or_path), "config.json")
-    config = AutoConfig.from_pretrained(str(name_or_path))
+    folder = _folder(name_or_path)
+    require_folder(folder, "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'}: not JSON: {error}") from None
     if isinstance(config, LLaDAConfig):
         config.architecture()
     return config
+
+
+def _folder(name_or_path: str | Path) -> Path:
+    """The folder itself, or the local copy of a Hub repository (fetched or cached), without pickles or code."""
+    path = Path(name_or_path)
+    if path.is_dir() or path.is_absolute() or str(path).startswith(".") or len(path.parts) != 2:
+        return path
+    return Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
 
 
 def load_model(
@@ -47,7 +60,7 @@ def load_model(
     False. Raises `FileNotFoundError` (no config, no weights) or `ValueError` (unsupported config; a missing,
     unexpected, mismatched or unreadable weight; special tokens that nobody names), each in one line.
     """
-    folder = Path(name_or_path)
+    folder = _folder(name_or_path)
     if is_adapter(folder):
         base = load_model(base_of(folder), dtype=dtype, device=device, special_tokens=special_tokens, bits=bits)
         load_adapter(base, folder)
@@ -55,34 +68,26 @@ def load_model(
             merge_adapter(base)
         return base.eval()
     config = load_config(folder)
-    if folder.is_dir():
-        require_weight_files(folder)
     ours = isinstance(config, LLaDAConfig)
     rows = config.architecture().vocab_rows if ours else config.vocab_size
     if special_tokens is None:
-        special_tokens = special_tokens_of(name_or_path, config.published() if ours else config.to_dict(), rows)
+        special_tokens = special_tokens_of(folder, config.published() if ours else config.to_dict(), rows)
     special_tokens.check(rows)
     how = {
         "dtype": "auto" if dtype is None else dtype,
         "device_map": _device_map(device, bits),
         "quantization_config": _quantization(bits, dtype),
     }
-    model = _weights(name_or_path, config, {k: v for k, v in how.items() if v is not None})
+    auto = AutoModelForCausalLM if ours else AutoModelForMaskedLM
+    weight_shapes(folder)  # so that an absent or damaged file is told in one line, for masked-LMs too
+    model, info = auto.from_pretrained(
+        folder, config=config, use_safetensors=True, output_loading_info=True, **{k: v for k, v in how.items() if v}
+    )
+    require_loaded(str(folder), info)
     if not ours:
         return MaskedLM(model, special_tokens).eval()
     model.name_special_tokens(special_tokens)
     return model.eval()
-
-
-def _weights(name_or_path: str | Path, config: Any, how: dict[str, Any]) -> Any:
-    auto = AutoModelForCausalLM if isinstance(config, LLaDAConfig) else AutoModelForMaskedLM
-    strictly = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    try:
-        model, info = auto.from_pretrained(str(name_or_path), config=config, **strictly, **how)
-    except SafetensorError as error:
-        raise ValueError(f"{name_or_path}: a weight file is damaged or cut short: {error}") from None
-    require_all_weights(str(name_or_path), info, other_heads=not isinstance(config, LLaDAConfig))
-    return model
 
 
 def _device_map(device: Device | None, bits: int | None) -> str | dict[str, Any] | None:

@@ -4,6 +4,7 @@ Knows the forward pass; does not know files, tokenizers or losses' weights.
 Shapes: B batch, W tokens fed, T attended positions, P asked-for positions, D width, V vocabulary rows, E experts.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from llada_core.modeling.block import LLaDABlock, RMSNorm, Surroundings, key_bia
 from llada_core.modeling.cache import KVCache
 from llada_core.modeling.config import LLaDAConfig, LLaDAMoEConfig
 from llada_core.modeling.experts import Routing
-from llada_core.modeling.names import register_names
+from llada_core.modeling.names import published_shapes, register_names
 from llada_core.modeling.nll import projected_nll
 from llada_core.modeling.predictor import MaskPredictor, Prediction, RouterLosses
 from llada_core.modeling.rope import RotaryTables
 from llada_core.modeling.router import router_losses as losses_of
-from llada_core.modeling.strict import require_all_weights
+from llada_core.modeling.strict import require_weights
 
 
 class Transformer(nn.Module):
@@ -63,12 +64,14 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         self.post_init()  # type: ignore[operator]
 
     @classmethod
-    def from_pretrained(cls, name: str, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers', but a missing, unexpected or mismatched weight is a `ValueError` and no report."""
-        kwargs["ignore_mismatched_sizes"] = True  # they are told with all the others
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        require_all_weights(str(name), info)
-        return (model, info) if output_loading_info else model
+    def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but a folder must hold exactly the weights of its config.json, else `ValueError`."""
+        if Path(name).is_dir():
+            config = kwargs.get("config") or cls.config_class.from_pretrained(name)
+            with torch.device("meta"):
+                expected = cls(config).state_dict()
+            require_weights(Path(name), published_shapes(expected, sparse=config.architecture().moe is not None))
+        return super().from_pretrained(name, *args, **kwargs)
 
     def name_special_tokens(self, special: SpecialTokens) -> None:
         """Makes `special` this model's, and lets its config.json name them when it is saved."""

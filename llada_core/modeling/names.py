@@ -3,6 +3,9 @@
 Knows names; does not know files. The dense family needs no entry: its names are the modules' own.
 """
 
+from collections.abc import Mapping
+
+from torch import Tensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
@@ -34,6 +37,23 @@ def published_name(own: str) -> str:
     for theirs, ours in reversed(_RENAMED.items()):
         own = own.replace(ours, theirs)
     return own
+
+
+def published_shapes(own: Mapping[str, Tensor], *, sparse: bool) -> dict[str, tuple[int, ...]]:
+    """Published name and shape of every weight of a state dict of ours; experts one by one."""
+    if not sparse:
+        return {name: tuple(weight.shape) for name, weight in own.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, weight in own.items():
+        stem, dot, stack = published_name(name).partition(".experts.")
+        if not dot:
+            shapes[stem] = tuple(weight.shape)
+            continue
+        n_experts, rows, columns = weight.shape
+        parts = {"down_proj": rows} if stack == "down" else {"gate_proj": rows // 2, "up_proj": rows // 2}
+        for part, height in parts.items():
+            shapes.update({f"{stem}.experts.{e}.{part}.weight": (height, columns) for e in range(n_experts)})
+    return shapes
 
 
 def register_names() -> None:

@@ -1,6 +1,6 @@
-"""Is a folder a whole model, and did all of its weights fit? One line of error if not.
+"""Is a folder a whole model, with exactly the weights that its config.json describes? One line of error if not.
 
-Knows transformers' loading report and the layout of weight files; does not know any architecture.
+Knows the layout of weight files, read by their headers alone; does not know any architecture.
 """
 
 import json
@@ -8,46 +8,77 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 
-def require_all_weights(name: str, info: Mapping[str, Any], *, other_heads: bool = False) -> None:
-    """`ValueError` unless every weight expected was found, fitted and (save `other_heads`) no other was there."""
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def require_folder(folder: Path, needed: str) -> None:
+    """`FileNotFoundError` unless `folder` is there and holds the file `needed`."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder (a Hub name has the form owner/name)")
+    if not (folder / needed).is_file():
+        raise FileNotFoundError(f"{folder}: no {needed} there, so it is no model folder")
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight stored in the folder, from the headers of its safetensors files.
+
+    `FileNotFoundError` for an absent file, `ValueError` for a damaged one.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as stored:
+                shapes.update({key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()})  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged or cut short: {error}") from None
+    return shapes
+
+
+def require_weights(folder: Path, expected: Shapes) -> None:
+    """`ValueError` unless the folder stores exactly the `expected` weights; tells the first of each kind of mistake."""
+    found = weight_shapes(folder)
     complaints = {
-        "missing": sorted(info["missing_keys"]),
-        "unexpected": [] if other_heads else sorted(info["unexpected_keys"]),
-        "of another shape": sorted(f"{k} {tuple(a)} instead of {tuple(b)}" for k, a, b in info["mismatched_keys"]),
-        "unreadable": sorted(str(message) for message in info["error_msgs"]),
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{key} {found[key]}, not {shape}"
+            for key, shape in expected.items()
+            if key in found and found[key] != tuple(shape)
+        ],
     }
     told = [f"{what}: {', '.join(names[:3])}{_more(len(names) - 3)}" for what, names in complaints.items() if names]
     if told:
-        raise ValueError(f"{name}: the weights are not those that config.json describes; {'; '.join(told)}")
+        raise ValueError(f"{folder}: the weights are not those that config.json describes; {'; '.join(told)}")
+
+
+def require_loaded(name: str, info: Mapping[str, Any]) -> None:
+    """`ValueError` if transformers' loading report lists a weight that was expected and not filled."""
+    lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"]), *info["error_msgs"]]
+    if lost:
+        raise ValueError(
+            f"{name}: weights that the model needs were not found there, such as {sorted(map(str, lost))[0]}"
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        hint = "; pickled weights are not read, convert them to safetensors" if pickled else ""
+        raise FileNotFoundError(f"{folder}: neither {single.name} nor {index.name} there{hint}")
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError):
+        raise ValueError(f"{index}: not an index of weight files (JSON with a weight_map)") from None
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{folder}: the index names weight files that are not there: {', '.join(absent)}")
+    return [folder / shard for shard in shards]
 
 
 def _more(count: int) -> str:
     return f" and {count} more" if count > 0 else ""
-
-
-def require_folder_or_name(folder: Path, needed: str) -> None:
-    """`FileNotFoundError` unless `folder` holds the file `needed`, or is no folder but reads like a Hub name."""
-    if folder.is_dir():
-        if not (folder / needed).is_file():
-            raise FileNotFoundError(f"{folder}: no {needed} there, so it is no model folder")
-    elif folder.exists() or folder.is_absolute() or str(folder).startswith(".") or len(folder.parts) != 2:
-        raise FileNotFoundError(f"{folder}: no such folder (a Hub name has the form owner/name)")
-
-
-def require_weight_files(folder: Path) -> None:
-    """`FileNotFoundError` unless the folder has its safetensors, every shard that the index names included."""
-    if (folder / "model.safetensors").is_file():
-        return
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        hint = "; pickled weights are not read, convert them to safetensors" if pickled else ""
-        raise FileNotFoundError(f"{folder}: neither model.safetensors nor model.safetensors.index.json there{hint}")
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError):
-        raise ValueError(f"{index}: not an index of weight files (JSON with a weight_map)") from None
-    absent = sorted(shard for shard in shards if not (folder / shard).is_file())
-    if absent:
-        raise FileNotFoundError(f"{folder}: the index names weight files that are not there: {', '.join(absent)}")

@@ -10,7 +10,11 @@ from tests.reference import GOLDEN, arrays, golden_model
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 PLAIN = ["a", "b", "c_left", "d_right", "e_hole", "f_single"]
-FOLDERS = {"logits_llada": "llada_tiny", "logits_llada_gqa": "llada_tiny_gqa_qknorm_bias", "logits_moe": "llada_moe_tiny"}
+FOLDERS = {
+    "logits_llada": "llada_tiny",
+    "logits_llada_gqa": "llada_tiny_gqa_qknorm_bias",
+    "logits_moe": "llada_moe_tiny",
+}
 
 
 def predict(model, file, case, **options):
@@ -64,7 +68,7 @@ def test_bfloat16():
 
 
 def test_tied_head(tmp_path):
-    """The reference ties the embedding of llada_tiny; the folder made here has no ff_out, as a tied one is published."""
+    """The reference ties the embedding of llada_tiny; here ff_out is left out of the folder, as in a published one."""
     import json
 
     from safetensors.torch import load_file, save_file
