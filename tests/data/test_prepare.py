@@ -116,7 +116,7 @@ def texts(tmp_path):
     lines = [
         json.dumps({"text": f"Sentence number {i} of a text that was made for a test. " * 3}) for i in range(12_000)
     ]
-    (tmp_path / "text.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
+    (tmp_path / "text.jsonl").write_text("\n".join([*lines, "", *lines[1000:2000]]) + "\n")
     return tmp_path
 
 
