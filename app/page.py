@@ -24,7 +24,6 @@ def build(desk: Desk) -> gr.Blocks:
     """The page around a desk."""
     with gr.Blocks(title="lladaflow", analytics_enabled=False, fill_width=True) as page:
         session = gr.State(None, time_to_live=KEEP_SECONDS)
-        page.load(lambda: ChatSession(), None, session, queue=False, show_progress="hidden", api_visibility="private")
         with gr.Sidebar(width=340):
             gr.Markdown("## lladaflow\nA language model that writes by unmasking.")
             side = panel.build(desk)
@@ -35,12 +34,15 @@ def build(desk: Desk) -> gr.Blocks:
         with gr.Tab("Infill"):
             infill.build(desk, side)
         with gr.Tab("Compare"):
-            compare.build(desk, side)
+            models = [side.model, *compare.build(desk, side)]
         with gr.Tab("Replay") as tab:
             replay.build(desk, session, side.model, tab)
         with gr.Tab("Model") as tab:
             model.build(desk, side, tab)
         remote.build(desk)
+        known = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        page.load(lambda: [gr.update(choices=panel.choices(desk))] * len(models), None, models, **known)
+        page.load(lambda: ChatSession(), None, session, **known)
     return page.queue(max_size=64)
 
 

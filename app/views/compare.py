@@ -12,7 +12,7 @@ from app.desk import Desk, paced, told
 from app.engine import Engine
 from app.render import canvas, notice, table
 from app.session import ChatSession
-from app.views.panel import Panel, Values
+from app.views.panel import Panel, Values, choices
 from llada_core.config.sampling import SamplingParams
 from llada_core.sampling.trace import Frame
 
@@ -88,8 +88,8 @@ def _run_of(
         yield canvas(chat.last.trace.cells(frame, engine.decode), f"{chat.last.counts.sentence()} {chat.last.note}")
 
 
-def build(desk: Desk, panel: Panel) -> None:
-    """Draws the view and wires it."""
+def build(desk: Desk, panel: Panel) -> list[gr.Dropdown]:
+    """Draws the view and wires it; returns the two choices of a model."""
     with gr.Row():
         first = (desk.catalogue.examples(desk.model) or [""])[0]
         question = gr.Textbox(label="Question for both", value=first, scale=5, elem_id="question")
@@ -103,14 +103,14 @@ def build(desk: Desk, panel: Panel) -> None:
     wiring: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private", **desk.queue()}
     event = run.click(view.run, {question, *chosen, *panel.inputs}, outputs, **wiring)
     stop.click(None, cancels=[event], queue=False, api_visibility="private")
+    return [side.model for side in sides]
 
 
 def _side(desk: Desk, name: str, preset: str) -> Side:
     with gr.Column(min_width=320):
-        names = desk.catalogue.names()
         with gr.Row():
             model = gr.Dropdown(
-                names if desk.model in names else [desk.model, *names], value=desk.model, label="Model",
+                choices(desk), value=desk.model, label="Model",
                 allow_custom_value=True, elem_id=f"{name}-model", min_width=140,
             )  # fmt: skip
             choice = gr.Dropdown(

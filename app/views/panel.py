@@ -44,10 +44,12 @@ class Panel:
 def build(desk: Desk) -> Panel:
     """Draws the sidebar and wires presets to knobs."""
     start = desk.catalogue.recommended(desk.model)
-    names = desk.catalogue.names()
-    choices = names if desk.model in names else [desk.model, *names]
     model = gr.Dropdown(
-        choices, value=desk.model, label="Model", allow_custom_value=True, info="an alias, a version, or a model folder"
+        choices(desk),
+        value=desk.model,
+        label="Model",
+        allow_custom_value=True,
+        info="an alias, a version, or a model folder",
     )
     preset = gr.Radio(["recommended", *settings.PRESETS], value="recommended", label="Preset")
     exact = gr.HTML(notice(settings.exactness(start)), elem_id="exactness", apply_default_css=False)
@@ -82,13 +84,17 @@ def build(desk: Desk) -> Panel:
             return [*[gr.skip()] * len(panel.knobs), notice(sentence(error), "bad")]
 
     outputs = [*panel.knobs.values(), exact]
-    preset.input(choose, {preset, model, *panel.knobs.values()}, outputs, queue=False, api_visibility="private")
-    model.change(choose, {preset, model, *panel.knobs.values()}, outputs, queue=False, api_visibility="private")
+    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    preset.input(choose, {preset, model, *panel.knobs.values()}, outputs, **quick)
+    model.change(choose, {preset, model, *panel.knobs.values()}, outputs, **quick)
     for knob in panel.knobs.values():
-        knob.input(
-            describe, {*panel.knobs.values()}, exact, queue=False, show_progress="hidden", api_visibility="private"
-        )
+        knob.input(describe, {*panel.knobs.values()}, exact, trigger_mode="multiple", **quick)
     return panel
+
+
+def choices(desk: Desk) -> list[str]:
+    """The models that can be chosen; any other name can be typed."""
+    return list(dict.fromkeys([desk.model, *desk.catalogue.names()]))
 
 
 def _component(knob: settings.Knob, value: Any) -> gr.components.Component:

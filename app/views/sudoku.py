@@ -115,4 +115,4 @@ def build(desk: Desk, panel: Panel) -> None:
     stop.click(None, cancels=[event], queue=False, api_visibility="private")
     new.click(view.draw, None, [*cells, board, word], **quick)
     clear.click(lambda: [""] * sudoku.CELLS, None, cells, **quick).then(view.check, cells, [board, word], **quick)
-    gr.on([cell.input for cell in cells], view.check, cells, [board, word], trigger_mode="always_last", **quick)
+    gr.on([cell.input for cell in cells], view.check, cells, [board, word], trigger_mode="multiple", **quick)

@@ -59,7 +59,7 @@ def test_sixteen_at_once_are_all_answered(page_url):
     def ask(number):
         try:
             answers.append(clients[number].predict(f"{number} + 1", "exact", 8, api_name="/chat"))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever fails, fails the test
             failures.append(error)
 
     threads = [threading.Thread(target=ask, args=(n,)) for n in range(16)]
@@ -71,7 +71,9 @@ def test_sixteen_at_once_are_all_answered(page_url):
     assert [a["steps"] for a in answers] == [8] * 16
 
 
-@pytest.mark.parametrize("path", ["/etc/hostname", str(ROOT / "pyproject.toml"), "pyproject.toml", "../../etc/hostname"])
+@pytest.mark.parametrize(
+    "path", ["/etc/hostname", str(ROOT / "pyproject.toml"), "pyproject.toml", "../../etc/hostname"]
+)
 def test_no_file_outside_the_page_is_served(page_url, path):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{page_url}gradio_api/file={path}")
@@ -100,7 +102,10 @@ def test_a_taken_port_is_one_line(tmp_path, model_folder):
         port = taken.getsockname()[1]
         done = run("--model", str(model_folder), "--port", str(port), cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == f"error: port {port} on 127.0.0.1 is taken (Address already in use); choose another: --port {port + 1}\n"
+    assert (
+        done.stderr
+        == f"error: port {port} on 127.0.0.1 is taken (Address already in use); choose another: --port {port + 1}\n"
+    )
 
 
 def test_no_model_named_anywhere_is_one_line(tmp_path):

@@ -23,7 +23,8 @@ def test_gaps_become_masks_where_they_stand():
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("no gap", "Mark where"), ("[[0]]", "length 0"), ("a[[999999999]]", "at most 100"), ("", "Mark where")]
+    ("text", "says"),
+    [("no gap", "Mark where"), ("[[0]]", "length 0"), ("a[[999999999]]", "at most 100"), ("", "Mark where")],
 )
 def test_texts_that_cannot_be_filled_are_refused(text, says):
     with pytest.raises(Refused, match=says):
@@ -40,12 +41,16 @@ def test_pins_are_positions_of_the_answer():
 
 def test_a_gap_is_filled_and_the_rest_stays(engine):
     template = with_gaps("12[[3]]5", engine.encode, engine.mask_id, 100)
-    params = for_template(SamplingParams(max_new_tokens=64, block_length=64, steps=64, stop_at_eos=True), 3, len(template))
+    params = for_template(
+        SamplingParams(max_new_tokens=64, block_length=64, steps=64, stop_at_eos=True), 3, len(template)
+    )
     writing = Writing()
     frames = list(writing.run(engine.fill(template, params), engine.decode))
     assert len(frames) == 3
     final = frames[-1].tokens.tolist()
-    assert [t for t, m in zip(final, template, strict=True) if m != engine.mask_id] == engine.encode("12") + engine.encode("5")
+    assert [t for t, m in zip(final, template, strict=True) if m != engine.mask_id] == engine.encode(
+        "12"
+    ) + engine.encode("5")
     cells = writing.trace.cells(frames[-1], engine.decode)
     assert [c.state for c in cells][:2] == ["given", "given"]
     assert writing.counts.tokens == 3

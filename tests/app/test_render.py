@@ -40,7 +40,14 @@ def test_direction_signs_and_half_surrogates_are_shown_by_number_or_replaced():
 
 
 def test_white_space_is_visible_and_huge_tokens_are_cut():
-    assert [printable(t) for t in ("\n", " ", "  ", "\t", " word", "two\nlines")] == ["⏎", "␣", "␣␣", "⇥", "word", "two⏎lines"]
+    assert [printable(t) for t in ("\n", " ", "  ", "\t", " word", "two\nlines")] == [
+        "⏎",
+        "␣",
+        "␣␣",
+        "⇥",
+        "word",
+        "two⏎lines",
+    ]
     assert len(printable("a" * 10_000)) == 64
     assert printable("\u05d0\u05d1") == "\u05d0\u05d1"  # Hebrew itself is no control
 

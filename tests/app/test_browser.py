@@ -1,0 +1,292 @@
+"""The page in a real browser: Debian's Chromium, driven by Playwright."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.catalogue import Catalogue
+from app.desk import Desk
+from app.writing import Refused
+from llada_core.config.sampling import SamplingParams
+from tests.app.conftest import free_port
+from tests.app.oracle import oracle
+
+pytestmark = pytest.mark.browser
+CHROMIUM = Path("/usr/bin/chromium")
+PUZZLE = "1030340020030001"
+SOLVED = "1234341221434321"
+
+
+class Moving:
+    """A shelf whose champion can be moved or removed while the page is open."""
+
+    def __init__(self) -> None:
+        self.engines = {"champion": oracle("champion"), "other": oracle("other", "Something else.")}
+
+    def get(self, name):
+        if name not in self.engines:
+            raise Refused(f"There is no model {name!r}.")
+        engine = self.engines[name]
+        return engine, "" if engine.name == name else f"{name} moved: another version answers from now on."
+
+
+class Known(Catalogue):
+    """The catalogue of the oracle."""
+
+    def names(self):
+        return ["champion", "other"]
+
+    def recommended(self, name):
+        return SamplingParams(max_new_tokens=24, block_length=24, steps=24, stop_at_eos=False)
+
+    def knows_sudoku(self, name):
+        return True
+
+    def examples(self, name):
+        return [f"Solve the sudoku {PUZZLE}"]
+
+    def scores(self, name):
+        return [("sudoku", "97.0 % of 500 questions")]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    return Desk(Moving(), Known(tmp_path_factory.mktemp("project")), "champion", pace=0)
+
+
+@pytest.fixture(scope="module")
+def url(desk) -> Iterator[str]:
+    from app import page
+    from app.__main__ import options
+
+    blocks = page.build(desk)
+    blocks.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, **options())
+    yield blocks.local_url
+    blocks.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is missing; install it: apt-get install -y chromium")
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is missing; pip install playwright")
+    with sync.sync_playwright() as play:
+        started = play.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def tab(browser, url):
+    page = opened(browser, url)
+    yield page
+    assert page.faults == []
+    page.close()
+
+
+def opened(browser, url, **options):
+    """A page that remembers what went wrong on it, and what it asked of other hosts."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, **options)
+    page.set_default_timeout(30_000)
+    page.faults = []
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
+    page.on("dialog", lambda dialog: (page.faults.append(dialog.message), dialog.dismiss()))
+    page.on(
+        "request",
+        lambda r: (
+            None if r.url.startswith((url.split("?")[0], "data:", "blob:", "about:")) else page.faults.append(r.url)
+        ),
+    )
+    page.goto(url)
+    page.wait_for_selector("#send")
+    return page
+
+
+def ask(page, text):
+    page.fill("#message textarea", text)
+    page.press("#message textarea", "Enter")
+
+
+def answer(page, number=-1):
+    said = page.locator("#talk .turn.model")
+    page.wait_for_function(
+        "() => !document.querySelector('#talk .wait') && document.querySelector('#talk .turn.model')"
+    )
+    return said.nth(number).locator(".said").inner_text()
+
+
+def pick(page, name):
+    page.get_by_role("tab", name=name).click()
+
+
+def choose(page, box, value):
+    page.fill(f"{box} input", value)
+    page.press(f"{box} input", "Enter")
+
+
+def test_a_sudoku_is_asked_from_an_example_and_solved(tab):
+    tab.get_by_text(f"Solve the sudoku {PUZZLE}").click()
+    tab.wait_for_function("() => document.querySelector('#message textarea').value.includes('sudoku')")
+    tab.click("#send")
+    assert answer(tab) == SOLVED
+    assert re.search(r"24 steps · 24 forwards · 1\.00 tokens per forward", tab.inner_text("#talk"))
+    assert tab.locator("#talk .tiles i").count() == 24
+
+
+def test_the_grid_is_typed_by_keyboard_solved_and_checked(tab):
+    pick(tab, "Sudoku")
+    tab.focus("#cell-0-0 input, #cell-0-0 textarea")
+    for digit in PUZZLE:
+        if digit != "0":
+            tab.keyboard.type(digit)
+        tab.keyboard.press("Tab")
+    tab.click("#solve")
+    tab.wait_for_selector("#verdict :text('Solved')")
+    assert "".join(tab.locator("#board i").all_inner_texts()) == SOLVED
+    tab.focus("#cell-0-1 input, #cell-0-1 textarea")
+    tab.keyboard.type("1")
+    tab.wait_for_selector("#board i.x")
+    assert "Two equal digits" in tab.inner_text("#verdict")
+
+
+def test_stop_keeps_what_is_there(tab):
+    tab.get_by_label("number input for Steps shown a second").fill("2")
+    tab.keyboard.press("Tab")
+    ask(tab, "hello")
+    tab.wait_for_selector("#talk .tiles i.f")
+    tab.click("#stop")
+    tab.wait_for_selector("#talk :text('Stopped')")
+    assert 0 < tab.locator("#talk .tiles i.d").count() < 24
+
+
+def test_several_turns_edit_undo_again_and_copy(tab):
+    ask(tab, "one")
+    assert answer(tab) == "I know sudokus only."
+    ask(tab, "two")
+    tab.wait_for_function("() => document.querySelectorAll('#talk .turn.model').length == 2")
+    answer(tab)
+    tab.click("#undo")
+    tab.wait_for_function("() => document.querySelectorAll('#talk .turn.model').length == 1")
+    assert tab.input_value("#message textarea") == "two"
+    tab.click("#again")
+    assert answer(tab) == "I know sudokus only."
+    tab.locator("#talk .turn.user button", has_text="Edit").first.click()
+    tab.wait_for_function("() => document.querySelector('#message textarea').value == 'one'")
+    ask(tab, f"Solve the sudoku {PUZZLE}")
+    tab.wait_for_function(f"() => document.querySelector('#talk').innerText.includes('{SOLVED}')")
+    assert tab.locator("#talk .turn.user").count() == 1
+    tab.locator("#talk .turn.model button", has_text="Copy").click()
+    assert tab.evaluate("() => getSelection().toString()").strip() == SOLVED
+
+
+def test_a_message_cannot_become_part_of_the_page(tab):
+    nasty = "<script>alert(1)</script><img src=x onerror=alert(2)> ${alert(3)} {{value}} \u202e"
+    ask(tab, nasty)
+    answer(tab)
+    assert tab.locator("#talk .turn.user .said").inner_text() == nasty.replace("\u202e", "\ufffd")
+    assert tab.locator("#talk img, #talk script").count() == 0
+    ask(tab, "")
+    tab.wait_for_selector("#talk :text('the message is empty')")
+
+
+def test_nothing_moves_while_the_model_writes(tab):
+    places = """() => ['#message', '#send', '#examples', '#line'].map(
+        name => document.querySelector(name).getBoundingClientRect().top)"""
+    before = tab.evaluate(places)
+    ask(tab, "hello")
+    tab.wait_for_selector("#talk .tiles i.f")
+    assert tab.evaluate(places) == before
+    answer(tab)
+    assert tab.evaluate(places) == before
+
+
+def test_replay_slides_shades_saves_and_shows_runners_up(tab, tmp_path):
+    ask(tab, f"Solve the sudoku {PUZZLE}")
+    answer(tab)
+    pick(tab, "Replay")
+    inside = tab.frame_locator("#replay iframe")
+    inside.locator("#at").wait_for()
+    assert "step 24 of 24" in inside.locator("#where").inner_text()
+    inside.locator("#at").fill("4")
+    assert inside.locator("#tiles i.m").count() == 19
+    assert inside.locator("#tiles i.f").count() == 1
+    inside.locator("#shade").select_option("o")
+    assert sorted(t for t in inside.locator("#tiles i.d").all_inner_texts()) == ["1", "2", "3", "4", "5"]
+    tab.click("#runners")
+    tab.wait_for_timeout(0)
+    inside.locator("#at").wait_for()
+    tab.wait_for_function("() => document.querySelector('#replay iframe').srcdoc.includes('\"runners\":{\"')")
+    inside.locator("#tiles i").first.hover()
+    inside.locator("#about", has_text="Runners-up").wait_for()
+    with tab.expect_download() as saved:
+        inside.locator("#save").click()
+    saved.value.save_as(tmp_path / "saved.html")
+    tab.goto(f"file://{tmp_path}/saved.html")
+    tab.faults.clear()
+    assert tab.locator("#tiles i").count() == 24
+    assert "step 24 of 24" in tab.inner_text("#where")
+
+
+def test_gaps_are_filled(tab):
+    pick(tab, "Infill")
+    tab.fill("#gaps textarea", "1+[[2]]=4")
+    tab.click("#fill")
+    tab.wait_for_function("() => document.querySelector('#infilled-text textarea').value == '1+33=4'")
+    tab.fill("#gaps textarea", "no gap here")
+    tab.click("#fill")
+    tab.wait_for_selector("#infilled :text('Mark where the model shall write')")
+
+
+def test_two_versions_answer_side_by_side(tab):
+    pick(tab, "Compare")
+    choose(tab, "#right-model", "other")
+    choose(tab, "#right-preset", "exact")
+    tab.fill("#question textarea, #question input", "hello")
+    tab.click("#compare")
+    tab.wait_for_function(
+        "() => document.querySelector('#left-answer textarea').value && document.querySelector('#right-answer textarea').value"
+    )
+    assert tab.input_value("#left-answer textarea") == "I know sudokus only."
+    assert tab.input_value("#right-answer textarea") == "Something else."
+    assert "97.0 %" in tab.inner_text("#left-scores")
+
+
+def test_the_champion_moves_and_goes_while_the_page_is_open(tab, desk):
+    ask(tab, "hello")
+    assert answer(tab) == "I know sudokus only."
+    before = desk.shelf.engines["champion"]
+    desk.shelf.engines["champion"] = oracle("newer", "I am newer.")
+    ask(tab, "hello")
+    tab.wait_for_function("() => document.querySelector('#talk').innerText.includes('I am newer.')")
+    assert "newer" in tab.inner_text("#talk")
+    del desk.shelf.engines["champion"]
+    ask(tab, "hello")
+    tab.wait_for_selector("#talk :text('There is no model')")
+    desk.shelf.engines["champion"] = before
+
+
+def test_two_tabs_have_conversations_of_their_own(browser, url):
+    first, second = opened(browser, url), opened(browser, url)
+    ask(first, "from the first")
+    ask(second, f"Solve the sudoku {PUZZLE}")
+    assert answer(first) == "I know sudokus only."
+    assert answer(second) == SOLVED
+    assert "from the first" not in second.inner_text("#talk")
+    assert first.faults == second.faults == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(420, "light"), (1280, "dark")])
+def test_a_narrow_window_and_the_dark_theme_are_usable(browser, url, width, scheme):
+    page = opened(browser, f"{url}?__theme={scheme}")
+    page.set_viewport_size({"width": width, "height": 900})
+    if width < 800:
+        page.reload()
+        page.wait_for_selector("#send")
+    ask(page, "hello")
+    assert answer(page) == "I know sudokus only."
+    assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+    ink = page.evaluate("() => getComputedStyle(document.querySelector('#talk .said')).color")
+    assert (sum(map(int, re.findall(r"\d+", ink)[:3])) > 380) == (scheme == "dark")
+    assert page.faults == []
