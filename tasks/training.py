@@ -64,10 +64,16 @@ def _model(work: Work, params: TrainingParams, tokenizer: Any) -> Any:
 
 
 def _write_receipts(work: Work, spent: dict[str, Any]) -> None:
+    from llada_core.modeling.distance import weight_distance
     from llada_core.training.metrics import read_metrics
 
     lines = read_metrics(work.run.path / "metrics.jsonl")
     last = {key: value for line in lines for key, value in line.items() if _is_result(key, value)}
+    if source := work.params.training(work.stage).init_from:
+        folder = Path("models") / source if source in TRAINING_STAGES else Path(source)
+        last["weight_change"] = weight_distance(folder, Path("models") / work.stage)
+    if differ := [line["groups_differ"] for line in lines if "groups_differ" in line]:
+        last["groups_differ"] = sum(differ) / len(differ)  # of the whole training, not of its last rollout
     origin = {"stage": work.stage, "run": work.run.key, "inputs": work.run.request["inputs"]}
     write_json(Path("models") / work.stage / "training.json", origin | spent)
     write_json(Path("reports/training") / f"{work.stage}.json", last | spent)

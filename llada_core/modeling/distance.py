@@ -1,0 +1,33 @@
+"""How far training moved the weights: a norm of the difference of two checkpoints. Knows files, not networks."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import safe_open
+
+
+def weight_distance(before: Path, after: Path) -> float | None:
+    """L2 norm of the difference of all weights, tensor by tensor, in float64.
+
+    None where the folders do not hold the same weights (an adapter beside its base, say).
+    """
+    first, second = _names(before), _names(after)
+    if not first or first.keys() != second.keys():
+        return None
+    squares = 0.0
+    for name, file in first.items():
+        with safe_open(file, "pt") as old, safe_open(second[name], "pt") as new:
+            squares += float((new.get_tensor(name).double() - old.get_tensor(name).double()).square().sum())
+    return math.sqrt(squares)
+
+
+def _names(folder: Path) -> dict[str, Path]:
+    return dict(_weights(folder))
+
+
+def _weights(folder: Path) -> Iterator[tuple[str, Path]]:
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as content:
+            for name in content.keys():  # noqa: SIM118 - no mapping
+                yield name, file
