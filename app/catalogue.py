@@ -9,12 +9,10 @@ from pathlib import Path
 from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
 from llada_core.config.sampling import SamplingParams
+from llada_core.config.sampling_help import PUBLISHED
 from llada_core.data.puzzles import countdown, draw, seats, sudoku
 from tasks import registry
 
-PUBLISHED = SamplingParams(
-    max_new_tokens=128, block_length=32, steps=128, stop_at_eos=True
-)  # LLaDA's own demo, 64 to 128
 GENERAL = (
     "What is 72 divided by 6? Explain step by step.",
     "Write a short poem about the sea.",
@@ -106,9 +104,7 @@ class Catalogue:
         except ConfigError:
             version = None
         if version is not None:
-            for receipt in registry.receipts(self.root):
-                if receipt["event"] == "version" and receipt["hash"] == version.hash:
-                    return SamplingParams(**receipt["sampling"])
+            return registry.sampling_of(self.root, version) or PUBLISHED
         if self._is_ours(name) and self.params is not None and self.params.register_ is not None:
             return self.params.register_.sampling
         return PUBLISHED

@@ -5,12 +5,11 @@ Knows the registry's `resolve` and llada_core's loaders; does not know Gradio, s
 
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from app.writing import Refused
+from app.writing import Refused, refusing
 from llada_core.config.sampling import SamplingParams
 from llada_core.modeling import load_model
 from llada_core.modeling.predictor import MaskPredictor
@@ -61,12 +60,12 @@ class Engine:
         self, prompt: list[int], params: SamplingParams, *, pinned: dict[int, int] | None = None, watch: bool = False
     ) -> Generator[Step, None, None]:
         """Denoises an answer after `prompt`; with `watch`, guesses are made beyond the present block too."""
-        with _as_refusal():
+        with refusing():
             return self._in_turn(stream(self.model, [prompt], params, pinned=pinned, look_ahead=watch))
 
     def fill(self, template: list[int], params: SamplingParams, *, watch: bool = False) -> Generator[Step, None, None]:
         """Denoises the masks of a template."""
-        with _as_refusal():
+        with refusing():
             return self._in_turn(stream_infill(self.model, [template], params, look_ahead=watch))
 
     def _in_turn(self, steps: Iterator[Step]) -> Generator[Step, None, None]:
@@ -76,15 +75,6 @@ class Engine:
             if step is None:
                 return
             yield step
-
-
-@contextmanager
-def _as_refusal() -> Iterator[None]:
-    """What the sampler says of settings that do not fit is a sentence for the person."""
-    try:
-        yield
-    except ValueError as error:
-        raise Refused(str(error)) from error
 
 
 def load(name: str, resolve: Callable[[str], Path]) -> Engine:

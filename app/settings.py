@@ -1,4 +1,4 @@
-"""The sampler panel as data: every value of SamplingParams with its range and its sentence, and the presets.
+"""The sampler panel as data: every value of SamplingParams with its range and its sentence.
 
 Read from SamplingParams itself, so that a new knob appears by itself. Knows no Gradio and no model.
 """
@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from app.writing import Refused
+from app.writing import Refused, refusing
 from llada_core.config.sampling import SamplingParams
-from llada_core.config.sampling_help import SENTENCES
+from llada_core.config.sampling_help import SENTENCES, sampling_of
 
 Kind = Literal["choice", "integer", "number", "switch", "tokens"]
-PRESETS = ("exact", "fast", "creative")
 MOST_TOKENS = 1024
 
 
@@ -70,13 +69,8 @@ def params(values: Mapping[str, Any]) -> SamplingParams:
         elif knob.kind in ("integer", "number"):
             value = _number(knob, value)
         given[knob.name] = value
-    try:
-        made = SamplingParams(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise Refused(f"{where}: {reason} (got {first['input']!r})" if where else reason) from None
+    with refusing():
+        made = sampling_of(given)
     if made.max_new_tokens > MOST_TOKENS:
         raise Refused(f"max_new_tokens is {made.max_new_tokens}; this page writes at most {MOST_TOKENS} at a time.")
     return made
@@ -99,40 +93,3 @@ def _tokens(name: str, value: Any) -> tuple[int, ...]:
     if not all(part.isdecimal() for part in parts):
         raise Refused(f"{name}: write token numbers with commas between them (got {value!r})")
     return tuple(int(part) for part in parts)
-
-
-def preset(name: str, base: SamplingParams) -> SamplingParams:
-    """`base` made exact (one token per step), fast (parallel, cached), or creative (drawn at random)."""
-    exact = SamplingParams(
-        max_new_tokens=base.max_new_tokens,
-        block_length=min(base.block_length, base.max_new_tokens),
-        steps=base.max_new_tokens,
-        forbid_tokens=base.forbid_tokens,
-        defer_tokens=base.defer_tokens,
-        stop_at_eos=base.stop_at_eos,
-        right_shift_logits=base.right_shift_logits,
-        seed=base.seed,
-    )
-    if name == "exact":
-        return exact
-    if name == "fast":
-        return dataclasses.replace(exact, threshold=0.9, cache="prefix")
-    if name == "creative":
-        return dataclasses.replace(exact, temperature=0.8)
-    raise Refused(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
-
-
-def exactness(made: SamplingParams) -> str:
-    """Which of these settings approximate, as a sentence."""
-    reasons = []
-    if made.cache != "none":
-        reasons.append(f"the {made.cache} cache reuses keys and values of an older canvas")
-    if made.parallel:
-        reasons.append("several tokens are written at once when the model is sure enough")
-    elif made.steps < made.max_new_tokens:
-        reasons.append(f"{made.max_new_tokens} tokens in {made.steps} steps write several at once")
-    return (
-        "Approximate: " + "; ".join(reasons) + "."
-        if reasons
-        else "Exact: one token per step, each from a full forward."
-    )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_core.config.base import ConfigError
+from llada_core.config.sampling import SamplingParams
 from tasks.folders import content_hash, link_into, read_json
 from tasks.runs import home
 
@@ -139,6 +140,13 @@ def scores_of(root: Path, digest: str) -> dict[str, dict[str, float]]:
     """Benchmark -> question -> score, as kept when the weights were registered; empty when nothing was measured."""
     path = store_folder(root, digest).with_suffix(".scores.json")
     return read_json(path) if path.exists() else {}
+
+
+def sampling_of(root: Path, version: Version) -> SamplingParams | None:
+    """The sampler settings a version was registered with; None when its receipt is gone."""
+    own = (r for r in receipts(root) if r["event"] == "version" and r["hash"] == version.hash)
+    found = next((r["sampling"] for r in own if r["name"] == version.name), None)
+    return SamplingParams(**found) if found else None
 
 
 def write_receipt(root: Path, receipt: dict[str, Any]) -> None:

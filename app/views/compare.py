@@ -7,13 +7,13 @@ from typing import Any
 
 import gradio as gr
 
-from app import settings
 from app.desk import Desk, paced, told
 from app.engine import Engine
 from app.render import canvas, notice, table
 from app.session import ChatSession
 from app.views.panel import Panel, Values, choices
 from llada_core.config.sampling import SamplingParams
+from llada_core.config.sampling_help import PRESETS, preset
 from llada_core.sampling.trace import Frame
 
 AS_SET = "as in the sidebar"
@@ -66,8 +66,8 @@ class CompareView:
         params, chosen = self.panel.params(values), values[side.preset]
         if chosen == "recommended":
             params = self.desk.catalogue.recommended(name)
-        elif chosen in settings.PRESETS:
-            params = settings.preset(chosen, params)
+        elif chosen in PRESETS:
+            params = preset(chosen, params)
         chat = ChatSession()
         chat.ask(values[self.question] or "")
         return chat, engine, params
@@ -106,7 +106,7 @@ def build(desk: Desk, panel: Panel) -> list[gr.Dropdown]:
     return [side.model for side in sides]
 
 
-def _side(desk: Desk, name: str, preset: str) -> Side:
+def _side(desk: Desk, name: str, first: str) -> Side:
     with gr.Column(min_width=320):
         with gr.Row():
             model = gr.Dropdown(
@@ -114,8 +114,8 @@ def _side(desk: Desk, name: str, preset: str) -> Side:
                 allow_custom_value=True, elem_id=f"{name}-model", min_width=140,
             )  # fmt: skip
             choice = gr.Dropdown(
-                [AS_SET, "recommended", *settings.PRESETS],
-                value=preset,
+                [AS_SET, "recommended", *PRESETS],
+                value=first,
                 label="Settings",
                 elem_id=f"{name}-preset",
                 min_width=140,

@@ -10,10 +10,10 @@ import gradio as gr
 from app.desk import Desk, paced, told
 from app.render import canvas, notice
 from app.session import fits
-from app.templates import pinned, with_gaps
 from app.views.panel import Panel, Values
-from app.writing import Writing
+from app.writing import Writing, refusing
 from llada_core.config.sampling import SamplingParams
+from llada_core.sampling.gaps import pinned, with_gaps
 from llada_core.sampling.trace import Trace, readable
 
 GAPS = ("2+[[1]]=5", "The sudoku 1020300000000004 has the solution [[16]].", "[[5]] makes 24 from 2, 3 and 4.")
@@ -41,7 +41,8 @@ class InfillView:
 
     def _fill(self, values: Values) -> Iterator[Shown]:
         engine, _ = self.desk.engine(values[self.panel.model])
-        template = with_gaps(values[self.text] or "", engine.encode, engine.mask_id, engine.context)
+        with refusing():
+            template = with_gaps(values[self.text] or "", engine.encode, engine.mask_id, engine.context)
         params = for_template(self.panel.params(values), template.count(engine.mask_id), len(template))
         writing, watch = Writing(), bool(values[self.panel.guesses])
         frames = writing.run(engine.fill(template, params, watch=watch), engine.decode, limit=self.desk.seconds)
@@ -55,7 +56,8 @@ class InfillView:
         params, watch = self.panel.params(values), bool(values[self.panel.guesses])
         prompt = engine.chat_ids([{"role": "user", "content": readable(values[self.text] or "")}])
         fits(engine, len(prompt), params)
-        pins = pinned(params.max_new_tokens, values[self.pins] or "", engine.encode)
+        with refusing():
+            pins = pinned(params.max_new_tokens, values[self.pins] or "", engine.encode)
         writing, steps = Writing(Trace(prompt)), engine.write(prompt, params, pinned=pins, watch=watch)
         for frame in paced(writing.run(steps, engine.decode, limit=self.desk.seconds), values[self.panel.pace] or 0):
             cells = writing.trace.cells(frame, engine.decode, guesses=watch)

@@ -12,6 +12,8 @@ from app.desk import Desk, sentence
 from app.render import notice
 from app.writing import Refused
 from llada_core.config.sampling import SamplingParams
+from llada_core.config.sampling_help import PRESETS, exactness
+from llada_core.config.sampling_help import preset as made_by
 
 FIRST = ("max_new_tokens", "steps", "block_length", "temperature", "threshold")  # the rest folds away
 Values = Mapping[Any, Any]
@@ -51,8 +53,8 @@ def build(desk: Desk) -> Panel:
         allow_custom_value=True,
         info="an alias, a version, or a model folder",
     )
-    preset = gr.Radio(["recommended", *settings.PRESETS], value="recommended", label="Preset")
-    exact = gr.HTML(notice(settings.exactness(start)), elem_id="exactness", apply_default_css=False)
+    preset = gr.Radio(["recommended", *PRESETS], value="recommended", label="Preset")
+    exact = gr.HTML(notice(exactness(start)), elem_id="exactness", apply_default_css=False)
     all_knobs = {knob.name: knob for knob in settings.knobs()}
     made = {name: _component(all_knobs[name], getattr(start, name)) for name in FIRST}
     pace = gr.Slider(
@@ -69,7 +71,7 @@ def build(desk: Desk) -> Panel:
 
     def describe(values: Values) -> str:
         try:
-            return notice(settings.exactness(panel.params(values)))
+            return notice(exactness(panel.params(values)))
         except Refused as error:
             return notice(str(error), "bad")
 
@@ -78,8 +80,8 @@ def build(desk: Desk) -> Panel:
             base = desk.catalogue.recommended(values[model] or desk.model)
             length = values[panel.knobs["max_new_tokens"]]
             if values[preset] != "recommended":
-                base = settings.preset(values[preset], dataclasses.replace(base, max_new_tokens=int(length or 64)))
-            return [*panel.shown(base), notice(settings.exactness(base))]
+                base = made_by(values[preset], dataclasses.replace(base, max_new_tokens=int(length or 64)))
+            return [*panel.shown(base), notice(exactness(base))]
         except Exception as error:  # noqa: BLE001 - shown to the person, the page lives on
             return [*[gr.skip()] * len(panel.knobs), notice(sentence(error), "bad")]
 

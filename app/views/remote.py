@@ -8,6 +8,8 @@ import gradio as gr
 from app import settings
 from app.desk import Desk, told
 from app.session import ChatSession
+from app.writing import refusing
+from llada_core.config.sampling_help import preset as made_by
 
 
 def build(desk: Desk) -> None:
@@ -27,7 +29,8 @@ def _answer(desk: Desk, message: str, preset: str, length: int) -> Generator[dic
     if length > 0:
         params = settings.params({**vars(params), "max_new_tokens": length, "steps": length, "block_length": length})
     if preset != "recommended":
-        params = settings.preset(preset, params)
+        with refusing():
+            params = made_by(preset, params)
     session = ChatSession()
     session.ask(message)
     for frame in session.reply(engine, params, limit=desk.seconds):

@@ -1,4 +1,19 @@
-"""One sentence for every sampler setting, for a page or a terminal. Knows only the names in `SamplingParams`."""
+"""What a page or a terminal says of the sampler's settings: a sentence each, presets, and what is exact about them.
+
+Knows SamplingParams; does not know models.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from llada_core.config.sampling import SamplingParams
+
+PRESETS = ("exact", "fast", "creative")
+PUBLISHED = SamplingParams(max_new_tokens=128, block_length=32, steps=128, stop_at_eos=True)
+"""Settings for a model that comes with none: those of LLaDA's own demo."""
 
 SENTENCES: dict[str, str] = {
     "max_new_tokens": "How many tokens the answer has room for.",
@@ -22,3 +37,51 @@ SENTENCES: dict[str, str] = {
     "right_shift_logits": "For models converted from autoregressive ones, whose output is one position late.",
     "seed": "The same number gives the same answer; empty draws a new one each time.",
 }
+
+
+def sampling_of(values: Mapping[str, Any]) -> SamplingParams:
+    """The settings with these values; raises ValueError with one sentence for what is out of range or does not fit."""
+    try:
+        return SamplingParams(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where}: {reason} (got {first['input']!r})" if where else reason) from None
+
+
+def preset(name: str, base: SamplingParams) -> SamplingParams:
+    """`base` made exact (one token per step), fast (parallel, cached), or creative (drawn at random)."""
+    exact = SamplingParams(
+        max_new_tokens=base.max_new_tokens,
+        block_length=min(base.block_length, base.max_new_tokens),
+        steps=base.max_new_tokens,
+        forbid_tokens=base.forbid_tokens,
+        defer_tokens=base.defer_tokens,
+        stop_at_eos=base.stop_at_eos,
+        right_shift_logits=base.right_shift_logits,
+        seed=base.seed,
+    )
+    if name == "exact":
+        return exact
+    if name == "fast":
+        return dataclasses.replace(exact, threshold=0.9, cache="prefix")
+    if name == "creative":
+        return dataclasses.replace(exact, temperature=0.8)
+    raise ValueError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
+
+
+def exactness(made: SamplingParams) -> str:
+    """Which of these settings approximate, as a sentence."""
+    reasons = []
+    if made.cache != "none":
+        reasons.append(f"the {made.cache} cache reuses keys and values of an older canvas")
+    if made.parallel:
+        reasons.append("several tokens are written at once when the model is sure enough")
+    elif made.steps < made.max_new_tokens:
+        reasons.append(f"{made.max_new_tokens} tokens in {made.steps} steps write several at once")
+    return (
+        "Approximate: " + "; ".join(reasons) + "."
+        if reasons
+        else "Exact: one token per step, each from a full forward."
+    )

@@ -246,7 +246,7 @@ def test_two_versions_answer_side_by_side(tab):
     tab.fill("#question textarea, #question input", "hello")
     tab.click("#compare")
     tab.wait_for_function(
-        "() => document.querySelector('#left-answer textarea').value && document.querySelector('#right-answer textarea').value"
+        "() => ['left', 'right'].every(side => document.querySelector(`#${side}-answer textarea`).value)"
     )
     assert tab.input_value("#left-answer textarea") == "I know sudokus only."
     assert tab.input_value("#right-answer textarea") == "Something else."

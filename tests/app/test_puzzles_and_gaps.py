@@ -5,10 +5,10 @@ import re
 import pytest
 
 from app import sudoku
-from app.templates import pinned, with_gaps
 from app.views.infill import for_template
 from app.writing import Refused, Writing
 from llada_core.config.sampling import SamplingParams
+from llada_core.sampling.gaps import pinned, with_gaps
 from llada_core.sampling.trace import Cell
 
 SOLVED = "1234341221434321"
@@ -27,7 +27,7 @@ def test_gaps_become_masks_where_they_stand():
     [("no gap", "Mark where"), ("[[0]]", "length 0"), ("a[[999999999]]", "at most 100"), ("", "Mark where")],
 )
 def test_texts_that_cannot_be_filled_are_refused(text, says):
-    with pytest.raises(Refused, match=says):
+    with pytest.raises(ValueError, match=says):
         with_gaps(text, encode, -1, 100)
 
 
@@ -35,7 +35,7 @@ def test_pins_are_positions_of_the_answer():
     assert pinned(9, "0:ab, 5: c", encode) == {0: 97, 1: 98, 5: 99}
     assert pinned(9, "", encode) == {}
     for wrong in ("ab", "x:y", "8:abc", "3"):
-        with pytest.raises(Refused):
+        with pytest.raises(ValueError, match="pin"):
             pinned(9, wrong, encode)
 
 

@@ -7,7 +7,7 @@ import pytest
 from app import settings
 from app.writing import Refused
 from llada_core.config.sampling import SamplingParams
-from llada_core.config.sampling_help import SENTENCES
+from llada_core.config.sampling_help import PRESETS, SENTENCES, exactness, preset
 
 BASE = SamplingParams(max_new_tokens=32, block_length=8, steps=32, stop_at_eos=True)
 
@@ -42,7 +42,8 @@ def test_what_the_panel_shows_comes_back_unchanged():
     [
         ("steps", 0, "steps.*greater than or equal to 1"), ("temperature", -1, "temperature"),
         ("threshold", "abc", "number"), ("threshold", "2", "threshold"), ("forbid_tokens", "1, x", "token numbers"),
-        ("max_new_tokens", 100_000, "at most"), ("block_length", 1.5, "whole number"), ("remasking", "magic", "remasking"),
+        ("max_new_tokens", 100_000, "at most"), ("block_length", 1.5, "whole number"),
+        ("remasking", "magic", "remasking"),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_one_sentence(name, value, says):
@@ -56,19 +57,19 @@ def test_settings_that_exclude_each_other_are_refused():
 
 
 def test_presets_say_whether_they_are_exact():
-    assert settings.exactness(settings.preset("exact", BASE)).startswith("Exact")
-    assert settings.exactness(settings.preset("creative", BASE)).startswith("Exact")
-    assert settings.exactness(settings.preset("fast", BASE)).startswith("Approximate: the prefix cache")
-    assert settings.exactness(dataclasses.replace(BASE, steps=16)).startswith("Approximate: 32 tokens in 16 steps")
-    assert settings.preset("exact", BASE).stop_at_eos
-    with pytest.raises(Refused):
-        settings.preset("magic", BASE)
+    assert exactness(preset("exact", BASE)).startswith("Exact")
+    assert exactness(preset("creative", BASE)).startswith("Exact")
+    assert exactness(preset("fast", BASE)).startswith("Approximate: the prefix cache")
+    assert exactness(dataclasses.replace(BASE, steps=16)).startswith("Approximate: 32 tokens in 16 steps")
+    assert preset("exact", BASE).stop_at_eos
+    with pytest.raises(ValueError, match="there are exact"):
+        preset("magic", BASE)
 
 
-@pytest.mark.parametrize("name", settings.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_run(engine, name):
     from app.session import ChatSession
 
     chat = ChatSession()
     chat.ask("12 + 3")
-    assert list(chat.reply(engine, settings.preset(name, BASE)))
+    assert list(chat.reply(engine, preset(name, BASE)))

@@ -6,7 +6,6 @@ Knows encoders as functions from text to ids; does not know models or pages.
 import re
 from collections.abc import Callable
 
-from app.writing import Refused
 from llada_core.sampling.trace import readable
 
 Encode = Callable[[str], list[int]]
@@ -16,35 +15,37 @@ DEFAULT_GAP = 8
 
 
 def with_gaps(text: str, encode: Encode, mask_id: int, longest: int) -> list[int]:
-    """The ids of `text` with each `[[n]]` as n masks (`[[ ]]`: 8); raises Refused without a gap or with too many."""
+    """The ids of `text` with each `[[n]]` as n masks (`[[ ]]`: 8); raises ValueError without a gap or with too many."""
     pieces = GAP.split(readable(text))
     if len(pieces) == 1:
-        raise Refused("Mark where the model shall write: [[5]] is a gap of five tokens, for example 2+[[1]]=5.")
+        raise ValueError("Mark where the model shall write: [[5]] is a gap of five tokens, for example 2+[[1]]=5.")
     ids: list[int] = []
     for literal, size in zip(pieces[::2], [*pieces[1::2], None], strict=True):
         ids += encode(literal) if literal else []
         if size is not None:
             ids += [mask_id] * min(int(size or DEFAULT_GAP), longest + 1)
     if len(ids) > longest:
-        raise Refused(f"Text and gaps have {len(ids)} tokens; at most {longest} fit. Make a gap or the text shorter.")
+        raise ValueError(
+            f"Text and gaps have {len(ids)} tokens; at most {longest} fit. Make a gap or the text shorter."
+        )
     if mask_id not in ids:
-        raise Refused("Every gap has length 0; write [[5]] for five tokens.")
+        raise ValueError("Every gap has length 0; write [[5]] for five tokens.")
     return ids
 
 
 def pinned(length: int, pins: str, encode: Encode) -> dict[int, int]:
-    """Answer position -> token of words pinned as `0:Once, 12:end`; raises Refused when one does not fit."""
+    """Answer position -> token of words pinned as `0:Once, 12:end`; raises ValueError when one does not fit."""
     found: dict[int, int] = {}
     at = 0
     while at < len(pins):
         match = PIN.match(pins, at)
         if not match:
-            raise Refused(
+            raise ValueError(
                 f"Write pins as position:word with commas between them, as 0:Once, 12:end (got {pins[at : at + 40]!r})."
             )
         position, ids = int(match[1]), encode(readable(match[2]))
         if position + len(ids) > length:
-            raise Refused(f"The pin {match[2]!r} ends at token {position + len(ids)}, the answer at {length}.")
+            raise ValueError(f"The pin {match[2]!r} ends at token {position + len(ids)}, the answer at {length}.")
         found |= dict(enumerate(ids, start=position))
         at = match.end()
     return found
