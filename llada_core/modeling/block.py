@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llada_core.modeling.architecture import Architecture
 from llada_core.modeling.cache import KVCache
 from llada_core.modeling.experts import GatedMLP, MoE, Routing
+from llada_core.modeling.linear import Linear
 from llada_core.modeling.rope import rotate
 
 
@@ -68,21 +69,21 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.grouped = shape.n_heads != shape.n_kv_heads
         kv_width = shape.n_kv_heads * shape.head_width
         self.attn_norm = RMSNorm(shape.width, shape.norm_eps)
-        self.q_proj = nn.Linear(shape.width, shape.width, bias=shape.qkv_bias)
-        self.k_proj = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
-        self.v_proj = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
+        self.q_proj = Linear(shape.width, shape.width, bias=shape.qkv_bias)
+        self.k_proj = Linear(shape.width, kv_width, bias=shape.qkv_bias)
+        self.v_proj = Linear(shape.width, kv_width, bias=shape.qkv_bias)
         if shape.qk_norm != "none":
             whole = shape.qk_norm == "projection"
             self.q_norm = RMSNorm(shape.width if whole else shape.head_width, shape.norm_eps)
             self.k_norm = RMSNorm(kv_width if whole else shape.head_width, shape.norm_eps)
-        self.attn_out = nn.Linear(shape.width, shape.width, bias=False)
+        self.attn_out = Linear(shape.width, shape.width, bias=False)
         self.ff_norm = RMSNorm(shape.width, shape.norm_eps)
         self.mlp: GatedMLP | MoE | None = None
         self.shared_expert: GatedMLP | None = None
         if shape.moe is None:
-            self.ff_proj = nn.Linear(shape.width, shape.mlp_width, bias=False)
-            self.up_proj = nn.Linear(shape.width, shape.mlp_width, bias=False)
-            self.ff_out = nn.Linear(shape.mlp_width, shape.width, bias=False)
+            self.ff_proj = Linear(shape.width, shape.mlp_width, bias=False)
+            self.up_proj = Linear(shape.width, shape.mlp_width, bias=False)
+            self.ff_out = Linear(shape.mlp_width, shape.width, bias=False)
         elif not shape.moe.sparse[layer]:
             self.mlp = GatedMLP(shape.width, shape.mlp_width)
         else:

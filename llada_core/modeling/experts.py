@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llada_core.modeling.architecture import ExpertShape
+from llada_core.modeling.linear import Linear
 
 
 class Routing(NamedTuple):
@@ -26,9 +27,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.gate_proj = Linear(width, hidden, bias=False)
+        self.up_proj = Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -56,7 +57,7 @@ class Experts(nn.Module):
         ends = torch.bincount(expert_TK.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
         gate, up = F.grouped_mm(x_TD[order // chosen], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
         y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
-        y_TKD = torch.empty_like(y).index_copy(0, order, y).view(n_tokens, chosen, -1)
+        y_TKD = torch.empty_like(y).index_copy(0, order, y).view(n_tokens, chosen, down.shape[1])
         return (y_TKD * weight_TK[..., None].type_as(y_TKD)).sum(1)
 
     def loop(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:

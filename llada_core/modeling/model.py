@@ -18,6 +18,7 @@ from llada_core.modeling.block import LLaDABlock, RMSNorm, Surroundings, key_bia
 from llada_core.modeling.cache import KVCache
 from llada_core.modeling.config import LLaDAConfig, LLaDAMoEConfig
 from llada_core.modeling.experts import Routing
+from llada_core.modeling.linear import Linear
 from llada_core.modeling.names import published_shapes, register_names
 from llada_core.modeling.nll import projected_nll
 from llada_core.modeling.predictor import MaskPredictor, Prediction, RouterLosses
@@ -34,7 +35,7 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(shape.vocab_rows, shape.width)
         self.blocks = nn.ModuleList(LLaDABlock(shape, layer) for layer in range(shape.n_layers))
         self.ln_f = RMSNorm(shape.width, shape.norm_eps)
-        self.ff_out = None if shape.tied else nn.Linear(shape.width, shape.vocab_rows, bias=False)
+        self.ff_out = None if shape.tied else Linear(shape.width, shape.vocab_rows, bias=False)
 
 
 class Body(nn.Module):
