@@ -25,6 +25,7 @@ class MaskedLM(MaskPredictor):
     def __init__(self, backbone: PreTrainedModel, special_tokens: SpecialTokens) -> None:
         super().__init__()
         self.backbone = backbone
+        _head_of(backbone)  # so that one that cannot be used is refused here and not in the first batch
         self._special = special_tokens.check(backbone.config.vocab_size)
         for name, value in vars(special_tokens).items():  # so that a saved copy names them by itself
             if value is not None:
