@@ -64,6 +64,7 @@ class TrainingParams(Block):
     epochs: float | None = Field(default=None, gt=0)
     max_flops: float | None = Field(default=None, gt=0)
     flops_of: str | None = None  # another stage: its receipt's FLOPs are the limit
+    extend: bool = False  # go on with a run that was made for another length
     batch_size: int = Field(default=64, ge=1)  # rows per step, over all ranks
     micro_batch_size: int | None = Field(default=None, ge=1)  # rows per forward and rank; None: as many as fit the step
     optimiser: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks, AdamW for the rest

@@ -13,6 +13,7 @@ from llada_core.config.training import TrainingParams
 from llada_core.modeling import MaskPredictor, merge_adapter, save_model
 from llada_core.modeling.adapters import add_lora, save_adapter
 from llada_core.modeling.masked_lm import MaskedLM
+from llada_core.modeling.model import LLaDAModelLM, LLaDAMoEModelLM
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.ranks import Ranks
 
@@ -47,7 +48,15 @@ def export(
         merge_adapter(model)
     weights = whole_weights(model, dtype, ranks)
     if ranks.first:
-        save_model(model, folder, tokenizer, weights=weights)
+        save_model(_plain(model), folder, tokenizer, weights=weights)
+
+
+def _plain(model: MaskPredictor) -> MaskPredictor:
+    """The model, or while it is sharded (which changes its class, and with it the names it saves) an empty one like it."""
+    if not any(isinstance(p, DTensor) for p in model.parameters()) or not isinstance(model, LLaDAModelLM):
+        return model
+    with torch.device("meta"):
+        return (LLaDAMoEModelLM if isinstance(model, LLaDAMoEModelLM) else LLaDAModelLM)(model.config)
 
 
 def whole_weights(model: MaskPredictor, dtype: torch.dtype, ranks: Ranks) -> dict[str, Tensor]:

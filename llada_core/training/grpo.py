@@ -59,6 +59,11 @@ class GRPO:
     def __init__(self, model: MaskPredictor, problems: Problems, params: GRPOParams, *, seed: int) -> None:
         self.predictor, self.problems, self.params, self.seed = model, problems, params, seed
         self.ranks = Ranks()
+        if params.distribution.kind in ("fsdp", "zero3") and (params.sampling.stop_at_eos or params.sampling.parallel):
+            raise ValueError(
+                "sharded ranks must run equally many forwards: sampling with stop_at_eos, threshold, factor or "
+                "entropy_bound does not go with distribution fsdp or zero3; use ddp or fixed steps"
+            )
         self.reference = Reference(model, params)
         self.order = Order(len(problems.train), params.prompts, seed=seed)
         self.tasks = sorted({p.task for p in prompts_of(problems.validation, range(len(problems.validation)))})
@@ -116,14 +121,16 @@ class GRPO:
         table, params = self.problems.validation, self.params
         settings = params.validation or replace(params.sampling, temperature=0.0)
         parts = {f"validation_correct{suffix}": torch.zeros(2) for suffix in ("", *(f"_{task}" for task in self.tasks))}
-        rows = range(len(table))[: params.validation_rows][rank::ranks]
-        for start in range(0, len(rows), params.rollout_batch):
-            prompts = prompts_of(table, rows[start : start + params.rollout_batch])
+        total = min(len(table), params.validation_rows)
+        for start in range(0, -(-total // ranks), params.rollout_batch):
+            # Sharded ranks must run in step: each answers as many prompts, those past the end without being counted.
+            numbers = [n * ranks + rank for n in range(start, min(start + params.rollout_batch, -(-total // ranks)))]
+            prompts = prompts_of(table, [n % total for n in numbers])
             texts = sample(self.predictor, self.problems.tokenizer, prompts, settings).texts
-            for prompt, text in zip(prompts, texts, strict=True):
+            for number, prompt, text in zip(numbers, prompts, texts, strict=True):
                 right = torch.tensor([float(self.problems.verify(prompt.task, text, prompt.answer)), 1.0])
                 for name in ("validation_correct", f"validation_correct_{prompt.task}"):
-                    parts[name] += right
+                    parts[name] += right * (number < total)
         return parts
 
     def finished(self, validation: Mapping[str, Any]) -> bool:

@@ -81,7 +81,9 @@ class Loop:
         checkpoints = Checkpoints(
             folder / "checkpoints", self.ranks, keep=params.keep, milestone_every=params.milestone_every
         )
-        self.snapshot = Snapshot(checkpoints, parts.model, parts.optimiser, parts.objective, parts.fingerprint)
+        self.snapshot = Snapshot(
+            checkpoints, parts.model, parts.optimiser, parts.objective, parts.fingerprint, extend=params.extend
+        )
         self.stopped = self._stop_asked = False
         self._notes: dict[str, float] = {}
         self._logged = (0, 0.0, 0.0, time.monotonic())  # step, tokens, flops, clock at the last log line

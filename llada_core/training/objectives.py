@@ -128,8 +128,8 @@ class DiffusionObjective:
         if self.validation is None:
             return {}
         parts = {f"validation_{name}": torch.zeros(2, dtype=torch.float64) for name in ("loss", "nll")}
-        for number in range(rank, self.validation.order.batches_per_epoch, ranks):
-            rows = self.validation.batch(number)
+        for number in range(self.validation.order.batches_per_epoch):
+            rows = self.validation.batch(number, part=rank, parts=ranks)  # sharded ranks must run in step
             noise = Noise(self.seed, _VALIDATION_STEP, rows.numbers, self.validation.order.size)
             with torch.no_grad():
                 loss = self.noisy_loss(

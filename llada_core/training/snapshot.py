@@ -26,9 +26,11 @@ class Snapshot:
         optimiser: torch.optim.Optimizer,
         objective: Objective,
         fingerprint: Mapping[str, str],
+        *,
+        extend: bool = False,
     ) -> None:
         self._checkpoints, self._model, self._optimiser, self._objective = checkpoints, model, optimiser, objective
-        self._fingerprint = dict(fingerprint)
+        self._fingerprint, self._extend = dict(fingerprint), extend
 
     def save(self, step: int, state: Mapping[str, Any]) -> bool:
         """Write a checkpoint; False when it could not be written."""
@@ -90,11 +92,14 @@ class Snapshot:
         return found
 
     def _check(self, found: Mapping[str, str], run: str) -> None:
-        different = sorted(k for k in {*found, *self._fingerprint} if found.get(k) != self._fingerprint.get(k))
+        may_differ = {"length"} if self._extend else set()
+        compared = {*found, *self._fingerprint} - may_differ
+        different = sorted(k for k in compared if found.get(k) != self._fingerprint.get(k))
         if different:
             what = "; ".join(f"{k}: {found.get(k)} there, {self._fingerprint.get(k)} now" for k in different)
             raise ValueError(
-                f"run folder {run} holds another run ({what}); use a new folder, or start from its weights with init_from"
+                f"run folder {run} holds another run ({what}); use a new folder, start from its weights "
+                "with init_from, or to train the same run for longer set extend: true"
             )
 
 

@@ -33,6 +33,7 @@ _DATA = {PretrainParams: "pretrain", SFTParams: "sft", GRPOParams: "grpo", Prefe
 # What may change between a run and its continuation without changing what the run computes.
 _FREE = {
     "init_from",
+    "extend",
     "micro_batch_size",
     "distribution",
     "log_every",
@@ -160,7 +161,9 @@ def _batches(table: Dataset, params: TrainingParams, eos_id: int, *, seed: int, 
     lengths = (
         table.data["input_ids"].combine_chunks().value_lengths().to_numpy() if isinstance(params, SFTParams) else None
     )
-    size = min(params.batch_size, len(table)) if held_out else params.batch_size
+    size, ranks = params.batch_size, Ranks().count
+    if held_out:
+        size = max(min(size, len(table)) // ranks, 1) * ranks
     order = Order(len(table), size, seed=seed, lengths=lengths)
     padding = params.eos_padding if isinstance(params, SFTParams) else "none"
     cut = params.random_length_ratio if isinstance(params, PretrainParams) and not held_out else 0.0

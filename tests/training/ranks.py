@@ -35,6 +35,16 @@ def note_sharding(run):
     return wrapped
 
 
+def stopping(folder, step):
+    """Asks for a stop once `step` has been logged."""
+
+    def follow(line):
+        if line["step"] == step:
+            (folder / "STOP").touch()
+
+    return follow
+
+
 def main(path):
     torch.set_num_threads(1)
     Loop.run = note_sharding(Loop.run)
@@ -47,7 +57,8 @@ def main(path):
         PartialState._shared_state["distributed_type"] = kind
         model, tokenizer = tiny_pair(scenario.get("model", "llada"))
         folder = Path(scenario["run"])
-        train(params, model, tokenizer, Place(Path(scenario["data"]), folder, folder / "model"), seed=1)
+        place = Place(Path(scenario["data"]), folder, folder / "model")
+        train(params, model, tokenizer, place, seed=1, follow=stopping(folder, scenario.get("stop")))
         if state.process_index == 0:
             (folder / "sharding.json").write_text(json.dumps(SHARDED))
     PartialState().destroy_process_group()
