@@ -1,4 +1,4 @@
-"""Runs from a terminal: `llada run`, `plan`, `status`, `logs`, `cancel`, `accept`, `gc`, `lineage`, `promote`, `doctor`.
+"""Runs from a terminal: `llada run`, `plan`, `status`, `logs`, `cancel`, `accept`, `gc`, `lineage`, `doctor`, ...
 
 Thin over tasks; knows no stage. Heavy packages are imported inside the commands that need them.
 """

@@ -20,6 +20,11 @@ ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED"),
     *("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT", "REVOKED"),
 }
+# Reasons for which a job would wait for ever.
+IMPOSSIBLE = {
+    *("PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "AccountNotAllowed"),
+    *("InvalidAccount", "InvalidQOS", "QOSNotAllowed"),
+}
 REMEDIES = {
     "invalid partition": "`sinfo -s` lists the partitions; set launch.slurm.partition",
     "invalid account": "`sacctmgr show assoc user=$USER` lists your accounts; set launch.slurm.account",
@@ -69,6 +74,11 @@ class SlurmLauncher:
         except NoAnswerError as error:
             self._say(f"{error}; asking again")
             return "unknown"
+        if word == "PENDING" and reason in IMPOSSIBLE:
+            _ask("scancel", str(number), unknown="")
+            raise ConfigError(
+                f"Slurm can never start this job ({reason}), it was taken back; see launch.slurm and `sinfo`"
+            )
         self._say(f"Slurm job {number}: {word}" + (f" ({reason})" if reason not in ("", "None") else ""))
         return "gone" if word in ENDED or word == "GONE" else "alive"
 
@@ -122,7 +132,7 @@ def _ask(*command: str, unknown: str | None = None) -> str:
         raise NoAnswerError(f"{command[0]} got no answer within {TIMEOUT} s") from None
     if done.returncode == 0:
         return done.stdout
-    text = " ".join(done.stderr.split())
+    text = next((line.strip() for line in done.stderr.splitlines() if line.strip()), "")
     if unknown is not None and "invalid job id" in text.lower():
         return unknown
     if command[0] == "sbatch" and (refusal := refused(text)):

@@ -79,7 +79,7 @@ class Cluster:
     """`start()` it, use Slurm's commands with SLURM_CONF set to `.conf`, `stop()` it."""
 
     def __init__(self, folder: Path, nodes: int = 2) -> None:
-        self.folder, self.nodes = folder, nodes
+        self.folder, self.nodes, self._mark = folder, nodes, ""
         self.conf = folder / "slurm.conf"
         self.env = os.environ | {"SLURM_CONF": str(self.conf), "PATH": SEARCH}
 
@@ -101,11 +101,23 @@ class Cluster:
     def start_controller(self) -> None:
         """Start slurmctld, or start it again; jobs are kept on disk."""
         self._run("slurmctld")
+        if self._mark:
+            wait_for("the controller", lambda: self.ask("scontrol", "ping").count("UP"))
+            self.ask("scancel", self._mark)
 
     def start_node(self, node: int) -> None:
         """Start the slurmd of a node, numbered from 1."""
         (self.folder / f"spool-n{node}").mkdir(exist_ok=True)
         self._run("slurmd", "-N", f"n{node}")
+
+    def kill_controller(self) -> None:
+        """kill -9 of slurmctld, once it has written down all jobs so far (it would use their numbers again)."""
+        saved = self.folder / "ctld/job_state"
+        before = saved.stat().st_mtime_ns if saved.exists() else 0
+        mark = self.ask("sbatch", "--parsable", "--hold", "--wrap", "true", "-o", "/dev/null").strip()
+        wait_for("the controller to save its state", lambda: saved.exists() and saved.stat().st_mtime_ns > before)
+        self.kill("slurmctld")
+        self._mark = mark
 
     def kill(self, daemon: str) -> None:
         """kill -9 of `slurmctld` or `slurmd-n1`."""
@@ -117,6 +129,28 @@ class Cluster:
         """What a Slurm command prints, empty when it fails."""
         done = subprocess.run(["timeout", "10", *command], env=self.env, capture_output=True, text=True, check=False)
         return done.stdout
+
+    def reset(self) -> None:
+        """No jobs, every node idle: what one test broke does not reach the next."""
+        if jobs := self.ask("squeue", "-h", "-o", "%A").split():
+            self.ask("scancel", *set(jobs))
+        for node in range(1, self.nodes + 1):
+            if not _alive(self.folder / f"slurmd-n{node}.pid"):
+                self.start_node(node)
+        self.ask("scontrol", "update", "nodename=ALL", "state=resume")
+        wait_for("no jobs", lambda: not self.ask("squeue", "-h", "-o", "%A").strip())
+        wait_for("idle nodes", self._idle)
+
+    def _idle(self) -> bool:
+        return self.ask("sinfo", "-hNp", "main", "-o", "%T").split().count("idle") == self.nodes
+
+    def kill_node(self, node: int) -> None:
+        """kill -9 of a node: its daemon and everything that runs under it."""
+        self.kill(f"slurmd-n{node}")
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            if entry.read_bytes().startswith(b"slurmstepd: ["):
+                for pid in _descendants(int(entry.parent.name)):
+                    _kill(pid)
 
     def stop(self) -> None:
         """End jobs, then daemons, then steps that outlived their daemon."""
@@ -166,6 +200,24 @@ class Cluster:
     def _run(self, *command: str) -> None:
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+
+
+def _alive(pid_file: Path) -> bool:
+    return pid_file.exists() and not _gone(int(pid_file.read_text()))
+
+
+def _descendants(pid: int) -> list[int]:
+    """A process and all below it."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    below = [int(child) for child in children.read_text().split()] if children.exists() else []
+    return [pid, *(d for child in below for d in _descendants(child))]
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
 
 
 def _user() -> str:

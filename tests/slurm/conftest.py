@@ -29,6 +29,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def slurm(project: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:  # noqa: F811
     """The toy project with Slurm as its launcher, and an empty cluster."""
+    cluster.reset()
     monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
     params = (project / "params.yaml").read_text()
     block = "{kind: slurm, poll_seconds: 0.3, restarts: 1, grace_seconds: 5, slurm: {cpus_per_task: 1, memory: 500M}}"

@@ -11,7 +11,7 @@ import pytest
 from tasks.launch_script import job_name
 from tasks.runs import RunFolder
 from tests.slurm.cluster import Cluster, wait_for
-from tests.tasks.test_runs import finish, program, steps, the_run
+from tests.tasks.test_runs import at_step, finish, program, steps, the_run
 
 pytestmark = pytest.mark.faults
 UNDISTURBED = "hello pretrain 4 first"
@@ -29,10 +29,6 @@ def reach(project: Path) -> Start:
         return process
 
     return start
-
-
-def at_step(project: Path, step: int) -> None:
-    wait_for(f"step {step}", lambda: list(project.glob("runs/*/steps.txt")) and step in steps(the_run(project)), 120)
 
 
 def jobs_of(run: RunFolder) -> list[str]:
@@ -72,7 +68,7 @@ def test_a_job_whose_id_was_never_stored_is_adopted(slurm: Cluster, project: Pat
 
 def test_the_controller_dies_and_comes_back(slurm: Cluster, project: Path, reach: Start) -> None:
     process = reach()
-    slurm.kill("slurmctld")
+    slurm.kill_controller()
     wait_for("the outage to be seen", lambda: "asking again" in process.stdout.readline(), 90)
     (project / "wait-pretrain-2").unlink()
     slurm.start_controller()
@@ -81,7 +77,7 @@ def test_the_controller_dies_and_comes_back(slurm: Cluster, project: Path, reach
 
 
 def test_submission_waits_for_a_controller(slurm: Cluster, project: Path) -> None:
-    slurm.kill("slurmctld")
+    slurm.kill_controller()
     process = program("tasks.pretrain")
     wait_for("the outage to be seen", lambda: "again" in process.stdout.readline(), 90)
     slurm.start_controller()
@@ -92,14 +88,9 @@ def test_submission_waits_for_a_controller(slurm: Cluster, project: Path) -> Non
 def test_a_node_dies_and_the_job_goes_on(slurm: Cluster, project: Path, reach: Start) -> None:
     process = reach()
     node = slurm.ask("squeue", "-h", "-o", "%N").strip()
-    pid = int((the_run(project).path / "steps.txt").read_text().split()[-1])
-    slurm.kill(f"slurmd-{node}")
-    os.kill(pid, signal.SIGKILL)  # with a node its processes die
+    slurm.kill_node(int(node[1:]))
     (project / "wait-pretrain-2").unlink()
-    try:
-        finish(process)
-    finally:
-        slurm.start_node(int(node[1:]))
+    finish(process)
     assert (project / "models/pretrain/weights").read_text() == UNDISTURBED
     assert steps(the_run(project)) == [1, 2, 3, 4]
 
@@ -165,7 +156,7 @@ def test_a_waiting_job_runs_what_was_submitted(slurm: Cluster, project: Path) ->
     ("override", "line"),
     [
         ("launch.slurm.partition=nosuch", "invalid partition specified: nosuch; `sinfo -s` lists the partitions"),
-        ("launch.slurm.nodes=3", "no node has what launch.slurm asks for"),
+        ("launch.slurm.nodes=3", "Slurm can never start this job (PartitionNodeLimit)"),
         ("launch.slurm.gpus_per_node=7", "no node has what launch.slurm asks for"),
         ("launch.slurm.time=soon", "launch.slurm.time"),
     ],
