@@ -1,0 +1,116 @@
+"""What the approximate modes cost the champion: held-out puzzles solved, paired with the exact mode; and what stopping
+at EOS saves. An approximate mode counts as a speed-up only where accuracy stays within one point of exact.
+
+`python -m benchmarks.champion [MODEL_FOLDER]`; the data are those that the default run prepared.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import oracle
+from benchmarks.timing import interleaved, table
+from llada_core.config.sampling import SamplingParams
+from llada_core.modeling import load_model
+from llada_core.sampling import Generation, generate
+from llada_core.tokenizer import Tokenizer
+from llada_core.verifiers import verify
+
+PUZZLES, BATCH = 500, 50
+MODES: dict[str, dict[str, object]] = {
+    "exact": {},
+    "half the steps": {"steps": 0.5},
+    "dual cache, blocks of a half": {"cache": "dual", "blocks": 2},
+    "prefix cache, blocks of a half": {"cache": "prefix", "blocks": 2},
+    "threshold 0.9": {"threshold": 0.9},
+    "dual cache, blocks of a half, + threshold 0.9": {"cache": "dual", "blocks": 2, "threshold": 0.9},
+    "factor 0.5": {"factor": 0.5},
+    "entropy bound 0.1": {"remasking": "entropy", "entropy_bound": 0.1},
+}
+
+
+def params_of(mode: dict[str, object], length: int) -> SamplingParams:
+    """The champion's recipe (one block, a step per token, stop at EOS) with a mode's changes."""
+    values = dict(mode)
+    blocks, share = int(values.pop("blocks", 1)), float(values.pop("steps", 1))
+    return SamplingParams(
+        max_new_tokens=length, block_length=length // blocks, steps=int(length * share), stop_at_eos=True, **values
+    )
+
+
+def puzzles(tokenizer: Tokenizer, file: Path) -> tuple[list[dict], list[list[int]], int]:
+    """The first puzzles of a file, their prompts, and twice the longest answer in tokens, an even number."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:PUZZLES]]
+    prompts = [tokenizer.chat_ids([{"role": "user", "content": row["prompt"]}]) for row in rows]
+    return rows, prompts, 2 * (1 + max(len(tokenizer.encode(row["solution"])) for row in rows))
+
+
+def solved(tokenizer: Tokenizer, model, rows: list[dict], prompts: list[list[int]], params: SamplingParams):  # noqa: ANN001, ANN201
+    """Which puzzles are solved, and forwards per batch of the sampler."""
+    right, forwards = [], 0
+    for at in range(0, len(rows), BATCH):
+        result = generate(model, prompts[at : at + BATCH], params)
+        texts = [tokenizer.answer_text(answer.tolist()) for answer in result.answers]
+        right += [
+            verify(row["task"], text, row["answer"]) for row, text in zip(rows[at : at + BATCH], texts, strict=True)
+        ]
+        forwards += result.forwards
+    return torch.tensor(right, dtype=torch.float64), forwards / math.ceil(len(rows) / BATCH)
+
+
+def main(folder: Path) -> None:
+    """Prints accuracy by mode and the gain of stopping."""
+    torch.set_num_threads(1)
+    data = folder.parents[1] / "data"
+    model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    lines = []
+    for file in sorted((data / "eval").glob("*.jsonl")):
+        rows, prompts, length = puzzles(tokenizer, file)
+        exact, _ = solved(tokenizer, model, rows, prompts, params_of({}, length))
+        for name, mode in MODES.items():
+            right, forwards = solved(tokenizer, model, rows, prompts, params_of(mode, length))
+            gain = right - exact
+            interval = 1.96 * gain.std().item() / math.sqrt(len(gain))
+            counts = "yes" if gain.mean() > -0.01 else "no"
+            lines.append(
+                [file.stem, name, f"{right.mean():.1%}", f"{100 * gain.mean():+.1f} ± {100 * interval:.1f}",
+                 f"{forwards:.1f}", f"{length / forwards:.2f}", counts]
+            )  # fmt: skip
+    header = ["puzzles", "mode", "solved", "points beside exact", "forwards", "tokens/forward", "counts"]
+    print(f"\n{folder}: up to {PUZZLES} puzzles each\n\n{table(header, lines)}", flush=True)
+    stop_gain(model, tokenizer, data / "eval" / "sudoku.jsonl")
+
+
+def stop_gain(model, tokenizer: Tokenizer, file: Path) -> None:  # noqa: ANN001
+    """Exact with stop at EOS beside the oracle, one prompt at a time; the text must be the same."""
+    shape = model.shape
+    reference = oracle.Reference(dict(model.state_dict()), shape.n_heads, shape.rope_theta, shape.norm_eps)
+    rows, prompts, length = puzzles(tokenizer, file)
+    prompts, mask = [torch.tensor([p]) for p in prompts[:20]], model.special_tokens.mask_id
+    texts: dict[str, list[str]] = {}
+
+    def text(tokens: torch.Tensor) -> str:
+        return tokenizer.answer_text(tokens[0, -length:].tolist())
+
+    def by_oracle() -> None:
+        texts["oracle"] = [
+            text(oracle.generate(reference, p, steps=length, new=length, block=length, mask_id=mask)) for p in prompts
+        ]
+
+    def by_us() -> None:
+        results: list[Generation] = [generate(model, p, params_of({}, length)) for p in prompts]
+        texts["ours"] = [text(result.tokens) for result in results]
+
+    timing = interleaved({"oracle": by_oracle, "ours": by_us}, "oracle", 3)["ours"]
+    same = sum(a == b for a, b in zip(texts["oracle"], texts["ours"], strict=True))
+    print(
+        f"\nexact with stop at EOS, room for {length} tokens: {timing.ratio:.1f} times the oracle ({timing.spread}),"
+        f" {same} of {len(prompts)} texts identical"
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "models" / "grpo")
