@@ -146,16 +146,24 @@ def answering(folder: Path, params: EvaluateParams) -> Iterator["Answerer"]:
 def data_root(params: Params, home: Path) -> Path | None:
     """The folder with local benchmark files: LLADAFLOW_DATA_ROOT, evaluate.root or data.root, relative to `home`."""
     own = params.evaluate.root if params.evaluate else None
-    given = os.environ.get("LLADAFLOW_DATA_ROOT") or own or (params.data.root if params.data else None)
+    return _below(home, own or (params.data.root if params.data else None))
+
+
+def _below(home: Path, given: str | None) -> Path | None:
+    given = os.environ.get("LLADAFLOW_DATA_ROOT") or given
     return home / Path(given).expanduser() if given else None
 
 
 def sweep_places(model: str, params: EvaluateParams, home: Path, root: Path | None, out: Path) -> Places:
-    """Places for `sweep`: answers are kept under what determines them (weights, code, settings)."""
+    """Places for `sweep`: answers are kept under what determines them (weights, code, settings).
+
+    root: local benchmark files; None: LLADAFLOW_DATA_ROOT, else `params.root`, else the Hub.
+    """
     import llada_core
 
     settings = params.model_dump(mode="json", exclude={"benchmarks", "models", "root", "limit"})
     key = hash_of([content_hash(resolve(model)), content_hash(Path(llada_core.__file__).parent), settings])[:16]
+    root = root or _below(home, params.root)
     return Places(root, home / "data" / "eval", out, home / "runs" / f"answers-{key}")
 
 

@@ -17,7 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from llada_core.config.base import ConfigError
 from llada_core.evaluation.answering import Answerer
 from llada_core.evaluation.arguments import from_arguments
-from llada_core.evaluation.requests import batches, cut, wanted
+from llada_core.evaluation.requests import batches, cut, pairs, wanted
 from llada_core.evaluation.worklist import Answer, AnswerStore, Work, keys_of, work_off
 from llada_core.tokenizer import Message
 
@@ -88,8 +88,8 @@ class LladaLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts up to the end token or the first stop string."""
-        longest, settings = self.answerer.longest, self.options.settings
-        asked = [wanted(r.args[0], r.args[1], settings, self.tokenizer_, longest) for r in requests]
+        settings, longest = self.options.settings, self.answerer.longest
+        asked = wanted([r.args for r in requests], settings, self.tokenizer_, longest)
         lengths, kinds = [w.length for w in asked], [(w.params, bool(w.blanks)) for w in asked]
         groups = batches(lengths, kinds, self.options.batch_size)
         self._announce(groups, lengths, lambda batch: asked[batch[0]].params.steps)
@@ -103,16 +103,22 @@ class LladaLM(TemplateLM):
         self.forwards += [a["forwards"] for a in answers]
         return [cut(a["text"], w.until) for a, w in zip(answers, asked, strict=True)]
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Bounds on log p(continuation | context) and whether greedy decoding would give it (if asked for)."""
+        texts = [r.args for r in requests]
+        encoded = pairs(texts, self.tokenizer_, self.prefix_token_id)
+        return self._loglikelihood_tokens([(t, *pair) for t, pair in zip(texts, encoded, strict=True)])
+
     def _loglikelihood_tokens(self, requests: list[Pair], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        pairs = [self.answerer.fit(context, continuation) for _, context, continuation in requests]
-        lengths = [len(context) + len(continuation) for context, continuation in pairs]
-        groups = batches(lengths, [0] * len(pairs), self.options.batch_size)
+        fitting = [self.answerer.fit(context, continuation) for _, context, continuation in requests]
+        lengths = [len(context) + len(continuation) for context, continuation in fitting]
+        groups = batches(lengths, [0] * len(fitting), self.options.batch_size)
         self._announce(groups, lengths, lambda batch: self.answerer.samples)
         answers = self._answer(
             "loglikelihood",
             [text for text, _, _ in requests],
             groups,
-            lambda batch: self.answerer.score([pairs[i] for i in batch]),
+            lambda batch: self.answerer.score([fitting[i] for i in batch]),
         )
         return [(a["ll"], a["greedy"]) for a in answers]
 

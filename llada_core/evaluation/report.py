@@ -94,8 +94,8 @@ def _changes(variant: recipes.Variant) -> bool:
 
 def grpo_evidence(training: Mapping[str, Result]) -> Result:
     """What GRPO's training says of itself: share of groups whose rewards differ, norm of the weight change."""
-    keys = {"groups_differ": "share of groups whose rewards differ", "weight_change": "norm of the weight change"}
-    return {key: training["grpo"][key] for key in keys if key in training.get("grpo", {})}
+    own = training.get("grpo", {})
+    return {key: own[key] for key in ("groups_differ", "weight_change") if own.get(key) is not None}
 
 
 def remarks(rows: Sequence[Result], params: ReportParams) -> list[str]:

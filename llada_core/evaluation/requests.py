@@ -18,6 +18,7 @@ from llada_core.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 DEFAULT_LENGTH = 256
+CHUNK = 4096  # texts encoded at once
 # Names that other LLaDA evaluators use for the same things.
 OTHER_NAMES = {
     "block_size": "block_length",
@@ -100,25 +101,58 @@ def _lengths(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def wanted(text: str, asked: Mapping[str, Any], settings: Settings, tokenizer: Tokenizer, longest: int) -> Wanted:
-    """The request behind a rendered prompt. A prompt that leaves no room for the answer loses its beginning."""
-    params = sampling_params(settings, tokenizer.special, asked)
-    until = asked.get("until") or ()
-    until = (until,) if isinstance(until, str) else tuple(until)
-    mark = asked.get("infill")
-    if mark:
-        before, reference, after = text.split(mark)
-        prompt, blanks, suffix = tokenizer.encode_batch([before, reference, after], user=False)
-        return Wanted(tuple(prompt), params, until, tuple(suffix), max(1, len(blanks)))
-    prompt = tokenizer.encode(text, user=False)
-    room = longest - params.max_new_tokens
-    if room < 1:
-        raise ConfigError(f"max_new_tokens {params.max_new_tokens} leaves no room for a prompt in {longest} tokens")
-    if len(prompt) > room:
-        log.warning(
-            "a prompt of %d tokens loses its beginning; the model takes %d with the answer", len(prompt), longest
-        )
-    return Wanted(tuple(prompt[-room:]), params, until)
+def wanted(
+    requests: Sequence[tuple[str, Mapping[str, Any]]], settings: Settings, tokenizer: Tokenizer, longest: int
+) -> list[Wanted]:
+    """What is behind rendered prompts and their `gen_kwargs`.
+
+    A prompt that leaves no room for its answer within `longest` tokens loses its beginning; `ConfigError` if there is
+    no room for any prompt.
+    """
+    plain = [text for text, asked in requests if not asked.get("infill")]
+    encoded = iter(tokenizer.encode_batch(plain, user=False) if plain else [])
+    found, shortened = [], 0
+    for text, asked in requests:
+        params = sampling_params(settings, tokenizer.special, asked)
+        until = asked.get("until") or ()
+        until = (until,) if isinstance(until, str) else tuple(until)
+        if asked.get("infill"):
+            found.append(_template(text.split(asked["infill"]), params, until, tokenizer))
+            continue
+        room = longest - params.max_new_tokens
+        if room < 1:
+            raise ConfigError(f"max_new_tokens {params.max_new_tokens} leaves no room for a prompt in {longest} tokens")
+        prompt = next(encoded)
+        shortened += len(prompt) > room
+        found.append(Wanted(tuple(prompt[-room:]), params, until))
+    if shortened:
+        log.warning("%d prompts lose their beginning: the model takes %d tokens with the answer", shortened, longest)
+    return found
+
+
+def _template(parts: list[str], params: SamplingParams, until: tuple[str, ...], tokenizer: Tokenizer) -> Wanted:
+    before, reference, after = tokenizer.encode_batch(parts, user=False)
+    return Wanted(tuple(before), params, until, tuple(after), max(1, len(reference)))
+
+
+def pairs(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer, prefix: int) -> list[tuple[list[int], list[int]]]:
+    """Ids of contexts and continuations: spaces that end a context open its continuation, both are encoded as one text,
+    and the context's own length says where it ends (lm-eval, LLaDA). An empty context is the token `prefix`.
+    """
+    moved = [_with_spaces(context, continuation) for context, continuation in texts]
+    contexts = list(dict.fromkeys(context for context, _ in moved))
+    ids = dict(zip(contexts, tokenizer.encode_batch(contexts, user=False) if contexts else [], strict=True))
+    found = []
+    for start in range(0, len(moved), CHUNK):
+        part = moved[start : start + CHUNK]
+        wholes = tokenizer.encode_batch([context + continuation for context, continuation in part], user=False)
+        found += [(ids[c] or [prefix], whole[len(ids[c]) :]) for (c, _), whole in zip(part, wholes, strict=True)]
+    return found
+
+
+def _with_spaces(context: str, continuation: str) -> tuple[str, str]:
+    bare = context.rstrip()
+    return bare, context[len(bare) :] + continuation
 
 
 def cut(text: str, until: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from llada_core.config.evaluation import Settings
 from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.harness import LladaLM
-from llada_core.evaluation.requests import wanted
+from llada_core.evaluation.requests import pairs, wanted
 from llada_core.modeling.predictor import MaskPredictor, Prediction
 
 RENDER = Environment(undefined=StrictUndefined)
@@ -83,16 +83,15 @@ class GoldLM(LladaLM):
         over = Settings(sampling={"max_new_tokens": length, "block_length": length, "steps": self.steps, "eos": "none"})
         options = replace(self.options, settings=over.over(self.recipe.settings))
         self.options, self.answerer = options, replace(self.answerer, options=options)
-        for request, answer in zip(requests, ids, strict=True):
-            request.args[1].pop("max_new_tokens", None)
-            asked = wanted(*request.args, options.settings, self.tokenizer_, self.answerer.longest)
-            self.answerer.model.script.setdefault(asked.prompt, []).append(answer)
+        asked = wanted([r.args for r in requests], options.settings, self.tokenizer_, self.answerer.longest)
+        for each, answer in zip(asked, ids, strict=True):
+            self.answerer.model.script.setdefault(each.prompt, []).append(answer)
         return super().generate_until(requests)
 
     def loglikelihood(self, requests, disable_tqdm=False):
         golds = [self._is_gold(r) for r in requests]
-        pairs = [self._encode_pair(*r.args) for r in requests]
-        preferred = frozenset((*map(tuple, p),) for p, gold in zip(pairs, golds, strict=True) if gold)
+        encoded = pairs([r.args for r in requests], self.tokenizer_, self.prefix_token_id)
+        preferred = frozenset((*map(tuple, p),) for p, gold in zip(encoded, golds, strict=True) if gold)
         self.answerer = ByHeart(self.answerer.model, self.tokenizer_, self.options, preferred)
         return super().loglikelihood(requests)
 

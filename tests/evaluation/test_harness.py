@@ -69,7 +69,7 @@ def test_answers_are_those_of_the_sampler_and_the_estimator():
 def replace_params(lm, prompt):
     from llada_core.evaluation.requests import wanted
 
-    return wanted(prompt, {}, lm.options.settings, lm.tokenizer_, 128).params
+    return wanted([(prompt, {})], lm.options.settings, lm.tokenizer_, 128)[0].params
 
 
 def test_stop_strings_cut_and_empty_generations_are_empty():

@@ -4,7 +4,7 @@ import pytest
 
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import Settings
-from llada_core.evaluation.requests import batches, cut, sampling_params, wanted
+from llada_core.evaluation.requests import batches, cut, pairs, sampling_params, wanted
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -50,25 +50,24 @@ def test_an_unknown_setting_names_the_nearest():
 
 
 def test_a_long_prompt_loses_its_beginning():
-    asked = wanted("abcdefgh" * 20, {"until": "X"}, FULL, TOKENIZER, longest=100)
+    (asked,) = wanted([("abcdefgh" * 20, {"until": "X"})], FULL, TOKENIZER, longest=100)
     assert (len(asked.prompt), asked.length, asked.until) == (36, 100, ("X",))
     assert TOKENIZER.decode(asked.prompt).endswith("fgh")
     with pytest.raises(ConfigError, match="leaves no room"):
-        wanted("a", {}, FULL, TOKENIZER, longest=64)
+        wanted([("a", {})], FULL, TOKENIZER, longest=64)
 
 
 def test_infilling_leaves_as_many_blanks_as_the_reference_has_tokens():
-    asked = wanted("ab<|fill|>xyz!<|fill|>cd", {"infill": "<|fill|>"}, FULL, TOKENIZER, longest=100)
+    (asked,) = wanted([("ab<|fill|>xyz!<|fill|>cd", {"infill": "<|fill|>"})], FULL, TOKENIZER, longest=100)
     assert TOKENIZER.decode(asked.prompt) == "ab"
     assert TOKENIZER.decode(asked.suffix) == "cd"
     assert asked.blanks == len(TOKENIZER.encode("xyz!"))
 
 
 def test_special_strings_of_the_template_are_tokens():
-    text = TOKENIZER.chat_text([{"role": "user", "content": "hi"}])
-    assert list(wanted(text, {}, FULL, TOKENIZER, 1000).prompt) == TOKENIZER.chat_ids(
-        [{"role": "user", "content": "hi"}]
-    )
+    turns = [{"role": "user", "content": "hi"}]
+    (asked,) = wanted([(TOKENIZER.chat_text(turns), {})], FULL, TOKENIZER, 1000)
+    assert list(asked.prompt) == TOKENIZER.chat_ids(turns)
 
 
 def test_cut_at_the_first_of_several_stop_strings():
@@ -78,3 +77,14 @@ def test_cut_at_the_first_of_several_stop_strings():
 
 def test_batches_are_by_group_and_length_the_longest_first():
     assert batches([3, 9, 5, 9, 1], ["a", "a", "a", "b", "a"], 2) == [[1, 2], [0, 4], [3]]
+
+
+def test_pairs_are_encoded_as_lm_eval_and_llada_do():
+    texts = [("Question: 7 + 5? ", "12."), ("Question: 7 + 5? ", "13."), ("", "fox"), (" \n", "dog")]
+    found = pairs(texts, TOKENIZER, prefix=99)
+    whole = TOKENIZER.encode("Question: 7 + 5? 12.")
+    context = TOKENIZER.encode("Question: 7 + 5?")
+    assert found[0] == (context, whole[len(context) :])
+    assert found[0][0] is found[1][0]  # the options of a question share their context
+    assert found[2] == ([99], TOKENIZER.encode("fox"))
+    assert found[3] == ([99], TOKENIZER.encode(" \ndog"))
