@@ -24,8 +24,8 @@ from llada_core.modeling.predictor import MaskPredictor
 _CONFIG, _WEIGHTS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 
-def add_lora(model: MaskPredictor, params: LoraParams) -> None:
-    """Puts trainable low-rank adapters on the target layers and freezes everything else.
+def add_lora(model: MaskPredictor, params: LoraParams, seed: int = 0) -> None:
+    """Puts trainable low-rank adapters, random by `seed` alone, on the target layers and freezes everything else.
 
     targets: "all-linear" (every linear layer of the blocks, never head or router), a regular expression on whole
     module names, or module names. `ValueError` names a target that matches no linear layer.
@@ -39,7 +39,9 @@ def add_lora(model: MaskPredictor, params: LoraParams) -> None:
         lora_dropout=params.dropout,
         target_modules=_target_pattern(model, params.targets),
     )
-    inject_adapter_in_model(config, network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, network)
     network.peft_config = {"default": config}
 
 
@@ -100,7 +102,7 @@ def base_of(folder: Path) -> str:
 
 def load_adapter(model: MaskPredictor, folder: str | Path) -> None:
     """Puts the adapter of `folder` into its base model; `ValueError` unless every one of its weights has a place."""
-    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 
     network, folder = _network(model), Path(folder)
     if not (folder / _WEIGHTS).is_file():
@@ -112,11 +114,12 @@ def load_adapter(model: MaskPredictor, folder: str | Path) -> None:
     weights = {k.removeprefix(_PREFIX): v for k, v in load_file(folder / _WEIGHTS).items()}
     inject_adapter_in_model(config, network)
     named = {own_name(k): v for k, v in weights.items()} if sparse else weights
-    lost = set_peft_model_state_dict(network, named).unexpected_keys
-    own = sum(1 for name, _ in network.named_parameters() if ".lora_" in name)
-    if lost or own != len(named):
-        detail = f"such as {sorted(lost)[0]}" if lost else f"{len(named)} weights for {own} places"
-        raise ValueError(f"{folder}: the adapter does not fit {type(network).__name__} ({detail})")
+    places = {name: weight.shape for name, weight in get_peft_model_state_dict(network).items()}
+    wrong = sorted(n for n in named.keys() | places.keys() if n not in named or places.get(n) != named[n].shape)
+    if wrong:
+        where = f"in {len(wrong)} places: {wrong[0]}"
+        raise ValueError(f"{folder}: the adapter does not fit {type(network).__name__} {where}")
+    set_peft_model_state_dict(network, named)
     network.peft_config = {"default": config}
 
 
