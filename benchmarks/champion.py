@@ -88,7 +88,7 @@ def stop_gain(model, tokenizer: Tokenizer, file: Path) -> None:  # noqa: ANN001
     """Exact with stop at EOS beside the oracle, one prompt at a time; the text must be the same."""
     shape = model.shape
     reference = oracle.Reference(dict(model.state_dict()), shape.n_heads, shape.rope_theta, shape.norm_eps)
-    rows, prompts, length = puzzles(tokenizer, file)
+    _, prompts, length = puzzles(tokenizer, file)
     prompts, mask = [torch.tensor([p]) for p in prompts[:20]], model.special_tokens.mask_id
     texts: dict[str, list[str]] = {}
 

@@ -49,6 +49,7 @@ class Cached:
     model: MaskPredictor
     window: Window
     forwards: int = field(default=0, init=False)
+    fed: int = field(default=0, init=False)
     cache: KVCache | None = field(default=None, init=False)
     age: list[int] = field(default_factory=list, init=False)
 
@@ -68,11 +69,13 @@ class Cached:
 
     def _look(self, query: Query, cache: KVCache) -> Tensor:
         self.forwards += 1
+        self.fed += query.tokens.numel()
         return self.model(query.tokens, query.visible, positions=query.wanted, cache=cache).logits
 
     def _glance(self, query: Query, wanted: Tensor, cache: KVCache) -> Tensor:
-        self.forwards += 1
         slots, start = self.window.slots(query)
+        self.forwards += 1
+        self.fed += slots.numel()
         row, column = wanted // query.tokens.shape[1], wanted % query.tokens.shape[1]
         positions = row * slots.shape[1] + column - start[row]
         tokens = query.tokens.gather(1, slots)

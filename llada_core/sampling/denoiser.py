@@ -70,6 +70,10 @@ class Denoiser(Protocol):
     def forwards(self) -> int:
         """Calls of the model so far."""
 
+    @property
+    def fed(self) -> int:
+        """Tokens that went through the model so far."""
+
     def logits(self, query: Query) -> Tensor:
         """(P, V) logits of `query.wanted`."""
 
@@ -83,10 +87,12 @@ class Plain:
 
     model: MaskPredictor
     forwards: int = field(default=0, init=False)
+    fed: int = field(default=0, init=False)
 
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
         self.forwards += 1
+        self.fed += query.tokens.numel()
         return self.model(query.tokens, query.visible, positions=query.wanted).logits
 
     def keep(self, rows: list[int], width: int) -> None:
@@ -105,6 +111,11 @@ class Guided:
     def forwards(self) -> int:
         """Both halves ride in one forward."""
         return self.inner.forwards
+
+    @property
+    def fed(self) -> int:
+        """Those of both halves."""
+        return self.inner.fed
 
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
@@ -138,6 +149,11 @@ class Shifted:
     def forwards(self) -> int:
         """Those of the denoiser that is read."""
         return self.inner.forwards
+
+    @property
+    def fed(self) -> int:
+        """Those of the denoiser that is read."""
+        return self.inner.fed
 
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""

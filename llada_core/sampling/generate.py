@@ -28,11 +28,13 @@ Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
 @dataclass(frozen=True)
 class Generation:
     """The outcome for a batch. `tokens` (B, T) int64, each row padded on the left if it is short; `lengths` (B,) of
-    what was asked for: the new tokens of a prompt, all tokens of a template; `forwards` of the model.
+    what was asked for: the new tokens of a prompt, all tokens of a template; `forwards` of the model and the number
+    of tokens `fed` to it in them.
     """
 
     tokens: Tensor
     forwards: int
+    fed: int
     lengths: tuple[int, ...]
 
     @property
@@ -66,7 +68,8 @@ def generate(
     tokens = tokens[:, last - prompts.width - params.max_new_tokens : last].contiguous()
     if isinstance(prompt_ids, Tensor):
         tokens[:, : prompts.width] = prompt_ids  # padding as it was given
-    return Generation(tokens, sampler.denoiser.forwards, (params.max_new_tokens,) * len(tokens))
+    lengths = (params.max_new_tokens,) * len(tokens)
+    return Generation(tokens, sampler.denoiser.forwards, sampler.denoiser.fed, lengths)
 
 
 def stream(
@@ -95,7 +98,8 @@ def infill(model: MaskPredictor, template_ids: Prompts, params: SamplingParams) 
     sampler, canvas = _sampler_for_templates(model, template_ids, params, look_ahead=False)
     lengths = tuple(canvas.size.tolist())
     with evaluating(model):
-        return Generation(_last(sampler, canvas), sampler.denoiser.forwards, lengths)
+        tokens = _last(sampler, canvas)
+    return Generation(tokens, sampler.denoiser.forwards, sampler.denoiser.fed, lengths)
 
 
 def stream_infill(

@@ -57,13 +57,14 @@ class Cell:
 
 @dataclass
 class Trace:
-    """The frames of one generation, from the end of its `prompt` on.
+    """The frames of one generation, after its `prompt`: the last `width` columns, or (None) all that follow.
 
     `committed_at` (W,) holds the number of the step that wrote a position, 0 if given, -1 if open; `runners` the
     likeliest tokens of a position just before it was written, with their probabilities, once `find_runners_up` ran.
     """
 
     prompt: list[int] = field(default_factory=list)
+    width: int | None = None
     frames: list[Frame] = field(default_factory=list)
     committed_at: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     runners: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
@@ -71,7 +72,7 @@ class Trace:
 
     def add(self, step: Step, row: int = 0) -> Frame:
         """Records what `step` did to a row."""
-        start = len(self.prompt)
+        start = len(self.prompt) if self.width is None else step.tokens.shape[1] - self.width
         tokens, is_open, fresh, guesses, sure = (
             t[row, start:].cpu().numpy()
             for t in (step.tokens, step.open, step.committed, step.proposal, step.confidence)

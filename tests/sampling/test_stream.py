@@ -48,7 +48,12 @@ def test_blocks_are_where_the_caller_sees_them():
 
 def test_look_ahead_adds_proposals_and_changes_nothing():
     model = golden_model("llada_tiny")
-    for extra in ({}, {"temperature": 1.0, "seed": 1}, {"remasking": "random", "seed": 1}, {"right_shift_logits": True}):
+    for extra in (
+        {},
+        {"temperature": 1.0, "seed": 1},
+        {"remasking": "random", "seed": 1},
+        {"right_shift_logits": True},
+    ):
         params = SamplingParams(**BASE, **extra)
         plain = list(stream(model, PROMPTS, params))
         ahead = list(stream(model, PROMPTS, params, look_ahead=True))
@@ -122,3 +127,14 @@ def test_training_mode_comes_back():
         assert model.training
     finally:
         model.eval()
+
+
+def test_tokens_fed_are_counted():
+    model = golden_model("llada_tiny")
+    exact = generate(model, [[5, 9, 30]], SamplingParams(**BASE))
+    assert exact.fed == exact.forwards * (3 + 16)
+    dual = generate(model, [[5, 9, 30]], SamplingParams(**BASE, cache="dual"))
+    assert dual.fed == 2 * (3 + 16) + (dual.forwards - 2) * 8
+    prefix = generate(model, [[5, 9, 30]], SamplingParams(**BASE, cache="prefix"))
+    assert prefix.fed == 2 * (3 + 16) + 3 * 16 + 3 * 8
+    assert generate(model, [[5, 9, 30]], SamplingParams(**BASE, cfg_scale=1.0)).fed == 2 * exact.fed
