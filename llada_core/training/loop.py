@@ -107,6 +107,7 @@ class Loop:
     def _resume(self) -> None:
         state = self.snapshot.restore()
         if state is None:
+            self.metrics.write(0, {"event": "started", "back_to": 0})
             self._save()
         else:
             self.progress = Progress(**state["progress"])

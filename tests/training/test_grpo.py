@@ -20,9 +20,8 @@ def likes_low_ids(task, text, answer):
     return sum("a" <= c <= "m" for c in text.lower()) / 6
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
+def write_prompts(folder):
+    """data/grpo as `prepare` writes it."""
     for part, count in (("train", 24), ("validation", 6)):
         rows = {
             "prompt_ids": [[10 + i, 20, 30][: 2 + i % 2] for i in range(count)],
@@ -32,6 +31,11 @@ def data(tmp_path_factory):
         }
         Dataset.from_dict(rows).save_to_disk(folder / "grpo" / part)
     return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return write_prompts(tmp_path_factory.mktemp("data"))
 
 
 def run(data, folder, follow=None, **changes):
