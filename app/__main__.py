@@ -68,15 +68,16 @@ def launch(
     model: str, *, at_once: int, seconds: float, where: tuple[str, int, bool], auth: tuple[str, str] | None
 ) -> None:
     """Loads the model, then serves the page until Ctrl-C; without a model the page says what to run."""
-    from app.catalogue import Catalogue
+    from tasks.registry import champion_of
 
-    catalogue = Catalogue(Path.cwd())
-    name = model or catalogue.champion
-    from app import page  # Gradio takes seconds to import; a mistake is told before
+    name = model or champion_of(Path.cwd())  # first: Gradio takes seconds to import
+    from app import page
+    from app.catalogue import Catalogue
     from app.desk import Desk
     from app.engine import Shelf
     from app.writing import Refused
 
+    catalogue = Catalogue(Path.cwd())
     desk = Desk(Shelf(catalogue), catalogue, name, seconds=seconds, at_once=at_once)
     try:
         desk.engine(name)

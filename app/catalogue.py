@@ -30,15 +30,6 @@ class Catalogue:
         except ConfigError:
             self.params = None
 
-    @property
-    def champion(self) -> str:
-        """The name that the page loads by default."""
-        if self.params is None or self.params.register_ is None:
-            raise ConfigError(
-                f"{self.root / 'params.yaml'} names no registered model; say which: --model NAME_OR_FOLDER"
-            )
-        return f"models:/{self.params.register_.name}@champion"
-
     def names(self) -> list[str]:
         """Every alias and version of every registered model, newest first."""
         found = []

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from app.writing import Refused, refusing
 from llada_core.config.sampling import SamplingParams
-from llada_core.config.sampling_help import SENTENCES, sampling_of
+from llada_core.config.sampling_help import SENTENCES
 
 Kind = Literal["choice", "integer", "number", "switch", "tokens"]
 MOST_TOKENS = 1024
@@ -70,7 +70,7 @@ def params(values: Mapping[str, Any]) -> SamplingParams:
             value = _number(knob, value)
         given[knob.name] = value
     with refusing():
-        made = sampling_of(given)
+        made = SamplingParams(**given)
     if made.max_new_tokens > MOST_TOKENS:
         raise Refused(f"max_new_tokens is {made.max_new_tokens}; this page writes at most {MOST_TOKENS} at a time.")
     return made

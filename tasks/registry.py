@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_core.config.base import ConfigError
+from llada_core.config.params import Params
 from llada_core.config.sampling import SamplingParams
 from tasks.folders import content_hash, link_into, read_json
 from tasks.runs import home
@@ -48,6 +49,14 @@ def resolve(name: str, root: Path | None = None) -> Path:
         ways = "give a folder, models:/NAME@alias, or a Hub name such as GSAI-ML/LLaDA-8B-Base"
         raise ConfigError(f"there is no model {name!r}; {ways}")
     return _from_hub(name)
+
+
+def champion_of(root: Path) -> str:
+    """The name of the champion that the project's params.yaml registers; raises `ConfigError` if it registers none."""
+    params = Params.load(root / "params.yaml")
+    if params.register_ is None:
+        raise ConfigError(f"{root / 'params.yaml'} registers no model; say which one with --model")
+    return f"models:/{params.register_.name}@champion"
 
 
 def version_of(root: Path, name: str, which: str) -> Version:

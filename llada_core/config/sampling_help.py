@@ -4,10 +4,6 @@ Knows SamplingParams; does not know models.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
-from pydantic import ValidationError
 
 from llada_core.config.sampling import SamplingParams
 
@@ -37,17 +33,6 @@ SENTENCES: dict[str, str] = {
     "right_shift_logits": "For models converted from autoregressive ones, whose output is one position late.",
     "seed": "The same number gives the same answer; empty draws a new one each time.",
 }
-
-
-def sampling_of(values: Mapping[str, Any]) -> SamplingParams:
-    """The settings with these values; raises ValueError with one sentence for what is out of range or does not fit."""
-    try:
-        return SamplingParams(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{where}: {reason} (got {first['input']!r})" if where else reason) from None
 
 
 def preset(name: str, base: SamplingParams) -> SamplingParams:

@@ -1,0 +1,79 @@
+"""`llada eval`, `llada lm-eval`, `llada diff`: measure any model, and set two measurements side by side.
+
+Thin over tasks.evaluate, tasks.lm_eval and tasks.diff; heavy packages are imported inside.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import Model, name_or_champion
+from tasks.errors import one_line_errors
+
+
+def evaluate(
+    benchmarks: Annotated[list[str], typer.Argument(help="recipes or files of data/eval; none: see --table")] = [],  # noqa: B006
+    model: Model = "",
+    table: Annotated[str, typer.Option(help="all benchmarks of a published table: base, instruct, ...")] = "",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="questions per benchmark; the score is marked as a subset")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="questions answered at once")] = 32,
+    data: Annotated[
+        str | None, typer.Option(help="folder with benchmark files; none: LLADAFLOW_DATA_ROOT, else the Hub")
+    ] = None,
+    run_code: Annotated[bool, typer.Option(help="allow benchmarks that run the programs a model writes")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder for results; none: reports/checkpoints/MODEL")] = None,
+) -> None:
+    """Measure a model on benchmarks; one that fails does not stop the others.
+
+    llada eval sudoku countdown          the champion on its puzzles
+    llada eval --table instruct --model GSAI-ML/LLaDA-8B-Instruct
+    """
+    with one_line_errors():
+        import os
+
+        from llada_core.config.evaluation import EvaluateParams
+        from llada_core.evaluation.recipes import table as published
+        from tasks.evaluate import safe, sweep, sweep_places
+        from tasks.runs import home
+
+        name = name_or_champion(model)
+        asked = list(benchmarks) + ([column.recipe for column in published(table).columns] if table else [])
+        if not asked:
+            raise ValueError("say what to measure: names of benchmarks, or --table base")
+        values = {
+            "benchmarks": tuple(asked),
+            "limit": limit,
+            "batch_size": batch_size,
+            "root": data,
+            "run_code": run_code,
+        }
+        params = EvaluateParams.parse(values, "llada eval")
+        base = home(Path.cwd())
+        root = os.environ.get("LLADAFLOW_DATA_ROOT") if data is None else data
+        results = out or base / "reports" / "checkpoints" / safe(name)
+        places = sweep_places(name, params, base, Path(root).expanduser() if root else None, results)
+        found = sweep(name, asked, params, places)
+        print(f"results are in {results}")
+        raise typer.Exit(1 if any("error" in line for line in found.values()) else 0)
+
+
+def lm_eval(context: typer.Context) -> None:
+    """lm-eval's own command line with our model registered: --model llada --tasks gsm8k --model_args pretrained=..."""
+    with one_line_errors():
+        from tasks.lm_eval import run
+
+        run(context.args)
+
+
+def diff(
+    first: Annotated[str, typer.Argument(help="a model of reports/eval, or FOLDER:MODEL")],
+    second: Annotated[str, typer.Argument(help="what it is compared with")],
+) -> None:
+    """Two measurements side by side: scores with a paired test, questions gained and lost, settings, code."""
+    with one_line_errors():
+        from tasks import diff as comparison
+
+        print(comparison.told(comparison.diff(first, second)))

@@ -1,0 +1,34 @@
+"""The `llada` command: every command registered under the heading a newcomer looks for it. Does nothing itself."""
+
+import typer
+
+from cli import evaluate, models, runs, talk
+
+ANY_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+llada = typer.Typer(
+    help="Train, measure, register and talk to masked-diffusion language models of the LLaDA family.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+llada.command("sample", rich_help_panel="Talk")(talk.sample)
+llada.command("chat", rich_help_panel="Talk")(talk.chat)
+llada.command("app", rich_help_panel="Talk", context_settings=ANY_ARGUMENTS)(models.page)
+llada.command("eval", rich_help_panel="Measure")(evaluate.evaluate)
+llada.command("lm-eval", rich_help_panel="Measure", context_settings=ANY_ARGUMENTS)(evaluate.lm_eval)
+llada.command("diff", rich_help_panel="Measure")(evaluate.diff)
+for command in runs.COMMANDS:
+    llada.command(command.__name__, rich_help_panel="Run")(command)
+llada.command("export", rich_help_panel="Models")(models.export)
+llada.command("ui", rich_help_panel="Models")(models.ui)
+
+
+def main() -> None:
+    """The entry point."""
+    llada()
+
+
+if __name__ == "__main__":
+    main()

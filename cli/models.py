@@ -1,0 +1,131 @@
+"""`llada export`, `llada app`, `llada ui`: a model as a folder of its own, the page, and the two dashboards.
+
+Thin over tasks.registry, app and the tools' own commands; heavy packages are imported inside.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.options import MODEL_HELP, name_or_champion
+from tasks.errors import one_line_errors
+
+CARD = """---
+library_name: transformers
+license: apache-2.0
+tags: [masked-diffusion, llada]
+---
+# {title}
+
+A masked-diffusion language model in the published LLaDA layout, exported from `{name}`.
+
+    import llada_core
+    model = llada_core.load_model("{folder}")
+
+{facts}
+"""
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(help="the new folder")],
+    model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "",
+    overwrite: Annotated[bool, typer.Option(help="replace the folder if it is there")] = False,
+) -> None:
+    """Copy a model into a self-contained folder: weights in the published layout, tokenizer, model card."""
+    with one_line_errors():
+        from tasks.registry import REFERENCE, resolve, version_of
+
+        name = name_or_champion(model)
+        source = resolve(name)
+        if not (source / "config.json").is_file():
+            raise FileNotFoundError(f"{source}: no config.json there, so it is no model folder")
+        if folder.exists() and not overwrite:
+            raise FileExistsError(f"{folder} is there already; choose another name, or --overwrite")
+        match = REFERENCE.fullmatch(name)
+        tags = version_of(Path.cwd(), match[1] or match[4], match[2] or match[3] or match[5]).tags if match else {}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            shutil.copytree(source, staging, dirs_exist_ok=True)
+            staging.chmod(0o755)
+            facts = {key: value for key, value in tags.items() if key != "folder"}
+            text = CARD.format(title=folder.name, name=name, folder=folder.name, facts=card_facts(source, facts))
+            (staging / "README.md").write_text(text, encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        print(f"{name} is in {folder}")
+
+
+def card_facts(source: Path, tags: dict[str, str]) -> str:
+    """Lineage and training receipt as a Markdown list."""
+    receipt = source / "training.json"
+    trained = json.loads(receipt.read_text(encoding="utf-8")) if receipt.is_file() else {}
+    kept = ("stage", "steps", "tokens", "flops", "seconds")
+    lines = [f"- training {key}: {trained[key]}" for key in kept if key in trained]
+    return "\n".join([*lines, *(f"- {key}: {value}" for key, value in sorted(tags.items()))])
+
+
+def page(context: typer.Context) -> None:
+    """Open the page on the registered champion (the options are those of `python -m app --help`)."""
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "app", *context.args]))
+
+
+def ui(
+    mlflow_port: Annotated[int, typer.Option(help="port of MLflow")] = 5000,
+    prefect_port: Annotated[int, typer.Option(help="port of Prefect")] = 4200,
+) -> None:
+    """MLflow (runs, models) and Prefect (flows, deployments) on this machine's loopback, until Ctrl-C."""
+    with one_line_errors():
+        from tasks.registry import tracking_uri
+
+        address = "127.0.0.1"
+        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        api = {
+            "PREFECT_UI_API_URL": f"http://{address}:{prefect_port}/api",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        }
+        tracking = ["-m", "mlflow", "server", "--backend-store-uri", tracking_uri(Path.cwd()), "--workers", "1"]
+        commands = [
+            [sys.executable, *tracking, "--host", address, "--port", str(mlflow_port)],
+            [sys.executable, "-m", "prefect", "server", "start", "--host", address, "--port", str(prefect_port)],
+        ]
+        for name, port in (("MLflow", mlflow_port), ("Prefect", prefect_port)):
+            free(name, address, port)
+        print(
+            f"MLflow  http://{address}:{mlflow_port}\nPrefect http://{address}:{prefect_port}\nCtrl-C ends both",
+            flush=True,
+        )
+        started = [
+            subprocess.Popen(command, env=os.environ | quiet | api, start_new_session=True) for command in commands
+        ]
+        try:
+            raise typer.Exit(max(process.wait() for process in started))
+        finally:
+            for process in started:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+
+
+def free(name: str, address: str, port: int) -> None:
+    """Raises OSError with one sentence when a port is taken."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError:
+            raise OSError(
+                f"port {port} for {name} is taken; choose another: --{name.lower()}-port {port + 1}"
+            ) from None

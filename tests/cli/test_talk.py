@@ -1,0 +1,162 @@
+"""`llada sample` and `llada chat` with a tiny random model."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from cli.canvas import BOX, picture, shown
+from cli.options import PUBLISHED, settings, with_length
+from llada_core.sampling.trace import Cell
+from tests.tiny import tiny_pair
+
+SHORT = ("--max-new-tokens", "8")
+
+
+def test_questions_are_answered_as_one_batch_as_alone(call, tiny):
+    both = call("sample", "12 + 3", "a much longer question", "-m", tiny, *SHORT, "--json")
+    assert both.exit_code == 0, both.stderr
+    first, second = map(json.loads, both.stdout.splitlines())
+    alone = json.loads(call("sample", "12 + 3", "-m", tiny, *SHORT, "--json").stdout)
+    assert first == {**alone, "forwards": first["forwards"]}
+    assert len(first["tokens"]) == len(second["tokens"]) == 8
+
+
+def test_lines_of_stdin_are_questions(call, tiny):
+    result = call("sample", "-", "-m", tiny, *SHORT, "--json", stdin="one\ntwo\n")
+    assert [json.loads(line)["prompt"] for line in result.stdout.splitlines()] == ["one", "two"]
+
+
+def test_gaps_are_filled_and_the_rest_stays(call, tiny):
+    result = call("sample", "12[[2]]34", "5[[1]]", "-m", tiny, "--infill", "--json")
+    first, second = (json.loads(line)["answer"] for line in result.stdout.splitlines())
+    assert first.startswith("12")
+    assert first.endswith("34")
+    assert second.startswith("5")
+
+
+def test_pinned_words_stand_in_the_answer(call, tiny):
+    tokenizer = tiny_pair()[1]
+    result = call("sample", "hi", "-m", tiny, *SHORT, "--pin", "2:77", "--json")
+    assert json.loads(result.stdout)["tokens"][2:4] == tokenizer.encode("77")
+
+
+def test_the_canvas_is_shown_live(call, tiny):
+    result = call("sample", "hi", "-m", tiny, *SHORT, "-v")
+    assert "8 of 8 tokens" in result.stderr
+    assert "tokens" not in result.stdout
+
+
+def test_other_settings_by_name(call, tiny):
+    fewer = call("sample", "hi", "-m", tiny, *SHORT, "--json", "-S", "threshold=0.0001")
+    assert json.loads(fewer.stdout)["forwards"] == 1
+    wrong = call("sample", "hi", "-m", tiny, "-S", "treshold=1")
+    assert wrong.exit_code == 2
+    assert "threshold" in wrong.stderr
+    assert call("sample", "hi", "-m", tiny, "-S", "threshold").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--max-new-tokens", "0"), "max_new_tokens 0"),
+        (("--max-new-tokens", "1000"), "longer than the model's 128"),
+        (("--preset", "magic"), "there are exact, fast, creative"),
+        (("--infill",), "Mark where"),
+        (("--pin", "nonsense"), "position:word"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(call, tiny, arguments, says):
+    result = call("sample", "hi", "-m", tiny, *arguments)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_length_alone_moves_what_depends_on_it(tiny):
+    assert settings(tiny, "", {}, []) == PUBLISHED
+    moved = with_length(PUBLISHED, {"max_new_tokens": 64})
+    assert (moved.steps, moved.block_length) == (64, 32)
+    odd = with_length(PUBLISHED, {"max_new_tokens": 50})
+    assert (odd.steps, odd.block_length) == (50, 50)
+
+
+def test_a_canvas_has_the_same_shape_at_every_step():
+    states = [Cell("", "open", None, True), Cell("longword", "fresh", 0.9, True), Cell("4", "done", 0.1, False)]
+    assert [len(shown(cell)) for cell in states] == [BOX - 1] * 3
+    assert picture(states, 12).plain.split("\n")[0] == "░░░░░ long…"
+    styles = {str(span.style) for span in picture(states, 80).spans}
+    assert len(styles) == 3
+
+
+def chat(tiny, call, *lines, options=SHORT):
+    result = call("chat", "-m", tiny, *options, stdin="".join(f"{line}\n" for line in lines))
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_conversation_with_commands(call, tiny):
+    shown = chat(
+        tiny, call, "/help", "12 + 3", "/settings", "/preset fast", "/again", "/replay", "/undo", "/undo", "/quit"
+    )
+    assert "/replay" in shown
+    assert "8 steps · 8 forwards" in shown
+    assert "block_length = 8" in shown
+    assert "Approximate: the prefix cache" in shown
+    assert "8 of 8 tokens" in shown
+    assert "there is nothing to undo" in shown
+
+
+def test_a_mistake_does_not_end_the_conversation(call, tiny):
+    shown = chat(
+        tiny, call, "/bogus", "/set steps=0", "/set steps", "/replay", "/again", "/preset x", "12", "/new", "/guesses"
+    )
+    for part in (
+        "no command '/bogus'",
+        "steps 0",
+        "name=value",
+        "nothing was written",
+        "nothing was asked",
+        "no preset 'x'",
+    ):
+        assert part in shown.replace("\n", " ")
+    assert "8 steps" in shown
+    assert "guesses are shown" in shown
+
+
+def test_a_conversation_too_long_for_the_model_says_so_and_goes_on(call, tiny):
+    shown = chat(tiny, call, "1 " * 200, "short", options=SHORT).replace("\n", " ")
+    assert "128" in shown
+    assert "8 steps" in shown
+
+
+def test_ctrl_c_keeps_what_is_there(monkeypatch):
+    from cli import chat as module
+
+    model, tokenizer = tiny_pair()
+    real = module.stream
+
+    def interrupted(*arguments, **options):
+        steps = real(*arguments, **options)
+        for _ in range(3):
+            yield next(steps)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "stream", interrupted)
+    screen = io.StringIO()
+    params = with_length(PUBLISHED, {"max_new_tokens": 8})
+    talk = module.Conversation(model, tokenizer, params, "", Console(file=screen))
+    talk.turns.append({"role": "user", "content": "hi"})
+    talk.answer()
+    assert [turn["role"] for turn in talk.turns] == ["user", "assistant"]
+    assert "stopped; what was written stays" in screen.getvalue()
+    assert talk.trace.frames[-1].written == 3
+
+
+def test_escape_sequences_of_a_model_do_not_reach_the_terminal(call, tiny, monkeypatch):
+    from llada_core.tokenizer import Tokenizer
+
+    monkeypatch.setattr(Tokenizer, "answer_text", lambda self, ids: "\x1b[2Jgone\u202e")
+    assert "\x1b[2J" not in call("sample", "hi", "-m", tiny, *SHORT).stdout
+    assert "\x1b[2J" not in chat(tiny, call, "hi")
