@@ -25,6 +25,8 @@ def markdown(report: Result) -> str:
     lines += ["", *(f"- {remark}" for remark in report["remarks"])]
     told = (r for row in report["rows"] for r in row.get("references", []))
     lines += list(dict.fromkeys(f"- {r['source']}: {r['model']}, {r['where']}" for r in told))
+    if report["curves"]:
+        lines += ["", "Training curves:", "", *(f"![{stage}](training/{stage}.png)" for stage in report["curves"])]
     return "\n".join(lines).rstrip() + "\n"
 
 

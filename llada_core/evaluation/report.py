@@ -30,7 +30,8 @@ def table(
     rows = [_row(name, by_model, questions.get(name, {}), params) for name, by_model in results.items()]
     models = list(dict.fromkeys(model for by_model in results.values() for model in by_model))
     evidence = grpo_evidence(training or {})
-    return {"models": models, "rows": rows, "grpo": evidence, "remarks": remarks(rows, params) + _told(evidence)}
+    said = remarks(rows, params) + _told(evidence)
+    return {"models": models, "rows": rows, "grpo": evidence, "remarks": said, "curves": sorted(training or {})}
 
 
 def _row(name: str, by_model: Mapping[str, Result], questions: Mapping[str, Scores], params: ReportParams) -> Result:
@@ -110,6 +111,7 @@ def remarks(rows: Sequence[Result], params: ReportParams) -> list[str]:
         if guessing:
             level = f"chance is {100 * row['chance']:.0f} %"
             said.append(f"{name}: {', '.join(guessing)} not above chance ({level}; the interval reaches it).")
+        said += _overlap(name, row["scores"])
         if row["subset"]:
             said.append(f"{name}: a subset ({row['subset']}); not comparable with published figures.")
         if not row["as_pinned"]:
@@ -121,6 +123,14 @@ def remarks(rows: Sequence[Result], params: ReportParams) -> list[str]:
         if shown and not any(d["significant"] for d in shown):
             said.append(f"{comparison.model} and {comparison.baseline} differ on no benchmark by more than noise.")
     return said
+
+
+def _overlap(name: str, scores: Mapping[str, Result]) -> list[str]:
+    seen = next((score["in_training"] for score in scores.values() if "in_training" in score), 0)
+    without = [f"{m} {100 * s['score_unseen']:.1f}" for m, s in scores.items() if s.get("score_unseen") is not None]
+    return (
+        [f"{name}: {seen} questions occur in training by value; without them {', '.join(without)} %."] if seen else []
+    )
 
 
 def _sentence(name: str, d: Result) -> str:

@@ -159,6 +159,7 @@ def run(asked: Benchmark, lm: LM, *, limit: int | None = None) -> tuple[Result, 
         "task": recipe.task,
         "metric": recipe.metric,
         **_scores(recipe, outcome, records),
+        **_overlap(records),
         "chance": _chance(recipe, rows),
         "subset": subset,
         "shots": recipe.shots,
@@ -184,6 +185,14 @@ def _scores(recipe: Recipe, outcome: Mapping[str, Any], records: list[Result]) -
         log.warning("%s: lm-eval aggregates to %.4f, the mean of questions is %.4f", recipe.name, score, measured.value)
         return result
     return {**result, "score": measured.value, "stderr": measured.stderr, "low": measured.low, "high": measured.high}
+
+
+def _overlap(records: list[Result]) -> Result:
+    """How many questions occur in training by value, and the score without them."""
+    unseen = [record["score"] for record in records if not record.get("in_training")]
+    if len(unseen) == len(records):
+        return {}
+    return {"in_training": len(records) - len(unseen), "score_unseen": sum(unseen) / len(unseen) if unseen else None}
 
 
 def _record(task: str, sample: Mapping[str, Any], metric: str) -> Result:

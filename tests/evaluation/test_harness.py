@@ -80,6 +80,25 @@ def test_stop_strings_cut_and_empty_generations_are_empty():
     assert lm_of().generate_until(generating(["fox"], until=whole[0])) == [""]
 
 
+def test_a_blank_is_filled_between_what_surrounds_it():
+    lm, seen = lm_of(), []
+    original = lm.answerer.model.forward
+
+    def forward(tokens, *args, **kwargs):
+        seen.append(tokens.clone())
+        return original(tokens, *args, **kwargs)
+
+    lm.answerer.model.forward = forward
+    texts = lm.generate_until(generating(["fox<>1234<> dog", "a<>12<> fox jumps"], infill="<>"))
+    assert [len(lm.tokenizer_.encode(text)) for text in texts] == [4, 2] or "\ufffd" in "".join(texts)
+    before, after, mask = lm.tokenizer_.encode("fox"), lm.tokenizer_.encode(" dog"), lm.tokenizer_.special.mask_id
+    longest = max(seen[1].tolist(), key=lambda row: row.count(mask))
+    start = longest.index(mask)
+    assert longest[start - len(before) : start] == before
+    assert longest[start : start + 4] == [mask] * 4
+    assert longest[start + 4 : start + 4 + len(after)] == after
+
+
 def test_an_answer_that_never_stops_ends_at_its_length():
     settings = Settings(sampling={**SETTINGS.sampling, "eos": "forbid"})
     lm = lm_of(settings=settings)

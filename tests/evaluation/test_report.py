@@ -69,7 +69,14 @@ def test_the_report_says_what_its_numbers_do_not_carry(results):
     assert "sudoku_published: not measured (no data root holds it)." in text
     assert "GRPO: rewards differed in 41 % of groups, the weights moved by 1.25 (norm)." in text
     assert not any(r.startswith("sudoku: grpo") for r in report["remarks"])
+    assert "![grpo](training/grpo.png)" in text
     assert report == read_json(place / "table.json")
+
+
+def test_questions_that_occur_in_training_are_counted(tmp_path):
+    write(tmp_path / "eval", "sudoku_published", {"sft": draws(0.9)}, in_training=12, score_unseen=0.875)
+    report = write_report(tmp_path / "eval", ["sudoku_published"], ReportParams(), tmp_path / "out")
+    assert "sudoku_published: 12 questions occur in training by value; without them sft 87.5 %." in report["remarks"]
 
 
 def test_differences_are_paired_and_bold_when_real(results):

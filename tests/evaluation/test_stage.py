@@ -98,6 +98,8 @@ def test_right_answers_are_told_from_wrong_ones(places, monkeypatch):
     wrong = {"text": "no", "tokens": 1, "forwards": 1}
     monkeypatch.setattr(Answerer, "generate", lambda self, asked: [text, *[wrong] * (len(asked) - 1)])
     assert evaluate(places)["score"] == pytest.approx(3 / 7)
+    result = json.loads((places.out / "sudoku.json").read_text())["models"]["sft"]
+    assert (result["in_training"], result["score_unseen"]) == (1, pytest.approx(2 / 6))  # the first was right
 
 
 def test_an_absent_published_set_is_a_result_not_a_failure(places):
