@@ -7,6 +7,7 @@ benchmark is put and scored is llada_core.evaluation's.
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_core.config.base import ConfigError
-from llada_core.config.evaluation import EvaluateParams
+from llada_core.config.evaluation import EvaluateParams, ReportParams
 from llada_core.config.params import TRAINING_STAGES, Params
 from tasks.folders import content_hash, hash_of, read_json, write_json, write_text
 from tasks.program import Work, stage_program
@@ -74,9 +75,10 @@ def sweep(
     """Any checkpoint (folder, alias, Hub name) against a list of benchmarks; one that fails does not stop the others.
 
     Says what each costs before it starts. Returns a result, or `{"error": why}`, for each benchmark; results are also
-    written as the stage writes them.
+    written as the stage writes them, with a report (table.json, table.md, table.png) of those that succeeded.
     """
     from llada_core.evaluation.run import benchmark, cost_of
+    from tasks.report import write_report
 
     quiet_lm_eval(harness=logging.WARNING)
     results: dict[str, Result] = {}
@@ -87,12 +89,26 @@ def sweep(
                 tell(f"{name}: {cost_of(asked, _as_asked(answerer, asked), limit=params.limit)}")
                 line = measure(asked, model, answerer, params, places)
                 if _rank() == 0:
-                    results[name] = read_json(places.out / f"{name}.json")["models"][safe(model)]
+                    results[name] = _sign(places.out / f"{name}.json")["models"][safe(model)]
                     tell(f"{name}: {line['score']} in {line['seconds']:.0f} s")
             except (ConfigError, ValueError, OSError, RuntimeError) as error:
                 results[name] = {"error": " ".join(str(error).split())}
                 tell(f"{name}: {results[name]['error']}")
+    measured = [name for name, result in results.items() if "error" not in result]
+    if measured and _rank() == 0:
+        write_report(places.out, measured, ReportParams(comparisons=()), places.out)
     return results
+
+
+def _sign(path: Path) -> Result:
+    """Notes the commit of the code in a file of results; returns its content."""
+    import llada_core
+
+    command = ["git", "-C", str(Path(llada_core.__file__).parent), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    values = read_json(path) | {"commit": done.stdout.strip() or "no git"}
+    write_json(path, values)
+    return values
 
 
 def measure(

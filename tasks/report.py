@@ -51,17 +51,21 @@ def write_report(
     from llada_core.evaluation.report import table
 
     found: dict[str, dict[str, Any]] = {}
+    commits = set()
     questions: dict[str, dict[str, Scores]] = {}
     for name in benchmarks:
         path = results / f"{name}.json"
         if not path.exists():
             raise ConfigError(f"{path} is not there; run `python -m tasks.evaluate {name}`")
-        by_model = read_json(path)["models"]
+        content = read_json(path)
+        commits.add(content.get("commit"))
+        by_model = content["models"]
         order = [m for m in models if m in by_model] + [m for m in sorted(by_model) if m not in set(models)]
         found[name] = {model: by_model[model] for model in order}
         questions[name] = {model: scores_of(results / name / f"{model}.samples.jsonl") for model in order}
     said = {path.stem: read_json(path) for path in sorted(training.glob("*.json"))} if training else {}
     report = table(found, questions, params, said)
+    report["commits"] = sorted(filter(None, commits))
     write_json(out / "table.json", report)
     write_text(out / "table.md", markdown(report))
     picture(report, out / "table.png")
