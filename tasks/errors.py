@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from llada_core.config.base import ConfigError
 
@@ -55,6 +56,8 @@ def _text(error: Exception) -> str:
 
 
 def _end(text: str, status: int) -> None:
+    if (run := os.environ.get("LLADAFLOW_RUN")) and os.environ.get("RANK", "0") == "0":
+        Path(run, "status").write_text(str(status))  # launchers of several ranks turn every status into 1
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(status)

@@ -30,6 +30,21 @@ class SlurmParams(Block):
     srun_options: tuple[str, ...] = ()  # the container line, among others
     extra: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _time_to_work(self) -> Self:
+        if self.time is not None and _seconds(self.time) < 2 * self.signal_seconds:
+            least = f"{2 * self.signal_seconds} s, or lower signal_seconds"
+            raise ValueError(f"time {self.time} leaves nothing beside saving (signal_seconds); give at least {least}")
+        return self
+
+
+def _seconds(time: str) -> int:
+    """Slurm's ways to write a time: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+
 
 class LaunchParams(Block):
     """Where and how stages run. `stages` holds other settings for single stages, e.g. `{evaluate: {kind: local}}`."""
