@@ -34,9 +34,13 @@ class SandboxError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use: `seconds` on the wall clock and of CPU, bytes of memory and per file, and counts."""
+    """What one program may use: `seconds` on the wall clock, of CPU (None: as many), bytes of memory and per file, counts.
+
+    A verdict that must not depend on how busy the machine is limits `cpu_seconds`, and leaves the wall clock wide.
+    """
 
     seconds: float = 5.0
+    cpu_seconds: float | None = None
     memory: int = 1 << 30
     file_bytes: int = 16 << 20
     processes: int = 4
@@ -70,7 +74,7 @@ def run_python(program: str, *, stdin: str = "", limits: Limits | None = None, o
             "readable": _readable(),
             "program": program,
             "stdin": stdin,
-            "cpu": math.ceil(limits.seconds),
+            "cpu": math.ceil(limits.cpu_seconds or limits.seconds),
             **asdict(limits),
         }
         return _run(task, limits.seconds, output_bytes)

@@ -13,7 +13,7 @@ from datasets import Dataset
 from llada_core.sandbox import Limits, run_python
 
 Document = Mapping[str, Any]
-LIMITS = Limits(seconds=5.0)
+LIMITS = Limits(seconds=60.0, cpu_seconds=5.0)  # a busy machine must not change a score
 _FENCE = re.compile(r"```[a-zA-Z0-9_+-]*[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL)
 
 

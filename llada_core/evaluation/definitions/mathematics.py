@@ -64,7 +64,14 @@ def results(document: Mapping[str, Any], replies: list[str]) -> dict[str, float]
     """Both scores of one reply."""
     found = _FINAL.search(replies[0] + "I hope it is correct.")
     exact = found is not None and _equal(normalised(found.group(1).strip()), document["answer"])
-    return {"exact_match": float(exact), "math_verify": float(verify(parse(document["solution"]), parse(replies[0])))}
+    return {"exact_match": float(exact), "math_verify": float(_verified(replies[0], document["solution"]))}
+
+
+def _verified(reply: str, solution: str) -> bool:
+    """math-verify's verdict; the same text in the last box also counts, for math-verify cannot read every reference."""
+    boxed = normalised(last_boxed(reply))
+    same = bool(boxed) and boxed == normalised(last_boxed(solution))
+    return same or bool(verify(parse(solution), parse(reply)))
 
 
 def last_boxed(text: str) -> str:
