@@ -181,7 +181,7 @@ class GRPO:
         shape = (-1, params.generations)
         advantages = group_advantages(rewards.view(shape), valid.view(shape), params).flatten().float()
         self._rollout, self._number = Completions(tokens, attention, scored, written, advantages), number
-        inference = sampled.tokens_through_model + self._remember_old(model, number * params.iterations)
+        inference = sampled.fed + self._remember_old(model, number * params.iterations)
         groups = torch.where(valid, rewards, 0.0).view(shape)
         notes = {
             "reward": float(rewards[valid].mean()) if valid.any() else 0.0,
@@ -205,7 +205,12 @@ class GRPO:
         joined = [
             torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "attention", "scored", "written")
         ]
-        return Sampled(*joined, [text for part in parts for text in part.texts], sum(part.forwards for part in parts))
+        return Sampled(
+            *joined,
+            [text for part in parts for text in part.texts],
+            sum(part.forwards for part in parts),
+            sum(part.fed for part in parts),
+        )
 
     def _remember_old(self, model: nn.Module, first: int) -> int:
         """Log-probabilities of the rollout's policy under the masks of the later updates; the first needs none."""

@@ -61,11 +61,7 @@ class Sampled:
     written: Tensor
     texts: list[str]
     forwards: int
-
-    @property
-    def tokens_through_model(self) -> int:
-        """Positions fed to the model, over all forwards."""
-        return self.forwards * self.tokens.numel()
+    fed: int  # positions that went through the model, over all forwards
 
 
 @torch.no_grad()
@@ -93,7 +89,7 @@ def sample(
     before = ends.cumsum(1) - ends.long() == 0
     scored = torch.cat([torch.zeros(len(prompts), longest, dtype=torch.bool), before], 1)
     texts = [tokenizer.answer_text(answer.tolist()) for answer in answers]
-    return Sampled(tokens, attention, scored, written.clone(), texts, generation.forwards)
+    return Sampled(tokens, attention, scored, written.clone(), texts, generation.forwards, generation.fed)
 
 
 def judge(reward: Reward, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
@@ -120,13 +116,13 @@ class Specimen:
 
 
 def specimens_of(table: Any, count: int) -> list[Specimen]:
-    """The first rows of a validation table: the masked-free beginning is given (a quarter of a row without prompts)."""
+    """The first rows of a validation table: the beginning that is never masked is given (a quarter of a row without prompts)."""
     specimens = []
     for row in table.select(range(min(count, len(table)))):
         ids = row.get("input_ids", row.get("prompt_ids"))
         maskable = row.get("maskable") or [int(i >= len(ids) // 4) for i in range(len(ids))]
         cut = len(ids) if "prompt_ids" in row else maskable.index(1)
-        specimens.append(Specimen(ids[:cut], ids[cut:]))
+        specimens.append(Specimen(ids[:cut], row.get("chosen_ids", ids[cut:])))
     return specimens
 
 

@@ -24,6 +24,7 @@ from llada_core.training.loop import Loop, Parts
 from llada_core.training.metrics import Follower, MetricsFile
 from llada_core.training.objectives import DiffusionObjective, Objective
 from llada_core.training.optimiser import optimiser_for
+from llada_core.training.preference import Preference
 from llada_core.training.ranks import Ranks, accelerator_for
 from llada_core.training.rewards import reward_named
 from llada_core.training.rollouts import specimens_of, write_samples
@@ -130,6 +131,9 @@ def objective_for(
         tables = [_table(folder / part, params) for part in ("train", "validation")]
         problems = Problems(tables[0], tables[1], tokenizer, reward_named(params.reward), verify)
         return GRPO(model, problems, params, seed=seed)
+    if isinstance(params, PreferenceParams):
+        pairs = [_table(folder / part, params) for part in ("train", "validation")]
+        return Preference(model, pairs[0], pairs[1], params, seed=seed)
     raise ValueError(f"no objective for {type(params).__name__}")
 
 
