@@ -34,7 +34,7 @@ class SandboxError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use: `seconds` on the wall clock, of CPU (None: as many), bytes of memory and per file, counts.
+    """What one program may use: wall clock, CPU (None: as much), bytes of memory and of a file, and counts.
 
     A verdict that must not depend on how busy the machine is limits `cpu_seconds`, and leaves the wall clock wide.
     """
