@@ -31,7 +31,7 @@ run: setup  ## data to a registered model; PROFILE=real-text runs a file of prof
 	@$(BIN)/llada run $(PROFILE)
 
 test: setup  ## the default suite (under 10 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not faults and not browser and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not browser and not gpu"
 
 test-faults: setup  ## kills, requeues, damaged files, a real Slurm cluster where its packages are installed
 	@$(BIN)/python -m pytest -m faults

@@ -24,7 +24,9 @@ def llada(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone of the files as they are now, with `smoke` as its default run, run once."""
     home = tmp_path_factory.mktemp("clone") / "lladaflow"
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in listed.stdout.splitlines():
         if (ROOT / name).is_file():
             (home / name).parent.mkdir(parents=True, exist_ok=True)
