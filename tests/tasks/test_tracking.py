@@ -1,0 +1,114 @@
+"""What reaches MLflow: once, live, under one parent; a lost database or a dead server costs nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tasks import tracking
+from tasks.pipeline import restore_lost_records
+from tasks.registry import client
+from tasks.runs import RunFolder
+from tests.tasks.test_registry import empty_database  # noqa: F401  (a fixture)
+from tests.tasks.test_runs import finish, open_toy, program, the_run
+
+
+@pytest.fixture
+def tracked(project: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+    shutil.copy(empty_database, project / "mlflow.db")
+    monkeypatch.delenv("LLADAFLOW_TRACKING")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return project
+
+
+def write(run: RunFolder, *lines: dict) -> None:
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"time": 1000.0 + line.get("step", 0), **line}) + "\n" for line in lines)
+
+
+def history(root: Path, run: RunFolder, key: str = "loss") -> list[tuple[int, float]]:
+    run_id = json.loads((run.path / "mlflow.json").read_text())["run_id"]
+    return sorted((point.step, point.value) for point in client(root).get_metric_history(run_id, key))
+
+
+def test_each_point_arrives_once_and_a_resume_adds_nothing(tracked: Path) -> None:
+    run = open_toy(tracked)
+    write(run, {"step": 1, "loss": 3.0, "words": "no number"}, {"step": 2, "loss": 2.0})
+    assert tracking.send([run])
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss"')  # half a line: the rest comes later
+    tracking.send([run])
+    assert history(tracked, run) == [(1, 3.0), (2, 2.0)]
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write(': 1.0, "time": 5}\n')
+    write(
+        run,
+        {"step": 1, "event": "resumed", "back_to": 1},
+        {"step": 2, "loss": 2.0, "time": 2000.0},
+        {"step": 4, "loss": 0.5},
+    )
+    tracking.send([run])
+    assert history(tracked, run) == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)]
+    write(run, {"step": 2, "event": "rolled back", "back_to": 2}, {"step": 3, "loss": 9.0})
+    tracking.send([run])
+    assert (3, 9.0) in history(tracked, run)
+
+
+def test_a_cursor_lost_after_sending_adds_nothing(tracked: Path) -> None:
+    run = open_toy(tracked)
+    write(run, {"step": 1, "loss": 3.0})
+    tracking.send([run])
+    before = history(tracked, run)
+    (run.path / "mlflow.json").unlink()
+    tracking.send([run])
+    assert history(tracked, run) == before
+
+
+def test_one_parent_and_a_child_for_each_stage(tracked: Path) -> None:
+    finish(program("tasks.pretrain"))
+    finish(program("tasks.sft"))
+    restore_lost_records(tracked)
+    talk = client(tracked)
+    runs = talk.search_runs([talk.get_experiment_by_name(tracking.EXPERIMENT).experiment_id])
+    parents = [r for r in runs if "lladaflow.pipeline" in r.data.tags]
+    assert [r.info.run_name for r in parents] == ["toy"]
+    children = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id}
+    assert set(children) == {"pretrain", "sft"}
+    child = children["pretrain"]
+    assert child.data.params["pretrain.max_steps"] == "4"
+    assert child.data.metrics["loss"] == 0.25
+    assert child.info.status == "FINISHED"
+    assert child.inputs.dataset_inputs[0].dataset.name == "inputs"
+    assert "params.yaml" in {file.path for file in talk.list_artifacts(child.info.run_id)}
+    (tracked / "mlflow.db").unlink()
+    shutil.rmtree(tracked / "mlartifacts")
+    tracking.send_pending(tracked, again=True)
+    assert len(talk.search_runs([talk.get_experiment_by_name(tracking.EXPERIMENT).experiment_id])) == 3
+
+
+def test_a_dead_server_delays_and_does_not_fail(tracked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    finish(program("tasks.pretrain", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"))
+    run = the_run(tracked)
+    assert run.succeeded
+    assert not tracking.send_pending(tracked)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert tracking.send_pending(tracked)
+    assert len(history(tracked, run)) == 4
+
+
+def test_ten_thousand_metrics_go_in_few_requests(tracked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_toy(tracked)
+    write(run, *({"step": step, **{f"m{i}": float(step) for i in range(10)}} for step in range(1000)))
+    from mlflow.tracking import MlflowClient
+
+    calls, real = [], MlflowClient.log_batch
+    monkeypatch.setattr(
+        MlflowClient,
+        "log_batch",
+        lambda self, *a, **k: (calls.append(len(k.get("metrics", ()))), real(self, *a, **k))[1],
+    )
+    tracking.send([run])
+    assert sum(calls) == 10_000
+    assert len([n for n in calls if n]) == 10
