@@ -51,7 +51,9 @@ def open_workspace(
         Params.load(root / "params.yaml")
         return Workspace(root.resolve())
     values = with_overrides(read_yaml(profile_file(root, profile)), overrides or [])
-    Params.parse(values, profile or "params.yaml")
+    params = Params.parse(values, profile or "params.yaml")
+    if params.evaluate is not None:  # dvc.yaml names its keys one by one, and DVC wants every named key in the file
+        values["evaluate"] = params.evaluate.model_dump(mode="json") | values["evaluate"]
     values = with_sources(values, root)
     base = home(root)
     commit, tree = _submitted(root)
