@@ -13,6 +13,7 @@ from llada_core.config.sampling_help import PUBLISHED
 from llada_core.data.puzzles import countdown, draw, seats, sudoku
 from tasks import registry
 
+EACH = 2  # examples of each benchmark
 GENERAL = (
     "What is 72 divided by 6? Explain step by step.",
     "Write a short poem about the sea.",
@@ -101,11 +102,26 @@ class Catalogue:
         return PUBLISHED
 
     def examples(self, name: str) -> list[str]:
-        """Questions that this model can answer: held-out puzzles of the tasks it was trained on, or general ones."""
+        """Questions that this model answers: held-out ones it answered right, else fresh ones, else general ones."""
         if not self._is_ours(name):
             return list(GENERAL)
         makers = (sudoku, countdown, seats)
-        return [p.prompt for make in makers for p in draw(make, part="evaluate", count=2, seed="examples")]
+        fresh = [p.prompt for make in makers for p in draw(make, part="evaluate", count=2, seed="examples")]
+        return self._answered(name) or fresh
+
+    def _answered(self, name: str) -> list[str]:
+        """Two questions of each benchmark of data/eval that the registered model got right."""
+        try:
+            version = self.version(name)
+        except ConfigError:
+            return []
+        found: list[str] = []
+        for benchmark, scores in (registry.scores_of(self.root, version.hash) if version else {}).items():
+            file = registry.home(self.root) / "data" / "eval" / f"{benchmark}.jsonl"
+            if file.is_file() and any(scores.values()):
+                lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+                found += [q["prompt"] for q in lines if scores.get(q["id"])][:EACH]
+        return found
 
     def knows_sudoku(self, name: str) -> bool:
         """Whether the grid fits the model."""

@@ -102,6 +102,7 @@ class ChatSession:
         self._idle()
         if not self.turns:
             raise Refused("There is nothing to undo.")
+        self.picture = ""
         return self.turns.pop().user
 
     def clear(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import yaml
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 
 from cli.options import changed
@@ -110,7 +110,7 @@ class Conversation:
         self.console.print(text or "(nothing: the model ended its answer at once)", markup=False, highlight=False)
         self._say(f"{len(self.trace.frames)} steps · {last.forwards} forwards · {seconds:.1f} s")
 
-    def _drawn(self, number: int = -1) -> object:
+    def _drawn(self, number: int = -1) -> Group:
         return draw(self.trace, self.tokenizer, self.console.width, number, guesses=self.guesses)
 
     def _say(self, text: str) -> None:

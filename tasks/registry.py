@@ -53,9 +53,11 @@ def resolve(name: str, root: Path | None = None) -> Path:
 
 def champion_of(root: Path) -> str:
     """The name of the champion that the project's params.yaml registers; raises `ConfigError` if it registers none."""
-    params = Params.load(root / "params.yaml")
-    if params.register_ is None:
-        raise ConfigError(f"{root / 'params.yaml'} registers no model; say which one with --model")
+    path = root / "params.yaml"
+    params = Params.load(path) if path.exists() else None
+    if params is None or params.register_ is None:
+        what = "is not here" if params is None else "registers no model"
+        raise ConfigError(f"{path}, which names the champion, {what}; say which model with --model")
     return f"models:/{params.register_.name}@champion"
 
 

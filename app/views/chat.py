@@ -1,6 +1,6 @@
 """Chat: several turns, the denoising of each answer live, Stop, again, undo, edit. Wires a ChatSession up."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,30 +71,17 @@ class ChatView:
             chat.turns[-1].answer = ""
         return chat, talk_of(chat, text, "bad")
 
-    def undo(self, chat: ChatSession, text: str) -> Shown:
-        """Takes the last question back into the box."""
-        try:
-            text = chat.undo()
-            chat.picture = ""
-        except Refused as error:
-            return chat, talk_of(chat, str(error), "bad"), text, None
-        return chat, talk_of(chat), text, None
+    def acting(self, act: Callable[[ChatSession], str | None]) -> Callable[[ChatSession, str], Shown]:
+        """A handler that changes the conversation; a text that `act` returns goes into the box."""
 
-    def again(self, chat: ChatSession, text: str) -> Shown:
-        """Forgets the last answer."""
-        try:
-            chat.again()
-        except Refused as error:
-            return chat, talk_of(chat, str(error), "bad"), text, None
-        return chat, talk_of(chat), text, None
+        def handle(chat: ChatSession, text: str) -> Shown:
+            try:
+                text = act(chat) or text
+            except Refused as error:
+                return chat, talk_of(chat, str(error), "bad"), text, None
+            return chat, talk_of(chat), text, None
 
-    def new(self, chat: ChatSession, text: str) -> Shown:
-        """Forgets the conversation."""
-        try:
-            chat.clear()
-        except Refused as error:
-            return chat, talk_of(chat, str(error), "bad"), text, None
-        return chat, talk_of(chat), text, None
+        return handle
 
     def edit(self, chat: ChatSession, event: gr.EventData) -> tuple[str, int | None]:
         """Puts a question back into the box; Send then replaces it."""
@@ -150,9 +137,11 @@ def build(desk: Desk, panel: Panel, session: gr.State) -> None:
         event(view.ask, {session, box, system, view.editing}, shown, **quick).then(
             view.reply, reading, [session, talk], **slow
         )
-    again.click(view.again, [session, box], shown, **quick).then(view.reply, reading, [session, talk], **slow)
-    undo.click(view.undo, [session, box], shown, **quick)
-    new.click(view.new, [session, box], shown, **quick)
+    again.click(view.acting(ChatSession.again), [session, box], shown, **quick).then(
+        view.reply, reading, [session, talk], **slow
+    )
+    undo.click(view.acting(ChatSession.undo), [session, box], shown, **quick)
+    new.click(view.acting(ChatSession.clear), [session, box], shown, **quick)
     stop.click(ChatSession.stop, [session], None, **quick)
     talk.edit(view.edit, [session], [box, view.editing], **quick)
     examples.click(lambda sample: sample[0], examples, box, **quick)

@@ -1,20 +1,22 @@
 """Infill: text with gaps, or an answer with words pinned at positions; the model writes the rest."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from app.desk import Desk, paced, told
+from app.engine import Engine
 from app.render import canvas, notice
 from app.session import fits
 from app.views.panel import Panel, Values
 from app.writing import Writing, refusing
 from llada_core.config.sampling import SamplingParams
 from llada_core.sampling.gaps import pinned, with_gaps
-from llada_core.sampling.trace import Trace, readable
+from llada_core.sampling.step import Step
+from llada_core.sampling.trace import Cell, Trace, readable
 
 GAPS = ("2+[[1]]=5", "The sudoku 1020300000000004 has the solution [[16]].", "[[5]] makes 24 from 2, 3 and 4.")
 HELP = """Write a text and mark each gap: `[[5]]` is room for five tokens. At its end the model continues.
@@ -44,25 +46,31 @@ class InfillView:
         with refusing():
             template = with_gaps(values[self.text] or "", engine.encode, engine.mask_id, engine.context)
         params = for_template(self.panel.params(values), template.count(engine.mask_id), len(template))
-        writing, watch = Writing(), bool(values[self.panel.guesses])
-        frames = writing.run(engine.fill(template, params, watch=watch), engine.decode, limit=self.desk.seconds)
-        for frame in paced(frames, values[self.panel.pace] or 0):
-            cells = writing.trace.cells(frame, engine.decode, guesses=watch)
-            yield canvas(cells, f"step {len(writing.trace.frames)}"), gr.skip()
-        yield _done(writing, cells), readable(engine.tokenizer.decode(writing.tokens()))
+        steps = engine.fill(template, params, watch=bool(values[self.panel.guesses]))
+        yield from self._show(engine, Writing(), steps, values)
 
     def _answer(self, values: Values) -> Iterator[Shown]:
         engine, _ = self.desk.engine(values[self.panel.model])
-        params, watch = self.panel.params(values), bool(values[self.panel.guesses])
+        params = self.panel.params(values)
         prompt = engine.chat_ids([{"role": "user", "content": readable(values[self.text] or "")}])
         fits(engine, len(prompt), params)
         with refusing():
             pins = pinned(params.max_new_tokens, values[self.pins] or "", engine.encode)
-        writing, steps = Writing(Trace(prompt)), engine.write(prompt, params, pinned=pins, watch=watch)
-        for frame in paced(writing.run(steps, engine.decode, limit=self.desk.seconds), values[self.panel.pace] or 0):
-            cells = writing.trace.cells(frame, engine.decode, guesses=watch)
+        steps = engine.write(prompt, params, pinned=pins, watch=bool(values[self.panel.guesses]))
+        yield from self._show(engine, Writing(Trace(prompt)), steps, values)
+
+    def _show(
+        self, engine: Engine, writing: Writing, steps: Generator[Step, None, None], values: Values
+    ) -> Iterator[Shown]:
+        cells: list[Cell] = []
+        frames = writing.run(steps, engine.decode, limit=self.desk.seconds)
+        for frame in paced(frames, values[self.panel.pace] or 0):
+            cells = writing.trace.cells(frame, engine.decode, guesses=bool(values[self.panel.guesses]))
             yield canvas(cells, f"step {len(writing.trace.frames)}"), gr.skip()
-        yield _done(writing, cells), readable(engine.text(writing.tokens()))
+        tokens = writing.tokens()
+        text = engine.text(tokens) if writing.trace.prompt else engine.tokenizer.decode(tokens)
+        caption = f"{writing.counts.sentence() if writing.counts else ''} {writing.note}"
+        yield canvas(cells, caption), readable(text)
 
 
 def for_template(params: SamplingParams, masks: int, length: int) -> SamplingParams:
@@ -70,11 +78,6 @@ def for_template(params: SamplingParams, masks: int, length: int) -> SamplingPar
     return dataclasses.replace(
         params, max_new_tokens=masks, block_length=length, steps=min(params.steps, masks), stop_at_eos=False
     )
-
-
-def _done(writing: Writing, cells: list[Any]) -> str:
-    counts = writing.counts.sentence() if writing.counts else ""
-    return canvas(cells, f"{counts} · {writing.note}" if writing.note else counts)
 
 
 def _failed(text: str) -> Shown:

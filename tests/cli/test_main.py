@@ -38,7 +38,7 @@ def test_help_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("sample", "hi"), "params.yaml: no such file"),
+        (("sample", "hi"), "say which model with --model"),
         (("sample", "hi", "-m", "nowhere"), "there is no model 'nowhere'"),
         (("chat", "-m", "nowhere"), "there is no model 'nowhere'"),
         (("export", "out", "-m", "nowhere"), "there is no model 'nowhere'"),
