@@ -79,7 +79,7 @@ class MoE(nn.Module):
     def __init__(self, width: int, shape: ExpertShape) -> None:
         super().__init__()
         self.per_token = shape.per_token
-        self.gate = nn.Linear(width, shape.n_experts, bias=False)
+        self.gate = Linear(width, shape.n_experts, bias=False)
         self.experts = Experts(width, shape)
         self.register_buffer("expert_bias", torch.zeros(shape.n_experts) if shape.router_bias else None)
 

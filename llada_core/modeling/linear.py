@@ -1,57 +1,100 @@
-"""A linear layer that multiplies with oneDNN where the default library is slow.
+"""The linear layer, computed by the faster of the two exact fp32 matrix products that PyTorch has on a CPU.
 
-On CPUs other than Intel's, MKL's float32 product does without AVX-512: on an EPYC (Zen 5) 85 GFLOP/s against oneDNN's
-200, forward and backward alike. Knows nothing of models.
+PyTorch gives fp32 products on x86 to MKL, which on AMD processors runs at less than half of oneDNN's rate (a Zen 5
+core, 189 x 1024 x 384: 95 against 230 GFLOP/s). Knows products; does not know what a layer is for. The choice depends
+on the processor's maker and the shape alone, never on a measurement, so that runs repeat bit for bit.
 """
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-SMALL = 1 << 16
-"""Weights of fewer elements are left to the default: a call of oneDNN costs 10 microseconds more."""
-
-AVAILABLE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+_WORTH = 1 << 21
+"""Multiply-adds above which oneDNN's set-up pays for itself."""
 
 
-def _times_transposed(x_MK: Tensor, w_NK: Tensor) -> Tensor:
-    """x @ w.T by oneDNN, float32; either may be a transposed view."""
-    return torch.ops.mkldnn._linear_pointwise(x_MK, w_NK, None, "none", [], "")
+@functools.cache
+def prefers_onednn() -> bool:
+    """Whether this is an AMD processor, on which MKL is slow, and oneDNN is there."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return torch.backends.mkldnn.is_available() and cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text()
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and type(weight) in (Tensor, nn.Parameter)  # no shard, no fake
+        and x.numel() * weight.shape[0] >= _WORTH
+        and prefers_onednn()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: x (..., I), weight (O, I), bias (O,) -> (..., O)."""
+    if not _pays(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return _Product.apply(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
-    """x @ weight.T with its two gradients, all by oneDNN."""
+    """oneDNN's product with its three gradients, which it computes itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _times_transposed(x, weight)
+        return _product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
-        to_x = _times_transposed(grad_rows, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None
-        to_weight = _times_transposed(grad_rows.t(), rows.t()) if ctx.needs_input_grad[1] else None
-        return to_x, to_weight
+        rows = grad.reshape(-1, grad.shape[-1])
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            _product(rows, weight.t()).view_as(x) if of_x else None,
+            _product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, its product taken by oneDNN for large float32 weights on a CPU with AVX-512."""
+    """`nn.Linear` through `linear`, and for inference with its weight kept in oneDNN's own order."""
+
+    _packed: tuple[Tensor, int, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if (
-            not AVAILABLE
-            or weight.numel() < SMALL
-            or not x.numel()
-            or x.device.type != "cpu"
-            or x.dtype != torch.float32
-            or weight.dtype != torch.float32
-            or torch.is_autocast_enabled("cpu")
-        ):
-            return super().forward(x)
-        with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        y = _Product.apply(x, weight) if with_gradient else _times_transposed(x, weight)
-        return y if self.bias is None else y + self.bias
+        packed = self._packed
+        if packed is not None and not torch.is_grad_enabled() and _pays(x, self.weight):
+            ordered, version, address = packed
+            if version == self.weight._version and address == self.weight.data_ptr():
+                return _product(x, ordered, self.bias)
+        return linear(x, self.weight, self.bias)
+
+    def pack(self) -> None:
+        """Keeps a reordered copy of the weight, which saves the reordering in each call; `train()` forgets it."""
+        plain = self.weight.is_cpu and self.weight.dtype == torch.float32 and type(self.weight) is nn.Parameter
+        if plain and prefers_onednn() and not self.weight.is_inference():
+            ordered = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
+            self._packed = (ordered, self.weight._version, self.weight.data_ptr())
+
+    def train(self, mode: bool = True) -> "Linear":
+        if mode:
+            self._packed = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:  # the reordered copy cannot be copied or stored
+        return {**self.__dict__, "_packed": None}

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llada_core.families import SpecialTokens
@@ -18,7 +17,7 @@ from llada_core.modeling.block import LLaDABlock, RMSNorm, Surroundings, key_bia
 from llada_core.modeling.cache import KVCache
 from llada_core.modeling.config import LLaDAConfig, LLaDAMoEConfig
 from llada_core.modeling.experts import Routing
-from llada_core.modeling.linear import Linear
+from llada_core.modeling.linear import Linear, linear
 from llada_core.modeling.names import published_shapes, register_names
 from llada_core.modeling.nll import projected_nll
 from llada_core.modeling.predictor import MaskPredictor, Prediction, RouterLosses
@@ -100,6 +99,11 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         shape = (batch, length, self.shape.n_kv_heads, self.shape.head_width)
         return KVCache.empty(self.shape.n_layers, shape, like)
 
+    def fuse_for_inference(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+
     def forward(  # noqa: PLR0913 - the one call of the library; everything after the mask is keyword-only
         self,
         input_ids: Tensor | None = None,
@@ -144,7 +148,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
 
     def _project(self, x: Tensor) -> Tensor:
         transformer = self.model.transformer
-        return F.linear(x, transformer.wte.weight) if transformer.ff_out is None else transformer.ff_out(x)
+        return linear(x, transformer.wte.weight) if transformer.ff_out is None else transformer.ff_out(x)
 
     def _surroundings(
         self, x: Tensor, mask: Tensor | None, cache: KVCache | None, slots: Tensor | None

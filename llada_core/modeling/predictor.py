@@ -72,4 +72,4 @@ class MaskPredictor(nn.Module):
         raise ValueError(f"{type(self).__name__} cannot use a key/value cache; use an exact mode (cache='none')")
 
     def fuse_for_inference(self) -> None:
-        """Prepares faster inference where the network can; results stay the same, training undoes it."""
+        """Prepares faster inference where the network can, for memory; `train()` undoes it."""
