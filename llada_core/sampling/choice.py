@@ -13,6 +13,9 @@ from llada_core.sampling.confidence import CONFIDENCES, Confidence, probability
 from llada_core.sampling.draw import RowNoise, gumbel_argmax
 from llada_core.sampling.unmask import Rule, rule_of
 
+CHUNK = 1 << 28
+"""Logits looked at together; with more, rows are taken one by one so that the copies made here stay small."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -44,10 +47,22 @@ class Choice:
         )
 
     def propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Tokens (P,) and scores (P,) float64 from logits (P, V); without noise the likeliest tokens.
+        """Tokens (P,) and scores (P,) float64 from logits (P, V), `counts` of which belong to each row in turn.
 
-        MASK is never proposed, yet its probability counts against the proposal, as in the references.
+        Without noise the likeliest tokens. MASK is never proposed, yet its probability counts against the proposal, as
+        in the references.
         """
+        if noise is None or logits.numel() <= CHUNK:
+            return self._propose(logits, noise, counts)
+        parts, at = [], 0
+        for row, count in enumerate(counts):  # a row's numbers come from its own generator, so rows may be taken apart
+            only = [count if i == row else 0 for i in range(len(counts))]
+            parts.append(self._propose(logits[at : at + count], noise, only))
+            at += count
+        tokens, scores = zip(*parts, strict=True)
+        return torch.cat(tokens), torch.cat(scores)
+
+    def _propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Tensor]:
         logits = logits.float()
         if len(self.forbidden):
             logits = logits.index_fill(-1, self.forbidden, -torch.inf)

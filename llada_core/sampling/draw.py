@@ -16,7 +16,7 @@ from torch import Tensor
 def gumbel_argmax(logits_PV: Tensor, temperature: float, uniforms_PV: Tensor) -> Tensor:
     """Samples softmax(logits / temperature) by argmax of exp(logit) / (-ln u)^temperature, taken as its logarithm.
 
-    In float64, as arXiv:2409.02908 shows that low precision distorts the distribution.
+    In float64, as arXiv:2409.02908 shows that low precision distorts the distribution. Overwrites `uniforms_PV`.
     """
     noise = uniforms_PV.log_().neg_().log_().mul_(temperature)
     return (logits_PV.double() - noise).argmax(-1)

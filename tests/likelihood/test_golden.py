@@ -55,7 +55,9 @@ def test_greedy_check_of_many_lengths_at_once():
     data = arrays("likelihood")
     plain = [c["i"] for c in cases()["greedy_check"] if not c["cfg"]]
     pairs = [
-        (data[f"greedy{i}__prefix"], data[f"greedy{i}__target_{verdict}"]) for i in plain for verdict in ("true", "false")
+        (data[f"greedy{i}__prefix"], data[f"greedy{i}__target_{verdict}"])
+        for i in plain
+        for verdict in ("true", "false")
     ]
     for batch_tokens in (1, 20, 8192):
         assert greedy_matches(golden_model(MODEL), pairs, batch_tokens=batch_tokens) == [True, False] * len(plain)

@@ -155,3 +155,11 @@ def test_finished_rows_leave_the_batch(monkeypatch):
     assert len({rows for rows, _ in fed}) > 2
     lengths = torch.tensor([max(1, len(p)) + 24 for p in prompts()])
     assert fed == [(len(step.rows), int(lengths[step.rows].max())) for step in steps]
+
+
+@pytest.mark.parametrize("mode", ["temperature", "random", "margin", "guided"])
+def test_many_logits_are_looked_at_row_by_row(mode, monkeypatch):
+    params, model = SamplingParams(**{**BASE, **MODES[mode]}), model_for(mode)
+    together = generate(model, prompts(), params)
+    monkeypatch.setattr("llada_core.sampling.choice.CHUNK", 1)
+    assert torch.equal(generate(model, prompts(), params).tokens, together.tokens)

@@ -1,5 +1,7 @@
 """What a step tells: canvas, commits, proposals, confidence, block, forwards; and where a row stops."""
 
+from itertools import pairwise
+
 import torch
 
 from llada_core.config.sampling import SamplingParams
@@ -21,7 +23,7 @@ def test_last_step_is_what_generate_returns():
 
 def test_each_step_continues_the_last():
     steps = list(stream(golden_model("llada_tiny"), PROMPTS, SamplingParams(**BASE)))
-    for step, following in zip(steps, steps[1:], strict=False):
+    for step, following in pairwise(steps):
         assert torch.equal(step.tokens, following.before)
         assert torch.equal(step.open, following.before == MASK)
         assert not (step.committed & step.open).any()
