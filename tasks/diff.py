@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llada_core.config.base import ConfigError, nearest
-from tasks.evaluate import safe
-from tasks.folders import read_json
+from tasks.folders import read_json, safe
 from tasks.runs import differences, find_run
 
 RESULTS = Path("reports/eval")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import EvaluateParams, ReportParams
 from llada_core.config.params import TRAINING_STAGES, Params
-from tasks.folders import content_hash, hash_of, read_json, write_json, write_text
+from tasks.folders import content_hash, hash_of, read_json, safe, write_json, write_text
 from tasks.program import Work, stage_program
 from tasks.registry import resolve
 
@@ -188,11 +188,6 @@ def quiet_lm_eval(*, harness: int = logging.INFO) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("llada_core.evaluation").setLevel(harness)
-
-
-def safe(model: str) -> str:
-    """A model's name as a file's name."""
-    return model.strip("/").replace("models:/", "").replace("/", "__").replace("@", "-at-")
 
 
 def _as_asked(answerer: "Answerer", asked: "Benchmark") -> "Answerer":

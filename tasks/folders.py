@@ -106,3 +106,8 @@ def size_of(paths: Iterable[Path]) -> int:
             stat = file.stat()
             seen[stat.st_dev, stat.st_ino] = stat.st_size
     return sum(seen.values())
+
+
+def safe(model: str) -> str:
+    """A model's name as a file's name."""
+    return model.strip("/").replace("models:/", "").replace("/", "__").replace("@", "-at-")

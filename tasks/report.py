@@ -10,8 +10,7 @@ from typing import Any
 
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import ReportParams
-from tasks.evaluate import safe
-from tasks.folders import read_json, write_json, write_text
+from tasks.folders import read_json, safe, write_json, write_text
 from tasks.program import Work, stage_program
 
 Scores = dict[str, float]
