@@ -66,6 +66,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     data = folder.parents[1] / "data"
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    model.fuse_for_inference()
     lines = []
     for file in sorted((data / "eval").glob("*.jsonl")):
         rows, prompts, length = puzzles(tokenizer, file)

@@ -67,6 +67,7 @@ def main() -> None:
     """Prints the tables."""
     torch.set_num_threads(1)
     model = trained_model()
+    model.fuse_for_inference()
     reference, items = reference_of(model), questions(QUESTIONS, (20, 40))
     few = pairs_of(items[:TRUTH_QUESTIONS])
     began = time.process_time()
