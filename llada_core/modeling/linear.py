@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 _WORTH = 1 << 21
-"""Multiply-adds above which oneDNN's set-up pays for itself."""
+"""Multiply-adds above which oneDNN's set-up pays for itself; with the weight in its own order a quarter suffices."""
 
 
 @functools.cache
@@ -25,16 +25,20 @@ def prefers_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text()
 
 
-def _pays(x: Tensor, weight: Tensor) -> bool:
+def _plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether both are ordinary CPU tensors of one dtype that nothing is about to cast, shard or trace."""
     return (
-        x.dtype == weight.dtype == torch.float32
+        x.dtype == weight.dtype
         and x.device.type == weight.device.type == "cpu"
-        and type(weight) in (Tensor, nn.Parameter)  # no shard, no fake
-        and x.numel() * weight.shape[0] >= _WORTH
-        and prefers_onednn()
+        and type(weight) in (Tensor, nn.Parameter)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    large = x.numel() * weight.shape[0] >= _WORTH
+    return large and weight.dtype == torch.float32 and prefers_onednn() and _plain(x, weight)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -77,19 +81,22 @@ class Linear(nn.Linear):
     _packed: tuple[Tensor, int, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self._packed
-        if packed is not None and not torch.is_grad_enabled() and _pays(x, self.weight):
-            ordered, version, address = packed
-            if version == self.weight._version and address == self.weight.data_ptr():
+        if self._packed is not None and not torch.is_grad_enabled() and _plain(x, self.weight):
+            ordered, version, address = self._packed
+            current = version == self.weight._version and address == self.weight.data_ptr()
+            if current and x.numel() * self.out_features >= _WORTH // 4:
                 return _product(x, ordered, self.bias)
         return linear(x, self.weight, self.bias)
 
     def pack(self) -> None:
         """Keeps a reordered copy of the weight, which saves the reordering in each call; `train()` forgets it."""
-        plain = self.weight.is_cpu and self.weight.dtype == torch.float32 and type(self.weight) is nn.Parameter
-        if plain and prefers_onednn() and not self.weight.is_inference():
-            ordered = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
-            self._packed = (ordered, self.weight._version, self.weight.data_ptr())
+        weight = self.weight
+        if not weight.is_cpu or type(weight) is not nn.Parameter or weight.is_inference():
+            return
+        low = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if low or (weight.dtype == torch.float32 and prefers_onednn()):
+            ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+            self._packed = (ordered, weight._version, weight.data_ptr())
 
     def train(self, mode: bool = True) -> "Linear":
         if mode:

@@ -70,8 +70,17 @@ def test_packed_weights_follow_every_change():
     layer.train()
     assert layer._packed is None
     check()
-    layer.to(torch.bfloat16).pack()
-    assert layer._packed is None
+
+
+def test_packed_bfloat16():
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("no bf16 products on this processor")
+    layer, x = Linear(32, 48).to(torch.bfloat16).eval(), torch.randn(9, 32, dtype=torch.bfloat16)
+    layer.pack()
+    assert layer._packed is not None
+    with torch.no_grad():
+        assert_close(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-2, rtol=1e-2)
+        assert layer(x.float().bfloat16()[:0]).shape == (0, 48)
 
 
 @pytest.mark.parametrize("kind", ["llada", "llada_moe"])
@@ -96,5 +105,6 @@ def test_where_it_does_not_pay_or_may_not_be(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not products._pays(x, weight)
         assert Linear(8, 8)(x).dtype == torch.bfloat16
+    assert not products._pays(x[:0], weight)
     monkeypatch.setattr(products, "_WORTH", 4 * 8 * 8 + 1)
     assert not products._pays(x, weight)
