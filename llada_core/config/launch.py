@@ -5,7 +5,7 @@ Nothing here determines a result, so none of it enters a run's fingerprint. Does
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llada_core.config.base import Block
 
@@ -29,6 +29,13 @@ class SlurmParams(Block):
     setup: tuple[str, ...] = ()  # shell lines before the program
     srun_options: tuple[str, ...] = ()  # the container line, among others
     extra: tuple[str, ...] = ()
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise ValueError("write the time in quotes, such as '12:00:00': YAML takes it for a number otherwise")
+        return value
 
     @model_validator(mode="after")
     def _time_to_work(self) -> Self:

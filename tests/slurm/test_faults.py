@@ -122,7 +122,7 @@ def test_a_preempted_job_goes_on(slurm: Cluster, project: Path, reach: Start) ->
 
 
 def test_a_time_limit_is_normal(slurm: Cluster, project: Path, reach: Start) -> None:
-    process = reach(2, "launch.slurm.time='2'", "launch.slurm.signal_seconds=60")
+    process = reach(2, "launch.slurm.time='0:02:00'", "launch.slurm.signal_seconds=60")
     run = the_run(project)
     wait_for("a second start", lambda: len(jobs_of(run)) == 2, 300)
     (project / "wait-pretrain-2").unlink()
