@@ -108,7 +108,7 @@ class MaskedLoss:
         return torch.zeros(rows, dtype=self.nll.dtype, device=self.nll.device).index_add(0, self.rows, self.nll)
 
 
-def masked_nll(
+def masked_nll(  # noqa: PLR0913 (the canvas, its noise, and two switches)
     model: nn.Module,
     noisy: Tensor,
     tokens: Tensor,

@@ -44,7 +44,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_data_becomes_a_registered_champion_with_a_report(checkout: Path) -> None:
     registered = json.loads((checkout / "reports/registered.json").read_text())
     assert registered["name"] == "smoke"
-    assert registered["alias"] == "champion"
+    assert registered["champion"] == registered["version"]
     table = json.loads((checkout / "reports/table.json").read_text())
     assert table
     assert "sudoku" in (checkout / "reports/table.md").read_text()

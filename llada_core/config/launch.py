@@ -24,7 +24,9 @@ class SlurmParams(Block):
     qos: str | None = None
     time: str | None = Field(default=None, pattern=TIME)  # shorter than the run is normal: the job requeues itself
     constraint: str | None = None
-    signal_seconds: int = Field(default=180, ge=60)  # saving starts this long before the limit (Slurm is late by up to 30)
+    signal_seconds: int = Field(
+        default=180, ge=60
+    )  # saving starts this long before the limit (Slurm is late by up to 30)
     modules: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()  # shell lines before the program
     srun_options: tuple[str, ...] = ()  # the container line, among others

@@ -49,7 +49,9 @@ class Params(Block):
             raise ValueError(f"stages names one stage twice: {', '.join(self.stages)}")
         fresh = [s for s in TRAINING_STAGES if s in self.stages and self.training(s).init_from is None]
         if fresh and self.model is None:
-            raise ValueError(f"{fresh[0]}.init_from is empty, so the stage builds a model: the block 'model' is missing")
+            raise ValueError(
+                f"{fresh[0]}.init_from is empty, so the stage builds a model: the block 'model' is missing"
+            )
         return self
 
     def training(self, stage: str) -> TrainingParams:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from llada_core.families import SpecialTokens
@@ -47,6 +47,12 @@ class MaskedLM(MaskPredictor):
     @property
     def vocab_rows(self) -> int:
         return int(self.backbone.config.vocab_size)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.backbone.get_output_embeddings()
 
     @property
     def max_length(self) -> int:

@@ -67,6 +67,14 @@ class MaskPredictor(nn.Module):
         """The longest sequence that the model was made for."""
         raise NotImplementedError
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of token vectors."""
+        raise NotImplementedError
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The vocabulary projection; None where it is the table of token vectors."""
+        raise NotImplementedError
+
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` canvases of `length`; `ValueError` if the network cannot use one."""
         raise ValueError(f"{type(self).__name__} cannot use a key/value cache; use an exact mode (cache='none')")

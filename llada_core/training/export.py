@@ -56,7 +56,7 @@ def _plain(model: MaskPredictor) -> MaskPredictor:
     if not any(isinstance(p, DTensor) for p in model.parameters()) or not isinstance(model, LLaDAModelLM):
         return model
     with torch.device("meta"):
-        return (LLaDAMoEModelLM if isinstance(model, LLaDAMoEModelLM) else LLaDAModelLM)(model.config)
+        return (LLaDAMoEModelLM if isinstance(model, LLaDAMoEModelLM) else LLaDAModelLM)(model.config)  # type: ignore[arg-type]
 
 
 def whole_weights(model: MaskPredictor, dtype: torch.dtype, ranks: Ranks) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ diffu-GRPO of d1 (arXiv:2504.12216), with a choice of likelihood estimators. Kno
 the arithmetic is in `policy.py`, sampling and judging in `rollouts.py`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,7 +78,8 @@ class GRPO:
 
     def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work:
         number, update = divmod(step, self.params.iterations)
-        notes, inference = {}, 0
+        notes: dict[str, float] = {}
+        inference = 0
         if number != self._number or self._rollout is None:
             notes, inference = self._collect(model, number)
         assert self._rollout is not None
@@ -85,7 +87,7 @@ class GRPO:
         kept = self._kept()
         mine = kept[rank::ranks]
         micro = self.params.micro_batch_size or max(1, len(kept))
-        shares = -(-(-(-len(kept) // ranks)) // micro)  # the same number on every rank
+        shares = math.ceil(math.ceil(len(kept) / ranks) / micro)  # the same number on every rank
         batches = [self._share(index, step, update) for index in _split(mine, shares)]
         samples = mask_samples(self.params)
         tokens = sum(batch.rows.tokens.numel() for batch in batches)
@@ -202,11 +204,11 @@ class GRPO:
             sample(self.predictor, self.problems.tokenizer, prompts[i : i + size], settings, width=width)
             for i in range(0, len(prompts), size)
         ]
-        joined = [
-            torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "attention", "scored", "written")
-        ]
         return Sampled(
-            *joined,
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.attention for part in parts]),
+            torch.cat([part.scored for part in parts]),
+            torch.cat([part.written for part in parts]),
             [text for part in parts for text in part.texts],
             sum(part.forwards for part in parts),
             sum(part.fed for part in parts),

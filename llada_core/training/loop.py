@@ -189,19 +189,20 @@ class Loop:
         step, tokens, flops, clock = self._logged
         now, progress = time.monotonic(), self.progress
         seconds = max(now - clock, 1e-9)
+        rate = (progress.flops - flops) / seconds
         values |= {
             "tokens": progress.tokens,
             "flops": progress.flops,
             "tokens_per_second": (progress.tokens - tokens) / seconds,
             "steps_per_second": (progress.step - step) / seconds,
-            "flops_per_second": (progress.flops - flops) / seconds,
+            "flops_per_second": rate,
             "share": min(self._share(), 1.0),
             **_memory(),
             **self._notes,
         }
         peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         if peak is not None:
-            values["mfu"] = values["flops_per_second"] / (peak * self.ranks.count)
+            values["mfu"] = rate / (peak * self.ranks.count)
         self._logged = (progress.step, progress.tokens, progress.flops, now)
         self._notes = {}
         loss, norm = values.get("loss"), values.get("grad_norm")

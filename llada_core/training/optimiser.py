@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from llada_core.config.training import TrainingParams
+from llada_core.modeling import MaskPredictor
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -37,7 +37,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share()
 
 
-def optimiser_for(model: PreTrainedModel, params: TrainingParams) -> torch.optim.Optimizer:
+def optimiser_for(model: MaskPredictor, params: TrainingParams) -> torch.optim.Optimizer:
     """The optimiser that `params.optimiser` names, over the parameters that train; norms and biases do not decay."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     hidden = _hidden_matrices(model) if params.optimiser == "muon" else set()
@@ -61,7 +61,7 @@ def optimiser_for(model: PreTrainedModel, params: TrainingParams) -> torch.optim
     return MuonAndAdamW([muon, adamw])
 
 
-def _hidden_matrices(model: PreTrainedModel) -> set[nn.Parameter]:
+def _hidden_matrices(model: MaskPredictor) -> set[nn.Parameter]:
     outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     return {p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in outer}
 

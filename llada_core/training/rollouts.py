@@ -41,6 +41,8 @@ class Prompt:
 
 def prompts_of(table: PromptTable, rows: Sequence[int]) -> list[Prompt]:
     """Rows of a table as prompts."""
+    if not len(rows):
+        return []
     columns = table[[int(row) for row in rows]]
     return [
         Prompt(list(ids), task, json.loads(answer))

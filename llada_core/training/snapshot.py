@@ -34,7 +34,7 @@ class Snapshot:
 
     def save(self, step: int, state: Mapping[str, Any]) -> bool:
         """Write a checkpoint; False when it could not be written."""
-        tensors = {f"model.{name}": p for name, p in self._trainable().items()}
+        tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self._trainable().items()}
         for name, parameter in self._trainable().items():
             slots = self._optimiser.state.get(parameter, {})
             tensors |= {f"optimiser.{moment}.{name}": slots[moment] for moment in _MOMENTS if moment in slots}

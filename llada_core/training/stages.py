@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_from_disk
+from torch import nn
 
 from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, SFTParams, TrainingParams
 from llada_core.data.batches import Order, RowBatches
@@ -87,8 +88,8 @@ def train(
     """
     place.run.mkdir(parents=True, exist_ok=True)
     cpu = not torch.cuda.is_available()
-    engine = accelerator_for(params, cpu=cpu, block_classes=tuple(model._no_split_modules or ()))
-    parameters, stored = active_parameters(model), model.dtype
+    engine = accelerator_for(params, cpu=cpu, block_classes=block_classes(model))
+    parameters, stored = active_parameters(model), next(model.parameters()).dtype
     prepare_weights(model, params)
     ranks = Ranks()
     metrics = MetricsFile(place.run / "metrics.jsonl", ranks, follow)
@@ -112,6 +113,12 @@ def train(
     return receipt
 
 
+def block_classes(model: MaskPredictor) -> tuple[str, ...]:
+    """Class names of the model's repeated layers, which are sharded one by one."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return tuple(sorted({type(layer).__name__ for layers in lists for layer in layers}))
+
+
 def objective_for(
     params: TrainingParams, model: MaskPredictor, tokenizer: Tokenizer, data: Path, *, seed: int
 ) -> Objective:
@@ -128,11 +135,11 @@ def objective_for(
             train_batches, held_out, params, mask_id=special.mask_id, seed=seed, routed=_is_routed(model)
         )
     if isinstance(params, GRPOParams):
-        tables = [_table(folder / part, params) for part in ("train", "validation")]
+        tables = [_filled(_table(folder / "train", params)), _table(folder / "validation", params)]
         problems = Problems(tables[0], tables[1], tokenizer, reward_named(params.reward), verify)
         return GRPO(model, problems, params, seed=seed)
     if isinstance(params, PreferenceParams):
-        pairs = [_table(folder / part, params) for part in ("train", "validation")]
+        pairs = [_filled(_table(folder / "train", params)), _table(folder / "validation", params)]
         return Preference(model, pairs[0], pairs[1], params, seed=seed)
     raise ValueError(f"no objective for {type(params).__name__}")
 
@@ -149,19 +156,25 @@ def _sampler(params: TrainingParams, tokenizer: Tokenizer, data: Path) -> Callab
 def _table(folder: Path, params: TrainingParams) -> Dataset:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no prepared data; run `python -m tasks.prepare` first")
-    table = load_from_disk(str(folder))
+    try:
+        table = load_from_disk(str(folder))
+    except IndexError:  # how datasets says that a folder holds no rows
+        table = Dataset.from_dict({})
     if isinstance(params, PretrainParams) and not params.document_mask and "document_ids" in table.column_names:
         table = table.remove_columns("document_ids")
     return table
 
 
-def _batches(table: Dataset, params: TrainingParams, eos_id: int, *, seed: int, held_out: bool) -> RowBatches | None:
-    if held_out:
-        table = table.select(range(min(len(table), params.validation_rows)))
+def _filled(table: Dataset) -> Dataset:
     if not len(table):
-        if held_out:
-            return None
         raise ValueError("the training data has no rows; see data/card.json for what was dropped")
+    return table
+
+
+def _batches(table: Dataset, params: TrainingParams, eos_id: int, *, seed: int, held_out: bool) -> RowBatches | None:
+    table = table.select(range(min(len(table), params.validation_rows))) if held_out else _filled(table)
+    if not len(table):
+        return None
     lengths = (
         table.data["input_ids"].combine_chunks().value_lengths().to_numpy() if isinstance(params, SFTParams) else None
     )

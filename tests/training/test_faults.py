@@ -133,7 +133,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_last_checkpoint_intact(dat
 
 def test_another_configuration_never_goes_on_with_a_run(data, tmp_path):
     run(data, tmp_path)
-    with pytest.raises(ValueError, match="holds another run .configuration: "):
+    with pytest.raises(ValueError, match=r"holds another run .configuration: "):
         run(data, tmp_path, learning_rate=1e-3)
     with pytest.raises(ValueError, match=r"holds another run .length: .* extend: true"):
         run(data, tmp_path, max_steps=16)
