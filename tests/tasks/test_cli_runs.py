@@ -80,7 +80,9 @@ def test_run_says_what_it_made(project: Path) -> None:
     assert "unknown key" in llada("run", "-S", "sft.max_stepz=1", code=2)
 
 
-def test_doctor_finds_this_machine_fit(project: Path) -> None:
+def test_doctor_finds_this_machine_fit(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A Slurm client whose controller is down is a finding of its own, and CI has one.
+    monkeypatch.setattr("tasks.doctor.shutil.which", lambda name: None if name == "sbatch" else name)
     text = llada("doctor")
     assert "BAD" not in text
     assert "file locks" in text
