@@ -11,9 +11,10 @@ def active_parameters(model: MaskPredictor) -> int:
     dense = model if isinstance(model, LLaDAModelLM) else None
     experts = 1.0 if dense is None or dense.shape.moe is None else dense.shape.moe.per_token / dense.shape.moe.n_experts
     total = sum(p.numel() * (experts if ".experts." in name else 1.0) for name, p in model.named_parameters())
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()  # type: ignore[operator]
-    tied = head is None or head.weight is table
-    return int(total) - (0 if tied else table.numel())
+    outer = (model.get_input_embeddings(), model.get_output_embeddings())
+    table, head = (None if layer is None else layer.get_parameter("weight") for layer in outer)
+    tied = head is None or head is table
+    return int(total) - (0 if tied or table is None else table.numel())
 
 
 def training_flops(parameters: int, trained_tokens: float, inference_tokens: float = 0.0) -> float:
