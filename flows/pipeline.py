@@ -88,11 +88,10 @@ def pipeline(
 def report(folder: Path) -> None:
     """What the UI shows of the pipeline: the results table, and where each stage's run lies."""
     table = folder / "reports" / "table.md"
-    lines = [f"MLflow: {mlflow_link(folder)}", "", "| stage | run folder | job | link |", "|---|---|---|---|"]
+    lines = [f"MLflow: {mlflow_link(folder)}", "", "| stage | run folder | job |", "|---|---|---|"]
     for run in all_runs(folder):
         if run.request["root"] == str(folder.resolve()):
-            job = run.job or {"launcher": "inline"}
-            lines.append(f"| {run.stage} | `{run.path}` | {job['launcher']} {job.get('id', '')} |")
+            lines.append(f"| {run.stage} | `{run.path}` | {run.job_name} |")
     text = (table.read_text(encoding="utf-8") + "\n\n" if table.exists() else "") + "\n".join(lines)
     create_markdown_artifact(key="results", markdown=text, description=f"results of {folder.name}")
 

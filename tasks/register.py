@@ -4,9 +4,9 @@ Everything is found before it is made, so that a killed registration goes on. Kn
 trained or measured.
 """
 
+import getpass
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import time
@@ -106,14 +106,8 @@ def point(root: Path, version: Version, alias: str, why: str) -> None:
     client(root).set_registered_model_alias(version.name, alias, version.number)
     if alias in version.aliases:
         return
-    who = os.environ.get("USER") or str(os.getuid())
-    record = {
-        "alias": alias,
-        "hash": version.hash,
-        "why": why,
-        "who": who,
-        "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
+    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    record = {"alias": alias, "hash": version.hash, "why": why, "who": getpass.getuser(), "when": when}
     write_receipt(root, {"event": "alias", "name": version.name, **record})
     client(root).set_model_version_tag(
         version.name, version.number, f"{alias}.record", json.dumps(record, sort_keys=True)
@@ -144,6 +138,7 @@ def lineage(root: Path, stage: str) -> dict[str, str]:
         "dvc_lock": content_hash(lock) if lock.exists() else "none",
         "params": hash_of(stage_params(root, [])),
         "stage_runs": json.dumps(runs, sort_keys=True),
+        "jobs": json.dumps({stage: _job(root, key) for stage, key in runs.items()}, sort_keys=True),
         "inputs": json.dumps(inputs, sort_keys=True),
         "environment": f"python {platform.python_version()}, "
         + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
@@ -174,6 +169,11 @@ def _mlflow_run(root: Path, tags: dict[str, str]) -> str | None:
         if (run.path / "request.json").exists():
             return tracking.Sender(run).send()
     return None
+
+
+def _job(root: Path, key: str) -> str:
+    run = RunFolder(home(root) / "runs" / key)
+    return run.job_name if run.path.exists() else "unknown"
 
 
 def _git_commit(root: Path) -> str:

@@ -66,6 +66,8 @@ def write_report(
     report = table(found, questions, params, said)
     report["commits"] = sorted(filter(None, commits))
     write_json(out / "table.json", report)
+    scores = {name: {model: by_model[model].get("score") for model in by_model} for name, by_model in found.items()}
+    write_json(out / "scores.json", scores)  # what `dvc metrics` shows and compares
     write_text(out / "table.md", markdown(report))
     picture(report, out / "table.png")
     return report

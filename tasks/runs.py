@@ -81,6 +81,12 @@ class RunFolder:
         return read_json(path) if path.exists() else None
 
     @property
+    def job_name(self) -> str:
+        """The last job in words: `slurm 123`, `local 4567`, `inline`."""
+        job = self.job
+        return f"{job['launcher']} {job.get('id', job.get('pid'))}" if job else "inline"
+
+    @property
     def exit_status(self) -> int | None:
         path = self.path / "exit"
         text = path.read_text().strip() if path.exists() else ""

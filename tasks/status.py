@@ -33,14 +33,14 @@ def lines(root: Path) -> list[Line]:
 def line_of(run: RunFolder) -> Line:
     """One run as it is now."""
     state = state_of(run)
-    job = run.job or {}
     last = run.last_metrics()
     size = size_of([run.path / "checkpoints", run.log]) / 2**30
-    name = f"{job['launcher']} {job.get('id', job.get('pid', ''))}" if job else "inline"
     loss = last.get("loss")
     share = last.get("share")
     step = f"{last['step']}" + (f" ({share:.0%})" if share else "") if "step" in last else ""
-    return Line(run.key, run.stage, state, name, step, f"{loss:.4g}" if loss else "", _left(run, last, state), size)
+    return Line(
+        run.key, run.stage, state, run.job_name, step, f"{loss:.4g}" if loss else "", _left(run, last, state), size
+    )
 
 
 def state_of(run: RunFolder) -> str:

@@ -50,7 +50,7 @@ def _keep_sending(run: RunFolder, over: threading.Event) -> None:
         return
     while not over.wait(EVERY_SECONDS):
         send([run])
-    send([run])
+    send([run], over=True)
 
 
 def send_pending(root: Path, *, again: bool = False) -> bool:
@@ -63,8 +63,8 @@ def send_pending(root: Path, *, again: bool = False) -> bool:
     return not pending or os.environ.get("LLADAFLOW_TRACKING") == "off" or send(pending[::-1])
 
 
-def send(runs: list[RunFolder]) -> bool:
-    """Send what is new in these runs; False (and a warning) when MLflow does not answer."""
+def send(runs: list[RunFolder], *, over: bool = False) -> bool:
+    """Send what is new in these runs (`over`: nobody is at them any more); False when MLflow does not answer."""
     for name, value in (("REQUEST_MAX_RETRIES", "1"), ("REQUEST_TIMEOUT", "10")):
         os.environ.setdefault(f"MLFLOW_HTTP_{name}", value)
     from mlflow.exceptions import MlflowException
@@ -73,7 +73,7 @@ def send(runs: list[RunFolder]) -> bool:
 
     try:
         for run in runs:
-            Sender(run).send()
+            Sender(run).send(over=over)
     except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         _log.warning("MLflow does not take what %s measured (%s); it is kept and sent later", runs[0].key, reason)
@@ -94,10 +94,10 @@ class Sender:
         from tasks.registry import client
 
         self.run, self.request = run, run.request
-        self.client: MlflowClient = client(Path(self.request["root"]))
+        self.client: MlflowClient = client(run.path.parents[1])
         self.cursor = _cursor(run)
 
-    def send(self) -> str:
+    def send(self, *, over: bool = False) -> str:
         """Everything new; returns the id of the stage's MLflow run."""
         with FileLock(self.run.path / ".mlflow.lock"):
             self.cursor = _cursor(self.run)
@@ -106,9 +106,12 @@ class Sender:
                 self.cursor = {"run_id": self._child(), "uri": self.client.tracking_uri, "at": 0, "steps": {}}
                 self._describe()
             self._metrics()
+            run_id: str = self.cursor["run_id"]
             if ended and not self.cursor.get("done"):
                 self._finish()
-            return self.cursor["run_id"]
+            elif over and not ended:
+                self.client.set_terminated(run_id, "KILLED" if (self.run.path / "CANCELLED").exists() else "FAILED")
+            return run_id
 
     def _known(self) -> bool:
         """Whether the run that the cursor names is in this database (it may have been lost)."""
@@ -193,17 +196,18 @@ class Sender:
         return points
 
     def _finish(self) -> None:
-        run_id, job = self.cursor["run_id"], self.run.job or {}
-        self.client.set_tag(
-            run_id, "lladaflow.job", f"{job.get('launcher', 'inline')} {job.get('id', job.get('pid', ''))}"
-        )
-        self.client.log_metric(run_id, "seconds", self.run.seconds or 0.0)
+        run_id = self.cursor["run_id"]
+        self.client.set_tag(run_id, "lladaflow.job", self.run.job_name)
+        ended = read_json(self.run.path / "SUCCESS")
+        self.client.log_metric(run_id, "seconds", ended["seconds"], timestamp=int(ended["time"] * 1000), step=0)
         paths = [self.run.path / name for name in ARTIFACTS]
         paths += [self.run.tree / out for out in self.request["outs"] if out.startswith("reports/")]
         for path in paths:
             if path.is_file():
                 self.client.log_artifact(run_id, str(path))
         self.client.set_terminated(run_id)
+        if self.run.stage.partition("@")[0] == [s for s in self.request["all_params"]["stages"] if s != "register"][-1]:
+            self.client.set_terminated(self.client.get_run(run_id).data.tags["mlflow.parentRunId"])
         self.cursor["done"] = True
         write_json(self.run.path / "mlflow.json", self.cursor)
 

@@ -69,6 +69,7 @@ def test_one_parent_and_a_child_for_each_stage(tracked: Path) -> None:
     finish(program("tasks.pretrain"))
     finish(program("tasks.sft"))
     restore_lost_records(tracked)
+    tracking.send([the_run(tracked)], over=True)
     talk = client(tracked)
     runs = talk.search_runs([talk.get_experiment_by_name(tracking.EXPERIMENT).experiment_id])
     parents = [r for r in runs if "lladaflow.pipeline" in r.data.tags]
