@@ -4,6 +4,7 @@ Reads the registry and the files of a model folder; does not know Gradio, engine
 """
 
 import json
+import re
 from pathlib import Path
 
 from llada_core.config.base import ConfigError
@@ -11,8 +12,10 @@ from llada_core.config.params import Params
 from llada_core.config.sampling import SamplingParams
 from llada_core.config.sampling_help import PUBLISHED
 from llada_core.data.puzzles import countdown, draw, seats, sudoku
+from llada_core.evaluation import recipes
 from tasks import registry
 
+HASH = re.compile(r"\b[0-9a-f]{40,}\b")
 EACH = 2  # examples of each benchmark
 GENERAL = (
     "What is 72 divided by 6? Explain step by step.",
@@ -68,23 +71,24 @@ class Catalogue:
         rows = [("name", name)]
         if version is not None:
             aliases = ", ".join(version.aliases) or "none"
-            rows += [("version", version.number), ("aliases", aliases), *sorted(version.tags.items())]
+            rows += [("version", version.number), ("aliases", aliases)]
+            rows += [(key.replace("_", " "), _told(value)) for key, value in sorted(version.tags.items())]
             folder = registry.store_folder(self.root, version.hash)
         receipt = folder / "training.json"
         if receipt.is_file():
             values = json.loads(receipt.read_text(encoding="utf-8"))
-            rows += [(f"training: {key}", _short(value)) for key, value in sorted(values.items())]
+            rows += [(f"training {key}", _told(v)) for key, v in sorted(values.items()) if key != "inputs"]
         return rows
 
     def scores(self, name: str) -> list[tuple[str, str]]:
-        """Benchmark, mean score and number of questions, as kept when the weights were registered."""
+        """Benchmark, mean score and number of questions as registered, and what is published for it."""
         try:
             version = self.version(name)
         except ConfigError:
             return []
         measured = {} if version is None else registry.scores_of(self.root, version.hash)
         return [
-            (benchmark, f"{100 * sum(each.values()) / len(each):.1f} % of {len(each)} questions")
+            (benchmark, f"{100 * sum(each.values()) / len(each):.1f} % of {len(each)} questions{_published(benchmark)}")
             for benchmark, each in sorted(measured.items())
             if each
         ]
@@ -142,6 +146,16 @@ class Catalogue:
         return sorted(lost | {model.name for model in registry.client(self.root).search_registered_models()})
 
 
-def _short(value: object) -> str:
+def _published(benchmark: str) -> str:
+    found = recipes.figures(benchmark) if recipes.exists(benchmark) else []
+    return "".join(f" · {each.source}: {100 * each.value:.1f} % ({each.model})" for each in found)
+
+
+def _told(value: object) -> str:
+    """A tag or receipt entry for people: mappings as a list, long hashes cut."""
+    if isinstance(value, str) and value.startswith("{"):
+        value = json.loads(value)
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {_told(each)}" for key, each in value.items())
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 200 else text[:199] + "…"
+    return HASH.sub(lambda found: found[0][:12] + "…", text)

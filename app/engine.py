@@ -14,6 +14,7 @@ from llada_core.config.sampling import SamplingParams
 from llada_core.modeling import load_model
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import Step, stream, stream_infill
+from llada_core.sampling.trace import speller
 from llada_core.tokenizer import Tokenizer
 
 MOST_CONTEXT = 4096
@@ -49,8 +50,8 @@ class Engine:
         return self.tokenizer.encode(text)
 
     def decode(self, token: int) -> str:
-        """One token as text, special ones by name."""
-        return self.tokenizer.decode([token], skip_special=False)
+        """One token as text, end tokens as a sign."""
+        return speller(self.tokenizer)(token)
 
     def text(self, tokens: list[int]) -> str:
         """The plain answer."""

@@ -10,6 +10,7 @@ from app.views import chat, compare, infill, model, panel, remote, replay, sudok
 
 CSS = Path(__file__).parent / "page.css"
 FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]  # whatever the machine has; nothing is fetched
+NARROW = "() => { if (innerWidth < 800) document.querySelector('.sidebar .toggle-button')?.click(); }"
 KEEP_SECONDS = 1800  # a conversation is kept this long after its tab is closed
 
 
@@ -42,6 +43,7 @@ def build(desk: Desk) -> gr.Blocks:
         remote.build(desk)
         known = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         page.load(lambda: [gr.update(choices=panel.choices(desk))] * len(models), None, models, **known)
+        page.load(None, js=NARROW)
         page.load(lambda: ChatSession(), None, session, **known)
     return page.queue(max_size=64)
 

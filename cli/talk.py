@@ -141,11 +141,12 @@ def _watch(steps: "Iterator[Step]", traces: "list[Trace]", tokenizer: "Tokenizer
 def draw(trace: "Trace", tokenizer: "Tokenizer", width: int, number: int = -1, *, guesses: bool = False) -> Group:
     """One frame of a trace with its caption."""
     from cli.canvas import picture
+    from llada_core.sampling.trace import speller
 
     frame = trace.frames[number]
     step = len(trace.frames) if number < 0 else number + 1
     caption = Text(f"step {step} · {frame.forwards} forwards · {frame.written} of {len(frame.state)} tokens", "dim")
-    cells = trace.cells(frame, lambda token: tokenizer.decode([token], skip_special=False), guesses=guesses)
+    cells = trace.cells(frame, speller(tokenizer), guesses=guesses)
     return Group(caption, picture(cells, width))
 
 

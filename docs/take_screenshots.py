@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 IMAGES = Path(__file__).parent / "images"
 CHROMIUM = "/usr/bin/chromium"
-PATIENCE = 180  # seconds for the page to come up
+PATIENCE = 600  # seconds for the page to come up
 SUDOKU = "1030340020030001"
 
 
@@ -79,6 +79,7 @@ def done(page: Page) -> None:
 
 def shot(page: Page, name: str) -> None:
     """Writes one picture."""
+    page.evaluate("() => document.querySelectorAll('.sidebar, .sidebar *').forEach(part => { part.scrollTop = 0; })")
     page.screenshot(path=IMAGES / f"{name}.png")
     sys.stdout.write(f"{IMAGES / name}.png\n")
 
@@ -130,8 +131,9 @@ def views(browser: Browser, url: str) -> None:
     page.wait_for_function("() => document.querySelector('#verdict').innerText.includes('olved')")
     shot(page, "sudoku")
     page.get_by_role("tab", name="Infill").click()
-    page.fill("#gaps textarea", f"The sudoku {SUDOKU} has the solution [[16]].")
-    page.click("#fill")
+    page.fill("#gaps textarea", f"Solve the sudoku {SUDOKU}")
+    page.fill("#pins textarea", "0:1234, 12:4321")
+    page.click("#answer")
     page.wait_for_function("() => document.querySelector('#infilled-text textarea').value")
     shot(page, "infill")
     page.get_by_role("tab", name="Compare").click()

@@ -61,9 +61,8 @@ class ChatView:
             frames.close()
         if chat.last.counts:
             caption = f"{engine.name} · {chat.last.counts.sentence()}"
-            chat.picture = canvas(
-                chat.last.trace.cells(chat.last.trace.frames[-1], engine.decode, guesses=guesses), caption
-            )
+            cells = chat.last.trace.cells(chat.last.trace.frames[-1], engine.decode, settled=True)
+            chat.picture = canvas(cells, caption)
         yield chat, talk_of(chat, chat.last.note or moved)
 
     def _failed(self, chat: ChatSession, text: str) -> Shown:

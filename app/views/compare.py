@@ -85,7 +85,8 @@ def _run_of(
     finally:
         frames.close()
     if frame is not None and chat.last.counts:
-        yield canvas(chat.last.trace.cells(frame, engine.decode), f"{chat.last.counts.sentence()} {chat.last.note}")
+        cells = chat.last.trace.cells(frame, engine.decode, settled=True)
+        yield canvas(cells, f"{chat.last.counts.sentence()} {chat.last.note}")
 
 
 def build(desk: Desk, panel: Panel) -> list[gr.Dropdown]:
@@ -110,16 +111,16 @@ def _side(desk: Desk, name: str, first: str) -> Side:
     with gr.Column(min_width=320):
         with gr.Row():
             model = gr.Dropdown(
-                choices(desk), value=desk.model, label="Model",
-                allow_custom_value=True, elem_id=f"{name}-model", min_width=140,
-            )  # fmt: skip
-            choice = gr.Dropdown(
-                [AS_SET, "recommended", *PRESETS],
-                value=first,
-                label="Settings",
-                elem_id=f"{name}-preset",
-                min_width=140,
+                choices(desk),
+                value=desk.model,
+                label="Model",
+                allow_custom_value=True,
+                elem_id=f"{name}-model",
+                scale=3,
+                min_width=220,
             )
+            ways = [AS_SET, "recommended", *PRESETS]
+            choice = gr.Dropdown(ways, value=first, label="Settings", elem_id=f"{name}-preset", scale=2, min_width=120)
         picture = gr.HTML(notice(""), apply_default_css=False, elem_id=f"{name}-canvas")
         answer = gr.Textbox(label="Answer", interactive=False, buttons=["copy"], lines=2, elem_id=f"{name}-answer")
         facts = gr.HTML(table(desk.catalogue.scores(desk.model)), apply_default_css=False, elem_id=f"{name}-scores")

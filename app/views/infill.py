@@ -18,7 +18,7 @@ from llada_core.sampling.gaps import pinned, with_gaps
 from llada_core.sampling.step import Step
 from llada_core.sampling.trace import Cell, Trace, readable
 
-GAPS = ("2+[[1]]=5", "The sudoku 1020300000000004 has the solution [[16]].", "[[5]] makes 24 from 2, 3 and 4.")
+GAPS = ("2+[[1]]=5", "The sudoku 1030340020030001 has the solution [[16]].", "[[5]] makes 24 from 2, 3 and 4.")
 HELP = """Write a text and mark each gap: `[[5]]` is room for five tokens. At its end the model continues.
 Or write a question and pin words of its answer: `0:Once, 12:end`."""
 Shown = tuple[Any, Any]
@@ -70,6 +70,8 @@ class InfillView:
         tokens = writing.tokens()
         text = engine.text(tokens) if writing.trace.prompt else engine.tokenizer.decode(tokens)
         caption = f"{writing.counts.sentence() if writing.counts else ''} {writing.note}"
+        if writing.trace.frames:
+            cells = writing.trace.cells(writing.trace.frames[-1], engine.decode, settled=True)
         yield canvas(cells, caption), readable(text)
 
 

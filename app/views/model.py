@@ -14,10 +14,10 @@ def build(desk: Desk, panel: Panel, tab: gr.Tab) -> None:
     """Draws the view and wires it; it is made anew whenever its tab is opened."""
     load = gr.Button("Load the model chosen in the sidebar", size="sm", elem_id="load")
     state = gr.HTML(notice(""), apply_default_css=False, elem_id="loaded")
-    gr.Markdown("### Where it comes from")
-    facts = gr.HTML("", apply_default_css=False, elem_id="facts")
     gr.Markdown("### Its scores")
     scores = gr.HTML("", apply_default_css=False, elem_id="scores")
+    gr.Markdown("### Where it comes from")
+    facts = gr.HTML("", apply_default_css=False, elem_id="facts")
 
     def show(name: str) -> tuple[str, str]:
         name = name or desk.model

@@ -39,13 +39,15 @@ class SudokuView:
         digits = [engine.encode(digit) for digit in puzzle]
         one_each = all(len(ids) == 1 for ids in digits)
         pins = {i: digits[i][0] for i, d in enumerate(puzzle) if d != "0"} if values[self.keep] and one_each else None
-        writing = Writing(Trace(prompt))
+        writing, cells = Writing(Trace(prompt)), []
         steps = engine.write(prompt, params, pinned=pins, watch=watch)
         for frame in paced(writing.run(steps, engine.decode, limit=self.desk.seconds), values[self.panel.pace] or 0):
             cells = writing.trace.cells(frame, engine.decode, guesses=watch)
             yield sudoku.grid(cells, puzzle, f"step {len(writing.trace.frames)}"), notice("")
         answer = "".join(engine.text(writing.tokens()).split())
         counts = writing.counts.sentence() if writing.counts else ""
+        if writing.trace.frames:
+            cells = writing.trace.cells(writing.trace.frames[-1], engine.decode, settled=True)
         yield sudoku.grid(cells, puzzle, counts), verdict(puzzle, answer)
 
     def check(self, *typed: str) -> Shown:

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling.step import Step
+from llada_core.tokenizer import Tokenizer
 
 State = Literal["given", "open", "fresh", "done"]
 STATES: tuple[State, ...] = ("given", "open", "fresh", "done")
 GIVEN, OPEN, FRESH, DONE = range(4)
 LONGEST_TOKEN = 64  # characters; a page must survive a token of ten thousand
 Decode = Callable[[int], str]
+END = "∎"  # how an end token is shown: an answer has many, and their name says no more
 MARKS = {"\n": "⏎", "\r": "⏎", "\t": "⇥", " ": "␣"}
 
 
@@ -90,15 +92,19 @@ class Trace:
         )
         return self.frames[-1]
 
-    def cells(self, frame: Frame, decode: Decode, *, guesses: bool = False) -> list[Cell]:
-        """The positions of a frame as texts; masked ones are empty unless `guesses` are asked for."""
+    def cells(self, frame: Frame, decode: Decode, *, guesses: bool = False, settled: bool = False) -> list[Cell]:
+        """The positions of a frame as texts; masked ones are empty unless `guesses` are asked for.
+
+        `settled`: the answer is finished, nothing in it is fresh and no block is the present one.
+        """
         start, end = frame.block
         result = []
         for i, kind in enumerate(frame.state.tolist()):
             shown = frame.guesses[i] if kind == OPEN else frame.tokens[i]
             text = self.text(int(shown), decode) if kind != OPEN or guesses else ""
             sure = float(frame.confidence[i])
-            result.append(Cell(text, STATES[kind], None if sure != sure else sure, start <= i < end))
+            state = STATES[DONE if settled and kind == FRESH else kind]
+            result.append(Cell(text, state, None if sure != sure else sure, not settled and start <= i < end))
         return result
 
     def text(self, token: int, decode: Decode) -> str:
@@ -114,6 +120,11 @@ class Trace:
         seen = {int(t) for frame in self.frames for array in (frame.tokens, frame.guesses) for t in set(array.tolist())}
         for token in seen | {token for others in self.runners.values() for token, _ in others}:
             self.text(token, decode)
+
+
+def speller(tokenizer: Tokenizer) -> Decode:
+    """One token as text; end tokens as `END`, other special ones by name."""
+    return lambda token: END if token in tokenizer.end_ids else tokenizer.decode([token], skip_special=False)
 
 
 @torch.inference_mode()
