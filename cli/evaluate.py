@@ -36,8 +36,9 @@ def evaluate(
 
         from llada_core.config.evaluation import EvaluateParams
         from llada_core.evaluation.recipes import table as published
-        from tasks.evaluate import safe, sweep, sweep_places
+        from tasks.folders import safe
         from tasks.runs import home
+        from tasks.sweep import sweep, sweep_places
 
         name = name_or_champion(model)
         asked = list(benchmarks) + ([column.recipe for column in published(table).columns] if table else [])

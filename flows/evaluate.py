@@ -7,8 +7,9 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from llada_core.config.evaluation import EvaluateParams
-from tasks.evaluate import safe, sweep, sweep_places
+from tasks.folders import safe
 from tasks.runs import home
+from tasks.sweep import sweep, sweep_places
 
 
 @flow(name="evaluate", flow_run_name="{model}", log_prints=True)

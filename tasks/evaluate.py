@@ -1,4 +1,4 @@
-"""The stage `evaluate`: one benchmark with every model of the run; and a list of benchmarks with any one checkpoint.
+"""The stage `evaluate`: one benchmark with every model of the run.
 
 What is written is equal for equal inputs; how long it took goes to the run's metrics. Knows folders and names; how a
 benchmark is put and scored is llada_core.evaluation's.
@@ -7,19 +7,18 @@ benchmark is put and scored is llada_core.evaluation's.
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_core.config.base import ConfigError
-from llada_core.config.evaluation import EvaluateParams, ReportParams
+from llada_core.config.evaluation import EvaluateParams
 from llada_core.config.params import TRAINING_STAGES, Params
-from tasks.folders import content_hash, hash_of, read_json, safe, write_json, write_text
+from tasks.folders import read_json, safe, write_json, write_text
 from tasks.program import Work, stage_program
 from tasks.registry import resolve
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from llada_core.evaluation.run import Benchmark
 
 Result = dict[str, Any]
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -61,54 +59,12 @@ def run(work: Work) -> None:
     for name, folder in models.items():
         with answering(folder, params) as answerer:
             timings[name] = measure(work.item, name, answerer, params, places)
-    if _rank() == 0:
+    if rank() == 0:
         path = places.out / f"{work.item}.json"
         write_json(path, read_json(path) | {"run": work.run.key})
         for step, (name, line) in enumerate(timings.items()):
             record = {f"{name}/{key}": value for key, value in line.items()} | {"step": step, "time": time.time()}
             _append(work.run.path / "metrics.jsonl", record)
-
-
-def sweep(
-    model: str, benchmarks: Iterable[str], params: EvaluateParams, places: Places, *, tell: Tell = print
-) -> dict[str, Result]:
-    """Any checkpoint (folder, alias, Hub name) against a list of benchmarks; one that fails does not stop the others.
-
-    Says what each costs before it starts. Returns a result, or `{"error": why}`, for each benchmark; results are also
-    written as the stage writes them, with a report (table.json, table.md, table.png) of those that succeeded.
-    """
-    from llada_core.evaluation.run import benchmark, cost_of
-    from tasks.report import write_report
-
-    quiet_lm_eval(harness=logging.WARNING)
-    results: dict[str, Result] = {}
-    with answering(resolve(model), params) as answerer:
-        for name in benchmarks:
-            try:
-                asked = benchmark(name, params, root=places.root, puzzles=places.puzzles)
-                tell(f"{name}: {cost_of(asked, _as_asked(answerer, asked), limit=params.limit)}")
-                line = measure(asked, model, answerer, params, places)
-                if _rank() == 0:
-                    results[name] = _sign(places.out / f"{name}.json")["models"][safe(model)]
-                    tell(f"{name}: {line['score']} in {line['seconds']:.0f} s")
-            except (ConfigError, ValueError, OSError, RuntimeError) as error:
-                results[name] = {"error": " ".join(str(error).split())}
-                tell(f"{name}: {results[name]['error']}")
-    measured = [name for name, result in results.items() if "error" not in result]
-    if measured and _rank() == 0:
-        write_report(places.out, measured, ReportParams(comparisons=()), places.out)
-    return results
-
-
-def _sign(path: Path) -> Result:
-    """Notes the commit of the code in a file of results; returns its content."""
-    import llada_core
-
-    command = ["git", "-C", str(Path(llada_core.__file__).parent), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    values = read_json(path) | {"commit": done.stdout.strip() or "no git"}
-    write_json(path, values)
-    return values
 
 
 def measure(
@@ -125,9 +81,9 @@ def measure(
 
     asked = benchmark(name, params, root=places.root, puzzles=places.puzzles) if isinstance(name, str) else name
     store = AnswerStore(places.answers / safe(model) / asked.name, Shard.of_process())
-    lm = LladaLM(_as_asked(answerer, asked), store)
+    lm = LladaLM(as_asked(answerer, asked), store)
     result, records = run_benchmark(asked, lm, limit=params.limit)
-    if _rank() != 0:
+    if rank() != 0:
         return {}
     if lm.forwards:
         result["forwards_per_answer"] = round(sum(lm.forwards) / len(lm.forwards), 2)
@@ -162,25 +118,13 @@ def answering(folder: Path, params: EvaluateParams) -> Iterator["Answerer"]:
 def data_root(params: Params, home: Path) -> Path | None:
     """The folder with local benchmark files: LLADAFLOW_DATA_ROOT, evaluate.root or data.root, relative to `home`."""
     own = params.evaluate.root if params.evaluate else None
-    return _below(home, own or (params.data.root if params.data else None))
+    return below(home, own or (params.data.root if params.data else None))
 
 
-def _below(home: Path, given: str | None) -> Path | None:
+def below(home: Path, given: str | None) -> Path | None:
+    """LLADAFLOW_DATA_ROOT, else `given`, relative to `home`; None without either."""
     given = os.environ.get("LLADAFLOW_DATA_ROOT") or given
     return home / Path(given).expanduser() if given else None
-
-
-def sweep_places(model: str, params: EvaluateParams, home: Path, root: Path | None, out: Path) -> Places:
-    """Places for `sweep`: answers are kept under what determines them (weights, code, settings).
-
-    root: local benchmark files; None: LLADAFLOW_DATA_ROOT, else `params.root`, else the Hub.
-    """
-    import llada_core
-
-    settings = params.model_dump(mode="json", exclude={"benchmarks", "models", "root", "limit"})
-    key = hash_of([content_hash(resolve(model)), content_hash(Path(llada_core.__file__).parent), settings])[:16]
-    root = root or _below(home, params.root)
-    return Places(root, home / "data" / "eval", out, home / "runs" / f"answers-{key}")
 
 
 def quiet_lm_eval(*, harness: int = logging.INFO) -> None:
@@ -190,7 +134,8 @@ def quiet_lm_eval(*, harness: int = logging.INFO) -> None:
     logging.getLogger("llada_core.evaluation").setLevel(harness)
 
 
-def _as_asked(answerer: "Answerer", asked: "Benchmark") -> "Answerer":
+def as_asked(answerer: "Answerer", asked: "Benchmark") -> "Answerer":
+    """The answerer with a benchmark's settings."""
     return replace(answerer, options=replace(answerer.options, settings=asked.settings))
 
 
@@ -203,7 +148,8 @@ def _append(path: Path, record: Result) -> None:
         stream.write(_json_line(record))
 
 
-def _rank() -> int:
+def rank() -> int:
+    """Which of several processes this is; 0 writes."""
     return int(os.environ.get("RANK", "0"))
 
 

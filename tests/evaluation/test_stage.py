@@ -12,7 +12,9 @@ from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import EvaluateParams, Settings
 from llada_core.evaluation.answering import Answerer
 from llada_core.modeling import save_model
-from tasks.evaluate import Places, answering, measure, safe, sweep
+from tasks.evaluate import Places, answering, measure
+from tasks.folders import safe
+from tasks.sweep import sweep
 from tests.tiny import tiny_pair
 
 QUICK = {"max_new_tokens": 8, "block_length": 8, "steps": 8}

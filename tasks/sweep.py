@@ -1,0 +1,74 @@
+"""Any checkpoint against a list of benchmarks: costs told first, one failure does not stop the others, a report at the end.
+
+Knows folders and names; how one benchmark is measured is tasks.evaluate's.
+"""
+
+import logging
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from llada_core.config.base import ConfigError
+from llada_core.config.evaluation import EvaluateParams, ReportParams
+from tasks.evaluate import Places, answering, as_asked, below, measure, quiet_lm_eval, rank
+from tasks.folders import content_hash, hash_of, read_json, safe, write_json
+from tasks.registry import resolve
+
+Result = dict[str, Any]
+Tell = Callable[[str], None]
+
+
+def sweep(
+    model: str, benchmarks: Iterable[str], params: EvaluateParams, places: Places, *, tell: Tell = print
+) -> dict[str, Result]:
+    """Any checkpoint (folder, alias, Hub name) against a list of benchmarks; one that fails does not stop the others.
+
+    Says what each costs before it starts. Returns a result, or `{"error": why}`, for each benchmark; results are also
+    written as the stage writes them, with a report (table.json, table.md, table.png) of those that succeeded.
+    """
+    from llada_core.evaluation.run import benchmark, cost_of
+    from tasks.report import write_report
+
+    quiet_lm_eval(harness=logging.WARNING)
+    results: dict[str, Result] = {}
+    with answering(resolve(model), params) as answerer:
+        for name in benchmarks:
+            try:
+                asked = benchmark(name, params, root=places.root, puzzles=places.puzzles)
+                tell(f"{name}: {cost_of(asked, as_asked(answerer, asked), limit=params.limit)}")
+                line = measure(asked, model, answerer, params, places)
+                if rank() == 0:
+                    results[name] = _sign(places.out / f"{name}.json")["models"][safe(model)]
+                    tell(f"{name}: {line['score']} in {line['seconds']:.0f} s")
+            except (ConfigError, ValueError, OSError, RuntimeError) as error:
+                results[name] = {"error": " ".join(str(error).split())}
+                tell(f"{name}: {results[name]['error']}")
+    measured = [name for name, result in results.items() if "error" not in result]
+    if measured and rank() == 0:
+        write_report(places.out, measured, ReportParams(comparisons=()), places.out)
+    return results
+
+
+def _sign(path: Path) -> Result:
+    """Notes the commit of the code in a file of results; returns its content."""
+    import llada_core
+
+    command = ["git", "-C", str(Path(llada_core.__file__).parent), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    values = read_json(path) | {"commit": done.stdout.strip() or "no git"}
+    write_json(path, values)
+    return values
+
+
+def sweep_places(model: str, params: EvaluateParams, home: Path, root: Path | None, out: Path) -> Places:
+    """Places for `sweep`: answers are kept under what determines them (weights, code, settings).
+
+    root: local benchmark files; None: LLADAFLOW_DATA_ROOT, else `params.root`, else the Hub.
+    """
+    import llada_core
+
+    settings = params.model_dump(mode="json", exclude={"benchmarks", "models", "root", "limit"})
+    key = hash_of([content_hash(resolve(model)), content_hash(Path(llada_core.__file__).parent), settings])[:16]
+    root = root or below(home, params.root)
+    return Places(root, home / "data" / "eval", out, home / "runs" / f"answers-{key}")
