@@ -5,13 +5,11 @@ from pathlib import Path
 import gradio as gr
 
 from app.desk import Desk
-from app.session import ChatSession
 from app.views import chat, compare, infill, model, panel, remote, replay, sudoku
 
 CSS = Path(__file__).parent / "page.css"
 FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]  # whatever the machine has; nothing is fetched
 NARROW = "() => { if (innerWidth < 800) document.querySelector('.sidebar .toggle-button')?.click(); }"
-KEEP_SECONDS = 1800  # a conversation is kept this long after its tab is closed
 
 
 def theme() -> gr.themes.Base:
@@ -24,7 +22,7 @@ def theme() -> gr.themes.Base:
 def build(desk: Desk) -> gr.Blocks:
     """The page around a desk."""
     with gr.Blocks(title="lladaflow", analytics_enabled=False, fill_width=True) as page:
-        session = gr.State(None, time_to_live=KEEP_SECONDS)
+        session = gr.State(None)
         with gr.Sidebar(width=340):
             gr.Markdown("## lladaflow\nA language model that writes by unmasking.")
             side = panel.build(desk)
@@ -44,7 +42,6 @@ def build(desk: Desk) -> gr.Blocks:
         known = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         page.load(lambda: [gr.update(choices=panel.choices(desk))] * len(models), None, models, **known)
         page.load(None, js=NARROW)
-        page.load(lambda: ChatSession(), None, session, **known)
     return page.queue(max_size=64)
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 Estimator = Literal["auto", "stock", "antithetic", "exact"]
 ESTIMATORS: tuple[Estimator, ...] = ("auto", "stock", "antithetic", "exact")
 ENUMERATED = 7  # 2^7 - 1 = 127 subsets, fewer than the usual 128 samples
+LEAN = 0.75  # best of 0 to 1.2 on a trained model with 4 to 64 looks: half the error of equal widths
 STOCK_BATCH = 16  # samples that share one lattice of counts, the batch size of LLaDA's evaluation
 
 
@@ -64,19 +65,30 @@ def lattice(batch: int, length: int, start: int) -> list[int]:
 
 
 def antithetic(length: int, samples: int, rng: np.random.Generator) -> Plan:
-    """Counts spread evenly over 1..n; each k has a partner of n + 1 - k tokens from the other end of the same
-    permutation.
+    """Looks that complement each other: each masks the next tokens of a random order, a new order follows a used-up one.
 
-    An odd number of samples above one is rounded up. Answers that share `rng`'s state share permutations and counts as
-    far as their lengths allow: differences between them vary less (common random numbers).
+    So all tokens count almost alike in every estimate. The sizes 1..n are cut into strata, one look each, that are
+    narrower among the small sizes (`LEAN`), as n/k makes those the noisy ones; a look counts as much as its stratum is
+    wide. Answers that share `rng`'s state share orders and, as far as their lengths allow, sizes, so that differences
+    between them vary less (common random numbers).
     """
-    pairs = (samples + 1) // 2
-    offset, alone = rng.random(), samples == 1
-    # One row of numbers per token, so that a longer answer begins with the permutation of a shorter one.
-    rank = rng.random((length, pairs)).T.argsort(1).argsort(1)
-    counts = np.floor((np.arange(pairs) + offset) / pairs * length).astype(int).clip(max=length - 1)[:, None] + 1
-    first = rank < counts
-    return _weighted(first if alone else np.concatenate([first, length - 1 - rank < length + 1 - counts]))
+    density = np.arange(1, length + 1) ** -LEAN
+    share = np.concatenate([[0.0], density.cumsum() / density.sum()])
+    edges = np.interp(np.linspace(0, 1, samples + 1), share, np.arange(length + 1.0))
+    widths = np.diff(edges)
+    sizes = np.floor(edges[:-1] + rng.random() * widths).astype(int).clip(max=length - 1) + 1
+    # One row of numbers per token, so that a longer answer has the orders of a shorter one with tokens added.
+    orders = rng.random((length, samples + 1)).T.argsort(1)
+    masks = np.zeros((samples, length), dtype=bool)
+    circle, used = orders[0], 0
+    for look, (mask, size) in enumerate(zip(masks, sizes.tolist(), strict=True)):
+        mask[circle[used : used + size]] = True
+        used += size
+        if used > length:  # the look goes on in a new order, which begins with what it does not hold yet
+            held = mask[orders[look + 1]]
+            circle, used = np.concatenate([orders[look + 1][~held], orders[look + 1][held]]), used - length
+            mask[circle[:used]] = True
+    return Plan(masks, widths / sizes)
 
 
 def _weighted(masks: NDArray[np.bool_]) -> Plan:

@@ -122,9 +122,10 @@ def data_root(params: Params, home: Path) -> Path | None:
 
 
 def below(home: Path, given: str | None) -> Path | None:
-    """LLADAFLOW_DATA_ROOT, else `given`, relative to `home`; None without either."""
+    """LLADAFLOW_DATA_ROOT, else `given`, relative to `home`; None where there is no such folder."""
     given = os.environ.get("LLADAFLOW_DATA_ROOT") or given
-    return home / Path(given).expanduser() if given else None
+    root = home / Path(given).expanduser() if given else None
+    return root if root is not None and root.is_dir() else None
 
 
 def quiet_lm_eval(*, harness: int = logging.INFO) -> None:

@@ -13,6 +13,7 @@ from llada_core.config.training import TrainingParams
 from tasks.errors import StoppedError
 from tasks.folders import content_hash, read_json, write_json
 from tasks.program import Work
+from tasks.progress import TrainingProgress
 
 # What differs from machine to machine, and so must not be in an output that DVC hashes.
 TIMINGS = ("_per_second", "seconds", "time", "memory_gb", "mfu", "step", "tokens", "flops", "share")
@@ -28,7 +29,8 @@ def train_stage(work: Work) -> float:
     tokenizer = Tokenizer.load(Path("data/tokenizer"))
     model = _model(work, params, tokenizer)
     place = Place(data=Path("data"), run=work.run.path, export=Path("models") / work.stage)
-    receipt = train(params, model, tokenizer, place, seed=work.params.seed)
+    follow = TrainingProgress(work.stage)
+    receipt = train(params, model, tokenizer, place, seed=work.params.seed, follow=follow)
     if not receipt.finished:
         raise StoppedError(f"{work.stage}: stopped at step {receipt.steps}, saved; the same command goes on from there")
     if int(os.environ.get("RANK", "0")) == 0:

@@ -21,7 +21,7 @@ class ChatView:
 
     desk: Desk
     panel: Panel
-    session: gr.State  # ChatSession
+    session: gr.State  # ChatSession, or None before the first question and after a long absence
     editing: gr.State  # the number of the turn that Send replaces, or None
     talk: gr.HTML
     box: gr.Textbox
@@ -29,7 +29,7 @@ class ChatView:
 
     def ask(self, values: Values) -> Shown:
         """Adds the message to the conversation; the answer is another event's work."""
-        chat, text, turn = values[self.session], values[self.box] or "", values[self.editing]
+        chat, text, turn = values[self.session] or ChatSession(), values[self.box] or "", values[self.editing]
         chat.system = values[self.system] or ""
         try:
             if turn is None:
@@ -42,8 +42,8 @@ class ChatView:
 
     def reply(self, values: Values) -> Iterator[Shown]:
         """Writes the answer that is waited for, if one is."""
-        chat: ChatSession = values[self.session]
-        if chat.waiting and not chat.writing:
+        chat: ChatSession | None = values[self.session]
+        if chat is not None and chat.waiting and not chat.writing:
             yield from told(lambda: self._frames(chat, values), lambda text: self._failed(chat, text))
 
     def _frames(self, chat: ChatSession, values: Values) -> Iterator[Shown]:
@@ -73,7 +73,8 @@ class ChatView:
     def acting(self, act: Callable[[ChatSession], str | None]) -> Callable[[ChatSession, str], Shown]:
         """A handler that changes the conversation; a text that `act` returns goes into the box."""
 
-        def handle(chat: ChatSession, text: str) -> Shown:
+        def handle(chat: ChatSession | None, text: str) -> Shown:
+            chat = chat or ChatSession()
             try:
                 text = act(chat) or text
             except Refused as error:
@@ -82,10 +83,10 @@ class ChatView:
 
         return handle
 
-    def edit(self, chat: ChatSession, event: gr.EventData) -> tuple[str, int | None]:
+    def edit(self, chat: ChatSession | None, event: gr.EventData) -> tuple[str, int | None]:
         """Puts a question back into the box; Send then replaces it."""
         number = int(event.turn)
-        return (chat.turns[number].user, number) if number < len(chat.turns) else ("", None)
+        return (chat.turns[number].user, number) if chat and number < len(chat.turns) else ("", None)
 
 
 def talk_of(chat: ChatSession, note: str = "", kind: str = "info") -> str:
@@ -141,6 +142,6 @@ def build(desk: Desk, panel: Panel, session: gr.State) -> None:
     )
     undo.click(view.acting(ChatSession.undo), [session, box], shown, **quick)
     new.click(view.acting(ChatSession.clear), [session, box], shown, **quick)
-    stop.click(ChatSession.stop, [session], None, **quick)
+    stop.click(lambda chat: chat.stop() if chat else None, [session], None, **quick)
     talk.edit(view.edit, [session], [box, view.editing], **quick)
     examples.click(lambda sample: sample[0], examples, box, **quick)

@@ -17,15 +17,15 @@ def build(desk: Desk, session: gr.State, model: gr.Dropdown, tab: gr.Tab) -> Non
     shown = gr.HTML(replay.empty(), apply_default_css=False, elem_id="replay")
     dark = gr.State(False)
 
-    def show(chat: ChatSession, is_dark: bool) -> str:
-        if not chat.last.trace.frames:
+    def show(chat: ChatSession | None, is_dark: bool) -> str:
+        if chat is None or not chat.last.trace.frames:
             return replay.empty()
         asked = chat.turns[-1].user if chat.turns else ""
         return replay.frame(replay.document(chat.last.trace, prompt=asked, dark=is_dark))
 
-    def look(chat: ChatSession, is_dark: bool, name: str) -> str:
+    def look(chat: ChatSession | None, is_dark: bool, name: str) -> str:
         try:
-            if chat.last.trace.frames:
+            if chat is not None and chat.last.trace.frames:
                 engine, _ = desk.engine(name)
                 with engine.turn:
                     find_runners_up(chat.last.trace, engine.model)

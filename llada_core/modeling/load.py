@@ -71,19 +71,21 @@ def load_model(
     ours = isinstance(config, LLaDAConfig)
     rows = config.architecture().vocab_rows if ours else config.vocab_size
     if special_tokens is None:
-        special_tokens = special_tokens_of(folder, config.published() if ours else config.to_dict(), rows)
+        special_tokens = special_tokens_of(folder, {} if ours else config.to_dict(), rows)
     special_tokens.check(rows)
     how = {
         "dtype": "auto" if dtype is None else dtype,
         "device_map": _device_map(device, bits),
         "quantization_config": _quantization(bits, dtype),
     }
+    how = {key: value for key, value in how.items() if value is not None}
     auto = AutoModelForCausalLM if ours else AutoModelForMaskedLM
     weight_shapes(folder)  # so that an absent or damaged file is told in one line, for masked-LMs too
-    model, info = auto.from_pretrained(
-        folder, config=config, use_safetensors=True, output_loading_info=True, **{k: v for k, v in how.items() if v}
-    )
+    strictly = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, info = auto.from_pretrained(folder, config=config, **strictly, **how)
     require_loaded(str(folder), info)
+    if device is not None and "device_map" not in how:
+        model.to(device)
     if not ours:
         return MaskedLM(model, special_tokens).eval()
     model.name_special_tokens(special_tokens)
@@ -91,11 +93,15 @@ def load_model(
 
 
 def _device_map(device: Device | None, bits: int | None) -> str | dict[str, Any] | None:
+    """What transformers is told about places; without accelerate it can only load to the CPU, to be moved after."""
     if isinstance(device, dict) or device == "auto":
         return device
     if device is None:
         return None if bits is None else {"": "cuda:0"}
-    return {"": str(device)}
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: no CUDA GPU is visible; use device='cpu'")
+    return {"": str(device)} if kind != "cpu" and find_spec("accelerate") is not None else None
 
 
 def _quantization(bits: int | None, dtype: torch.dtype | None) -> BitsAndBytesConfig | None:

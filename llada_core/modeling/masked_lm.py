@@ -25,7 +25,6 @@ class MaskedLM(MaskPredictor):
     def __init__(self, backbone: PreTrainedModel, special_tokens: SpecialTokens) -> None:
         super().__init__()
         self.backbone = backbone
-        _head_of(backbone)  # so that one that cannot be used is refused here and not in the first batch
         self._special = special_tokens.check(backbone.config.vocab_size)
         for name, value in vars(special_tokens).items():  # so that a saved copy names them by itself
             if value is not None:
@@ -56,7 +55,9 @@ class MaskedLM(MaskPredictor):
 
     @property
     def max_length(self) -> int:
-        return int(self.backbone.config.max_position_embeddings)
+        embeddings = dict(self.backbone.base_model.named_modules()).get("embeddings.position_embeddings")
+        first = getattr(embeddings, "padding_idx", None)  # RoBERTa counts positions from behind its padding id
+        return int(self.backbone.config.max_position_embeddings) - (0 if first is None else first + 1)
 
     def forward(  # noqa: PLR0913 - the one call of the library, see LLaDAModelLM.forward
         self,
@@ -76,14 +77,15 @@ class MaskedLM(MaskPredictor):
             attention_mask = attention_mask[:, None].bool()
         if cache is not None or slots is not None or router_losses:
             raise ValueError(f"{type(self.backbone).__name__} knows no cache, slots or router_losses")
-        body = self.backbone.base_model
-        out = body(
+        head = _head_of(self.backbone)
+        network = self.backbone if head is None else self.backbone.base_model
+        out = network(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
         )
-        x = out.last_hidden_state
+        x = out.logits if head is None else out.last_hidden_state
         states = out.hidden_states if output_hidden_states else None
         if positions is not None:
             x = x.flatten(0, 1)[positions]
@@ -93,13 +95,13 @@ class MaskedLM(MaskPredictor):
 
     def _project(self, x: Tensor) -> Tensor:
         """All that the masked-LM applies after its body, position by position."""
-        for step in _head_of(self.backbone):
+        for step in _head_of(self.backbone) or ():
             x = step(x)
         return x
 
 
-def _head_of(backbone: Any) -> list[Callable[[Tensor], Tensor]]:
-    """The modules after the body, in order, of the masked-LM classes of transformers."""
+def _head_of(backbone: Any) -> list[Callable[[Tensor], Tensor]] | None:
+    """The modules after the body, in order; None for a masked-LM not known here, which then projects every position."""
     parts: dict[str, Any] = dict(backbone.named_children())
     if "vocab_transform" in parts:  # DistilBERT
         return [parts["vocab_transform"], backbone.activation, parts["vocab_layer_norm"], parts["vocab_projector"]]
@@ -109,8 +111,7 @@ def _head_of(backbone: Any) -> list[Callable[[Tensor], Tensor]]:
         return [parts["head"], parts["decoder"]]
     if "lm_head" in parts:  # RoBERTa and its kin
         return [parts["lm_head"]]
-    known = "BERT, DistilBERT, RoBERTa and ModernBERT"
-    raise ValueError(f"{type(backbone).__name__}: its vocabulary head is not known; those of {known} are")
+    return None
 
 
 def new_masked_lm(values: dict[str, Any], vocab_size: int, special_tokens: SpecialTokens, seed: int) -> MaskedLM:

@@ -1,24 +1,62 @@
-"""Cross-entropy of a vocabulary projection without keeping all of its logits.
+"""Cross-entropy of a vocabulary projection in the memory of its logits alone, and without keeping all of them.
 
 Knows hidden rows and target ids; does not know sequences, masks or weights of a loss.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 1 << 25
-"""Logits computed at a time; above this the rows are chunked and recomputed in the backward pass."""
+CHUNK_ELEMENTS = 1 << 28
+"""Logits kept at a time; above this the rows are chunked and recomputed in the backward pass."""
+
+CACHED_ELEMENTS = 1 << 20
+"""Logits turned into probabilities at a time on a CPU: what stays in its cache."""
 
 
 Projection = Callable[[Tensor], Tensor]
 
 
+class _InPlaceNLL(torch.autograd.Function):
+    """Cross-entropy whose logits become probabilities, and these the gradient, in one and the same memory.
+
+    F.cross_entropy holds two such tables going forward and two going back. The caller gives its logits up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_PV: Tensor, targets_P: Tensor) -> Tensor:
+        rows = max(1, CACHED_ELEMENTS // logits_PV.shape[1]) if logits_PV.device.type == "cpu" else len(logits_PV)
+        parts = []
+        for logits, targets in zip(logits_PV.split(rows), targets_P.split(rows), strict=True):
+            total = logits.logsumexp(-1, keepdim=True)
+            parts.append((total - logits.gather(-1, targets[:, None]))[:, 0])
+            logits.sub_(total).exp_()
+        ctx.probabilities = logits_PV
+        ctx.save_for_backward(targets_P)
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_P: Tensor) -> tuple[Tensor, None]:
+        (targets_P,) = ctx.saved_tensors
+        table, ctx.probabilities = ctx.probabilities, None
+        if table is None:
+            raise RuntimeError("the gradient of a masked loss can be taken once; its logits are gone")
+        table.mul_(gradient_P[:, None])
+        table.scatter_add_(-1, targets_P[:, None], -gradient_P[:, None])
+        return table, None
+
+
 def _nll(x_PD: Tensor, head: Projection, targets_P: Tensor) -> Tensor:
-    return F.cross_entropy(head(x_PD).float(), targets_P, reduction="none")
+    logits = head(x_PD)
+    if not logits.requires_grad or len(targets_P) == 0 or torch.compiler.is_compiling():
+        return F.cross_entropy(logits.float(), targets_P, reduction="none")
+    return _InPlaceNLL.apply(logits.float(), targets_P)
 
 
 def projected_nll(x_PD: Tensor, head: Projection, vocab_rows: int, targets_P: Tensor) -> Tensor:

@@ -57,9 +57,8 @@ def require_loaded(name: str, info: Mapping[str, Any]) -> None:
     """`ValueError` if transformers' loading report lists a weight that was expected and not filled."""
     lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"]), *info["error_msgs"]]
     if lost:
-        raise ValueError(
-            f"{name}: weights that the model needs were not found there, such as {sorted(map(str, lost))[0]}"
-        )
+        first = sorted(map(str, lost))[0]
+        raise ValueError(f"{name}: weights that the model needs are missing or of another shape, such as {first}")
 
 
 def _weight_files(folder: Path) -> list[Path]:

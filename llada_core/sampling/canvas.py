@@ -65,7 +65,7 @@ class Canvas:
         for i, row in enumerate(rows):
             if row.visible is not None:
                 visible[i, : len(row.visible)] = row.visible
-        known = visible & (tokens != special.mask_id)
+        known = tokens != special.mask_id
         if blind_keeps:
             known &= ~torch.isin(tokens, numbers(blind_keeps))
         return cls(

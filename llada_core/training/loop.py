@@ -197,6 +197,7 @@ class Loop:
             "steps_per_second": (progress.step - step) / seconds,
             "flops_per_second": rate,
             "share": min(self._share(), 1.0),
+            "seconds": progress.seconds,
             **_memory(),
             **self._notes,
         }

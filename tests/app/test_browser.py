@@ -1,6 +1,7 @@
 """The page in a real browser: Debian's Chromium, driven by Playwright."""
 
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from app.catalogue import Catalogue
 from app.desk import Desk
+from app.engine import Engine
 from app.writing import Refused
 from llada_core.config.sampling import SamplingParams
 from tests.app.conftest import free_port
@@ -264,6 +266,29 @@ def test_the_champion_moves_and_goes_while_the_page_is_open(tab, desk):
     del desk.shelf.engines["champion"]
     ask(tab, "hello")
     tab.wait_for_selector("#talk :text('There is no model')")
+    desk.shelf.engines["champion"] = before
+
+
+def test_a_closed_tab_frees_the_model(browser, url, desk):
+    closed = threading.Event()
+    before = desk.shelf.engines["champion"]
+
+    class Watched(Engine):
+        def write(self, *arguments, **options):
+            try:
+                yield from super().write(*arguments, **options)
+            finally:
+                closed.set()
+
+    desk.shelf.engines["champion"] = Watched("champion", Path("champion"), before.model, before.tokenizer)
+    page = opened(browser, url)
+    page.get_by_label("number input for Steps shown a second").fill("2")
+    page.keyboard.press("Tab")
+    ask(page, "hello")
+    page.wait_for_selector("#talk .tiles i.f")
+    assert not closed.is_set()
+    page.close()
+    assert closed.wait(30), "the generator was not closed with the tab"
     desk.shelf.engines["champion"] = before
 
 

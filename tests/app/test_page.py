@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from gradio_client import Client
 
+from tests.app.conftest import free_port
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -86,6 +88,18 @@ def test_the_page_names_no_other_host(page_url):
     assert not config.get("share_url")
     styles = " ".join(config.get("stylesheets") or [])
     assert "//" not in styles
+
+
+def test_a_login_is_asked_for_when_one_is_set():
+    from app import page
+    from app.__main__ import options
+
+    blocks = page.absent("models:/puzzles@champion", "nothing there")
+    blocks.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, auth=("ada", "secret"), **options())
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{blocks.local_url}config")
+    blocks.close()
+    assert refused.value.code == 401
 
 
 def run(*arguments, cwd):

@@ -81,7 +81,8 @@ def test_evaluation_files_hold_right_solutions_and_nothing_from_training(puzzle_
     assert card["parts"]["sft"]["train"]["maskable"] < card["parts"]["sft"]["train"]["tokens"]
 
 
-def test_overlap_with_published_puzzles_is_counted_and_changes_nothing_else(tmp_path, puzzle_home):
+def test_overlap_with_published_puzzles_is_counted_and_changes_nothing_else(tmp_path, puzzle_home, monkeypatch):
+    monkeypatch.delenv("LLADAFLOW_DATA_ROOT", raising=False)
     published = tmp_path / "root" / "sudoku4x4"
     published.mkdir(parents=True)
     shown = [

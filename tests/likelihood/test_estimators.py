@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from llada_core.estimators import antithetic, enumerated, plan, stock
+from llada_core.estimators import Plan, antithetic, enumerated, plan, stock
 from llada_core.likelihood import Likelihood, greedy_matches, log_likelihood, log_likelihoods
 from tests.reference import golden_model
 from tests.tiny import tiny_model
@@ -20,31 +20,35 @@ def coverage(looks) -> np.ndarray:
     return (looks.masks * looks.weights[:, None]).sum(0)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 12])
-@pytest.mark.parametrize("samples", [1, 2, 5, 16])
-def test_antithetic_counts_every_size_and_token_alike(length, samples):
-    """Over many seeds each mask size and each token is as frequent as another: that is what unbiased means here."""
-    seeds, sizes, tokens = 600, np.zeros(length), np.zeros(length)
-    for seed in range(seeds):
-        looks = antithetic(length, samples, np.random.default_rng(seed))
-        sizes += np.bincount(looks.masks.sum(1) - 1, minlength=length) / len(looks.masks)
-        tokens += coverage(looks)
-    assert np.allclose(sizes / seeds, 1 / length, atol=4 * math.sqrt(1 / length / seeds))
-    assert np.allclose(tokens / seeds, 1, atol=5 * math.sqrt(length / seeds))
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+@pytest.mark.parametrize("samples", [1, 2, 7, 16])
+def test_antithetic_is_unbiased_for_any_model(length, samples):
+    """Whatever the log-probabilities of each token under each mask are: the mean over seeds is the enumerated sum."""
+    table = np.random.default_rng(1).normal(size=(2**length, length)) * 3 - 5
+    table[2 ** np.arange(length)] -= 10
+
+    def value(looks: Plan) -> float:
+        return float((table[(looks.masks * 2 ** np.arange(length)).sum(1)] * looks.masks).sum(1) @ looks.weights)
+
+    found = [value(antithetic(length, samples, np.random.default_rng(seed))) for seed in range(3000)]
+    error = np.std(found) / math.sqrt(len(found)) + 1e-12
+    assert abs(np.mean(found) - value(enumerated(length))) < 4 * error
 
 
-def test_antithetic_pairs_share_a_permutation():
-    looks = antithetic(9, 8, np.random.default_rng(0))
-    first, partner = looks.masks[:4], looks.masks[4:]
-    assert (first.sum(1) + partner.sum(1) == 10).all()
-    assert ((first & partner).sum(1) == 1).all()
-    assert (first | partner).all()
+def test_antithetic_looks_complement_each_other():
+    """Tokens are masked equally often, give or take one order that was begun."""
+    for samples in (8, 40):
+        looks = antithetic(9, samples, np.random.default_rng(0))
+        times = looks.masks.sum(0)
+        assert times.max() - times.min() <= 2
+        assert (looks.masks.sum(1) >= 1).all()
 
 
 def test_common_random_numbers():
-    """A longer option's permutations begin with a shorter one's: masks of the shared tokens are in the same order."""
-    short, long = (antithetic(n, 2, np.random.default_rng(7)) for n in (12, 13))
-    assert (short.masks[0] != long.masks[0, :12]).sum() <= 2
+    """A longer option has the orders of a shorter one with tokens added."""
+    short, long = (antithetic(n, 40, np.random.default_rng(7)).masks for n in (12, 13))
+    strangers = antithetic(13, 40, np.random.default_rng(8)).masks
+    assert (short != long[:, :12]).mean() < 0.8 * (short != strangers[:, :12]).mean()
 
 
 @pytest.mark.parametrize("length", [1, 4, 7])
@@ -83,7 +87,7 @@ def test_antithetic_beats_stock_at_equal_cost():
         name: np.std([log_likelihood(model, PROMPT, answer, samples=16, seed=s, estimator=name) for s in range(60)])
         for name in ("stock", "antithetic")
     }
-    assert looks["antithetic"] < 0.9 * looks["stock"]
+    assert looks["antithetic"] < 0.6 * looks["stock"]
 
 
 def test_options_of_one_token_share_one_forward():

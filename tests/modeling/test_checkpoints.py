@@ -256,7 +256,8 @@ def test_special_tokens_from_config_tokenizer_family_and_caller(tmp_path):
 
     for family in (LLADA, LLADA_MOE):
         bare = {k: v for k, v in family.config.items() if not k.endswith("token_id")}
-        assert special_tokens_of(tmp_path, bare, family.vocab_size) == family.special
+        (tmp_path / "config.json").write_text(json.dumps(bare))
+        assert special_tokens_of(tmp_path, {}, family.vocab_size) == family.special
 
 
 def test_special_tokens_outside_the_vocabulary(folder):
@@ -290,6 +291,38 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path):
 def test_low_bits_need_a_gpu():
     with pytest.raises(ValueError, match="bits=4 needs"):
         load_model(GOLDEN / "llada_tiny", bits=4)
+
+
+def test_a_device_that_is_not_there():
+    if torch.cuda.is_available():
+        pytest.skip("it is")
+    with pytest.raises(ValueError, match="no CUDA GPU is visible"):
+        load_model(GOLDEN / "llada_tiny", device="cuda")
+
+
+def test_memory_while_loading_is_the_model_and_a_shard(tmp_path):
+    """Anonymous memory, in a process of its own; mapped file pages are the system's to drop."""
+    save_model(tiny_model(d_model=256, n_layers=16, mlp_hidden_size=1024), tmp_path / "m", max_shard_size="8MB")
+    size = sum(f.stat().st_size for f in (tmp_path / "m").glob("*.safetensors"))
+    assert size > 60e6
+    python(
+        tmp_path,
+        "import re, resource, threading, torch",
+        "import llada_core.modeling.model",
+        "from llada_core.modeling import load_model",
+        "def used():",
+        "    return int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024",
+        "before, peak, done = used(), [0], threading.Event()",
+        "def watch():",
+        "    while not done.wait(0.001):",
+        "        peak[0] = max(peak[0], used())",
+        "watcher = threading.Thread(target=watch)",
+        "watcher.start()",
+        f"model = load_model({str(tmp_path / 'm')!r}, dtype=torch.float64)",
+        "done.set()",
+        "watcher.join()",
+        f"assert {size} < peak[0] - before < 2 * {size} + 2 * 8e6 + 15e6, (peak[0] - before)",
+    )
 
 
 def test_dtype_and_device():

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from llada_core.config.model import ModelParams
 from llada_core.families import LLADA, LLADA_MOE, SpecialTokens
 from llada_core.modeling import load_model, new_model, save_model
 from tests.tiny import SPECIAL, TINY_BACKBONES, tiny_model, tiny_params
@@ -86,11 +85,3 @@ def test_published_sizes_are_described_exactly():
 def test_special_tokens_must_fit():
     with pytest.raises(ValueError, match="eos_id 900 is outside the vocabulary"):
         new_model(tiny_params(), 136, SpecialTokens(1, 900, 0))
-
-
-def test_an_unknown_backbone_is_refused():
-    params = ModelParams(
-        kind="masked_lm", backbone={"model_type": "albert", "hidden_size": 32, "num_attention_heads": 4}
-    )
-    with pytest.raises(ValueError, match="vocabulary head is not known"):
-        new_model(params, 136, SPECIAL)

@@ -21,7 +21,10 @@ PLUMBING = {
         "llada_core/config/params.py",
     ),
     *("llada_core/config/launch.py", "llada_core/config/registry.py", "llada_core/config/dotted.py"),
-    *(f"tasks/{n}.py" for n in ("__init__", "errors", "folders", "graph", "launch", "launch_local", "launch_script")),
+    *(
+        f"tasks/{n}.py"
+        for n in ("__init__", "errors", "folders", "graph", "launch", "launch_local", "launch_script", "progress")
+    ),
     *(f"tasks/{n}.py" for n in ("launch_slurm", "program", "register", "registry", "runs", "tracking", "gate")),
 }
 CONFIG = {f"llada_core/config/{n}.py" for n in ("__init__", "data", "evaluation", "model", "sampling", "training")}
