@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import EvaluateParams
-from llada_core.config.params import TRAINING_STAGES, Params
+from llada_core.config.params import Params
 from tasks.folders import read_json, safe, write_json, write_text
 from tasks.program import Work, stage_program
-from tasks.registry import resolve
 
 if TYPE_CHECKING:
     from llada_core.evaluation.answering import Answerer
@@ -50,9 +49,7 @@ def run(work: Work) -> None:
     home = work.run.path.parents[1]
     places = Places(data_root(work.params, home), Path("data/eval"), Path("reports/eval"), work.run.path / "answers")
     models = {name: Path("models") / name for name in params.models if (Path("models") / name).is_dir()}
-    for name in params.models:
-        if name not in models and name not in TRAINING_STAGES:
-            models[name] = resolve(name)
+    models |= {label: Path(folder) for label, sign, folder in (name.partition("=") for name in params.models) if sign}
     if not models:
         raise ConfigError(f"none of the models to evaluate is there: {', '.join(params.models)}")
     timings = {}
@@ -63,7 +60,7 @@ def run(work: Work) -> None:
         path = places.out / f"{work.item}.json"
         write_json(path, read_json(path) | {"run": work.run.key})
         for step, (name, line) in enumerate(timings.items()):
-            record = {f"{name}/{key}": value for key, value in line.items()} | {"step": step, "time": time.time()}
+            record = {f"{safe(name)}/{key}": value for key, value in line.items()} | {"step": step, "time": time.time()}
             _append(work.run.path / "metrics.jsonl", record)
 
 

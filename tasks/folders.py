@@ -109,5 +109,6 @@ def size_of(paths: Iterable[Path]) -> int:
 
 
 def safe(model: str) -> str:
-    """A model's name as a file's name."""
+    """A model's name as a file's name; of `label=folder`, the label."""
+    model = model.partition("=")[0]
     return model.strip("/").replace("models:/", "").replace("/", "__").replace("@", "-at-")

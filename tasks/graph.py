@@ -72,15 +72,31 @@ def lookup(params: dict[str, Any], key: str) -> Any:
 
 
 def with_sources(params: dict[str, Any], root: Path) -> dict[str, Any]:
-    """`params` with every `init_from` that is no stage (a folder, an alias, a Hub name) as an absolute folder."""
+    """`params` with every model that is no stage's (a folder, an alias, a Hub name) as an absolute folder.
+
+    Such a model of `evaluate.models` becomes `label=folder`; the label stands in tables.
+    """
     result = dict(params)
     for stage in TRAINING_STAGES:
         value = lookup(params, f"{stage}.init_from")
         if value is not None and value not in TRAINING_STAGES:
-            from tasks.registry import resolve
-
-            result[stage] = params[stage] | {"init_from": str(resolve(value, root))}
+            result[stage] = params[stage] | {"init_from": _folder(value, root)}
+    if named := lookup(params, "evaluate.models"):
+        result["evaluate"] = params["evaluate"] | {"models": [_labelled(name, root) for name in named]}
     return result
+
+
+def _labelled(name: str, root: Path) -> str:
+    label, _, source = name.rpartition("=")
+    if source in TRAINING_STAGES:
+        return name
+    return f"{label or source.rstrip('/').rpartition('/')[2]}={_folder(source, root)}"
+
+
+def _folder(name: str, root: Path) -> str:
+    from tasks.registry import resolve
+
+    return str(resolve(name, root))
 
 
 def prune(spec: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +111,11 @@ def prune(spec: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
         near = nearest(missing[0], list(spec["stages"]))
         raise ConfigError(f"stages lists {missing[0]!r}, which dvc.yaml does not have{near}")
     stages = {name: _plain(stage) for name, stage in spec["stages"].items()}
-    dropped = [_path(out) for name, stage in stages.items() if name not in listed for out in _outs(_body(stage))]
+    outs = {name: [_path(out) for out in _outs(_body(stage))] for name, stage in stages.items()}
+    made = [out for name in listed for out in outs[name]]
+    dropped = [out for name in stages if name not in listed for out in outs[name]]
+    folders = {str(Path(out).parent) for out in dropped}
+    dropped += [folder for folder in folders if not any(_under(out, [folder]) for out in made)]
     for name in listed:
         source = _source(name, params)
         if source is not None and _under(source, dropped):
@@ -121,7 +141,7 @@ def _deps(kind: str, body: dict[str, Any], params: dict[str, Any]) -> list[str]:
         written = [path for path in written if not path.startswith("models/")]
         named = lookup(params, "evaluate.models") or []
         models = [f"models/{name}" for name in named if name in TRAINING_STAGES]
-        models += [name for name in named if Path(name).is_absolute()]
+        models += [name.partition("=")[2] for name in named if "=" in name]
     return [*written, *(path for path in models if path not in written)]
 
 

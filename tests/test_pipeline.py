@@ -20,10 +20,9 @@ def llada(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=500)
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone of the files as they are now, with `smoke` as its default run, run once."""
-    home = tmp_path_factory.mktemp("clone") / "lladaflow"
+def clone(folder: Path) -> Path:
+    """A git checkout in `folder` with the files of the project as they are now."""
+    home = folder / "lladaflow"
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -31,11 +30,18 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, home / name)
-    shutil.copy2(ROOT / "profiles" / "smoke.yaml", home / "params.yaml")
     (home / "dvc.lock").unlink(missing_ok=True)
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
     for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
         subprocess.run([*git, *arguments], cwd=home, check=True)
+    return home
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone with `smoke` as its default run, run once."""
+    home = clone(tmp_path_factory.mktemp("clone"))
+    shutil.copy2(ROOT / "profiles" / "smoke.yaml", home / "params.yaml")
     done = llada(home, "run")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return home
