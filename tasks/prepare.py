@@ -77,7 +77,9 @@ def prepare(params: DataParams, *, seed: int, out: Path, home: Path) -> dict[str
         folder.mkdir()
         card: dict[str, Any] = {"seed": seed, "parts": {}}
         if parts:
-            tokenizer = _tokenizer(params.tokenizer, parts, kept, Path(scratch))
+            # Prompts add no new kind of text, and their number may change without another tokenizer, so another SFT.
+            read = [part for part in parts if part.stage in ("pretrain", "sft")] or parts
+            tokenizer = _tokenizer(params.tokenizer, read, kept, Path(scratch))
             link_into(tokenizer, folder / "tokenizer")
             digest = content_hash(tokenizer)
             card["tokenizer"] = {"hash": digest, "vocab_size": Tokenizer.load(tokenizer).vocab_size}
@@ -171,13 +173,17 @@ def run(work: Work) -> None:
     assert params is not None
     home = work.run.path.parents[1]
     card = prepare(params, seed=work.params.seed, out=Path("data"), home=home)
+    print(*summary(card), sep="\n", file=sys.stderr)
+
+
+def summary(card: dict[str, Any]) -> Iterator[str]:
+    """What a card says, in a line each."""
     for stage, part in card["parts"].items():
         train, held_out = part["train"], part["validation"]
-        print(
-            f"{stage}: {train['rows']} rows of {train['tokens']} tokens, {held_out['rows']} held out", file=sys.stderr
-        )
+        yield f"{stage}: {train['rows']} rows of {train['tokens']} tokens, {held_out['rows']} held out"
     for name, counts in card["overlap"].items():
-        print(f"{name}: {card['evaluate'][name]['rows']} puzzles, in training by value: {counts}", file=sys.stderr)
+        rows = f", {card['evaluate'][name]['rows']} puzzles" if name in card["evaluate"] else ""
+        yield f"{name}{rows}: in training by value: {counts}"
 
 
 if __name__ == "__main__":

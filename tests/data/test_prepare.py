@@ -17,7 +17,7 @@ from llada_core.data.sources import DataError
 from llada_core.tokenizer import Tokenizer
 from llada_core.verifiers import verify
 from tasks.folders import content_hash
-from tasks.prepare import prepare
+from tasks.prepare import prepare, summary
 
 COUNTS = {"pretrain": 60, "sft": 40, "grpo": 20, "preference": 10, "validation": 10, "evaluate": 12}
 PUZZLES = {
@@ -112,6 +112,15 @@ def test_what_a_run_before_built_is_used_again(tmp_path, monkeypatch):
     assert not list((tmp_path / ".cache/prepared").glob(".new-*"))
 
 
+def test_more_prompts_leave_the_data_of_other_stages_as_they_are(tmp_path):
+    few = {"workers": 1, "puzzles": {"seats": {"sft": 20, "grpo": 10}}, "sft": {}, "grpo": {}}
+    made(tmp_path, few)
+    before = {part: content_hash(tmp_path / "data" / part) for part in ("tokenizer", "sft", "grpo")}
+    made(tmp_path, few | {"puzzles": {"seats": {"sft": 20, "grpo": 15}}})
+    after = {part: content_hash(tmp_path / "data" / part) for part in before}
+    assert {part for part in before if before[part] != after[part]} == {"grpo"}
+
+
 @pytest.fixture
 def texts(tmp_path):
     lines = [
@@ -152,7 +161,7 @@ def test_killed_while_building_the_same_command_ends_as_if_undisturbed(texts, nu
     program = f"""
 from pathlib import Path
 from llada_core.config.data import DataParams
-from tasks.prepare import prepare
+from tasks.prepare import prepare, summary
 home = Path({str(texts)!r})
 if __name__ == "__main__":
     prepare(DataParams.parse({values!r}, "data"), seed=3, out=home / "data", home=home)
@@ -187,6 +196,7 @@ def test_real_dialogues_and_prompts(tmp_path, data_root):
     assert card["parts"]["grpo"]["train"]["rows"] > 20
     tests = {"gutenberg test": {"pretrain": 0}, "alpaca test": {"sft": 0}, "dolly test": {"sft": 0}}
     assert card["overlap"] == {**tests, "gsm8k test": {"grpo": 0}}
+    assert "gsm8k test: in training by value: {'grpo': 0}" in set(summary(card))
     assert not (tmp_path / "data/eval").exists()
 
 
