@@ -160,6 +160,7 @@ def _evaluation(params: DataParams, seed: int, roots: list[Path], parts: list[Pa
         for source, origin in part.origins:
             if (count := shared_with_test(source, origin)) is not None:
                 card["overlap"].setdefault(f"{source.name} test", {})[part.stage] = count
+    write_json(folder / "benchmarks.json", card["evaluate"])  # also without puzzles, for DVC takes no empty folder
     return card
 
 

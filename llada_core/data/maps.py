@@ -34,6 +34,13 @@ def gsm8k_dialogue(row: Row) -> Row:
     return _dialogue(row["question"], re.sub(r"<<.*?>>", "", row["answer"]))
 
 
+def gsm8k_reasoning(row: Row) -> Row:
+    """{question, answer}: as `gsm8k` asks and its published rewards want it, so that GRPO starts from that format."""
+    worked, _, result = re.sub(r"<<.*?>>", "", row["answer"]).partition("\n####")
+    reply = f"<reasoning>\n{worked}\n</reasoning>\n<answer>\n{result.strip()}\n</answer>\n"
+    return _dialogue(REASONING + row["question"], reply)
+
+
 def gsm8k(row: Row) -> Row:
     """{question, answer}: the number behind #### is what a reply is verified against."""
     answer = row["answer"].split("####")[-1].strip()

@@ -197,7 +197,7 @@ def test_real_dialogues_and_prompts(tmp_path, data_root):
     tests = {"gutenberg test": {"pretrain": 0}, "alpaca test": {"sft": 0}, "dolly test": {"sft": 0}}
     assert card["overlap"] == {**tests, "gsm8k test": {"grpo": 0}}
     assert "gsm8k test: in training by value: {'grpo': 0}" in set(summary(card))
-    assert not (tmp_path / "data/eval").exists()
+    assert (tmp_path / "data/eval/benchmarks.json").read_text().strip() == "{}"
 
 
 def test_mistakes_name_file_and_row_and_leave_the_old_data(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from llada_core.config.data import SourceParams
 from llada_core.data import maps, sources
 from llada_core.data.sources import DataError, find, read
+from llada_core.training.rewards.published import gsm8k
 
 
 def rows_of(path, **changes):
@@ -132,6 +133,17 @@ def test_a_stream_needs_an_end():
 def test_every_known_data_set_has_its_map_function():
     for known in sources.KNOWN.values():
         assert all(callable(getattr(maps, name)) for name in known.maps.values())
+
+
+def test_reasoning_replies_earn_every_published_reward():
+    row = {"question": "2 and 1,001?", "answer": "2 + 1001 = <<2+1001=1003>>1003\n#### 1,003"}
+    asked, reply = (message["content"] for message in maps.gsm8k_reasoning(row)["messages"])
+    goal = maps.gsm8k(row)
+    assert asked == goal["prompt"]
+    assert gsm8k(reply.strip(), goal["answer"]) == {
+        "xmlcount": 0.5, "soft_format": 0.5, "strict_format": 0.0, "int": 0.5, "correctness": 2.0,
+    }  # fmt: skip
+    assert gsm8k(reply, goal["answer"])["strict_format"] == 0.5
 
 
 def test_maps_of_the_data_root(data_root):
