@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llada_core.config.params import Params
 from llada_core.modeling import save_model
 from tests.test_pipeline import clone, llada
 from tests.tiny import tiny_pair
@@ -96,3 +97,19 @@ def test_evaluation_alone_of_a_folder_and_a_registered_model(home: Path) -> None
         report={"comparisons": []},
     )
     assert scored(workspace) == {"published", "own-at-champion", "again"}
+
+
+def test_the_tutorial_ends_in_an_answer(home: Path) -> None:
+    text = (home / "docs/tutorial.md").read_text()
+    (home.parent / "my-data").mkdir()
+    pair = [{"role": "user", "content": "What opens at nine?"}, {"role": "assistant", "content": "The library."}]
+    (home.parent / "my-data/train.jsonl").write_text((json.dumps({"messages": pair}) + "\n") * 40)
+    big, small = (block.split("```")[0] for block in text.split("```yaml\n")[1:])
+    assert Params.parse(yaml.safe_load(big), "the tutorial").sft is not None
+    blocks = yaml.safe_load(small.replace("/path/to/my-data", str(home.parent / "my-data")))
+    blocks["model"] |= {"d_model": 32, "n_layers": 2, "mlp_hidden_size": 64}
+    blocks["sft"] |= {"max_steps": 40}
+    workspace = profile(home, **blocks)
+    asked = llada(home, "sample", "What opens at nine?", "--model", str(workspace / "models/sft"))
+    assert asked.returncode == 0, asked.stderr
+    assert "library" in asked.stdout
