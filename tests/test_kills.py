@@ -46,11 +46,13 @@ def hit(home: Path, stage: str, number: signal.Signals) -> None:
         start_new_session=True,
     )
     assert process.stdout is not None
+    seen = ""
     for line in process.stdout:
+        seen += line
         if line.startswith(f"Running stage '{stage}"):
             break
     else:
-        raise AssertionError(f"{stage} was not run")
+        raise AssertionError(f"{stage} was not run: {seen}")
     jobs: list[Path] = []
     while process.poll() is None and stage not in ("report", "register") and not jobs:
         begun = "metrics.jsonl" if stage in TRAINING else "job.json"
@@ -62,6 +64,16 @@ def hit(home: Path, stage: str, number: signal.Signals) -> None:
         os.killpg(os.getpgid(job), number)
     text = process.stdout.read()
     assert process.wait(timeout=60) != 0, text
+    while _alive(process.pid):  # DVC takes a zombie that nobody has reaped yet for a process at work
+        time.sleep(0.01)
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
