@@ -187,7 +187,7 @@ def test_several_turns_edit_undo_again_and_copy(tab, desk, monkeypatch):
 
 def test_a_message_cannot_become_part_of_the_page(tab):
     nasty = "<script>alert(1)</script><img src=x onerror=alert(2)> ${alert(3)} {{value}} \u202e"
-    with tab.expect_event("requestfinished", lambda request: "queue/data" in request.url):
+    with tab.expect_response(lambda response: "queue/join" in response.url):
         ask(tab, "")
     tab.wait_for_selector("#talk :text('the message is empty')")
     ask(tab, nasty)
