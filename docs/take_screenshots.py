@@ -56,7 +56,7 @@ def wait_for(url: str, server: "subprocess.Popen[bytes]") -> None:
 def opened(browser: Browser, url: str, *, dark: bool = False, width: int = 1280) -> Page:
     """The page, ready."""
     page = browser.new_page(viewport={"width": width, "height": 860}, device_scale_factor=1)
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(300_000)
     page.goto(f"{url}?__theme={'dark' if dark else 'light'}")
     page.wait_for_selector("#send")
     page.wait_for_timeout(800)
