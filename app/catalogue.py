@@ -72,7 +72,12 @@ class Catalogue:
         if version is not None:
             aliases = ", ".join(version.aliases) or "none"
             rows += [("version", version.number), ("aliases", aliases)]
-            rows += [(key.replace("_", " "), _told(value)) for key, value in sorted(version.tags.items())]
+            told = sorted((key, value) for key, value in version.tags.items() if key != "folder")  # a path of ours
+            rows += [(key.replace("_", " ").replace(".", " "), _told(value)) for key, value in told]
+            usual = vars(SamplingParams(max_new_tokens=1, block_length=1, steps=1))
+            rows.append(
+                ("recommended", _told({k: v for k, v in vars(self.recommended(name)).items() if v != usual[k]}))
+            )
         receipt = folder / "training.json"
         if receipt.is_file():
             values = json.loads(receipt.read_text(encoding="utf-8"))
