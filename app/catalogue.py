@@ -65,20 +65,31 @@ class Catalogue:
     def facts(self, name: str) -> list[tuple[str, str]]:
         """Where a model comes from: version, aliases, lineage, and the receipt of its last training stage."""
         try:
-            version, folder = self.version(name), Path(name)
+            version, folder = self.version(name), self._folder(name)
         except ConfigError as error:
             return [("registry", str(error))]
         rows = [("name", name)]
         if version is not None:
             aliases = ", ".join(version.aliases) or "none"
             rows += [("version", version.number), ("aliases", aliases)]
-            rows += [(key.replace("_", " "), _told(value)) for key, value in sorted(version.tags.items())]
-            folder = registry.store_folder(self.root, version.hash)
+            told = sorted((key, value) for key, value in version.tags.items() if key != "folder")  # a path of ours
+            rows += [(key.replace("_", " ").replace(".", " "), _told(value)) for key, value in told]
+            usual = vars(SamplingParams(max_new_tokens=1, block_length=1, steps=1))
+            rows.append(
+                ("recommended", _told({k: v for k, v in vars(self.recommended(name)).items() if v != usual[k]}))
+            )
         receipt = folder / "training.json"
         if receipt.is_file():
             values = json.loads(receipt.read_text(encoding="utf-8"))
             rows += [(f"training {key}", _told(v)) for key, v in sorted(values.items()) if key != "inputs"]
         return rows
+
+    def size(self, name: str) -> int:
+        """Bytes of the weights; 0 where they are not on this machine yet."""
+        try:
+            return sum(path.stat().st_size for path in self._folder(name).glob("*.safetensors"))
+        except (ConfigError, OSError):
+            return 0
 
     def scores(self, name: str) -> list[tuple[str, str]]:
         """Benchmark, mean score and number of questions as registered, and what is published for it."""
@@ -130,6 +141,10 @@ class Catalogue:
     def knows_sudoku(self, name: str) -> bool:
         """Whether the grid fits the model."""
         return self._is_ours(name)
+
+    def _folder(self, name: str) -> Path:
+        version = self.version(name)
+        return Path(name) if version is None else registry.store_folder(self.root, version.hash)
 
     def _is_ours(self, name: str) -> bool:
         """Trained on this project's puzzles: registered here, or a folder with a training receipt."""

@@ -6,12 +6,13 @@ Knows engines and sessions; does not know Gradio or HTML.
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
 from app.catalogue import Catalogue
-from app.engine import Engine, Shelf
+from app.engine import Engine, Shelf, available_memory
 from app.writing import Refused
 
 Shown = TypeVar("Shown")
@@ -36,6 +37,18 @@ class Desk:
     def engine(self, name: str | None) -> tuple[Engine, str]:
         """The engine of a registered or given name (empty: the page's own), and a sentence if it changed."""
         return self.shelf.get((name or "").strip() or self.model)
+
+    def bring(self, name: str | None, show: Callable[[str], Shown]) -> Generator[Shown, None, tuple[Engine, str]]:
+        """`engine`, with a sentence to `show` every half second while a model is read."""
+        loader = ThreadPoolExecutor(1)
+        found, begun, free = loader.submit(self.engine, name), time.monotonic(), available_memory()
+        loader.shutdown(wait=False)
+        size = self.catalogue.size(name or self.model)
+        while wait([found], 0.5).not_done:
+            taken = max(0, free - available_memory()) / 2**30
+            spent = time.monotonic() - begun
+            yield show(f"Loading: {taken:.1f} of {size / 2**30:.1f} GB in memory after {spent:.0f} s.")
+        return found.result()
 
 
 def sentence(error: Exception) -> str:

@@ -23,13 +23,17 @@ ROOM = 1.3  # what a model takes in memory over its weights' size on disk
 
 @dataclass(frozen=True)
 class Engine:
-    """One model, ready to write. `turn` lets simultaneous writers share it step by step."""
+    """One model, ready to write. `turn` lets simultaneous writers share it step by step.
+
+    A tokenizer is told before each text whether special strings in it count, so one thread at a time uses it.
+    """
 
     name: str
     folder: Path
     model: MaskPredictor
     tokenizer: Tokenizer
     turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    words: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def context(self) -> int:
@@ -43,11 +47,13 @@ class Engine:
 
     def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The prompt of a conversation."""
-        return self.tokenizer.chat_ids(messages)
+        with self.words:
+            return self.tokenizer.chat_ids(messages)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a person's text; nothing in it is read as a special token."""
-        return self.tokenizer.encode(text)
+        with self.words:
+            return self.tokenizer.encode(text)
 
     def decode(self, token: int) -> str:
         """One token as text, end tokens as a sign."""
@@ -131,25 +137,39 @@ class Shelf:
     def __init__(self, source: Source, most: int = 2) -> None:
         self._source, self._most = source, most
         self._engines: dict[str, tuple[str, Engine]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._loading = threading.Lock(), threading.Lock()  # who loads waits; who has a model does not
 
     def get(self, name: str) -> tuple[Engine, str]:
         """The engine, and a sentence when it is another than last time or the registry no longer names it."""
-        with self._lock:
-            place, loaded = self._engines.pop(name, ("", None))
-            try:
+        place, loaded = self._engines.get(name, ("", None))
+        try:
+            with self._lock:
                 now = self._source.locate(name)
-            except (ValueError, OSError) as error:
-                if loaded is None:
-                    raise Refused(f"There is no model {name!r}: {str(error).splitlines()[0]}") from error
-                self._engines[name] = place, loaded
-                return loaded, f"{name} is no longer in the registry; the version that was loaded goes on."
-            if loaded is None or place != now:
-                same = next((engine for at, engine in self._engines.values() if at == now), None)
-                while len(self._engines) >= self._most:
-                    del self._engines[next(iter(self._engines))]
-                engine = same or load(name, self._source.resolve)
-            else:
-                engine = loaded
-            self._engines[name] = now, engine
-            return engine, f"{name} moved: another version answers from now on." if loaded and place != now else ""
+        except (ValueError, OSError) as error:
+            if loaded is None:
+                raise Refused(f"There is no model {name!r}: {str(error).splitlines()[0]}") from error
+            return loaded, f"{name} is no longer in the registry; the version that was loaded goes on."
+        if loaded is not None and place == now:
+            return self._kept(name, now, loaded), ""
+        try:
+            with self._loading:
+                return self._brought(name, now), f"{name} moved: another version answers from now on." if loaded else ""
+        except Refused as error:
+            if loaded is None:
+                raise
+            return loaded, f"{name} moved, but the version before goes on. {error}"
+
+    def _brought(self, name: str, place: str) -> Engine:
+        """The weights at `place`, loaded unless some name has them already."""
+        with self._lock:
+            same = next((engine for at, engine in self._engines.values() if at == place), None)
+            while same is None and len(self._engines.keys() - {name}) >= self._most:
+                del self._engines[next(key for key in self._engines if key != name)]
+        return self._kept(name, place, same or load(name, self._source.resolve))
+
+    def _kept(self, name: str, place: str, engine: Engine) -> Engine:
+        """The engine, now the one asked for last."""
+        with self._lock:
+            self._engines.pop(name, None)
+            self._engines[name] = place, engine
+        return engine

@@ -13,7 +13,7 @@ from llada_core.config.sampling import SamplingParams
 from llada_core.sampling.step import Step
 from llada_core.sampling.trace import Frame, Trace, readable
 
-LONGEST_MESSAGE = 20_000  # characters
+LONGEST_MESSAGE = 20_000  # characters, also of the system prompt
 MOST_TURNS = 50
 
 
@@ -70,10 +70,11 @@ class ChatSession:
         text = readable(text).strip()
         if not text:
             raise Refused("Write something first: the message is empty.")
-        if len(text) > LONGEST_MESSAGE:
-            raise Refused(
-                f"The message has {len(text):,} characters; at most {LONGEST_MESSAGE:,} are read. Shorten it."
-            )
+        for what, said in (("message", text), ("system prompt", self.system)):
+            if len(said) > LONGEST_MESSAGE:
+                raise Refused(
+                    f"The {what} has {len(said):,} characters; at most {LONGEST_MESSAGE:,} are read. Shorten it."
+                )
         if len(self.turns) >= MOST_TURNS:
             raise Refused(f"This conversation has {MOST_TURNS} turns; start a new one.")
         self.turns.append(Turn(text))
@@ -102,7 +103,7 @@ class ChatSession:
         self._idle()
         if not self.turns:
             raise Refused("There is nothing to undo.")
-        self.picture = ""
+        self.last, self.picture = Writing(), ""
         return self.turns.pop().user
 
     def clear(self) -> None:
@@ -120,7 +121,8 @@ class ChatSession:
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation as the chat template takes it."""
-        system = [{"role": "system", "content": self.system.strip()}] if self.system.strip() else []
+        told = readable(self.system).strip()
+        system = [{"role": "system", "content": told}] if told else []
         said = [
             {"role": role, "content": content}
             for turn in self.turns

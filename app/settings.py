@@ -79,13 +79,14 @@ def params(values: Mapping[str, Any]) -> SamplingParams:
 def _number(knob: Knob, value: Any) -> int | float:
     try:
         number = float(value)
-    except ValueError:
+        whole = int(number)
+    except (ValueError, TypeError, OverflowError):  # words, lists, nan, inf
         raise Refused(f"{knob.name}: write a number (got {str(value)[:20]!r})") from None
     if knob.kind == "number":
         return number
-    if number != int(number):
+    if number != whole:
         raise Refused(f"{knob.name}: write a whole number (got {value})")
-    return int(number)
+    return whole
 
 
 def _tokens(name: str, value: Any) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from llada_core.sampling.step import Step
 from llada_core.sampling.trace import OPEN, Frame, Trace
@@ -52,6 +53,7 @@ class Writing:
     counts: Counts | None = None
     note: str = ""
     stopping: bool = False
+    by: Path | None = None  # the folder of the model, for whoever looks at the trace with it later
 
     def run(
         self,

@@ -11,11 +11,11 @@ from llada_core.sampling.trace import Cell
 
 BOX = 6  # columns of one position, a space included
 SHADES = ("dim", "", "cyan", "bold cyan", "bold bright_white")  # unsure to sure
-MASK = "░" * (BOX - 1)
+MASK, MASK_IN_BLOCK = "░" * (BOX - 1), "▒" * (BOX - 1)
 
 
 def picture(cells: Sequence[Cell], width: int) -> Text:
-    """The canvas in lines of `width` columns: masked grey, given underlined, fresh in reverse, others by confidence."""
+    """The canvas in lines of `width` columns: masked hatched (closer in the present block), given underlined, fresh in reverse, others by confidence."""
     text, per_line = Text(), max(1, width // BOX)
     for number, cell in enumerate(cells):
         text.append(shown(cell), style_of(cell))
@@ -26,7 +26,7 @@ def picture(cells: Sequence[Cell], width: int) -> Text:
 def shown(cell: Cell) -> str:
     """The text of a position, cut or padded to its box."""
     if cell.state == "open" and not cell.text:
-        return MASK
+        return MASK_IN_BLOCK if cell.in_block else MASK
     return cell.text.ljust(BOX - 1) if len(cell.text) < BOX else cell.text[: BOX - 2] + "…"
 
 

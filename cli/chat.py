@@ -5,19 +5,21 @@ Knows a loaded model and a rich console; does not know where models come from.
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import yaml
 from rich.console import Console, Group
 from rich.live import Live
 
+from app.writing import Writing
 from cli.options import changed
 from cli.talk import draw
 from llada_core.config.sampling import SamplingParams
 from llada_core.config.sampling_help import exactness, preset
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import stream
-from llada_core.sampling.trace import OPEN, Trace, readable
+from llada_core.sampling.trace import Trace, readable, speller
 from llada_core.tokenizer import Tokenizer
 
 HELP = {
@@ -89,26 +91,24 @@ class Conversation:
 
     def answer(self) -> None:
         """Writes the answer to the last question; Ctrl-C keeps what is there."""
-        said = [{"role": "system", "content": self.system}] if self.system else []
+        said = [{"role": "system", "content": readable(self.system)}] if self.system else []
         self.trace = Trace(self.tokenizer.chat_ids([*said, *self.turns]), self.params.max_new_tokens)
         steps = stream(self.model, [self.trace.prompt], self.params, look_ahead=self.guesses)
-        begun = time.perf_counter()
+        writing = Writing(self.trace)
+        frames = writing.run((step for step in steps), speller(self.tokenizer), limit=float("inf"))
         try:
-            with Live(console=self.console, refresh_per_second=25, transient=True) as screen:
-                for step in steps:
-                    self.trace.add(step)
+            with closing(frames), Live(console=self.console, refresh_per_second=25, transient=True) as screen:
+                for _ in frames:
                     screen.update(self._drawn(), refresh=True)
         except KeyboardInterrupt:
             self._say("stopped; what was written stays")
-        if not self.trace.frames:
+        if writing.counts is None:
             self.turns.pop()
             return
-        last, seconds = self.trace.frames[-1], time.perf_counter() - begun
-        tokens = [int(t) for t, state in zip(last.tokens, last.state, strict=True) if state != OPEN]
-        text = readable(self.tokenizer.answer_text(tokens))
+        text = readable(self.tokenizer.answer_text(writing.tokens()))
         self.turns.append({"role": "assistant", "content": text})
         self.console.print(text or "(nothing: the model ended its answer at once)", markup=False, highlight=False)
-        self._say(f"{len(self.trace.frames)} steps · {last.forwards} forwards · {seconds:.1f} s")
+        self._say(writing.counts.sentence())
 
     def _drawn(self, number: int = -1) -> Group:
         return draw(self.trace, self.tokenizer, self.console.width, number, guesses=self.guesses)
@@ -128,7 +128,7 @@ class Conversation:
         self._say(exactness(self.params))
 
     def _system(self, text: str) -> None:
-        self.system = readable(text)
+        self.system = text
 
     def _guesses(self, _: str) -> None:
         self.guesses = not self.guesses

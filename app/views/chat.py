@@ -43,11 +43,15 @@ class ChatView:
     def reply(self, values: Values) -> Iterator[Shown]:
         """Writes the answer that is waited for, if one is."""
         chat: ChatSession | None = values[self.session]
+        yield gr.skip(), gr.skip()  # a generator without a value would empty the conversation on the page
         if chat is not None and chat.waiting and not chat.writing:
             yield from told(lambda: self._frames(chat, values), lambda text: self._failed(chat, text))
 
     def _frames(self, chat: ChatSession, values: Values) -> Iterator[Shown]:
-        engine, moved = self.desk.engine(values[self.panel.model])
+        engine, moved = yield from self.desk.bring(values[self.panel.model], lambda text: (chat, talk_of(chat, text)))
+        if chat.writing or not chat.waiting:  # written by another event while the model was read
+            return
+        chat.last.by = engine.folder
         params, guesses = self.panel.params(values), bool(values[self.panel.guesses])
         frames = chat.reply(engine, params, watch=guesses, limit=self.desk.seconds)
         total = params.max_new_tokens

@@ -18,7 +18,8 @@ from llada_core.sampling.gaps import pinned, with_gaps
 from llada_core.sampling.step import Step
 from llada_core.sampling.trace import Cell, Trace, readable
 
-GAPS = ("2+[[1]]=5", "The sudoku 1030340020030001 has the solution [[16]].", "[[5]] makes 24 from 2, 3 and 4.")
+GAPS = ("2+[[1]]=5", "Once upon a time there was [[12]] who liked to read.", "The sea is [[8]]")
+PUZZLES = ("The sudoku 1030340020030001 has the solution [[16]].", "From 438597612 everyone moves to [[9]].")
 HELP = """Write a text and mark each gap: `[[5]]` is room for five tokens. At its end the model continues.
 Or write a question and pin words of its answer: `0:Once, 12:end`."""
 Shown = tuple[Any, Any]
@@ -89,8 +90,9 @@ def _failed(text: str) -> Shown:
 def build(desk: Desk, panel: Panel) -> None:
     """Draws the view and wires it."""
     gr.Markdown(HELP)
+    gaps = PUZZLES if desk.catalogue.knows_sudoku(desk.model) else GAPS
     with gr.Row():
-        text = gr.Textbox(label="Text with gaps, or a question", lines=3, value=GAPS[0], elem_id="gaps", scale=3)
+        text = gr.Textbox(label="Text with gaps, or a question", lines=3, value=gaps[0], elem_id="gaps", scale=3)
         pins = gr.Textbox(
             label="Pinned words of the answer", placeholder="0:Once, 12:end", lines=3, elem_id="pins", scale=2
         )
@@ -98,7 +100,7 @@ def build(desk: Desk, panel: Panel) -> None:
         fill = gr.Button("Fill the gaps", variant="primary", elem_id="fill")
         answer = gr.Button("Answer with pins", elem_id="answer")
         stop = gr.Button("Stop", variant="stop", elem_id="stop-infill")
-    examples = gr.Dataset(components=[text], samples=[[gap] for gap in GAPS], label="Examples")
+    examples = gr.Dataset(components=[text], samples=[[gap] for gap in gaps], label="Examples")
     shown = gr.HTML(notice("The canvas will appear here."), apply_default_css=False, elem_id="infilled")
     plain = gr.Textbox(label="Plain text", interactive=False, buttons=["copy"], lines=2, elem_id="infilled-text")
     view = InfillView(desk, panel, text, pins)

@@ -26,7 +26,6 @@ def build(desk: Desk, panel: Panel, tab: gr.Tab) -> None:
         return table(desk.catalogue.facts(name)), table(known) if known else nothing
 
     def bring(name: str) -> Iterator[str]:
-        yield notice(f"Loading {name or desk.model} …")
         yield from told(lambda: _loaded(desk, name), lambda text: notice(text, "bad"))
 
     private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -35,7 +34,7 @@ def build(desk: Desk, panel: Panel, tab: gr.Tab) -> None:
 
 
 def _loaded(desk: Desk, name: str) -> Iterator[str]:
-    engine, moved = desk.engine(name)
+    engine, moved = yield from desk.bring(name, notice)
     count = sum(p.numel() for p in engine.model.parameters())
     size = f"{count / 1e6:.1f} M parameters on {engine.model.device}, {engine.context} tokens long"
     yield notice(f"{engine.name} is loaded: {size}. {moved}", "good")

@@ -69,28 +69,29 @@ def build(desk: Desk) -> Panel:
         made |= {name: _component(knob, getattr(start, name)) for name, knob in all_knobs.items() if name not in FIRST}
     panel = Panel(model, preset, pace, guesses, {name: made[name] for name in all_knobs})
 
-    def describe(values: Values) -> str:
+    def describe(values: Values) -> tuple[None, str]:
         try:
-            return notice(exactness(panel.params(values)))
+            return None, notice(exactness(panel.params(values)))  # own settings: no preset is chosen any more
         except Refused as error:
-            return notice(str(error), "bad")
+            return None, notice(str(error), "bad")
 
     def choose(values: Values) -> list[Any]:
         try:
             base = desk.catalogue.recommended(values[model] or desk.model)
             length = values[panel.knobs["max_new_tokens"]]
-            if values[preset] != "recommended":
-                base = made_by(values[preset], dataclasses.replace(base, max_new_tokens=int(length or 64)))
-            return [*panel.shown(base), notice(exactness(base))]
+            chosen = values[preset] or "recommended"
+            if chosen != "recommended":
+                base = made_by(chosen, dataclasses.replace(base, max_new_tokens=int(length or 64)))
+            return [*panel.shown(base), chosen, notice(exactness(base))]
         except Exception as error:  # noqa: BLE001 - shown to the person, the page lives on
-            return [*[gr.skip()] * len(panel.knobs), notice(sentence(error), "bad")]
+            return [*[gr.skip()] * len(panel.knobs), gr.skip(), notice(sentence(error), "bad")]
 
-    outputs = [*panel.knobs.values(), exact]
+    outputs = [*panel.knobs.values(), preset, exact]
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     preset.input(choose, {preset, model, *panel.knobs.values()}, outputs, **quick)
     model.change(choose, {preset, model, *panel.knobs.values()}, outputs, **quick)
     for knob in panel.knobs.values():
-        knob.input(describe, {*panel.knobs.values()}, exact, trigger_mode="multiple", **quick)
+        knob.input(describe, {*panel.knobs.values()}, [preset, exact], trigger_mode="multiple", **quick)
     return panel
 
 

@@ -163,7 +163,7 @@ def test_stop_keeps_what_is_there(tab):
     assert 0 < tab.locator("#talk .tiles i.d").count() < 24
 
 
-def test_several_turns_edit_undo_again_and_copy(tab):
+def test_several_turns_edit_undo_again_and_copy(tab, desk, monkeypatch):
     ask(tab, "one")
     assert answer(tab) == "I know sudokus only."
     ask(tab, "two")
@@ -172,8 +172,10 @@ def test_several_turns_edit_undo_again_and_copy(tab):
     tab.click("#undo")
     tab.wait_for_function("() => document.querySelectorAll('#talk .turn.model').length == 1")
     assert tab.input_value("#message textarea") == "two"
+    monkeypatch.setitem(desk.shelf.engines, "champion", oracle("champion", "Still sudokus only."))
     tab.click("#again")
-    assert answer(tab) == "I know sudokus only."
+    tab.wait_for_selector("#talk .turn.model:has-text('Still sudokus only.'):has-text('tokens/s')")
+    monkeypatch.undo()
     tab.locator("#talk .turn.user button", has_text="Edit").first.click()
     tab.wait_for_function("() => document.querySelector('#message textarea').value == 'one'")
     ask(tab, f"Solve the sudoku {PUZZLE}")
@@ -185,12 +187,79 @@ def test_several_turns_edit_undo_again_and_copy(tab):
 
 def test_a_message_cannot_become_part_of_the_page(tab):
     nasty = "<script>alert(1)</script><img src=x onerror=alert(2)> ${alert(3)} {{value}} \u202e"
+    with tab.expect_response(lambda response: "queue/join" in response.url):
+        ask(tab, "")
+    tab.wait_for_selector("#talk :text('the message is empty')")
     ask(tab, nasty)
     answer(tab)
     assert tab.locator("#talk .turn.user .said").inner_text() == nasty.replace("\u202e", "\ufffd")
     assert tab.locator("#talk img, #talk script").count() == 0
-    ask(tab, "")
-    tab.wait_for_selector("#talk :text('the message is empty')")
+
+
+def test_what_a_model_writes_cannot_become_part_of_the_page(tab, desk, monkeypatch):
+    nasty = "<svg onload=alert(1)>${1}"
+    monkeypatch.setitem(desk.shelf.engines, "champion", oracle("champion", nasty))
+    tab.get_by_label("Show guesses").check()
+    ask(tab, "hello")
+    assert answer(tab) == nasty
+    assert tab.locator("#talk svg").count() == 0
+    pick(tab, "Replay")
+    tab.frame_locator("#replay iframe").locator("#tiles i").nth(23).wait_for()
+    assert tab.frame_locator("#replay iframe").locator("svg").count() == 0
+
+
+def test_guesses_and_the_present_block_are_shown_while_it_writes(tab):
+    tab.get_by_label("block_length").fill("8")
+    tab.get_by_label("Show guesses").check()
+    tab.get_by_label("number input for Steps shown a second").fill("1")
+    tab.keyboard.press("Tab")
+    ask(tab, f"Solve the sudoku {PUZZLE}")
+    tab.wait_for_selector("#talk .tiles i.f")
+    assert tab.locator("#talk .tiles i.b").count() == 8
+    assert tab.locator("#talk .tiles i.m").count() == 23
+    assert "".join(tab.locator("#talk .tiles i").all_inner_texts()[:16]) == SOLVED, "guesses stand at masked positions"
+    tab.click("#stop")
+    tab.wait_for_selector("#talk :text('Stopped')")
+    assert tab.locator("#talk .tiles i.b").count() == 0
+
+
+def test_who_waits_sees_a_place_in_the_line(browser, url, desk):
+    engine = desk.shelf.engines["champion"]
+    tabs = [opened(browser, url) for _ in range(desk.at_once + 2)]
+    with engine.turn:
+        for number, page in enumerate(tabs, start=1 - desk.at_once):
+            ask(page, "hello")
+            page.wait_for_selector(f"text=queue: {number}/" if number > 0 else "#talk .wait")
+    for page in tabs:
+        assert answer(page) == "I know sudokus only."
+        page.close()
+
+
+def test_512_tokens_are_written_in_as_many_tiles(tab):
+    for knob in ("max_new_tokens", "steps", "block_length"):
+        tab.get_by_label(knob, exact=True).fill("512")
+        tab.keyboard.press("Tab")
+    tab.get_by_label("threshold").fill("0.99")
+    ask(tab, "hello")
+    tab.wait_for_selector("#talk :text('tokens/s')")
+    assert tab.locator("#talk .tiles i.d").count() == 512
+    assert tab.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_everything_in_chat_is_reached_by_keyboard(tab):
+    tab.focus("#message textarea")
+    tab.keyboard.type("hello")
+    tab.keyboard.press("Enter")
+    assert answer(tab) == "I know sudokus only."
+    reached = []
+    tab.focus("#message textarea")
+    for _ in range(8):
+        tab.keyboard.press("Tab")
+        reached.append(tab.evaluate("() => document.activeElement.innerText.trim()"))
+    assert reached[:5] == ["Send", "Stop", "Write again", "Undo", "New conversation"]
+    tab.focus("#talk .turn.user button")
+    tab.keyboard.press("Enter")
+    tab.wait_for_function("() => document.querySelector('#message textarea').value == 'hello'")
 
 
 def test_nothing_moves_while_the_model_writes(tab):
@@ -208,6 +277,7 @@ def test_replay_slides_shades_saves_and_shows_runners_up(tab, tmp_path):
     ask(tab, f"Solve the sudoku {PUZZLE}")
     answer(tab)
     pick(tab, "Replay")
+    tab.wait_for_function("() => document.querySelector('#replay iframe')?.srcdoc.includes('\"runners\":{\"')")
     inside = tab.frame_locator("#replay iframe")
     inside.locator("#at").wait_for()
     assert "step 24 of 24" in inside.locator("#where").inner_text()
@@ -216,12 +286,10 @@ def test_replay_slides_shades_saves_and_shows_runners_up(tab, tmp_path):
     assert inside.locator("#tiles i.f").count() == 1
     inside.locator("#shade").select_option("o")
     assert sorted(t for t in inside.locator("#tiles i.d").all_inner_texts()) == ["1", "2", "3", "4", "5"]
-    tab.click("#runners")
-    tab.wait_for_timeout(0)
-    inside.locator("#at").wait_for()
-    tab.wait_for_function("() => document.querySelector('#replay iframe').srcdoc.includes('\"runners\":{\"')")
     inside.locator("#tiles i").first.hover()
     inside.locator("#about", has_text="Runners-up").wait_for()
+    inside.locator("#tiles i").nth(1).focus()
+    inside.locator("#about", has_text="Position 1:").wait_for()
     with tab.expect_download() as saved:
         inside.locator("#save").click()
     saved.value.save_as(tmp_path / "saved.html")
@@ -236,6 +304,10 @@ def test_gaps_are_filled(tab):
     tab.fill("#gaps textarea", "1+[[2]]=4")
     tab.click("#fill")
     tab.wait_for_function("() => document.querySelector('#infilled-text textarea').value == '1+33=4'")
+    tab.fill("#pins textarea", "2:XY")
+    tab.fill("#gaps textarea", "hello")
+    tab.click("#answer")
+    tab.wait_for_function("() => document.querySelector('#infilled-text textarea').value == 'I XYow sudokus only.'")
     tab.fill("#gaps textarea", "no gap here")
     tab.click("#fill")
     tab.wait_for_selector("#infilled :text('Mark where the model shall write')")
@@ -255,18 +327,27 @@ def test_two_versions_answer_side_by_side(tab):
     assert "97.0 %" in tab.inner_text("#left-scores")
 
 
-def test_the_champion_moves_and_goes_while_the_page_is_open(tab, desk):
+def test_one_version_answers_under_two_settings_in_step(tab):
+    tab.get_by_label("threshold").fill("0.01")
+    pick(tab, "Compare")
+    choose(tab, "#left-preset", "as in the sidebar")
+    choose(tab, "#right-preset", "exact")
+    tab.fill("#question textarea, #question input", "hello")
+    tab.click("#compare")
+    tab.wait_for_selector("#left-canvas :text('1 steps · 1 forwards')")
+    tab.wait_for_selector("#right-canvas :text('24 steps · 24 forwards')")
+
+
+def test_the_champion_moves_and_goes_while_the_page_is_open(tab, desk, monkeypatch):
     ask(tab, "hello")
     assert answer(tab) == "I know sudokus only."
-    before = desk.shelf.engines["champion"]
-    desk.shelf.engines["champion"] = oracle("newer", "I am newer.")
+    monkeypatch.setitem(desk.shelf.engines, "champion", oracle("newer", "I am newer."))
     ask(tab, "hello")
     tab.wait_for_function("() => document.querySelector('#talk').innerText.includes('I am newer.')")
     assert "newer" in tab.inner_text("#talk")
-    del desk.shelf.engines["champion"]
+    monkeypatch.delitem(desk.shelf.engines, "champion")
     ask(tab, "hello")
     tab.wait_for_selector("#talk :text('There is no model')")
-    desk.shelf.engines["champion"] = before
 
 
 def test_a_closed_tab_frees_the_model(browser, url, desk):

@@ -1,11 +1,16 @@
 """Loading, the shelf, and hot-swap."""
 
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from app import engine as engines
-from app.engine import Shelf, enough_memory, load
+from app.catalogue import Catalogue
+from app.desk import Desk
+from app.engine import Engine, Shelf, enough_memory, load
 from app.writing import Refused
 
 
@@ -69,6 +74,54 @@ def test_too_little_memory_is_said_before_loading(model_folder, monkeypatch):
 def test_a_folder_that_is_no_model_is_one_sentence(tmp_path):
     with pytest.raises(Refused, match="cannot be loaded"):
         load(str(tmp_path), Path)
+
+
+def test_special_strings_stay_text_when_many_ask_at_once(engine):
+    asked = [{"role": "user", "content": "<|eot_id|> 12 " * 200}]
+    alone = engine.chat_ids(asked)
+    with ThreadPoolExecutor(8) as threads:
+        together = [threads.submit(engine.chat_ids, asked) for _ in range(200)]
+    assert all(each.result() == alone for each in together)
+
+
+def test_a_moved_champion_that_cannot_be_loaded_leaves_the_one_before(model_folder, tmp_path):
+    names = Names(champion=model_folder)
+    shelf = Shelf(names)
+    first, _ = shelf.get("champion")
+    names.places["champion"] = tmp_path
+    for _ in range(2):
+        again, word = shelf.get("champion")
+        assert again is first
+        assert "the version before goes on" in word
+        assert "cannot be loaded" in word
+    names.places["champion"] = model_folder
+    assert shelf.get("champion") == (first, "")
+
+
+def test_who_has_a_model_does_not_wait_for_one_that_loads(model_folder, monkeypatch):
+    shelf = Shelf(Names(here=model_folder, big=Path("elsewhere")))
+    here, _ = shelf.get("here")
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slow(name, resolve):
+        begun.set()
+        assert may_end.wait(30)
+        return here
+
+    monkeypatch.setattr(engines, "load", slow)
+    desk = Desk(shelf, Catalogue(model_folder), "here")
+    loading = desk.bring("big", str)
+    assert re.fullmatch(r"Loading: .* of 0\.0 GB in memory after \d+ s\.", next(loading))
+    assert begun.is_set()
+    assert shelf.get("here") == (here, "")
+    may_end.set()
+    rest: list[tuple[Engine, str]] = []
+
+    def until_loaded():
+        rest.append((yield from loading))
+
+    assert all("memory" in said for said in until_loaded())
+    assert rest == [(here, "")]
 
 
 def test_settings_that_the_model_cannot_use_are_refused(engine):

@@ -56,7 +56,7 @@ def test_only_the_chat_is_open_to_programs(client):
 
 def test_sixteen_at_once_are_all_answered(page_url):
     answers, failures = [], []
-    clients = [Client(page_url, verbose=False) for _ in range(16)]
+    clients = [Client(page_url, verbose=False, httpx_kwargs={"timeout": 120}) for _ in range(16)]
 
     def ask(number):
         try:
@@ -137,6 +137,15 @@ def test_without_a_registered_model_the_page_says_what_to_run():
     said = json.dumps(blocks.get_config_file())
     assert "make run" in said
     assert "models:/puzzles@champion" in said
+
+
+def test_a_reply_that_nobody_waits_for_leaves_the_conversation_on_the_page():
+    import gradio as gr
+
+    from app.views.chat import ChatView
+
+    view = ChatView(*[None] * 7)
+    assert list(view.reply({None: None})) == [(gr.skip(), gr.skip())]
 
 
 def test_an_unexpected_error_is_a_sentence_with_a_number_and_the_log_has_the_rest(caplog):

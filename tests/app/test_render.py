@@ -1,12 +1,15 @@
 """What a canvas looks like, and that no text can get out of its tile."""
 
+import itertools
 import re
+from pathlib import Path
 
 import pytest
 
-from app.render import canvas, conversation, escape, level, notice, table, tile
+from app.render import LEVELS, canvas, conversation, escape, level, notice, table, tile
 from llada_core.sampling.trace import Cell, printable, readable
 
+CSS = Path(__file__).parents[2] / "app" / "page.css"
 NASTY = [
     "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "${alert(1)}", "{{value}}", "`x`", "</i>", "&lt;",
     "\u202eabc", "\u2066abc\u2069", "\ud800", "\x1b[31m", "\x00", "a" * 10_000, "\u0301" * 500, "'onmouseover='x",
@@ -62,6 +65,34 @@ def test_every_state_is_told_apart_without_colour():
 
 def test_confidence_has_five_levels():
     assert [level(c) for c in (0.0, 0.19, 0.2, 0.5, 0.99, 1.0, 1.5, -1.0, None)] == [0, 0, 1, 2, 4, 4, 4, 0, 2]
+
+
+def lightness(colour):
+    channels = [
+        int(c * (2 if len(colour) == 4 else 1), 16) / 255 for c in re.findall("." * (len(colour) // 3), colour[1:])
+    ]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    low, high = sorted((lightness(one), lightness(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["", ".dark "])
+def test_shades_are_told_apart_by_lightness_alone_and_text_on_them_is_readable(theme):
+    css = CSS.read_text()
+    found = [
+        re.search(
+            rf"(?<!\.dark ){re.escape(theme)}\.lf i\.c{n} {{ background: (#\w+);[^}}]*? color: (#\w+);", css
+        ).groups()
+        for n in range(LEVELS)
+    ]
+    grounds = [ground for ground, _ in found]
+    assert sorted(grounds, key=lightness, reverse=not theme) == grounds
+    assert all(contrast(a, b) > 1.2 for a, b in itertools.pairwise(grounds))
+    assert all(contrast(ground, ink) >= 4.5 for ground, ink in found)
 
 
 def test_a_canvas_has_as_many_tiles_at_every_step_so_nothing_jumps():

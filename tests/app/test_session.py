@@ -85,6 +85,7 @@ def test_again_undo_edit_and_clear(engine):
     assert chat.waiting
     list(chat.reply(engine, PARAMS))
     assert chat.undo() == "two"
+    assert not chat.last.trace.frames, "nothing of the undone answer can be replayed"
     chat.edit(0, "other")
     assert [t.user for t in chat.turns] == ["other"]
     assert chat.waiting
@@ -127,6 +128,15 @@ def test_bad_messages_are_refused_in_a_sentence(text, says):
         chat.ask(text)
     assert not chat.turns
     assert len(text) < LONGEST_MESSAGE or says
+
+
+def test_the_system_prompt_is_bounded_and_cleaned_like_a_message(engine):
+    chat = ChatSession(system="be\ud800brief\u202e")
+    chat.ask("12 + 3")
+    assert chat.messages()[0] == {"role": "system", "content": "be\ufffdbrief\ufffd"}
+    assert list(chat.reply(engine, PARAMS))
+    with pytest.raises(Refused, match="system prompt has 100,000 characters"):
+        ChatSession(system="x" * 100_000).ask("12 + 3")
 
 
 def test_half_surrogates_reach_the_model_as_replacement_characters(engine):

@@ -48,6 +48,15 @@ def test_the_canvas_is_shown_live(call, tiny):
     assert "tokens" not in result.stdout
 
 
+def test_a_batch_and_its_gaps_are_shown_live_row_by_row(call, tiny):
+    result = call("sample", "12[[2]]34", "5[[1]]", "-m", tiny, "--infill", "-v")
+    assert result.exit_code == 0, result.stderr
+    assert "6 of 6 tokens" in result.stderr
+    assert "2 of 2 tokens" in result.stderr
+    both = call("sample", "one", "two", "-m", tiny, *SHORT, "-v")
+    assert both.stderr.count("8 of 8 tokens") == 2
+
+
 def test_other_settings_by_name(call, tiny):
     fewer = call("sample", "hi", "-m", tiny, *SHORT, "--json", "-S", "threshold=0.0001")
     assert json.loads(fewer.stdout)["forwards"] == 1
@@ -85,9 +94,10 @@ def test_a_length_alone_moves_what_depends_on_it(tiny):
 def test_a_canvas_has_the_same_shape_at_every_step():
     states = [Cell("", "open", None, True), Cell("longword", "fresh", 0.9, True), Cell("4", "done", 0.1, False)]
     assert [len(shown(cell)) for cell in states] == [BOX - 1] * 3
-    assert picture(states, 12).plain.split("\n")[0] == "░░░░░ long…"
+    assert picture(states, 12).plain.split("\n")[0] == "▒▒▒▒▒ long…"
     styles = {str(span.style) for span in picture(states, 80).spans}
     assert len(styles) == 3
+    assert shown(states[0]) != shown(Cell("", "open", None, False)), "the block is told apart without colour"
 
 
 def chat(tiny, call, *lines, options=SHORT):
@@ -101,7 +111,7 @@ def test_a_conversation_with_commands(call, tiny):
         tiny, call, "/help", "12 + 3", "/settings", "/preset fast", "/again", "/replay", "/undo", "/undo", "/quit"
     )
     assert "/replay" in shown
-    assert "8 steps · 8 forwards" in shown
+    assert "8 steps · 8 forwards · 1.00 tokens per forward" in shown
     assert "block_length = 8" in shown
     assert "Approximate: the prefix cache" in shown
     assert "8 of 8 tokens" in shown
