@@ -85,6 +85,8 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
             gradient_clipping=params.clip,
             offload_optimizer_device="cpu" if wanted.offload else "none",
         )
+        # Rows per forward and rank, which DeepSpeed asks for and only its own data loaders would use.
+        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = params.micro_batch_size or 1
     engine = Accelerator(
         cpu=cpu,
         mixed_precision="bf16" if params.precision == "bf16" else "no",
