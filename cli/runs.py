@@ -64,30 +64,45 @@ def _detach(folder: Path) -> None:
 
 
 def plan(
-    stage: Annotated[str | None, typer.Argument(help="show the script of this stage's job")] = None,
-    profile: Annotated[str | None, typer.Option(help="a file of profiles/ by name")] = None,
+    profile: Profile = None,
+    stage: Annotated[str | None, typer.Option(help="only the script of this stage's job, in its run folder")] = None,
+    gpu: Annotated[str, typer.Option(help="what to plan for: A100-40, A100, H100 or H200")] = "H100",
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="share of the GPU's peak that training reaches")] = 0.4,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """What would run, and how: the stages that are not up to date, or the job script of one stage. Starts nothing."""
+    """What a run would need and how it would run: memory of a GPU, disk, time, commands. Starts and fetches nothing."""
     with one_line_errors():
-        from tasks.graph import load_stage, with_sources
-        from tasks.launch import launcher_for
-        from tasks.pipeline import dvc
-        from tasks.runs import open_run, stage_params
-        from tasks.workspace import open_workspace
+        from llada_core.config.base import read_yaml, with_overrides
+        from llada_core.config.params import TRAINING_STAGES, Params
+        from tasks.plan import refuse, script_of, told
+        from tasks.workspace import profile_file
 
-        workspace = open_workspace(Path.cwd(), profile, overrides)
-        print(f"in {workspace.path}")
-        if stage is None:
-            raise typer.Exit(dvc(workspace, "repro", "--dry"))
-        from llada_core.config.params import Params
+        if stage is not None:
+            _show_script(stage, profile, overrides)
+            return
+        values = with_overrides(read_yaml(profile_file(Path.cwd(), profile)), overrides)
+        params = Params.parse(values, profile or "params.yaml")
+        for name in (s for s in params.stages if s in TRAINING_STAGES):
+            print(told(params, name, gpu, mfu))
+            refuse(params, name, gpu)
+            print(f"\n{script_of(params, name)}\n")
 
-        params = with_sources(stage_params(workspace.path, []), workspace.path)
-        made = open_run(workspace.path, load_stage(workspace.path, stage, params), params)
-        launch = Params.parse(params, "params.yaml").launch.of(stage.partition("@")[0])
-        print(f"run folder: {made.path} ({'already done' if made.succeeded else launch.kind})\n")
-        if launch.kind != "inline":
-            print(launcher_for(launch.kind, launch).script(made, launch))
+
+def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
+    from llada_core.config.params import Params
+    from tasks.graph import load_stage, with_sources
+    from tasks.launch import launcher_for
+    from tasks.runs import open_run, stage_params
+    from tasks.workspace import open_workspace
+
+    workspace = open_workspace(Path.cwd(), profile, overrides)
+    print(f"in {workspace.path}")
+    params = with_sources(stage_params(workspace.path, []), workspace.path)
+    made = open_run(workspace.path, load_stage(workspace.path, stage, params), params)
+    launch = Params.parse(params, "params.yaml").launch.of(stage.partition("@")[0])
+    print(f"run folder: {made.path} ({'already done' if made.succeeded else launch.kind})\n")
+    if launch.kind != "inline":
+        print(launcher_for(launch.kind, launch).script(made, launch))
 
 
 def status() -> None:

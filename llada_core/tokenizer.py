@@ -26,6 +26,7 @@ from llada_core.families import (
 )
 
 Message = dict[str, str]
+_AT_ONCE = 128  # texts: an encoding takes a hundred bytes for each of its tokens
 
 
 class Tokenizer:
@@ -69,11 +70,12 @@ class Tokenizer:
         return self.encode_batch([text], user=user)[0]
 
     def encode_batch(self, texts: Sequence[str], *, user: bool = True) -> list[list[int]]:
-        """`encode` of many texts at once, by the engine's batch path."""
+        """`encode` of many texts at once, by the engine's batch path, in parts that stay in the processor's cache."""
         engine = self.fast.backend_tokenizer
         engine.encode_special_tokens = user
+        parts = (list(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE))
         try:
-            return [e.ids for e in engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return [e.ids for part in parts for e in engine.encode_batch_fast(part, add_special_tokens=False)]
         finally:
             engine.encode_special_tokens = False
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import jinja2
 
 from llada_core.config.launch import LaunchParams, SlurmParams
+from llada_core.config.params import TRAINING_STAGES, Params
+from llada_core.config.training import GRPOParams, TrainingParams
 from tasks.folders import hash_of
 from tasks.runs import RunFolder
 
@@ -75,16 +77,40 @@ def _command(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
     program = f"-m tasks.{kind}" + (f" {shlex.quote(item)}" if item else "")
     python = shlex.quote(sys.executable)
     nodes = launch.slurm.nodes if slurm else 1
-    if launch.processes * nodes == 1 and not launch.accelerate_config:
+    training = Params.parse(run.request["all_params"], run.key).training(kind) if kind in TRAINING_STAGES else None
+    processes = nodes * ranks_per_node(training, launch, slurm=slurm)
+    config = launch.accelerate_config or _accelerate_config(training)
+    if processes == 1 and not launch.accelerate_config:
         command = f"{python} {program}"
         return f"srun --kill-on-bad-exit=1 {_srun(launch)}{command}" if slurm else command
-    kinds = f"--config_file {shlex.quote(launch.accelerate_config)}" if launch.accelerate_config else "--multi_gpu"
-    ranks = f"{kinds} --num_processes {launch.processes * nodes} --num_machines {nodes}"
+    kinds = f"--config_file {shlex.quote(config)}" if config else "--multi_gpu"
+    ranks = f"{kinds} --num_processes {processes} --num_machines {nodes}"
     accelerate = f"{python} -m accelerate.commands.launch {ranks} --mixed_precision no --dynamo_backend no"
     if not slurm:
         return f"{accelerate} --main_process_port 0 {program}"
     per_node = f'{accelerate} --machine_rank "$SLURM_NODEID" --main_process_ip "$0" --main_process_port "$1" {program}'
     return f'srun --kill-on-bad-exit=1 {_srun(launch)}bash -c {shlex.quote("exec " + per_node)} "$address" "$port"'
+
+
+def ranks_per_node(training: TrainingParams | None, launch: LaunchParams, *, slurm: bool) -> int:
+    """`launch.processes`, or for a training stage as many of the visible GPUs as its rows of a step divide over."""
+    if launch.processes is not None or training is None:
+        return launch.processes or 1
+    nodes, gpus = (launch.slurm.nodes, launch.slurm.gpus_per_node) if slurm else (1, _visible_gpus())
+    rows = training.prompts if isinstance(training, GRPOParams) else training.batch_size
+    return max((n for n in range(1, gpus + 1) if rows % (n * nodes) == 0), default=1)
+
+
+def _visible_gpus() -> int:
+    """As CUDA would count them, without the seconds that importing torch takes."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+    return devices if chosen is None else min(devices, len([name for name in chosen.split(",") if name.strip()]))
+
+
+def _accelerate_config(training: TrainingParams | None) -> str | None:
+    kind = training.distribution.kind if training is not None else "auto"
+    return None if kind in ("auto", "none") else str(Path(__file__).with_name("accelerate") / f"{kind}.yaml")
 
 
 def _srun(launch: LaunchParams) -> str:

@@ -59,7 +59,8 @@ def _model(work: Work, params: TrainingParams, tokenizer: Any) -> Any:
 
     source = params.init_from
     if source is not None:
-        return load_model(Path("models") / source if source in TRAINING_STAGES else source)
+        folder = Path("models") / source if source in TRAINING_STAGES else source
+        return load_model(folder, bits=4 if params.lora is not None and params.lora.four_bit else None)
     if work.params.model is None:
         raise ConfigError(f"{work.stage}.init_from is empty and params.yaml has no block 'model'")
     return new_model(work.params.model, tokenizer.vocab_size, tokenizer.special, work.params.seed)

@@ -59,8 +59,9 @@ class LaunchParams(Block):
     """Where and how stages run. `stages` holds other settings for single stages, e.g. `{evaluate: {kind: local}}`."""
 
     kind: Literal["inline", "local", "slurm"] = "local"
-    processes: int = Field(default=1, ge=1)  # ranks on each node
-    accelerate_config: str | None = None  # a file for `accelerate launch --config_file`
+    # Ranks on each node; None: training takes every visible GPU (on Slurm: gpus_per_node) that its batch divides over.
+    processes: int | None = Field(default=None, ge=1)
+    accelerate_config: str | None = None  # for `accelerate launch --config_file`; None: that of distribution.kind
     threads: int | None = Field(default=None, ge=1)  # OMP_NUM_THREADS of each rank
     env: dict[str, str] = Field(default_factory=dict)
     restarts: int = Field(default=2, ge=0)  # of a job that failed, from its last checkpoint

@@ -38,6 +38,12 @@ class LoraParams(Block):
     four_bit: bool = False  # QLoRA: the frozen weights in nf4 (needs a GPU and bitsandbytes)
     merge: bool = True  # export the merged model rather than the adapter
 
+    @model_validator(mode="after")
+    def _four_bits_stay_frozen(self) -> Self:
+        if self.four_bit and self.merge:
+            raise ValueError("four_bit rounds the weights it freezes, so the adapter is not merged: set merge: false")
+        return self
+
 
 class DistributionParams(Block):
     """How ranks share the work; what is asked for here is asserted at start."""
@@ -106,7 +112,8 @@ class TrainingParams(Block):
             raise ValueError(
                 f"optimiser muon needs whole matrices on every rank, which {self.distribution.kind} splits; use adamw or ddp"
             )
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+        by_groups = isinstance(self, GRPOParams)  # its rows come in groups of `generations`
+        if self.micro_batch_size and not by_groups and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")

@@ -5,6 +5,7 @@ What is written depends on the sources' content and the block alone, not on the 
 """
 
 import functools
+import gc
 import itertools
 import os
 import shutil
@@ -20,7 +21,7 @@ import pyarrow as pa
 
 from llada_core.config.data import PartParams, SourceParams
 from llada_core.config.dotted import function_at
-from llada_core.data.rows import RowFile, schema_of
+from llada_core.data.rows import RowFile, schema_of, table_of
 from llada_core.data.sources import DataError, Origin, Row, read
 from llada_core.data.tokenise import ENCODERS, Encoded, content_hash, text_in, text_of
 from llada_core.tokenizer import Tokenizer
@@ -128,7 +129,20 @@ def build(
 
 
 def encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) -> list[Coded]:
-    """The rows of one chunk, mapped, put on their sides, repeated by their weight, and tokenised."""
+    """The rows of one chunk, mapped, put on their sides, repeated by their weight, and tokenised.
+
+    Nothing here refers to itself, so the cycle collector, which would walk over every list of ids, waits.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _encode(stage, params, tokenizer_folder, chunk)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) -> list[Coded]:
     sides: dict[Side, list[tuple[int, Row]]] = {"train": [], "validation": []}
     counts: Counter[str] = Counter()
     if chunk.source is None:
@@ -149,7 +163,7 @@ def encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) 
     results = []
     for side, rows in sides.items():
         encoded = _encoded(stage, params, tokenizer, chunk.place, rows)
-        table = pa.table(encoded.columns, schema_of(stage, params, tokenizer.vocab_size, packed=False))
+        table = table_of(encoded.columns, schema_of(stage, params, tokenizer.vocab_size, packed=False))
         results.append(Coded(side, table, counts + encoded.counts))
         counts = Counter()
     return results

@@ -5,6 +5,8 @@ The folders are those of `datasets.save_to_disk`. Knows nothing of where rows co
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,27 @@ def schema_of(stage: str, params: PartParams, vocab_size: int, *, packed: bool =
     return pa.schema(fields[stage])
 
 
+def table_of(columns: Mapping[str, Sequence[Any]], schema: pa.Schema) -> pa.Table:
+    """Columns as an Arrow table; lists of ids are joined by numpy, since Arrow would look at each number's type."""
+    arrays = [
+        _lists(columns[field.name], field.type.value_type) if pa.types.is_list(field.type) else columns[field.name]
+        for field in schema
+    ]
+    return pa.table(dict(zip(schema.names, arrays, strict=True)), schema)
+
+
+def _lists(rows: Sequence[Sequence[int]], kind: pa.DataType) -> pa.ListArray:
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=offsets[1:])
+    if rows and isinstance(rows[0], np.ndarray):
+        flat = np.concatenate(rows).astype(kind.to_pandas_dtype())
+    elif rows and isinstance(rows[0], bytes):
+        flat = np.frombuffer(b"".join(rows), np.uint8)  # type: ignore[arg-type]
+    else:
+        flat = np.fromiter(chain.from_iterable(rows), kind.to_pandas_dtype(), int(offsets[-1]))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+
+
 class RowFile:
     """One side's rows on their way to a folder that `datasets.load_from_disk` reads."""
 
@@ -49,7 +72,7 @@ class RowFile:
         if self._packer is not None:
             ids = table["input_ids"].combine_chunks()
             lengths = np.diff(ids.offsets.to_numpy()) if len(ids) else np.zeros(0, np.int64)
-            table = pa.table(self._packer.add(ids.flatten().to_numpy(), lengths), self._schema)
+            table = table_of(self._packer.add(ids.flatten().to_numpy(), lengths), self._schema)
         self._write(table)
 
     def _write(self, table: pa.Table) -> None:
@@ -67,7 +90,7 @@ class RowFile:
     def close(self) -> dict[str, Any]:
         """Moves the rows into place; returns their counts, lengths (rows up to each power of two) and hash."""
         if self._packer is not None:
-            self._write(pa.table(self._packer.rest(), self._schema))
+            self._write(table_of(self._packer.rest(), self._schema))
         self._writer.close()
         self._sink.close()
         with self._path.open("rb") as data:

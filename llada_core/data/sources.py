@@ -139,9 +139,16 @@ def _read_file(path: Path, source: SourceParams) -> Iterator[tuple[int, Row]]:
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            where = f"{path}, line {number}"
-            if text := _text(line, where).strip():
-                yield number, _object(_json(text, where), where)
+            try:
+                value = json.loads(line.decode())
+            except ValueError:
+                value = None
+            if isinstance(value, dict):
+                yield number, value
+            else:
+                where = f"{path}, line {number}"  # what is wrong is found out only where something is
+                if text := _text(line, where).strip():
+                    yield number, _object(_json(text, where), where)
 
 
 def _text(data: bytes, where: str) -> str:

@@ -17,6 +17,7 @@ from llada_core.data.sources import DataError, Row
 from llada_core.tokenizer import Message, Tokenizer
 
 Columns = dict[str, list[Any]]
+_FLAGS = (b"\0", b"\1")
 _JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -61,7 +62,7 @@ def dialogues(rows: Sequence[Row], tokenizer: Tokenizer, params: SFTData) -> Enc
     encoded = Encoded({"input_ids": [], "maskable": []}, counts)
     for ids, maskable in chat.encode(asked):
         if not params.mask_prompt:
-            maskable = [1] * len(ids)
+            maskable = b"\1" * len(ids)
         fitted = _fit(ids, maskable, params.length, params.truncation, counts)
         if fitted is not None:
             encoded.columns["input_ids"].append(fitted[0])
@@ -114,17 +115,18 @@ class _ChatEncoder:
         self._tokenizer = tokenizer
         self._frames = cache(self._encode_frames)
 
-    def encode(self, asked: Sequence[tuple[list[Message], bool]]) -> Iterator[tuple[list[int], list[int]]]:
+    def encode(self, asked: Sequence[tuple[list[Message], bool]]) -> Iterator[tuple[list[int], bytes]]:
         """Ids and maskable of each dialogue; its last reply is trained on, or with True all of the assistant's."""
         for (messages, every), contents in zip(asked, self._contents([m for m, _ in asked]), strict=True):
             frames = self._frames(tuple(m["role"] for m in messages), False)
-            ids, maskable = list(frames[0]), [0] * len(frames[0])
+            ids, maskable = list(frames[0]), bytes(len(frames[0]))
             for i, (content, frame) in enumerate(zip(contents, frames[1:], strict=True)):
                 last = i == len(messages) - 1
                 trained = last or (every and messages[i]["role"] == "assistant")
                 closing = (len(frame) if last else self._closing(frame)) if trained else 0
-                ids += [*content, *frame]
-                maskable += [int(trained)] * len(content) + [1] * closing + [0] * (len(frame) - closing)
+                ids += content
+                ids += frame
+                maskable += _FLAGS[trained] * len(content) + b"\1" * closing + bytes(len(frame) - closing)
             yield ids, maskable
 
     def prompts(self, asked: Sequence[list[Message]]) -> Iterator[list[int]]:
@@ -161,8 +163,8 @@ class _ChatEncoder:
 
 
 def _fit(
-    ids: list[int], maskable: list[int], length: int, truncation: str, counts: Counter[str]
-) -> tuple[list[int], list[int]] | None:
+    ids: list[int], maskable: bytes, length: int, truncation: str, counts: Counter[str]
+) -> tuple[list[int], bytes] | None:
     if len(ids) <= length:
         return ids, maskable
     if truncation == "filter":
@@ -206,13 +208,11 @@ def _messages(row: Row) -> list[Message]:
 def _as_messages(prompt: Any) -> list[Message]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    messages = []
     for message in prompt:
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"expected messages with the texts 'role' and 'content', got {str(message)[:80]!r}")
-        messages.append({"role": role, "content": content})
-    return messages
+    return list(prompt)
 
 
 def canonical(value: Any) -> str:
@@ -221,8 +221,13 @@ def canonical(value: Any) -> str:
 
 
 def content_hash(row: Row) -> int:
-    """A number from 0 to 2^64 that depends on the row's content alone."""
-    return int.from_bytes(hashlib.sha256(canonical(row).encode()).digest()[:8], "big")
+    """A number from 0 to 2^64 that depends on the row's content alone: on what is said, where it is a dialogue."""
+    try:
+        text = "\0".join([m["content"] for m in row["messages"]]) if "messages" in row else row["text"]
+        data = text.encode()
+    except (KeyError, TypeError, AttributeError):  # another kind of row, or one that will be refused
+        data = canonical(row).encode()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
 Encoder = Callable[[Sequence[Row], Tokenizer, Any], Encoded]

@@ -24,15 +24,20 @@ def new_model(params: ModelParams, vocab_size: int, special_tokens: SpecialToken
     special_tokens.check(vocab_size)
     if params.kind == "masked_lm":
         return new_masked_lm(dict(params.backbone), vocab_size, special_tokens, seed)
+    model = empty_model(params, vocab_size, special_tokens)
+    model.to_empty(device="cpu")
+    initialise(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def empty_model(params: ModelParams, vocab_size: int, special_tokens: SpecialTokens) -> LLaDAModelLM:
+    """A model of the LLaDA family without memory for its weights: its shapes alone."""
     sparse = params.kind == "llada_moe"
     ids = {name.replace("_id", "_token_id"): i for name, i in vars(special_tokens).items() if i is not None}
     sizes = _moe_config(params) if sparse else {**_dense_config(params), "embedding_size": vocab_size}
     config = (LLaDAMoEConfig if sparse else LLaDAConfig)(**sizes, **ids, vocab_size=vocab_size)
     with torch.device("meta"):
-        model = (LLaDAMoEModelLM if sparse else LLaDAModelLM)(config)
-    model.to_empty(device="cpu")
-    initialise(model, torch.Generator().manual_seed(seed))
-    return model
+        return (LLaDAMoEModelLM if sparse else LLaDAModelLM)(config)
 
 
 def _template(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,14 +8,14 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -158,17 +158,24 @@ class Loop:
             group["lr"] = rate
         for i, batch in enumerate(work.batches):
             # Ranks average their gradients, so the factor undoes that: what is left is the sum over the global count.
-            with nullcontext() if i == last else parts.engine.no_sync(parts.model):
+            with self._held_back(i < last):
                 loss = parts.objective.loss(parts.model, batch)
                 scaled = loss.sum * (self.ranks.count / count)
                 parts.engine.backward(scaled if loss.extra is None else scaled + loss.extra * self.ranks.count)
             self.meter.add(loss.parts)
         norm = parts.engine.clip_grad_norm_(parts.model.parameters(), self.params.clip)
         if norm is not None:
-            whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            whole = torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm)
             self.meter.add({"grad_norm": pair(whole.detach().to(torch.float32), 1.0)})
         parts.optimiser.step()
         parts.optimiser.zero_grad(set_to_none=True)
+
+    def _held_back(self, more: bool) -> AbstractContextManager[Any]:
+        """Gradients of all but the last micro-batch wait, except where waiting would keep whole ones on every rank."""
+        engine = self.parts.engine
+        engine.sync_gradients = not more  # DeepSpeed takes its step in the backward pass that may synchronise
+        sharded = engine.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        return engine.no_sync(self.parts.model) if more and not sharded else nullcontext()
 
     def _housekeeping(self) -> None:
         step, params = self.progress.step, self.params

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from llada_core.config.training import TrainingParams
 
@@ -76,6 +77,7 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
             state_dict_type="SHARDED_STATE_DICT",
             activation_checkpointing=params.activation_checkpointing,
             cpu_offload=wanted.offload,
+            mixed_precision_policy=_precision(params),
         )
     if wanted.kind in ("zero2", "zero3"):
         from accelerate import DeepSpeedPlugin
@@ -85,6 +87,8 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
             gradient_clipping=params.clip,
             offload_optimizer_device="cpu" if wanted.offload else "none",
         )
+        # Rows per forward and rank, which DeepSpeed asks for and only its own data loaders would use.
+        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = params.micro_batch_size or 1
     engine = Accelerator(
         cpu=cpu,
         mixed_precision="bf16" if params.precision == "bf16" else "no",
@@ -94,6 +98,12 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
     )
     _assert_distribution(params, engine)
     return engine
+
+
+def _precision(params: TrainingParams) -> MixedPrecisionPolicy:
+    """Autocast's precision: products in bf16, residuals, losses and the sums of gradients in fp32 (accelerate: all bf16)."""
+    low = torch.bfloat16 if params.precision == "bf16" else None
+    return MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def _assert_distribution(params: TrainingParams, engine: Accelerator) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, SFTParams, TrainingParams
 from llada_core.data.batches import Order, RowBatches
 from llada_core.modeling import MaskPredictor
+from llada_core.modeling.masked_lm import MaskedLM
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.export import export, prepare_weights
 from llada_core.training.flops import active_parameters
@@ -94,6 +95,7 @@ def train(
     ranks = Ranks()
     metrics = MetricsFile(place.run / "metrics.jsonl", ranks, follow)
     objective = objective_for(params, model, tokenizer, place.data, seed=seed)
+    _speed(params, model)
     prepared, optimiser = engine.prepare(model, optimiser_for(model, params))
     parts = Parts(engine, prepared, optimiser, objective, parameters, fingerprint_of(params, place.data, seed))
     loop = Loop(parts, params, place.run, seed=seed, metrics=metrics, sampler=_sampler(params, tokenizer, place.data))
@@ -113,6 +115,17 @@ def train(
     return receipt
 
 
+def _speed(params: TrainingParams, model: MaskPredictor) -> None:
+    """What changes time and memory but no number: activations computed again, each kind of block compiled once."""
+    if params.activation_checkpointing and params.distribution.kind != "fsdp":  # FSDP does it itself
+        network: Any = model.backbone if isinstance(model, MaskedLM) else model
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    if params.compile:
+        for layers in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
+            for layer in layers:
+                layer.compile()
+
+
 def block_classes(model: MaskPredictor) -> tuple[str, ...]:
     """Class names of the model's repeated layers, which are sharded one by one."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
@@ -127,7 +140,13 @@ def objective_for(
     special = model.special_tokens
     if isinstance(params, PretrainParams | SFTParams):
         train_batches, held_out = (
-            _batches(_table(folder / part, params), params, special.eos_id, seed=seed, held_out=part != "train")
+            _batches(
+                _fitting(_table(folder / part, params), model),
+                params,
+                special.eos_id,
+                seed=seed,
+                held_out=part != "train",
+            )
             for part in ("train", "validation")
         )
         assert train_batches is not None
@@ -165,6 +184,19 @@ def _table(folder: Path, params: TrainingParams) -> Dataset:
     return table
 
 
+def _fitting(table: Dataset, model: MaskPredictor) -> Dataset:
+    longest = int(_lengths(table).max()) if len(table) else 0
+    if longest > model.max_length:
+        raise ValueError(
+            f"a row has {longest} tokens, the model takes {model.max_length}; lower the data's `length` and prepare anew"
+        )
+    return table
+
+
+def _lengths(table: Dataset) -> Any:
+    return table.data["input_ids"].combine_chunks().value_lengths().to_numpy()
+
+
 def _filled(table: Dataset) -> Dataset:
     if not len(table):
         raise ValueError("the training data has no rows; see data/card.json for what was dropped")
@@ -175,9 +207,7 @@ def _batches(table: Dataset, params: TrainingParams, eos_id: int, *, seed: int, 
     table = table.select(range(min(len(table), params.validation_rows))) if held_out else _filled(table)
     if not len(table):
         return None
-    lengths = (
-        table.data["input_ids"].combine_chunks().value_lengths().to_numpy() if isinstance(params, SFTParams) else None
-    )
+    lengths = _lengths(table) if isinstance(params, SFTParams) else None
     size, ranks = params.batch_size, Ranks().count
     if held_out:
         size = max(min(size, len(table)) // ranks, 1) * ranks

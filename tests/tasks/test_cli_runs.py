@@ -47,11 +47,11 @@ def test_a_runs_life(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plan_shows_the_script_and_starts_nothing(project: Path) -> None:
-    text = llada("plan", "pretrain")
+    text = llada("plan", "--stage", "pretrain")
     assert "-m tasks.pretrain" in text
     assert not the_run(project).job
     slurm = "launch={kind: slurm, slurm: {nodes: 2, partition: big, setup: [module load x]}, processes: 4}"
-    text = llada("plan", "pretrain", "-S", slurm)
+    text = llada("plan", "--stage", "pretrain", "-S", slurm)
     for line in (
         "#SBATCH --nodes=2",
         "#SBATCH --partition=big",

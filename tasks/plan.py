@@ -1,0 +1,200 @@
+"""What a training stage will need, told before anything starts: memory of a GPU, disk, tokens, time; or a refusal.
+
+All from shapes and settings, with full rows; measures nothing. Does not know launchers.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from llada_core.config.base import ConfigError
+from llada_core.config.params import Params
+from llada_core.config.training import GRPOParams, LoraParams, PreferenceParams, TrainingParams
+from tasks.folders import write_json
+from tasks.launch_script import ranks_per_node, render
+from tasks.plan_memory import GIB, memory_of, peak_of, room, shape_of
+from tasks.runs import RunFolder, home
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage takes: bytes on each GPU by purpose, bytes on disk and per node, and how long it goes on."""
+
+    parameters: int
+    trained: int
+    memory: dict[str, float]
+    checkpoints: float
+    exported: float
+    host: float
+    tokens: int  # of one step, at most
+    steps: int | None
+    flops: float | None
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+
+def need(params: Params, stage: str, ranks: int, per_node: int = 1) -> Need:
+    """The needs of a training stage on `ranks` GPUs."""
+    from llada_core.training.flops import active_parameters, training_flops
+
+    block = params.training(stage)
+    model, stored = shape_of(params, stage)
+    active = active_parameters(model)
+    if block.lora is not None:
+        from llada_core.modeling import add_lora
+
+        add_lora(model, block.lora)
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+    rows, length, inference = work_of(params, stage)
+    steps = steps_of(params, stage)
+    flops = block.max_flops
+    if block.flops_of is not None:
+        flops = need(params, block.flops_of, ranks, per_node).flops
+    elif steps is not None:
+        flops = steps * training_flops(active, rows * length, inference)
+    moments = trained * (4 if block.optimiser == "muon" else 8)
+    kept = block.keep + 1 + (0 if not (block.milestone_every and steps) else steps // block.milestone_every)
+    return Need(
+        parameters=total,
+        trained=trained,
+        memory=memory_of(model, block, ranks, rows_at_once(block, rows, ranks) * length, stored),
+        checkpoints=kept * (4 * trained + moments),
+        exported=(trained * 4 if block.lora is not None and not block.lora.merge else total * stored),
+        host=per_node * (4 * trained + stored * (total - trained)),
+        tokens=rows * length,
+        steps=steps,
+        flops=flops,
+    )
+
+
+def ranks_of(params: Params, stage: str) -> tuple[int, int]:
+    """GPUs in all and on each node, as the stage's job would take them."""
+    launch = params.launch.of(stage)
+    slurm = launch.kind == "slurm"
+    here = ranks_per_node(params.training(stage), launch, slurm=slurm)
+    return here * (launch.slurm.nodes if slurm else 1), here
+
+
+def script_of(params: Params, stage: str) -> str:
+    """What the stage's job would run: the sbatch script, or the command line on this machine."""
+    launch = params.launch.of(stage)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder) / f"{stage}-planned")
+        run.path.mkdir()
+        asked = {"stage": stage, "root": str(Path.cwd()), "all_params": params.model_dump(mode="json", by_alias=True)}
+        write_json(run.path / "request.json", asked)
+        text = render(run, launch, slurm=launch.kind == "slurm").replace(folder, str(home(Path.cwd()) / "runs"))
+    if launch.kind == "slurm":
+        return text
+    return next(line.strip().removesuffix(" &") for line in text.splitlines() if f"-m tasks.{stage}" in line)
+
+
+def work_of(params: Params, stage: str) -> tuple[int, int, float]:
+    """Rows of one step, the longest they can be, and tokens that are only sampled or scored for that step."""
+    block, data = params.training(stage), params.data
+    part = getattr(data, "sft" if stage == "sft_control" else stage, None)
+    if part is None:
+        raise ConfigError(f"{stage} reads data.{stage}, which this run does not describe: no length to plan with")
+    if isinstance(block, GRPOParams):
+        samples = block.mask_samples if block.likelihood == "elbo" else 1
+        rows, length = block.prompts * block.generations * samples, part.length + block.sampling.max_new_tokens
+        share = 1 / block.iterations  # of a rollout, and of the scores of the updates that follow it
+        sampled = block.prompts * block.generations * length * block.sampling.steps * share
+        scored = rows * length * (1 - share + (block.beta > 0))
+        return rows, length, sampled + scored
+    if isinstance(block, PreferenceParams):
+        rows = 2 * block.batch_size * block.mask_samples
+        return rows, part.length, rows * part.length
+    return block.batch_size, part.length, 0.0
+
+
+def rows_at_once(block: TrainingParams, rows: int, ranks: int) -> int:
+    """Rows in one forward and backward pass of a rank."""
+    copies = block.mask_samples if isinstance(block, PreferenceParams) else 1
+    if isinstance(block, GRPOParams) and block.likelihood == "elbo":
+        copies = block.mask_samples
+    pairs = 2 if isinstance(block, PreferenceParams) else 1
+    return min(block.micro_batch_size * copies * pairs, rows) if block.micro_batch_size else -(-rows // ranks)
+
+
+def steps_of(params: Params, stage: str) -> int | None:
+    """Updates of the whole run; None where only the data or a number of FLOPs tells."""
+    block = params.training(stage)
+    part = getattr(params.data, "sft" if stage == "sft_control" else stage, None)
+    if block.max_steps is not None or block.epochs is None or part is None or not part.sources:
+        return block.max_steps
+    if any(source.limit is None for source in part.sources):
+        return None
+    there = sum(source.limit * source.weight for source in part.sources) * (1 - part.validation)
+    epoch = there // block.prompts * block.iterations if isinstance(block, GRPOParams) else there // block.batch_size
+    return max(1, round(block.epochs * epoch))
+
+
+def told(params: Params, stage: str, gpu: str, mfu: float) -> str:
+    """The needs in words."""
+    ranks, per_node = ranks_of(params, stage)
+    needs = need(params, stage, ranks, per_node)
+    parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in needs.memory.items() if value)
+    lines = [
+        f"{stage}: {needs.parameters:,} parameters, {needs.trained:,} of them trained, on {ranks} x {gpu}",
+        f"  memory of a GPU (GiB): {parts}: {needs.total / GIB:.1f} of {room(gpu) / GIB:.1f}",
+        f"  disk (GiB): checkpoints {needs.checkpoints / GIB:.1f}, exported model {needs.exported / GIB:.1f};"
+        f" memory of a node at start {needs.host / GIB:.1f}",
+    ]
+    if needs.flops is None:
+        return "\n".join([*lines, f"  at most {needs.tokens:,} tokens per step; how many steps, the data will tell"])
+    hours = needs.flops / (ranks * peak_of(gpu) * mfu) / 3600
+    steps = "" if needs.steps is None else f"{needs.steps:,} steps, "
+    return "\n".join(
+        [
+            *lines,
+            f"  at most {needs.tokens:,} tokens per step; {steps}{needs.flops:.2g} FLOPs: {hours:.1f} h at an MFU of {mfu:.0%}",
+        ]
+    )
+
+
+def refuse(params: Params, stage: str, gpu: str) -> None:
+    """Raises `ConfigError`, with what would help, for a stage that does not fit its GPUs."""
+    ranks, _ = ranks_of(params, stage)
+    total = need(params, stage, ranks).total
+    if total > room(gpu):
+        ways = "; ".join(remedies(params, stage, ranks, gpu)) or "fewer tokens at once, a smaller model"
+        lacks = (
+            f"{stage} needs {total / GIB:.1f} GiB of a GPU, a plan may fill {room(gpu) / GIB:.1f} of {ranks} x {gpu}"
+        )
+        raise ConfigError(f"{lacks}; it would fit with {ways}")
+
+
+def remedies(params: Params, stage: str, ranks: int, gpu: str) -> list[str]:
+    """Changes of one or two settings with which the stage would fit, each with its GiB on a GPU."""
+    block = params.training(stage)
+    light: dict[str, object] = {"activation_checkpointing": True, "micro_batch_size": 1}
+    lora, four = LoraParams(merge=False), LoraParams(four_bit=True, merge=False)
+    far = block.distribution.model_copy(update={"offload": True})
+    sharded = block.distribution.model_copy(update={"kind": "fsdp", "processes": None})
+    tries: list[tuple[str, dict[str, object], int]] = [
+        ("activation_checkpointing: true", light | {"micro_batch_size": block.micro_batch_size}, ranks),
+        ("activation_checkpointing: true and micro_batch_size: 1", light, ranks),
+        ("lora: {merge: false}", light | {"lora": lora}, ranks),
+        ("lora: {four_bit: true, merge: false}", light | {"lora": four}, ranks),
+        ("distribution.offload: true", light | {"distribution": far}, ranks),
+        *(
+            (f"distribution.kind: fsdp on {n} GPUs", light | {"distribution": sharded}, n)
+            for n in (2, 4, 8, 16, 32, 64)
+        ),
+    ]
+    found = []
+    for text, changes, count in tries:
+        unsharded = isinstance(block, GRPOParams | PreferenceParams) and block.beta > 0 and block.lora is None
+        if "fsdp" in text and unsharded:  # a reference copy is not sharded
+            continue
+        if count < ranks or (block.lora is not None and "lora" in changes and "four_bit" not in text):
+            continue
+        changed = params.model_copy(update={stage: block.model_copy(update=changes)})
+        total = need(changed, stage, count).total
+        if total <= room(gpu):
+            found.append(f"{text} ({total / GIB:.1f} GiB)")
+    return found

@@ -1,0 +1,136 @@
+"""A model's shape and what one GPU holds while it trains: bytes counted by hand, at their worst (every token masked).
+
+Builds no weights and downloads none. Does not know steps, time or disk.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_core.config.base import ConfigError, nearest
+from llada_core.config.params import TRAINING_STAGES, Params
+from llada_core.config.training import GRPOParams, PreferenceParams, TrainingParams
+
+if TYPE_CHECKING:
+    from llada_core.modeling import MaskPredictor
+
+GIB = 2**30
+GPUS = {"A100-40": (39.0, 312e12), "A100": (79.0, 312e12), "H100": (79.0, 989e12), "H200": (139.0, 989e12)}
+RESERVE = 0.1  # of a GPU's memory: context, fragments, buffers of the communication
+FOUR_BIT = 0.5 + 4 / 64  # bytes of a weight: nf4, and one fp32 scale for 64 of them
+# Bytes that the backward pass of one block keeps for each token: by width, and by feed-forward width.
+KEPT = {"fp32": (44, 16), "bf16": (30, 8)}
+
+
+def memory_of(model: "MaskPredictor", block: TrainingParams, ranks: int, tokens: int, stored: int) -> dict[str, float]:
+    """Bytes of one GPU; `tokens` go through a forward at once, weights that stay frozen take `stored` bytes."""
+    from llada_core.modeling.adapters import linear_layers
+    from llada_core.modeling.nll import CHUNK_ELEMENTS
+
+    kind = block.distribution.kind if block.distribution.kind != "auto" else "ddp" if ranks > 1 else "none"
+    low, offload = 2 if block.precision == "bf16" else 4, block.distribution.offload
+    shards = ranks if kind in ("fsdp", "zero3") else 1
+    split = ranks if kind in ("fsdp", "zero2", "zero3") else 1
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    frozen_bytes = float(frozen * stored)
+    if block.lora is not None and block.lora.four_bit:
+        body = sum(model.get_submodule(name).get_parameter("weight").numel() for name in linear_layers(model))
+        frozen_bytes += body * (FOUR_BIT - stored)
+    blocks, width, inner = block_shape(model)
+    largest = max((sum(p.numel() for p in layer.parameters()) for layer in blocks), default=0)
+    outer = trained + frozen - sum(p.numel() for layer in blocks for p in layer.parameters())
+    copies = 0 if low == 4 or kind == "fsdp" else 2 * trained / shards  # bf16 beside the fp32 that is updated
+    gathered = low * (2 * largest + outer) if shards > 1 else 0
+    on_gpu = 0 if offload and kind == "fsdp" else 1
+    by_token, by_inner = KEPT[block.precision]
+    one = tokens * (by_token * width + by_inner * inner)
+    logits = min(tokens * model.vocab_rows, max(CHUNK_ELEMENTS, model.vocab_rows))
+    reference = isinstance(block, GRPOParams | PreferenceParams) and block.beta > 0 and block.lora is None
+    return {
+        "weights": on_gpu * (4 * trained / split + frozen_bytes / shards) + copies + gathered,
+        "reference": 4.0 * (trained + frozen) if reference else 0.0,
+        "gradients": on_gpu * (8 if kind == "ddp" else low if kind.startswith("zero") else 4) * trained / split,
+        "optimiser": 0 if offload and split > 1 else (4 if block.optimiser == "muon" else 8) * trained / split,
+        "activations": one + 4 * tokens * width * len(blocks) if block.activation_checkpointing else one * len(blocks),
+        "logits": logits * (6 if block.precision == "bf16" else 4),
+    }
+
+
+def block_shape(model: "MaskPredictor") -> tuple[list[Any], int, int]:
+    """The repeated layers of a model, its width, and how wide its feed-forward is for one token."""
+    from llada_core.modeling.model import LLaDAModelLM
+
+    if isinstance(model, LLaDAModelLM):
+        shape = model.shape
+        inner = shape.mlp_width if shape.moe is None else shape.moe.per_token * shape.moe.width + shape.moe.shared_width
+        return list(model.model.transformer.blocks), shape.width, inner
+    lists = [list(m.children()) for m in model.modules() if type(m).__name__ == "ModuleList"]
+    width = model.get_input_embeddings().get_parameter("weight").shape[1]
+    return max(lists, key=len), width, 4 * width
+
+
+def shape_of(params: Params, stage: str) -> tuple["MaskPredictor", int]:
+    """The model of a stage without memory for its weights, and how many bytes each has where it comes from."""
+    import torch
+    from transformers import AutoConfig
+
+    from llada_core.families import FAMILIES, SpecialTokens
+    from llada_core.modeling.config import LLaDAConfig
+    from llada_core.modeling.create import empty_model, new_model
+    from llada_core.modeling.model import LLaDAModelLM, LLaDAMoEModelLM
+
+    source = params.training(stage).init_from
+    if source in TRAINING_STAGES:
+        return shape_of(params, source)
+    named = [f for f in FAMILIES if source is not None and Path(source).name.startswith(f.name)]
+    if source is None:
+        assert params.model is not None
+        special = SpecialTokens(mask_id=2, eos_id=1, pad_id=1)
+        with torch.device("meta"):
+            make = new_model if params.model.kind == "masked_lm" else empty_model
+            return make(params.model, vocabulary(params), special), 4
+    if named and not Path(source).is_dir():
+        config: Any = LLaDAConfig.from_dict(named[0].config)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{stage}.init_from {source!r}: no shape to be had: {str(error).splitlines()[0]}"
+            ) from None
+    if not isinstance(config, LLaDAConfig):
+        raise ConfigError(f"{stage}.init_from {source!r} is a {type(config).__name__}: plan knows LLaDA's family alone")
+    with torch.device("meta"):
+        model = (LLaDAMoEModelLM if config.architecture().moe is not None else LLaDAModelLM)(config)
+    return model, {"float32": 4}.get(str(config.published().get("torch_dtype", "bfloat16")), 2)
+
+
+def vocabulary(params: Params) -> int:
+    """How many tokens a fresh model gets."""
+    from llada_core.families import FAMILIES
+
+    asked = params.data.tokenizer if params.data is not None else None
+    if asked is None or asked.name is None:
+        return asked.vocab_size if asked is not None else 512
+    family = next((f for f in FAMILIES if Path(asked.name).name.startswith(f.name)), None)
+    if family is not None and not Path(asked.name).is_dir():
+        return family.vocab_size
+    from llada_core.tokenizer import Tokenizer
+
+    return Tokenizer.load(asked.name).vocab_size
+
+
+def room(gpu: str) -> float:
+    """Bytes of a GPU that a plan may fill; raises `ConfigError` for one it does not know."""
+    return _gpu(gpu)[0] * GIB * (1 - RESERVE)
+
+
+def peak_of(gpu: str) -> float:
+    """FLOP/s of a GPU in bf16; raises `ConfigError` for one that is not in the table."""
+    return _gpu(gpu)[1]
+
+
+def _gpu(name: str) -> tuple[float, float]:
+    if name not in GPUS:
+        raise ConfigError(f"--gpu {name!r} is not in the table{nearest(name, list(GPUS))}")
+    return GPUS[name]

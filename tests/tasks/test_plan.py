@@ -1,0 +1,127 @@
+"""`llada plan`: figures checked by hand for LLaDA-8B, activations against what autograd really keeps, and refusals."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from cli.runs import plan
+from llada_core.config.params import Params
+from tasks.plan import GIB, need, ranks_of
+from tasks.plan_memory import KEPT
+from tests.tiny import tiny_model
+
+PROFILES = Path(__file__).parents[2] / "profiles"
+BLOCK = 4 * 4096**2 + 3 * 4096 * 12288 + 2 * 4096
+OUTER = 2 * 126464 * 4096 + 4096
+DENSE = 32 * BLOCK + OUTER  # 8,015,581,184
+
+
+def load(name: str, *overrides: str) -> Params:
+    return Params.load(PROFILES / f"{name}.yaml", list(overrides))
+
+
+def llada_plan(*arguments: str) -> tuple[int, str]:
+    app = typer.Typer()
+    app.command()(plan)
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.output
+
+
+def test_llada_8b_split_over_eight_gpus_by_hand() -> None:
+    params = load("llada-sft-alpaca")
+    needs = need(params, "sft", *ranks_of(params, "sft"))
+    assert (needs.parameters, needs.trained) == (DENSE, DENSE) == (8_015_581_184, 8_015_581_184)
+    tokens = 4 * 1024
+    assert needs.memory == {
+        "weights": 4 * DENSE / 8 + 2 * (2 * BLOCK + OUTER),  # fp32 of this rank; two blocks and the tables in bf16
+        "reference": 0,
+        "gradients": 4 * DENSE / 8,
+        "optimiser": 8 * DENSE / 8,
+        "activations": tokens * (30 * 4096 + 8 * 12288) + 32 * tokens * 4 * 4096,  # one block, and every block's input
+        "logits": 6 * 2**28,  # a chunk in bf16 and fp32
+    }
+    assert needs.checkpoints == 2 * 12 * DENSE
+    assert needs.exported == 2 * DENSE
+    assert needs.host == 8 * 4 * DENSE
+    assert needs.tokens == 32 * 1024
+    assert needs.steps == 5 * (52002 * 0.95 // 32)
+    assert needs.flops == needs.steps * 6 * (DENSE - 126464 * 4096) * needs.tokens
+
+
+def test_adapters_on_one_gpu_by_hand() -> None:
+    params = load("llada-grpo-gsm8k")
+    needs = need(params, "grpo", *ranks_of(params, "grpo"))
+    adapters = 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 12288))
+    assert (needs.trained, needs.parameters) == (adapters, DENSE + adapters)
+    assert needs.memory["weights"] == 2 * DENSE + (4 + 2) * adapters
+    assert needs.memory["optimiser"] == 8 * adapters
+    assert needs.tokens == 8 * (256 + 256)
+    rollouts, rest = 8 * 512 * 64, 8 * 512  # 64 forwards of the whole canvas; then the reference's
+    active = DENSE - 126464 * 4096
+    assert needs.flops == needs.steps * (6 * active * 4096 + 2 * active * (rollouts + rest))
+
+
+def test_the_sparse_model_counts_its_chosen_experts_alone() -> None:
+    params = load("llada-moe-sft-alpaca")
+    needs = need(params, "sft", 8)
+    expert, layer = 3 * 2048 * 1024, 4 * 2048**2 + 64 * 2048 + 2 * 2048 + 2 * 128
+    assert needs.parameters == 16 * (64 * expert + layer) + 2 * 157184 * 2048 + 2048
+    active = 16 * (8 * expert + layer) + 157184 * 2048 + 2048
+    assert needs.flops == needs.steps * 6 * active * needs.tokens
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_what_autograd_keeps(precision: str) -> None:
+    width, inner, tokens, kept = 128, 384, 4 * 64, {}
+    model = tiny_model(d_model=width, mlp_hidden_size=inner).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage, storage.nbytes())
+        return tensor
+
+    hidden = torch.randn(4, 64, width, requires_grad=True)
+    around = model._surroundings(hidden, None, None, None)
+    own |= {around.cos.untyped_storage().data_ptr(), around.sin.untyped_storage().data_ptr()}
+    low = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), low:
+        result, _ = model.model.transformer.blocks[0](hidden, around)
+    del result
+    weights = (
+        2 * (4 * width**2 + 3 * width * inner) if precision == "bf16" else 0
+    )  # autocast's copies, counted as weights
+    by_width, by_inner = KEPT[precision]
+    assert sum(size for _, size in kept.values()) - weights == pytest.approx(
+        tokens * (by_width * width + by_inner * inner), rel=0.1
+    )
+
+
+def test_what_cannot_fit_is_refused_with_what_would_help() -> None:
+    code, text = llada_plan(str(PROFILES / "llada-grpo-gsm8k.yaml"), "-S", "grpo.lora=null")
+    assert code == 2
+    assert (
+        "grpo needs 168.6 GiB of a GPU, a plan may fill 71.1 of 1 x H100; it would fit with lora: {merge: false}"
+        in text
+    )
+    assert "fsdp" not in text  # a reference copy is not sharded
+    code, text = llada_plan(str(PROFILES / "llada-sft-alpaca.yaml"), "-S", "launch.processes=2", "--gpu", "A100-40")
+    assert code == 2
+    assert "distribution.kind: fsdp on 8 GPUs" in text
+    assert llada_plan(str(PROFILES / "llada-sft-alpaca.yaml"), "--gpu", "H10")[1].count("did you mean 'H100'?") == 1
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("llada-*.yaml")), ids=lambda path: path.stem)
+def test_every_profile_fits_and_shows_how_it_would_run(path: Path) -> None:
+    code, text = llada_plan(str(path))
+    assert code == 0, text
+    assert "at an MFU of 40%" in text
+    assert f"-m tasks.{Params.load(path).stages[1]}" in text
+    if "24x8" in path.stem:
+        for line in ("#SBATCH --nodes=24", "#SBATCH --gpus-per-node=8", "--num_processes 192", "accelerate/fsdp.yaml"):
+            assert line in text
+    assert GIB == 2**30
