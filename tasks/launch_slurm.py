@@ -80,6 +80,8 @@ class SlurmLauncher:
                 f"Slurm can never start this job ({reason}), it was taken back; see launch.slurm and `sinfo`"
             )
         self._say(f"Slurm job {number}: {word}" + (f" ({reason})" if reason not in ("", "None") else ""))
+        if word == "COMPLETING":  # its end is known once it has left: what it wrote may still arrive
+            return "unknown"
         return "gone" if word in ENDED or word == "GONE" else "alive"
 
     def cancel(self, run: RunFolder, grace: float) -> None:
