@@ -30,6 +30,7 @@ REMEDIES = {
     "invalid account": "`sacctmgr show assoc user=$USER` lists your accounts; set launch.slurm.account",
     "invalid qos": "`sacctmgr show qos` lists them; set launch.slurm.qos",
     "node configuration is not available": "no node has what launch.slurm asks for; see `sinfo -N -o '%N %c %m %G'`",
+    "not permitted to use this partition": "`sinfo -s` lists the partitions; ask for the right, or set another one",
     "time limit": "see `sinfo -o '%P %l'`; set launch.slurm.time",
 }
 
