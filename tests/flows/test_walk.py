@@ -27,7 +27,7 @@ def test_a_stage_that_takes_too_long_is_ended_and_goes_on_later(project: Path) -
 @pytest.fixture
 def old_server() -> Iterator[str]:
     class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802 (its name there)
+        def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b'"3.1.0"')

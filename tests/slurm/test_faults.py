@@ -58,7 +58,7 @@ def test_killed_orchestrator_is_re_attached(slurm: Cluster, project: Path, reach
     assert "already made" in finish(program("tasks.pretrain"))
 
 
-@pytest.mark.parametrize("orchestrator", [["dvc", "repro", "pretrain"], ["flows.pipeline", "stages=[pretrain]"]])
+@pytest.mark.parametrize("orchestrator", [["dvc", "repro", "pretrain"], ["flows.pipeline"]])
 def test_kill_9_of_dvc_or_of_the_flow(slurm: Cluster, project: Path, orchestrator: list[str]) -> None:
     (project / "wait-pretrain-2").touch()
     first = program(*orchestrator)

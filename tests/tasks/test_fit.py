@@ -34,7 +34,7 @@ def test_what_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("slurm", "line"),
     [
-        ("{memory: 40M}", "optimiser take 0.1 GiB of each rank, which has 0.0 (launch.slurm.memory)"),
+        ("{memory: 40M}", "optimiser take 0.2 GiB of each rank, which has 0.0 (launch.slurm.memory)"),
         ("{gpus_per_node: 1}, gpu_gigabytes: 0.1", "has 0.1 (launch.gpu_gigabytes); use distribution.kind: fsdp"),
     ],
 )
