@@ -83,6 +83,15 @@ def test_the_champion_answers_in_the_terminal(checkout: Path) -> None:
     assert done.stdout.strip()
 
 
+def test_lineage_leads_both_ways(checkout: Path) -> None:
+    told = llada(checkout, "lineage", "models:/smoke@champion").stdout
+    for word in ("git_commit", "dvc_lock", "params", "inputs", "stage_runs", "jobs", "environment"):
+        assert re.search(rf"^{word}: \S", told, flags=re.MULTILINE), word
+    for data in ("data/sft", "data/grpo"):
+        assert llada(checkout, "lineage", data).stdout == "models:/smoke/1  @candidate @champion\n"
+    assert llada(checkout, "lineage", "reports").returncode == 2
+
+
 def test_a_mistyped_key_is_one_line(checkout: Path) -> None:
     done = llada(checkout, "run", "-S", "sft.learning_rat=1")
     assert done.returncode == 2
