@@ -78,7 +78,8 @@ class StageProcesses:
                 tell(line.rstrip())
         if process.returncode:
             status = re.search(r"exited with (\d+)", text)
-            raise StageError(f"{stage}: {text}", int(status[1]) if status else 1)
+            killed = 128 - process.returncode if process.returncode < 0 else 1
+            raise StageError(f"{stage}: {text}", int(status[1]) if status else killed)
         return outcome
 
     @contextmanager
