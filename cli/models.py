@@ -38,6 +38,9 @@ def export(
     folder: Annotated[Path, typer.Argument(help="the new folder")],
     model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "",
     overwrite: Annotated[bool, typer.Option(help="replace the folder if it is there")] = False,
+    push: Annotated[
+        str, typer.Option(help="send it to the Hub as well, as OWNER/NAME (private until you open it)")
+    ] = "",
 ) -> None:
     """Copy a model into a self-contained folder: weights in the published layout, tokenizer, model card."""
     with one_line_errors():
@@ -65,6 +68,11 @@ def export(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         print(f"{name} is in {folder}")
+        if push:
+            from huggingface_hub import HfApi
+
+            HfApi().create_repo(push, private=True, exist_ok=True)
+            print(f"and at {HfApi().upload_folder(repo_id=push, folder_path=folder, commit_message=name)}")
 
 
 def card_facts(source: Path, tags: dict[str, str]) -> str:

@@ -176,23 +176,30 @@ def gc(yes: Yes = False) -> None:
 
 def lineage(
     reference: Annotated[
-        str, typer.Argument(help="NAME@alias, models:/NAME/3, or a hash of data: what was made of it")
+        str, typer.Argument(help="NAME@alias, models:/NAME/3; or a folder or hash of data: what was made of it")
     ],
 ) -> None:
     """Where a registered version comes from: commit, dvc.lock, parameters, data, runs, jobs, environment."""
     with one_line_errors():
         from tasks.registry import REFERENCE, trained_on, version_of
+        from tasks.runs import home
 
         match = REFERENCE.fullmatch(reference)
         if match is None:
-            for version in trained_on(Path.cwd(), reference):
+            found = trained_on(Path.cwd(), reference)
+            for version in found:
                 print(f"models:/{version.name}/{version.number}  {' '.join('@' + a for a in version.aliases)}")
+            if not found:
+                raise ConfigError(f"no registered version was made of {reference!r}; give a folder or the hash of one")
             return
         version = version_of(Path.cwd(), match[1] or match[4], match[2] or match[3] or match[5])
         print(f"models:/{version.name}/{version.number}  {' '.join('@' + alias for alias in version.aliases)}")
         for key, value in sorted(version.tags.items()):
             shown = json.dumps(json.loads(value), indent=1) if value.startswith("{") else value
             print(f"{key}: {shown}")
+        print("parameters, code and log of each stage:")
+        for key in json.loads(version.tags["stage_runs"]).values():
+            print(f"  {home(Path.cwd()) / 'runs' / key}")
 
 
 def promote(
@@ -221,9 +228,15 @@ def rollback(
 def doctor() -> None:
     """Is this machine (and its cluster) fit: each finding with its remedy; exit status 1 if something is missing."""
     with one_line_errors():
-        from tasks.doctor import findings
+        from flows.server import require_prefect
+        from tasks.databases import NoDatabaseError
+        from tasks.doctor import Finding, findings, with_remedy
 
         found = list(findings(Path.cwd()))
+        try:
+            found.append(Finding(True, require_prefect()))
+        except NoDatabaseError as error:
+            found.append(with_remedy(error))
         for finding in found:
             print(
                 f"{'ok  ' if finding.fine else 'BAD '} {finding.what}" + ("" if finding.fine else f"; {finding.remedy}")

@@ -1,16 +1,18 @@
 """The pipeline as a Prefect flow: DVC's graph, each stage a task that runs, is skipped, fails or is tried again."""
 
+import base64
 import sys
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from flows.server import require_prefect
 from flows.walk import StageProcesses, part_of, stage_graph
 from tasks.errors import StageError, one_line_errors
 from tasks.pipeline import restore_lost_records, summary
@@ -53,15 +55,17 @@ def pipeline(
     upto: str | None = None,
     confirmed: bool = False,
     own: bool = False,
+    stage_hours: float | None = None,
 ) -> str:
     """Run a profile (None: params.yaml) with `block.key=value` overrides; returns the folder with the results.
 
-    `confirmed`: costly stages are done again without asking; `own`: in a workspace even if nothing differs.
+    `confirmed`: costly stages are done again without asking; `own`: in a workspace even if nothing differs;
+    `stage_hours`: a stage that takes longer saves itself and ends, and the same flow goes on from there.
     """
     workspace = open_workspace(Path.cwd(), profile, overrides, own=own)
     configure_without_git(workspace.path)
     graph, changed = stage_graph(workspace.path)
-    processes = StageProcesses(workspace.path, confirmed)
+    processes = StageProcesses(workspace.path, confirmed, stage_hours)
     with pipeline_lock(workspace):
         futures: dict[str, Any] = {}
         stale: set[str] = set(changed)
@@ -94,9 +98,15 @@ def report(folder: Path) -> None:
             lines.append(f"| {run.stage} | `{run.path}` | {run.job_name} |")
     text = (table.read_text(encoding="utf-8") + "\n\n" if table.exists() else "") + "\n".join(lines)
     create_markdown_artifact(key="results", markdown=text, description=f"results of {folder.name}")
+    for curves in sorted((folder / "reports" / "training").glob("*.png")):
+        picture = base64.b64encode(curves.read_bytes()).decode()
+        create_image_artifact(f"data:image/png;base64,{picture}", key=f"curves-{curves.stem.replace('_', '-')}")
 
 
 if __name__ == "__main__":
     with one_line_errors():
         names = [argument for argument in sys.argv[1:] if "=" not in argument]
-        pipeline(names[0] if names else None, [argument for argument in sys.argv[1:] if "=" in argument])
+        given = [argument for argument in sys.argv[1:] if "=" in argument]
+        require_prefect()
+        open_workspace(Path.cwd(), names[0] if names else None, given)  # a mistake is told before a server is started
+        pipeline(names[0] if names else None, given)

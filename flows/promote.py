@@ -1,16 +1,27 @@
-"""Promotion and roll-back of the champion as Prefect flows, with a record of who, when and why."""
+"""Gate, promotion and roll-back of the champion as Prefect flows, with a record of who, when and why."""
 
 from pathlib import Path
 
-from prefect import flow
+from prefect import flow, task
 
+from llada_core.config.base import ConfigError
 from tasks import promote as registry
 
 
+@task(task_run_name="{name}@{version}")
+def gate(name: str, version: str) -> str:
+    """What speaks for a version, by the gate of params.yaml; fails when the gate does not let it through."""
+    decision = registry.gate(Path.cwd(), name, version)
+    if not decision.passed:
+        raise ConfigError(f"the gate keeps {name}@{version} back: {decision.reason}; gated=false promotes it anyway")
+    return decision.reason
+
+
 @flow(name="promote", flow_run_name="{name}@{version}", log_prints=True)
-def promote(name: str, version: str = "candidate", why: str = "promoted by hand") -> str:
-    """Make a version (number or alias) champion, once its weights are verified; returns its number."""
-    champion = registry.promote(Path.cwd(), name, version, why)
+def promote(name: str, version: str = "candidate", why: str = "promoted by hand", gated: bool = True) -> str:
+    """Make a version (number or alias) champion, once the gate and its weights are verified; returns its number."""
+    reason = f"; {gate(name, version)}" if gated else "; without the gate"
+    champion = registry.promote(Path.cwd(), name, version, why + reason)
     print(f"{name} version {champion.number} is champion: {why}")
     return champion.number
 

@@ -1,4 +1,4 @@
-"""A grid of overrides over one stage: every point a workspace and a job of its own, ranked at the end."""
+"""A grid or list of overrides over one stage: every point a workspace and jobs of its own, ranked at the end."""
 
 import itertools
 import json
@@ -14,16 +14,19 @@ from flows.walk import StageProcesses, part_of, stage_graph
 from llada_core.config.base import ConfigError
 from tasks.folders import read_json
 from tasks.graph import lookup
-from tasks.tracking import send_pending
+from tasks.tracking import gather, send_pending
 from tasks.workspace import Workspace, open_workspace
 
+Grid = dict[str, list[Any]] | list[list[str]]
 Row = dict[str, Any]
 """One point: its overrides, where it ran, and what it scored."""
 
 
-def points(grid: dict[str, list[Any]]) -> list[list[str]]:
-    """Every combination as overrides: {"sft.learning_rate": [1e-3, 3e-3], "seed": [0, 1]} gives four."""
-    if not grid or not all(grid.values()):
+def points(grid: Grid) -> list[list[str]]:
+    """Every combination as overrides: {"sft.learning_rate": [1e-3, 3e-3], "seed": [0, 1]} gives four; a list is kept."""
+    if isinstance(grid, list) and grid:
+        return grid
+    if isinstance(grid, list) or not grid or not all(grid.values()):
         raise ConfigError("a sweep needs at least one value for each key, such as {sft.learning_rate: [1e-3, 3e-3]}")
     return [
         [f"{key}={json.dumps(value)}" for key, value in zip(grid, values, strict=True)]
@@ -41,10 +44,8 @@ def trial(overrides: list[str], processes: StageProcesses, stage: str, room: thr
 
 
 @flow(name="sweep", flow_run_name="{stage}", log_prints=True)
-def sweep(
-    stage: str, grid: dict[str, list[Any]], metric: str, profile: str | None = None, at_once: int = 2
-) -> list[Row]:
-    """Run a grid up to `stage` and rank it by `metric`; a point that fails is ranked last and stops nobody.
+def sweep(stage: str, grid: Grid, metric: str, profile: str | None = None, at_once: int = 2) -> list[Row]:
+    """Run a grid (or a list of lists of overrides) up to `stage` and rank it by `metric`; a point that fails is ranked last and stops nobody.
 
     `metric`: a file of reports/ without .json, a colon, a dotted key (`training/sft:loss`); `-` before it ranks
     downwards, as for a score.
@@ -63,6 +64,7 @@ def sweep(
     sign = -1.0 if metric.startswith("-") else 1.0
     ranked = sorted(rows, key=lambda row: float("inf") if row["score"] is None else sign * row["score"])
     create_table_artifact(key="sweep", table=ranked, description=f"{stage} by {metric}")
+    gather(Path.cwd(), f"sweep of {stage} by {metric}", ranked)
     for row in ranked:
         print(f"{row['score']}  {row['overrides']}  {row['folder']}")
     return ranked

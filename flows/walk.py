@@ -60,6 +60,7 @@ class StageProcesses:
 
     folder: Path
     confirmed: bool = False
+    hours: float | None = None  # a stage that takes longer is ended, after it has saved itself
     _live: set[subprocess.Popen[str]] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -77,7 +78,8 @@ class StageProcesses:
                 tell(line.rstrip())
         if process.returncode:
             status = re.search(r"exited with (\d+)", text)
-            raise StageError(f"{stage}: {text}", int(status[1]) if status else 1)
+            killed = 128 - process.returncode if process.returncode < 0 else 1
+            raise StageError(f"{stage}: {text}", int(status[1]) if status else killed)
         return outcome
 
     @contextmanager
@@ -94,10 +96,14 @@ class StageProcesses:
         )
         with self._lock:
             self._live.add(process)
+        limit = threading.Timer(self.hours * 3600 if self.hours else threading.TIMEOUT_MAX, _end, [process])
+        limit.daemon = True
+        limit.start()
         try:
             yield process
             process.wait()
         finally:
+            limit.cancel()
             with self._lock:
                 self._live.discard(process)
 
@@ -106,7 +112,11 @@ class StageProcesses:
         with self._lock:
             live = list(self._live)
         for process in live:
-            try:
-                os.killpg(process.pid, signal.SIGTERM)
-            except ProcessLookupError:
-                continue
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return

@@ -9,10 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llada_core.config.launch import LaunchParams
+from llada_core.config.params import Params
+from tasks.databases import NoDatabaseError, require, shown
+from tasks.doctor_nodes import two_nodes
+from tasks.launch_slurm import refused
 from tasks.registry import tracking_uri
 from tasks.runs import home
 
@@ -41,7 +47,7 @@ def findings(root: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(base).free / 2**30
     yield Finding(free > 5, f"{free:.0f} GB free in {base}", "free some: `llada gc`")
     yield _tracking(root)
-    yield from _slurm()
+    yield from _slurm(root, base)
 
 
 def _packages() -> Iterator[Finding]:
@@ -93,28 +99,58 @@ def _disk(folder: Path) -> Iterator[Finding]:
 
 def _tracking(root: Path) -> Finding:
     uri = tracking_uri(root)
-    if not uri.startswith("http"):
-        return Finding(True, f"MLflow keeps its records in {uri}")
-    import urllib.error
-    import urllib.request
-
     try:
+        if not uri.startswith("http"):
+            require("MLflow", uri, "MLFLOW_TRACKING_URI")
+            return Finding(True, f"MLflow keeps its records in {shown(uri)}")
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
-            return Finding(True, f"MLflow answers at {uri}")
-    except (urllib.error.URLError, OSError) as error:
+            return Finding(True, f"MLflow answers at {shown(uri)}")
+    except NoDatabaseError as error:
+        return with_remedy(error)
+    except OSError as error:
         return Finding(False, f"MLflow at {uri}: {error}", "start it, or unset MLFLOW_TRACKING_URI; metrics are kept")
 
 
-def _slurm() -> Iterator[Finding]:
+def with_remedy(error: NoDatabaseError) -> Finding:
+    """A database that does not answer, as a finding."""
+    what, _, remedy = str(error).rpartition("; ")
+    return Finding(False, what, remedy)
+
+
+def _slurm(root: Path, base: Path) -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
         yield Finding(True, "no Slurm here (sbatch is not on the PATH): stages run on this machine")
         return
     partitions = _run("sinfo", "--noheader", "--format=%P %a %D nodes, %c cores, %m MB, %G, limit %l")
-    yield Finding(
-        bool(partitions), f"Slurm partitions: {'; '.join(partitions.splitlines()) or 'no answer'}", "see `sinfo`"
+    named = f"Slurm partitions: {'; '.join(partitions.splitlines()) or 'no answer'}"
+    yield Finding(bool(partitions), named, "ask `scontrol ping`; set SLURM_CONF if this is the login node")
+    if not partitions:
+        return
+    launch = Params.load(root / "params.yaml").launch if (root / "params.yaml").exists() else LaunchParams()
+    yield _may_submit(launch)
+    with tempfile.TemporaryDirectory(dir=base, prefix=".doctor-") as folder:
+        yield from (Finding(*found) for found in two_nodes(launch, Path(folder)))
+
+
+def _may_submit(launch: LaunchParams) -> Finding:
+    slurm = launch.slurm
+    options = [f"--{key}={value}" for key in ("partition", "account", "qos") if (value := getattr(slurm, key))]
+    try:
+        done = subprocess.run(
+            ["sbatch", "--test-only", *options, "--wrap", "true"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Finding(False, "sbatch does not answer", "ask `scontrol ping`")
+    said = next((line for line in done.stderr.splitlines() if line.strip()), "")
+    asked = " ".join(options) or "the default partition and account"
+    what, _, remedy = (refused(said.replace("allocation failure: ", "")) or said).rpartition("; ")
+    return Finding(
+        done.returncode == 0, f"sbatch takes jobs for {asked}" if not done.returncode else what or said, remedy
     )
-    accounts = _run("sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={os.environ.get('USER', '')}")
-    yield Finding(True, f"Slurm accounts: {accounts.replace(chr(10), '; ') or 'no accounting here (none is needed)'}")
 
 
 def _run(*command: str) -> str:

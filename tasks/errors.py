@@ -45,6 +45,11 @@ def one_line_errors() -> Iterator[None]:
         _end(str(error), error.status)
     except (ConfigError, ValueError, OSError) as error:
         _end(_text(error), 2)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("mlflow", "sqlalchemy"):
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        _end(f"MLflow: {reason[:300]}; `llada doctor` looks at its database", 2)
 
 
 def _text(error: Exception) -> str:

@@ -30,6 +30,7 @@ REMEDIES = {
     "invalid account": "`sacctmgr show assoc user=$USER` lists your accounts; set launch.slurm.account",
     "invalid qos": "`sacctmgr show qos` lists them; set launch.slurm.qos",
     "node configuration is not available": "no node has what launch.slurm asks for; see `sinfo -N -o '%N %c %m %G'`",
+    "not permitted to use this partition": "`sinfo -s` lists the partitions; ask for the right, or set another one",
     "time limit": "see `sinfo -o '%P %l'`; set launch.slurm.time",
 }
 
@@ -80,6 +81,8 @@ class SlurmLauncher:
                 f"Slurm can never start this job ({reason}), it was taken back; see launch.slurm and `sinfo`"
             )
         self._say(f"Slurm job {number}: {word}" + (f" ({reason})" if reason not in ("", "None") else ""))
+        if word == "COMPLETING":  # its end is known once it has left: what it wrote may still arrive
+            return "unknown"
         return "gone" if word in ENDED or word == "GONE" else "alive"
 
     def cancel(self, run: RunFolder, grace: float) -> None:

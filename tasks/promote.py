@@ -3,8 +3,21 @@
 from pathlib import Path
 
 from llada_core.config.base import ConfigError
-from tasks.register import CHAMPION, point
+from llada_core.config.params import Params
+from tasks.gate import Decision
+from tasks.register import CHAMPION, judge, point
 from tasks.registry import Version, receipts, verified, version_of, versions
+
+
+def gate(root: Path, name: str, which: str) -> Decision:
+    """What the gate of params.yaml says of a version against the present champion."""
+    params = Params.load(root / "params.yaml")
+    if params.register_ is None or params.register_.name != name:
+        raise ConfigError(
+            f"params.yaml has no gate for model {name!r}; promote without it (`llada promote`, gated=false)"
+        )
+    champion = next((version for version in versions(root, name) if CHAMPION in version.aliases), None)
+    return judge(root, params, version_of(root, name, which), champion)
 
 
 def promote(root: Path, name: str, which: str, why: str) -> Version:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
 from llada_core.config.sampling import SamplingParams
+from tasks.databases import require
 from tasks.folders import content_hash, link_into, read_json
 from tasks.runs import home
 
@@ -85,6 +86,8 @@ def versions(root: Path, name: str) -> list[Version]:
 
 
 def _versions(root: Path, name: str) -> list[Version]:
+    if not re.fullmatch(NAME, name):
+        raise ConfigError(f"{name!r} is no name of a model; use letters, digits, dots, dashes and underscores")
     talk = client(root)
     found = talk.search_model_versions(f"name='{name}'", max_results=1000)
     aliases: dict[str, list[str]] = {}
@@ -101,8 +104,9 @@ def _versions(root: Path, name: str) -> list[Version]:
     return sorted(result, key=lambda version: int(version.number))
 
 
-def trained_on(root: Path, digest: str) -> list[Version]:
-    """Every version, of any name, that data or weights with this hash (or its beginning) went into."""
+def trained_on(root: Path, data: str) -> list[Version]:
+    """Every version, of any name, that a folder of data or weights (or the hash of one) went into."""
+    digest = content_hash(root / data) if data and (root / data).exists() else data
     names = {entry.name for entry in client(root).search_registered_models(max_results=1000)}
     found = [version for name in sorted(names) for version in _versions(root, name)]
     return [v for v in found if any(value.startswith(digest) for value in json.loads(v.tags["inputs"]).values())]
@@ -116,6 +120,7 @@ def tracking_uri(root: Path) -> str:
 def client(root: Path) -> "MlflowClient":
     """MLflow's client for this project."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    require("MLflow", tracking_uri(root), "MLFLOW_TRACKING_URI")
     import mlflow
     from mlflow.tracking import MlflowClient
 

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,15 @@ def send_pending(root: Path, *, again: bool = False) -> bool:
 
 def send(runs: list[RunFolder], *, over: bool = False) -> bool:
     """Send what is new in these runs (`over`: nobody is at them any more); False when MLflow does not answer."""
+
+    def send_all() -> None:
+        for run in runs:
+            Sender(run).send(over=over)
+
+    return _delivered(send_all, runs[0].key)
+
+
+def _delivered(work: Callable[[], None], what: str) -> bool:
     for name, value in (("REQUEST_MAX_RETRIES", "1"), ("REQUEST_TIMEOUT", "10")):
         os.environ.setdefault(f"MLFLOW_HTTP_{name}", value)
     from mlflow.exceptions import MlflowException
@@ -72,13 +81,36 @@ def send(runs: list[RunFolder], *, over: bool = False) -> bool:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        for run in runs:
-            Sender(run).send(over=over)
+        work()
     except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200]
-        _log.warning("MLflow does not take what %s measured (%s); it is kept and sent later", runs[0].key, reason)
+        _log.warning("MLflow does not take what %s measured (%s); it is kept and sent later", what, reason)
         return False
     return True
+
+
+def gather(root: Path, name: str, rows: list[dict[str, Any]]) -> bool:
+    """Put the pipeline runs of several folders under one parent, each with its score; False when MLflow is silent."""
+    runs = [next((r for r in all_runs(root) if r.request["root"] == row["folder"]), None) for row in rows]
+    first = next((run for run in runs if run is not None), None)
+    if first is None or os.environ.get("LLADAFLOW_TRACKING") == "off":
+        return False
+
+    def gather_all() -> None:
+        sender = Sender(first)
+        key = hash_of([name, sorted(row["folder"] for row in rows)])[:16]
+        found = sender.find(f"tags.`lladaflow.sweep` = '{key}'")
+        parent = found or sender.create(name, {"lladaflow.sweep": key})
+        for run, row in ((run, row) for run, row in zip(runs, rows, strict=True) if run is not None):
+            child = sender.client.get_run(Sender(run).send()).data.tags["mlflow.parentRunId"]
+            tags = {"mlflow.parentRunId": parent, "lladaflow.overrides": row["overrides"]}
+            for tag, value in tags.items():
+                sender.client.set_tag(child, tag, value)
+            if row["score"] is not None:
+                sender.client.log_metric(child, "score", row["score"], timestamp=0, step=0)
+        sender.client.set_terminated(parent)
+
+    return _delivered(gather_all, name)
 
 
 def mlflow_link(root: Path) -> str:
@@ -117,9 +149,10 @@ class Sender:
         """Whether the run that the cursor names is in this database (it may have been lost)."""
         if self.cursor.get("uri") != self.client.tracking_uri:
             return False
-        return bool(self._find(f"attributes.run_id = '{self.cursor['run_id']}'"))
+        return bool(self.find(f"attributes.run_id = '{self.cursor['run_id']}'"))
 
-    def _find(self, condition: str) -> str | None:
+    def find(self, condition: str) -> str | None:
+        """The MLflow run that meets a condition."""
         found = self.client.search_runs([self._experiment()], condition, max_results=1)
         return found[0].info.run_id if found else None
 
@@ -129,25 +162,24 @@ class Sender:
         if found:
             return found.experiment_id
         folder = self.run.path.parents[1] / "mlartifacts"
-        local = self.client.tracking_uri.startswith("sqlite")
+        local = not self.client.tracking_uri.startswith("http")
         return self.client.create_experiment(name, artifact_location=folder.as_uri() if local else None)
 
     def _child(self) -> str:
         with FileLock(self.run.path.parent / ".mlflow.lock"):
-            found = self._find(f"tags.`lladaflow.key` = '{self.run.key}'")
-            return found or self._create(
+            found = self.find(f"tags.`lladaflow.key` = '{self.run.key}'")
+            return found or self.create(
                 self.run.stage, {"lladaflow.key": self.run.key, "mlflow.parentRunId": self._parent()}
             )
 
     def _parent(self) -> str:
         params = {k: v for k, v in self.request["all_params"].items() if k != "launch"}
         key = hash_of([params, self.request["source"]])[:16]
-        found = self._find(f"tags.`lladaflow.pipeline` = '{key}'")
-        return found or self._create(
-            params["name"], {"lladaflow.pipeline": key, "lladaflow.root": self.request["root"]}
-        )
+        found = self.find(f"tags.`lladaflow.pipeline` = '{key}'")
+        return found or self.create(params["name"], {"lladaflow.pipeline": key, "lladaflow.root": self.request["root"]})
 
-    def _create(self, name: str, tags: dict[str, str]) -> str:
+    def create(self, name: str, tags: dict[str, str]) -> str:
+        """A new MLflow run; returns its id."""
         return self.client.create_run(self._experiment(), tags=tags, run_name=name).info.run_id
 
     def _describe(self) -> None:

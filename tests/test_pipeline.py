@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +17,18 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.pipeline
 
 
-def llada(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+BLOCKS = re.findall(r"^```\n(.*?)^```", (ROOT / "docs/commands.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def clean_environment() -> dict[str, str]:
+    """Ours without the settings of whoever runs the tests."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLADAFLOW", "MLFLOW_TRACKING"))}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    return environment | {"PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
+
+
+def llada(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cli.main", *arguments]
-    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, cwd=checkout, env=clean_environment(), capture_output=True, text=True, timeout=500)
 
 
 def clone(folder: Path) -> Path:
@@ -78,8 +89,81 @@ def test_the_champion_answers_in_the_terminal(checkout: Path) -> None:
     assert done.stdout.strip()
 
 
+def test_lineage_leads_both_ways(checkout: Path) -> None:
+    told = llada(checkout, "lineage", "models:/smoke@champion").stdout
+    for word in ("git_commit", "dvc_lock", "params", "inputs", "stage_runs", "jobs", "environment"):
+        assert re.search(rf"^{word}: \S", told, flags=re.MULTILINE), word
+    for data in ("data/sft", "data/grpo"):
+        assert llada(checkout, "lineage", data).stdout == "models:/smoke/1  @candidate @champion\n"
+    assert llada(checkout, "lineage", "reports").returncode == 2
+
+
 def test_a_mistyped_key_is_one_line(checkout: Path) -> None:
     done = llada(checkout, "run", "-S", "sft.learning_rat=1")
     assert done.returncode == 2
     assert "did you mean 'learning_rate'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_there_are_enough_commands() -> None:
+    assert len([line for block in BLOCKS for line in block.splitlines()]) >= 25
+
+
+@pytest.mark.parametrize("block", [0, *(pytest.param(n, marks=pytest.mark.faults) for n in range(1, len(BLOCKS)))])
+def test_the_tools_own_commands_work(checkout: Path, session: "Session", block: int) -> None:
+    for line in BLOCKS[block].splitlines():
+        session.run(line, checkout)
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> "Iterator[Session]":
+    made = Session(tmp_path)
+    yield made
+    made.end()
+
+
+class Session:
+    """A terminal: one command after another, some of them staying up, on ports of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.up: list[subprocess.Popen[bytes]] = []
+        self.ports: dict[str, str] = {}
+        self.env = clean_environment() | {"PREFECT_HOME": str(folder / "prefect"), "HF_HUB_OFFLINE": "1"}
+
+    def run(self, line: str, folder: Path) -> None:
+        text = re.sub(r"\b(4200|500[01])\b", lambda match: self.port(match[1]), line)
+        if not text.endswith("&"):
+            done = subprocess.run(
+                text, shell=True, cwd=folder, env=self.env, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+            return
+        command = f"exec {text.removesuffix('&')}"
+        quiet = subprocess.DEVNULL
+        self.up.append(subprocess.Popen(command, shell=True, cwd=folder, env=self.env, stdout=quiet, stderr=quiet))
+        if port := re.search(r"--port (\d+)", text):
+            self.answers(int(port[1]))
+        if "prefect server" in line:
+            self.env["PREFECT_API_URL"] = f"http://127.0.0.1:{self.ports['4200']}/api"
+
+    def port(self, named: str) -> str:
+        """A free port for the one that the page names."""
+        if named not in self.ports:
+            with socket.socket() as found:
+                found.bind(("127.0.0.1", 0))
+                self.ports[named] = str(found.getsockname()[1])
+        return self.ports[named]
+
+    def answers(self, port: int) -> None:
+        deadline = time.monotonic() + 300
+        while self.up[-1].poll() is None and time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            time.sleep(0.2)
+        raise AssertionError(f"nothing answers on port {port}")
+
+    def end(self) -> None:
+        for process in reversed(self.up):
+            process.terminate()
+            process.wait(timeout=60)

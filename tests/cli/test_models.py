@@ -35,3 +35,15 @@ def test_a_folder_that_is_no_model_is_not_exported(call, tmp_path):
     assert result.exit_code == 2
     assert "no config.json" in result.stderr
     assert not Path("out").exists()
+
+
+def test_an_export_is_pushed_when_asked(call, tiny, monkeypatch):
+    sent = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **k: sent.append((name, k["private"])))
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.upload_folder", lambda self, **k: sent.append(k["folder_path"]) or "there"
+    )
+    result = call("export", "out", "-m", tiny, "--push", "me/mine")
+    assert result.exit_code == 0, result.stderr
+    assert sent == [("me/mine", True), Path("out")]
+    assert "and at there" in result.stdout

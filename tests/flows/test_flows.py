@@ -76,6 +76,7 @@ def test_a_sweep_ranks_its_points(project: Path) -> None:  # noqa: F811
     (project / "dvc.yaml").write_text(yaml.safe_dump(spec))
     rows = sweep("sft", {"sft.max_steps": [2, 3], "sft.batch_size": [8]}, "training/sft:loss")
     assert [row["score"] for row in rows] == [1 / 3, 1 / 2]
+    assert points([["a=1"], ["a=2", "b=1"]]) == [["a=1"], ["a=2", "b=1"]]
     assert points({"a": [1, 2], "b": ["x"]}) == [["a=1", 'b="x"'], ["a=2", 'b="x"']]
 
 

@@ -163,15 +163,9 @@ class Cluster:
             self._end_step(int(steps.parent.name), steps)
 
     def _end(self, pid_file: Path) -> None:
-        if not pid_file.exists():
-            return
-        pid = int(pid_file.read_text())
-        try:
-            os.kill(pid, signal.SIGTERM)
-            wait_for(f"{pid_file.stem} to end", lambda: _gone(pid), 15.0)
-        except (ProcessLookupError, AssertionError):
-            if not _gone(pid):
-                os.kill(pid, signal.SIGKILL)
+        """Nothing of it is needed any more, so it is not asked."""
+        if pid_file.exists():
+            _kill(int(pid_file.read_text()))
 
     def _end_step(self, pid: int, environ: Path) -> None:
         """A process that carries this cluster's SLURM_CONF, and is not this one."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tasks.launch_script import job_name
+from tasks.launch_slurm import refused
 from tasks.runs import RunFolder
 from tests.slurm.cluster import Cluster, wait_for
 from tests.tasks.test_runs import at_step, finish, program, steps, the_run
@@ -57,6 +58,50 @@ def test_killed_orchestrator_is_re_attached(slurm: Cluster, project: Path, reach
     assert "already made" in finish(program("tasks.pretrain"))
 
 
+@pytest.mark.parametrize("orchestrator", [["dvc", "repro", "pretrain"], ["flows.pipeline"]])
+def test_kill_9_of_dvc_or_of_the_flow(slurm: Cluster, project: Path, orchestrator: list[str]) -> None:
+    (project / "wait-pretrain-2").touch()
+    first = program(*orchestrator)
+    at_step(project, 2)
+    first.kill()  # it alone: what it started goes on
+    first.communicate()
+    second = program(*orchestrator)
+    (project / "wait-pretrain-2").unlink()
+    assert second.communicate(timeout=300)[0]
+    assert second.returncode == 0
+    run = the_run(project)
+    assert (run.tree / "models/pretrain/weights").read_text() == UNDISTURBED
+    assert steps(run) == [1, 2, 3, 4]
+    assert len(jobs_of(run)) == 1
+
+
+def test_a_full_run_folder(slurm: Cluster, project: Path, reach: Start) -> None:
+    process = reach()
+    run = the_run(project)
+    kept = run.path / "metrics.jsonl"
+    kept.rename(run.path / "before")
+    kept.symlink_to("/dev/full")  # every write there fails as on a full disk
+    (project / "wait-pretrain-2").unlink()
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "No space left on device" in text
+    assert "Traceback" not in text
+    kept.unlink()
+    finish(program("tasks.pretrain"))
+    assert (project / "models/pretrain/weights").read_text() == UNDISTURBED
+    assert len(set(jobs_of(run))) == 2
+
+
+def test_doctor_asks_two_nodes(slurm: Cluster, project: Path) -> None:
+    from tasks.doctor import findings
+
+    found = [finding for finding in findings(project) if "node" in finding.what]
+    assert all(finding.fine for finding in found), found
+    words = " ".join(finding.what for finding in found)
+    assert "all-reduce between n1 and n2" in words or "all-reduce between n2 and n1" in words
+    assert "n1: 0 GPUs, reaches" in words
+
+
 def test_a_job_whose_id_was_never_stored_is_adopted(slurm: Cluster, project: Path, reach: Start) -> None:
     first = reach()
     os.killpg(first.pid, signal.SIGKILL)
@@ -103,6 +148,8 @@ def test_a_killed_rank_restarts_in_the_same_job(slurm: Cluster, project: Path) -
 
 def test_a_requeued_job_goes_on(slurm: Cluster, project: Path, reach: Start) -> None:
     process = reach()
+    source = project / "tasks/pretrain.py"
+    source.write_text(source.read_text().replace('"first"', '"second"'))  # the job runs what was submitted
     slurm.ask("scontrol", "requeue", the_run(project).job["id"])
     wait_for("the job to wait", lambda: "R" not in slurm.ask("squeue", "-h", "-o", "%t").split(), 60)
     (project / "wait-pretrain-2").unlink()
@@ -167,6 +214,17 @@ def test_requests_that_cannot_be(slurm: Cluster, project: Path, override: str, l
     assert process.returncode == 2
     assert line in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("Invalid account or account/partition combination specified", "`sacctmgr show assoc user=$USER` lists your"),
+        ("User's group not permitted to use this partition", "`sinfo -s` lists the partitions; ask for the right"),
+    ],
+)
+def test_an_account_without_rights(said: str, line: str) -> None:
+    assert line in (refused(f"sbatch: error: Batch job submission failed: {said}") or "")
 
 
 def test_without_sbatch(slurm: Cluster, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

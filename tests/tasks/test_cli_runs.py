@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import typer
 from typer.testing import CliRunner
 
 from cli.runs import COMMANDS
-from tests.tasks.test_runs import at_step, finish, program, steps, the_run
+from tasks.status import state_of
+from tests.tasks.test_runs import at_step, finish, program, steps, the_run, wait_until
 
 app = typer.Typer()
 for command in COMMANDS:
@@ -44,6 +46,35 @@ def test_a_runs_life(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert not (the_run(project).path / "checkpoints").exists()
     assert "nothing to free" in llada("gc")
     assert "no run 'nope'" in llada("logs", "nope", code=2)
+
+
+def test_ctrl_c_asks_once_whether_the_job_ends(project: Path) -> None:
+    terminal, stdin = os.openpty()
+    (project / "wait-pretrain-2").touch()
+    command = [sys.executable, "-m", "tasks.pretrain"]
+    first = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    at_step(project, 2)
+    first.send_signal(signal.SIGINT)
+    os.write(terminal, b"n\n")
+    text = first.communicate(timeout=60)[0]
+    assert text.count("end the job of pretrain-") == 1
+    assert "it goes on; `llada logs -f pretrain-" in text
+    assert first.returncode == 130
+    assert state_of(the_run(project)) == "running"
+    (project / "wait-pretrain-2").unlink()
+    finish(program("tasks.pretrain"))
+    assert steps(the_run(project)) == [1, 2, 3, 4]
+
+
+def test_detached_it_goes_on_and_a_later_command_follows(project: Path) -> None:
+    (project / "wait-pretrain-2").touch()
+    assert "goes on; log: " in finish(program("cli.main", "run", "--upto", "sft", "--detach"))
+    at_step(project, 2)
+    follower = program("cli.main", "logs", "-f", "pretrain")
+    wait_until(lambda: "first step 2" in follower.stdout.readline())
+    (project / "wait-pretrain-2").unlink()
+    assert "first step 4" in finish(follower)
+    wait_until((project / "models/sft/weights").exists, 60)
 
 
 def test_plan_shows_the_script_and_starts_nothing(project: Path) -> None:

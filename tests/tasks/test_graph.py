@@ -23,7 +23,18 @@ PLUMBING = {
     *("llada_core/config/launch.py", "llada_core/config/registry.py", "llada_core/config/dotted.py"),
     *(
         f"tasks/{n}.py"
-        for n in ("__init__", "errors", "folders", "graph", "launch", "launch_local", "launch_script", "progress")
+        for n in (
+            "__init__",
+            "databases",
+            "errors",
+            "fit",
+            "folders",
+            "graph",
+            "launch",
+            "launch_local",
+            "launch_script",
+            "progress",
+        )
     ),
     *(f"tasks/{n}.py" for n in ("launch_slurm", "program", "register", "registry", "runs", "tracking", "gate")),
 }

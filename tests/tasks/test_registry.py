@@ -2,16 +2,18 @@
 
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
-from tasks.folders import write_json
-from tasks.promote import promote, roll_back
+from tasks import databases
+from tasks.folders import content_hash, write_json
+from tasks.promote import gate, promote, roll_back
 from tasks.register import register
-from tasks.registry import resolve, store_folder, version_of, versions
+from tasks.registry import resolve, store_folder, trained_on, version_of, versions
 
 PARAMS = """\
 name: toy
@@ -49,7 +51,10 @@ def trained(root: Path, weights: str, *, main: int, side: int, of: int = 100) ->
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_text(weights)
-    write_json(folder / "training.json", {"stage": "sft", "run": "sft-0", "inputs": {"data/sft": "d1"}})
+    (root / "data/sft").mkdir(parents=True, exist_ok=True)
+    (root / "data/sft/rows").write_text("rows")
+    inputs = {"data/sft": content_hash(root / "data/sft")}
+    write_json(folder / "training.json", {"stage": "sft", "run": "sft-0", "inputs": inputs})
     for name, right in (("main", main), ("side", side)):
         lines = [json.dumps({"id": i, "score": float(i < right)}) for i in range(of)]
         path = root / f"reports/eval/{name}/sft.samples.jsonl"
@@ -127,7 +132,11 @@ def test_lineage_leads_back(root: Path) -> None:
     trained(root, "one", main=50, side=50)
     tags = version_of(root, "toy", "champion").tags
     assert json.loads(tags["stage_runs"]) == {"sft": "sft-0"}
-    assert json.loads(tags["inputs"]) == {"data/sft": "d1"}
+    digest = content_hash(root / "data/sft")
+    assert json.loads(tags["inputs"]) == {"data/sft": digest}
+    assert [version.number for version in trained_on(root, "data/sft")] == ["1"]
+    assert trained_on(root, digest[:12]) == trained_on(root, "data/sft")
+    assert trained_on(root, "0000") == []
     assert tags["environment"].startswith("python 3")
     assert {"git_commit", "dvc_lock", "params", "content_hash"} <= tags.keys()
 
@@ -139,6 +148,7 @@ def test_lineage_leads_back(root: Path) -> None:
         ("other@champion", "no model 'other' is registered; `make run`"),
         ("./nowhere", "give a folder, models:/NAME@alias, or a Hub name"),
         ("models:/we?ird@x", "give a folder, models:/NAME@alias"),
+        ("models:/toy's@x", "give a folder, models:/NAME@alias"),
     ],
 )
 def test_unknown_names(root: Path, name: str, line: str) -> None:
@@ -151,3 +161,34 @@ def test_a_gate_on_what_nobody_measured(root: Path) -> None:
     (root / "params.yaml").write_text(PARAMS.replace("not_worse: [side]", "not_worse: [sidee]"))
     with pytest.raises(ValueError, match="'sidee'; measured are: main, side"):
         trained(root, "one", main=50, side=50)
+
+
+def test_the_gate_before_a_promotion(root: Path) -> None:
+    trained(root, "one", main=50, side=50)
+    trained(root, "two", main=90, side=30)
+    assert "worse on side" in gate(root, "toy", "candidate").reason
+    assert gate(root, "toy", "1").passed
+    with pytest.raises(ConfigError, match="no gate for model 'other'; promote without it"):
+        gate(root, "other", "1")
+
+
+def test_an_odd_name_is_told_as_such(root: Path) -> None:
+    with pytest.raises(ConfigError, match="is no name of a model; use letters"):
+        promote(root, "toy' or '1", "1", "why not")
+
+
+def test_a_database_that_is_locked_damaged_or_gone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(databases, "SECONDS", 0.1)
+    with sqlite3.connect(root / "mlflow.db", isolation_level=None) as other:
+        other.execute("begin exclusive")
+        with pytest.raises(OSError, match="database is locked; another program is writing; try again, or use Postgre"):
+            versions(root, "toy")
+    other.close()
+    (root / "mlflow.db").write_text("no database" * 100)
+    with pytest.raises(OSError, match="not a database; move it away"):
+        versions(root, "toy")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@127.0.0.1:9/mlflow")
+    with pytest.raises(
+        OSError, match=r"postgresql://me:\*\*\*@127.0.0.1:9/mlflow: .*refused; start it, or point MLFLOW_TR"
+    ):
+        versions(root, "toy")

@@ -88,6 +88,23 @@ def test_one_parent_and_a_child_for_each_stage(tracked: Path) -> None:
     assert len(talk.search_runs([talk.get_experiment_by_name(tracking.EXPERIMENT).experiment_id])) == 3
 
 
+def test_the_points_of_a_sweep_gather_under_one_run(tracked: Path) -> None:
+    run = open_toy(tracked)
+    rows = [
+        {"folder": str(tracked), "score": 0.5, "overrides": "sft.max_steps=2"},
+        {"folder": "/nowhere", "score": None, "overrides": "sft.max_steps=0"},
+    ]
+    for _ in range(2):
+        assert tracking.gather(tracked, "sweep of sft by loss", rows)
+    talk = client(tracked)
+    [sweep] = [r for r in talk.search_runs(["1"]) if r.info.run_name == "sweep of sft by loss"]
+    [point] = talk.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{sweep.info.run_id}'")
+    assert point.data.metrics == {"score": 0.5}
+    assert point.data.tags["lladaflow.overrides"] == "sft.max_steps=2"
+    [child] = talk.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{point.info.run_id}'")
+    assert child.data.tags["lladaflow.key"] == run.key
+
+
 def test_a_dead_server_delays_and_does_not_fail(tracked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     finish(program("tasks.pretrain", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"))
