@@ -167,7 +167,7 @@ def test_lm_evals_command_line_on_two_processes(places, tmp_path):
         f"pretrained={model},max_new_tokens=8,steps=8,block_size=8,cfg_scale=0.0,suppress_tokens=[],"
         "begin_suppress_tokens=[1;5]",
     ]
-    launch = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--dynamo_backend", "no"]
     done = subprocess.run(
         [*command, "--main_process_port", "0", "-m", "tests.evaluation.quick_lm_eval", *line],
