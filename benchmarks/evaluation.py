@@ -23,12 +23,12 @@ from llada_core.evaluation.harness import LladaLM
 from llada_core.modeling import load_model
 from llada_core.tokenizer import Tokenizer
 
-QUESTIONS, ROUNDS = 24, 3
+PUZZLES, QUESTIONS, ROUNDS = ("sudoku", "countdown", "seats"), 24, 3
 SETTINGS = ((24, 24), (64, 8))  # the default run's; and a long room in short blocks, as LLaDA 1.5 is evaluated
 
 
 def main(folder: Path) -> None:
-    """Prints answers per second of both and their ratio, for every puzzle file beside the model."""
+    """Prints answers per second of both and their ratio, for the puzzles beside the model."""
     torch.set_num_threads(1)
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
     model.fuse_for_inference()
@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     shape = plain.shape
     reference = oracle.Reference(dict(plain.state_dict()), shape.n_heads, shape.rope_theta, shape.norm_eps)
     lines = []
-    for file in sorted((folder.parents[1] / "data" / "eval").glob("*.jsonl")):
+    for file in (folder.parents[1] / "data" / "eval" / f"{name}.jsonl" for name in PUZZLES):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:QUESTIONS]]
         texts = [tokenizer.chat_text([{"role": "user", "content": row["prompt"]}]) for row in rows]
         for length, block in SETTINGS:

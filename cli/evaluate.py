@@ -1,6 +1,6 @@
-"""`llada eval`, `llada lm-eval`, `llada diff`: measure any model, and set two measurements side by side.
+"""`llada eval`, `llada fetch`, `llada lm-eval`, `llada diff`: measure any model, and compare two measurements.
 
-Thin over tasks.evaluate, tasks.lm_eval and tasks.diff; heavy packages are imported inside.
+Thin over tasks.evaluate, tasks.fetch, tasks.lm_eval and tasks.diff; heavy packages are imported inside.
 """
 
 from pathlib import Path
@@ -59,6 +59,28 @@ def evaluate(
         found = sweep(name, asked, params, places)
         print(f"results are in {results}")
         raise typer.Exit(1 if any("error" in line for line in found.values()) else 0)
+
+
+def fetch(
+    profile: Annotated[str, typer.Argument(help="a file of profiles/ by name, or any YAML file")],
+    folder: Annotated[Path, typer.Argument(help="where to put it all")],
+) -> None:
+    """Bring all that a profile needs of the Hub into a folder: models, tokenizers, data sets, benchmarks.
+
+    Elsewhere, without the Hub: HF_HOME=FOLDER HF_HUB_OFFLINE=1 llada run PROFILE
+    """
+    with one_line_errors():
+        import os
+
+        os.environ["HF_HOME"] = str(folder.resolve())  # read when the Hub's packages are first imported
+        from llada_core.config.params import Params
+        from tasks.fetch import fetch as bring
+        from tasks.runs import home
+        from tasks.workspace import profile_file
+
+        failed = bring(Params.load(profile_file(Path.cwd(), profile)), home(Path.cwd()))
+        print(f"with HF_HOME={folder.resolve()} HF_HUB_OFFLINE=1 all of it is found by its name")
+        raise typer.Exit(1 if failed else 0)
 
 
 def lm_eval(context: typer.Context) -> None:

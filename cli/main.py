@@ -17,6 +17,7 @@ llada.command("sample", rich_help_panel="Talk")(talk.sample)
 llada.command("chat", rich_help_panel="Talk")(talk.chat)
 llada.command("app", rich_help_panel="Talk", context_settings=ANY_ARGUMENTS)(models.page)
 llada.command("eval", rich_help_panel="Measure")(evaluate.evaluate)
+llada.command("fetch", rich_help_panel="Measure")(evaluate.fetch)
 llada.command("lm-eval", rich_help_panel="Measure", context_settings=ANY_ARGUMENTS)(evaluate.lm_eval)
 llada.command("diff", rich_help_panel="Measure")(evaluate.diff)
 for command in runs.COMMANDS:

@@ -8,7 +8,6 @@ import getpass
 import importlib.metadata
 import json
 import platform
-import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from tasks.errors import one_line_errors
 from tasks.folders import content_hash, hash_of, read_json, write_json
 from tasks.gate import Decision, Scores, decide
 from tasks.registry import Version, client, keep, receipts, scores_of, store_folder, versions, write_receipt
-from tasks.runs import RunFolder, home, stage_params
+from tasks.runs import RunFolder, commit_of, home, stage_params
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "mlflow")
@@ -134,7 +133,7 @@ def lineage(root: Path, stage: str) -> dict[str, str]:
     runs, inputs = _chain(root, stage)
     lock = root / "dvc.lock"
     return {
-        "git_commit": _git_commit(root),
+        "git_commit": commit_of(root),
         "dvc_lock": content_hash(lock) if lock.exists() else "none",
         "params": hash_of(stage_params(root, [])),
         "stage_runs": json.dumps(runs, sort_keys=True),
@@ -174,15 +173,6 @@ def _mlflow_run(root: Path, tags: dict[str, str]) -> str | None:
 def _job(root: Path, key: str) -> str:
     run = RunFolder(home(root) / "runs" / key)
     return run.job_name if run.path.exists() else "unknown"
-
-
-def _git_commit(root: Path) -> str:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    return (commit + ("+changes" if git("status", "--porcelain", "-uno") else "")) if commit else "no git"
 
 
 def main() -> None:

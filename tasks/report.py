@@ -5,6 +5,7 @@ Knows folders; what stands in the table is llada_core.evaluation.report's.
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,18 @@ from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import ReportParams
 from tasks.folders import read_json, safe, write_json, write_text
 from tasks.program import Work, stage_program
+from tasks.runs import commit_of
 
 Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a report says beside its results; `training`: a folder with `<stage>.json`; `models` come first."""
+
+    training: Path | None = None
+    models: tuple[str, ...] = ()
+    commit: str = ""
 
 
 def run(work: Work) -> None:
@@ -27,8 +38,7 @@ def run(work: Work) -> None:
         evaluate.benchmarks,
         work.params.report or ReportParams(),
         Path("reports"),
-        training=Path("reports/training"),
-        models=order,
+        Beside(Path("reports/training"), tuple(order), commit_of(Path(work.run.request["root"]))),
     )
 
 
@@ -37,34 +47,30 @@ def write_report(
     benchmarks: Iterable[str],
     params: ReportParams,
     out: Path,
-    *,
-    training: Path | None = None,
-    models: Iterable[str] = (),
+    beside: "Beside | None" = None,
 ) -> dict[str, Any]:
     """Writes table.json, table.md and table.png into `out` from a folder of results; returns the table.
 
-    `training`: a folder with `<stage>.json`. `models` come first, in this order. Raises `ConfigError` for a result that
-    is not there.
+    Raises `ConfigError` for a result that is not there.
     """
     from llada_core.evaluation.render import markdown, picture
     from llada_core.evaluation.report import table
 
+    beside = beside or Beside()
     found: dict[str, dict[str, Any]] = {}
-    commits = set()
     questions: dict[str, dict[str, Scores]] = {}
     for name in benchmarks:
         path = results / f"{name}.json"
         if not path.exists():
             raise ConfigError(f"{path} is not there; run `python -m tasks.evaluate {name}`")
         content = read_json(path)
-        commits.add(content.get("commit"))
         by_model = content["models"]
-        order = [m for m in models if m in by_model] + [m for m in sorted(by_model) if m not in set(models)]
+        order = sorted(by_model, key=lambda m: (*(m != first for first in beside.models), m))
         found[name] = {model: by_model[model] for model in order}
         questions[name] = {model: scores_of(results / name / f"{model}.samples.jsonl") for model in order}
-    said = {path.stem: read_json(path) for path in sorted(training.glob("*.json"))} if training else {}
+    said = {path.stem: read_json(path) for path in sorted(beside.training.glob("*.json"))} if beside.training else {}
     report = table(found, questions, params, said)
-    report["commits"] = sorted(filter(None, commits))
+    report["commit"] = beside.commit
     write_json(out / "table.json", report)
     scores = {name: {model: by_model[model].get("score") for model in by_model} for name, by_model in found.items()}
     write_json(out / "scores.json", scores)  # what `dvc metrics` shows and compares

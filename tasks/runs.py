@@ -14,6 +14,7 @@ Knows neither how a job is started nor what a stage does.
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,17 @@ def home(root: Path) -> Path:
         return Path(given)
     note = root / "workspace.json"
     return Path(read_json(note)["home"]) if note.exists() else root.resolve()
+
+
+def commit_of(root: Path) -> str:
+    """The commit that a checkout is at, `+changes` if tracked files differ from it; "no git" outside of git."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return (commit + ("+changes" if git("status", "--porcelain", "-uno") else "")) if commit else "no git"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Knows folders and names; how one benchmark is measured is tasks.evaluate's.
 """
 
 import logging
-import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,13 @@ from typing import Any
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import EvaluateParams, ReportParams
 from tasks.evaluate import Places, answering, as_asked, below, measure, quiet_lm_eval, rank
-from tasks.folders import content_hash, hash_of, read_json, safe, write_json
+from tasks.folders import content_hash, hash_of, read_json, safe
 from tasks.registry import resolve
+from tasks.runs import commit_of
 
 Result = dict[str, Any]
 Tell = Callable[[str], None]
+CODE = Path(__file__).parent
 
 
 def sweep(
@@ -28,7 +29,7 @@ def sweep(
     written as the stage writes them, with a report (table.json, table.md, table.png) of those that succeeded.
     """
     from llada_core.evaluation.run import benchmark, cost_of
-    from tasks.report import write_report
+    from tasks.report import Beside, write_report
 
     quiet_lm_eval(harness=logging.WARNING)
     results: dict[str, Result] = {}
@@ -39,26 +40,15 @@ def sweep(
                 tell(f"{name}: {cost_of(asked, as_asked(answerer, asked), limit=params.limit)}")
                 line = measure(asked, model, answerer, params, places)
                 if rank() == 0:
-                    results[name] = _sign(places.out / f"{name}.json")["models"][safe(model)]
+                    results[name] = read_json(places.out / f"{name}.json")["models"][safe(model)]
                     tell(f"{name}: {line['score']} in {line['seconds']:.0f} s")
             except (ConfigError, ValueError, OSError, RuntimeError) as error:
                 results[name] = {"error": " ".join(str(error).split())}
                 tell(f"{name}: {results[name]['error']}")
     measured = [name for name, result in results.items() if "error" not in result]
     if measured and rank() == 0:
-        write_report(places.out, measured, ReportParams(comparisons=()), places.out)
+        write_report(places.out, measured, ReportParams(comparisons=()), places.out, Beside(commit=commit_of(CODE)))
     return results
-
-
-def _sign(path: Path) -> Result:
-    """Notes the commit of the code in a file of results; returns its content."""
-    import llada_core
-
-    command = ["git", "-C", str(Path(llada_core.__file__).parent), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    values = read_json(path) | {"commit": done.stdout.strip() or "no git"}
-    write_json(path, values)
-    return values
 
 
 def sweep_places(model: str, params: EvaluateParams, home: Path, root: Path | None, out: Path) -> Places:

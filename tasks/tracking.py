@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from tasks.folders import hash_of, read_json, write_json
 from tasks.runs import RunFolder, all_runs, flat, home
+from tasks.tracked_results import send_results
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -237,6 +238,7 @@ class Sender:
         for path in paths:
             if path.is_file():
                 self.client.log_artifact(run_id, str(path))
+        send_results(self.client, self.run, run_id, self.client.get_run(run_id).data.tags["mlflow.parentRunId"])
         self.client.set_terminated(run_id)
         if self.run.stage.partition("@")[0] == [s for s in self.request["all_params"]["stages"] if s != "register"][-1]:
             self.client.set_terminated(self.client.get_run(run_id).data.tags["mlflow.parentRunId"])

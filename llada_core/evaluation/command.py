@@ -13,7 +13,7 @@ import torch
 from lm_eval.__main__ import cli_evaluate
 
 from llada_core.evaluation.harness import LladaLM
-from llada_core.evaluation.taskset import OURS
+from llada_core.evaluation.taskset import OURS, compiled_once
 
 NAMES = {"llada": LladaLM}  # importing the class is what registers it
 CACHE = Path(".cache") / "answers"
@@ -29,7 +29,8 @@ def lm_eval(arguments: Sequence[str]) -> None:
         os.environ["LOCAL_RANK"] = os.environ["RANK"]  # lm-eval writes results where this is 0: once, not once a node
     before, sys.argv = sys.argv, ["lm-eval", *given]
     try:
-        cli_evaluate()
+        with compiled_once():
+            cli_evaluate()
     finally:
         sys.argv = before
 

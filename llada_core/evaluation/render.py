@@ -22,7 +22,10 @@ def markdown(report: Result) -> str:
     ]
     if any(row.get("subset") or row.get("as_pinned") is False for row in report["rows"]):
         lines.append("† a subset, or settings other than the recipe's: not comparable with published figures.")
+    if sources:
+        lines.append("Behind a published figure: what each model lies above it, bold where that is more than noise.")
     lines += ["", *(f"- {remark}" for remark in report["remarks"])]
+    lines += [f"- {text}" for text in _settings(report)]
     told = (r for row in report["rows"] for r in row.get("references", []))
     lines += list(dict.fromkeys(f"- {r['source']}: {r['model']}, {r['where']}" for r in told))
     if report["curves"]:
@@ -36,15 +39,33 @@ def _cells(row: Result, models: Sequence[str], pairs: Sequence[tuple[str, str]],
         return [row["benchmark"], *["–"] * (2 + len(models) + len(pairs) + len(sources))]
     n = next(iter(row["scores"].values()))["n"]
     differences = {(d["model"], d["baseline"]): d for d in row["differences"]}
-    figures = {r["source"]: r["value"] for r in row["references"]}
+    figures = {r["source"]: r for r in row["references"]}
     return [
         row["benchmark"] + mark,
         str(n),
         "–" if row["chance"] is None else f"{100 * row['chance']:.0f}",
         *(_score(row["scores"].get(model), row["metric"]) for model in models),
         *(_difference(differences.get(pair)) for pair in pairs),
-        *(f"{100 * figures[s]:.1f}" if s in figures else "–" for s in sources),
+        *(_figure(figures[s], models) if s in figures else "–" for s in sources),
     ]
+
+
+def _figure(figure: Result, models: Sequence[str]) -> str:
+    found = [figure["models"][model] for model in models if model in figure["models"]]
+    texts = (f"{100 * d['difference']:+.1f}" for d in found)
+    marked = [t if d["within_noise"] else f"**{t}**" for t, d in zip(texts, found, strict=True)]
+    return f"{100 * figure['value']:.1f}" + (f" ({', '.join(marked)})" if marked else "")
+
+
+def _settings(report: Result) -> list[str]:
+    """Which settings, versions and code the scores come from; benchmarks with the same are told together."""
+    told: dict[str, list[str]] = {}
+    for row in (row for row in report["rows"] if "absent" not in row):
+        how = {"shots": row["shots"], "chat": row["chat"], **row["settings"]}
+        told.setdefault(", ".join(f"{k} {v}" for k, v in how.items()), []).append(row["benchmark"])
+    versions = next((row["versions"] for row in report["rows"] if row.get("versions")), {})
+    code = ", ".join([*(f"{k} {v}" for k, v in versions.items()), f"commit {(report.get('commit') or 'unknown')[:12]}"])
+    return [f"{', '.join(names)}: {how}" for how, names in told.items()] + ([code] if versions else [])
 
 
 def _score(score: Result | None, metric: str) -> str:
@@ -85,6 +106,12 @@ def picture(report: Result, path: Path) -> None:
                 errors.append((100 * (score["score"] - score["low"]), 100 * (score["high"] - score["score"])))
         if places:
             axes.bar(places, heights, width, yerr=list(zip(*errors, strict=True)), capsize=3, label=model)
+    marks = dict(zip(dict.fromkeys(r["source"] for row in rows for r in row["references"]), "D^vsP*", strict=False))
+    for source, mark in marks.items():
+        points = [
+            (i, 100 * r["value"]) for i, row in enumerate(rows) for r in row["references"] if r["source"] == source
+        ]
+        axes.scatter(*zip(*points, strict=True), marker=mark, s=28, color="black", zorder=3, label=source)
     for i, row in enumerate(rows):
         if row["chance"]:
             axes.hlines(100 * row["chance"], i - 0.45, i + 0.45, colors="black", linestyles="dotted")
@@ -92,6 +119,8 @@ def picture(report: Result, path: Path) -> None:
     axes.set_ylabel("% right, 95 % intervals (dotted: chance)")
     axes.set_ylim(0, 105)
     if rows:
-        axes.legend(ncols=min(4, len(models)), loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
+        axes.legend(
+            ncols=min(4, len(models) + len(marks)), loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"Software": None})

@@ -102,13 +102,14 @@ def requests_of(asked: Benchmark, lm: LladaLM, *, limit: int | None = None) -> d
     """What lm-eval would ask, by kind of request, rendered for this model's tokenizer."""
     found: dict[str, list[Instance]] = {}
     for task in asked.tasks["tasks"].values():
-        task.build_all_requests(
-            limit=limit,
-            apply_chat_template=asked.recipe.chat,
-            fewshot_as_multiturn=asked.recipe.chat,
-            chat_template=lm.apply_chat_template if asked.recipe.chat else None,
-            tokenizer_name=lm.tokenizer_name,
-        )
+        with taskset.compiled_once():
+            task.build_all_requests(
+                limit=limit,
+                apply_chat_template=asked.recipe.chat,
+                fewshot_as_multiturn=asked.recipe.chat,
+                chat_template=lm.apply_chat_template if asked.recipe.chat else None,
+                tokenizer_name=lm.tokenizer_name,
+            )
         for instance in task.instances:
             found.setdefault(instance.request_type, []).append(instance)
     return found
@@ -127,16 +128,17 @@ def run(asked: Benchmark, lm: LM, *, limit: int | None = None) -> tuple[Result, 
     recipe = asked.recipe
     if asked.absent:
         return {"absent": asked.absent, "recipe": recipe.name}, []
-    outcome = evaluate(
-        lm,
-        asked.tasks,
-        limit=limit,
-        bootstrap_iters=0,
-        log_samples=True,
-        apply_chat_template=recipe.chat,
-        fewshot_as_multiturn=recipe.chat,
-        confirm_run_unsafe_code=recipe.runs_code,
-    )
+    with taskset.compiled_once():
+        outcome = evaluate(
+            lm,
+            asked.tasks,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=recipe.chat,
+            fewshot_as_multiturn=recipe.chat,
+            confirm_run_unsafe_code=recipe.runs_code,
+        )
     metric, _, chosen = recipe.metric.partition(",")
     rows = [
         s

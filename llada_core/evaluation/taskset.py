@@ -7,7 +7,9 @@ definitions; does not know models or scores.
 import json
 import random
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import yaml
 from datasets.exceptions import DatasetsError
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import env as templates
 
 from llada_core.config.base import ConfigError
 from llada_core.evaluation.recipes import Recipe
@@ -52,6 +55,17 @@ def tasks_of(recipe: Recipe, root: Path | None = None) -> Tasks:
             raise ConfigError(f"{recipe.name}: {_first_line(error)}") from error
     _check_version(recipe, loaded)
     return _prepared(dict(loaded), recipe.shots)
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """lm-eval compiles a task's templates anew for every question, which is most of the time a prompt takes."""
+    compiling = templates.from_string
+    templates.from_string = cache(compiling)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        templates.from_string = compiling  # type: ignore[method-assign]
 
 
 def local_files(recipe: Recipe, root: Path | None) -> Path | None:

@@ -77,7 +77,8 @@ class GoldLM(LladaLM):
         self.recipe, self.tasks, self.shift, self.steps = recipe, tasks["tasks"], shift, steps
 
     def generate_until(self, requests, disable_tqdm=False):
-        replies = [RENDER.from_string(self.recipe.gold).render(**r.doc) for r in requests]
+        gold = RENDER.from_string(self.recipe.gold)
+        replies = [gold.render(**r.doc) for r in requests]
         ids = self.tokenizer_.encode_batch([replies[(i + self.shift) % len(replies)] for i in range(len(replies))])
         length = max(map(len, ids)) + 1
         over = Settings(sampling={"max_new_tokens": length, "block_length": length, "steps": self.steps, "eos": "none"})

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -11,14 +12,23 @@ from llada_core.evaluation.compare import Side, compare
 from llada_core.evaluation.statistics import estimate
 from tasks.diff import diff, side, told
 from tasks.folders import read_json, write_json, write_text
-from tasks.report import write_report
+from tasks.report import Beside, write_report
 
 
 def result(scores, *, recipe="sudoku", chance=0.0, **more):
     found = estimate(scores)
     values = {"score": found.value, "n": found.n, "stderr": found.stderr, "low": found.low, "high": found.high}
     fixed = {"recipe": recipe, "variant": "official", "metric": "acc,none", "chance": chance, "subset": "", "shots": 0}
-    return {**values, **fixed, "chat": True, "settings": {}, "as_pinned": True, "versions": {}, "also": {}, **more}
+    return {
+        **values,
+        **fixed,
+        "chat": True,
+        "settings": {},
+        "as_pinned": True,
+        "versions": {"lm-eval": "0.4.13"},
+        "also": {},
+        **more,
+    }
 
 
 def write(folder, name, by_model, **more):
@@ -56,7 +66,8 @@ NAMES = ["countdown", "sudoku", "piqa", "sudoku_published"]
 def reported(results, out="out"):
     place = results.parent / out
     order = ["sft", "sft_control", "grpo"]
-    report = write_report(results, NAMES, ReportParams(), place, training=results.parent / "training", models=order)
+    beside = Beside(results.parent / "training", tuple(order), "a" * 40)
+    report = write_report(results, NAMES, ReportParams(), place, beside)
     return report, place
 
 
@@ -99,6 +110,9 @@ def test_published_figures_stand_beside_and_a_subset_does_not_compare(results):
     assert (official["source"], official["value"]) == ("official", pytest.approx(0.736))
     assert not official["same_settings"]
     assert official["models"]["sft"]["within_noise"] is False
+    text = (results.parent / "out" / "table.md").read_text()
+    assert re.search(r"\| piqa † \|.*\| 73\.6 \(\*\*-\d+\.\d\*\*, \*\*-\d+\.\d\*\*, \*\*-\d+\.\d\*\*\) \|", text)
+    assert "- countdown, sudoku, piqa: shots 0, chat True\n- lm-eval 0.4.13, commit " + "a" * 12 + "\n" in text
 
 
 def test_the_same_results_give_the_same_files(results):

@@ -36,7 +36,10 @@ PLUMBING = {
             "progress",
         )
     ),
-    *(f"tasks/{n}.py" for n in ("launch_slurm", "program", "register", "registry", "runs", "tracking", "gate")),
+    *(
+        f"tasks/{n}.py"
+        for n in ("launch_slurm", "program", "register", "registry", "runs", "tracking", "tracked_results", "gate")
+    ),
 }
 CONFIG = {f"llada_core/config/{n}.py" for n in ("__init__", "data", "evaluation", "model", "sampling", "training")}
 RL = (

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tasks import tracking
+from tasks.graph import load_stage
 from tasks.pipeline import restore_lost_records
 from tasks.registry import client
-from tasks.runs import RunFolder
+from tasks.runs import RunFolder, open_run, stage_params
 from tests.tasks.test_registry import empty_database  # noqa: F401  (a fixture)
 from tests.tasks.test_runs import finish, open_toy, program, the_run
 
@@ -130,3 +131,27 @@ def test_ten_thousand_metrics_go_in_few_requests(tracked: Path, monkeypatch: pyt
     tracking.send([run])
     assert sum(calls) == 10_000
     assert len([n for n in calls if n]) == 10
+
+
+def test_an_evaluation_is_a_table_of_answers_and_scores_beside_the_training_parameters(tracked: Path) -> None:
+    (tracked / "models/sft").mkdir(parents=True)
+    (tracked / "models/sft/weights").touch()
+    spec = (tracked / "dvc.yaml").read_text().replace('"reports/eval/${item}.json"', '"reports/eval/${item}", "reports/eval/${item}.json"')  # fmt: skip
+    (tracked / "dvc.yaml").write_text(spec)
+    params = stage_params(tracked, [])
+    run = open_run(tracked, load_stage(tracked, "evaluate@b1", params), params)
+    folder = run.tree / "reports/eval"
+    (folder / "b1").mkdir(parents=True)
+    rows = [{"id": f"b1/{i}", "prompt": "1 + 1", "reply": str(i), "score": float(i == 2)} for i in range(3)]
+    (folder / "b1/sft.samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "b1.json").write_text(json.dumps({"benchmark": "b1", "models": {"sft": {"score": 1 / 3, "n": 3}}}))
+    run.succeed(1.0)
+    tracking.send([run])
+    (run.path / "mlflow.json").unlink()  # a sender that died before it noted that it was done
+    tracking.send([run])
+    talk = client(tracked)
+    child = talk.get_run(json.loads((run.path / "mlflow.json").read_text())["run_id"])
+    table = json.loads(Path(talk.download_artifacts(child.info.run_id, "samples/sft.json")).read_text())
+    assert [row[table["columns"].index("reply")] for row in table["data"]] == ["0", "1", "2"]
+    parent = talk.get_run(child.data.tags["mlflow.parentRunId"]).data
+    assert (parent.metrics["b1/sft"], parent.params["sft.max_steps"]) == (1 / 3, "3")
