@@ -119,9 +119,9 @@ def prune(spec: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
     for name in listed:
         source = _source(name, params)
         if source is not None and _under(source, dropped):
-            made = ", ".join(stage for stage in listed if stage in TRAINING_STAGES)
+            listed_ones = ", ".join(stage for stage in listed if stage in TRAINING_STAGES)
             raise ConfigError(
-                f"{name}.init_from is {Path(source).name!r}, which this run does not make; it makes: {made}"
+                f"{name}.init_from is {Path(source).name!r}, which this run does not make; it makes: {listed_ones}"
             )
         body = _body(stages[name])
         body["deps"] = [path for path in _deps(name, body, params) if not _under(path, dropped)]
