@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from benchmarks import oracle
-from benchmarks.timing import interleaved, table
+from benchmarks.timing import interleaved, machine, table
 from llada_core.config.sampling import SamplingParams
 from llada_core.modeling import load_model
 from llada_core.sampling import Generation, generate
 from llada_core.tokenizer import Tokenizer
 from llada_core.verifiers import verify
 
-PUZZLES, BATCH = 500, 50
+PUZZLES, BATCH, ROOM = 500, 50, 24
 MODES: dict[str, dict[str, object]] = {
     "exact": {},
     "half the steps": {"steps": 0.5},
@@ -42,10 +42,11 @@ def params_of(mode: dict[str, object], length: int) -> SamplingParams:
 
 
 def puzzles(tokenizer: Tokenizer, file: Path) -> tuple[list[dict], list[list[int]], int]:
-    """The first puzzles of a file, their prompts, and twice the longest answer in tokens, an even number."""
+    """The first puzzles of a file, their prompts, and twice the longest answer in tokens (`ROOM` if none is given)."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:PUZZLES]]
     prompts = [tokenizer.chat_ids([{"role": "user", "content": row["prompt"]}]) for row in rows]
-    return rows, prompts, 2 * (1 + max(len(tokenizer.encode(row["solution"])) for row in rows))
+    answers = [len(tokenizer.encode(row["solution"])) for row in rows if "solution" in row]
+    return rows, prompts, 2 * (1 + max(answers)) if answers else ROOM
 
 
 def solved(tokenizer: Tokenizer, model, rows: list[dict], prompts: list[list[int]], params: SamplingParams):  # noqa: ANN001, ANN201
@@ -81,36 +82,39 @@ def main(folder: Path) -> None:
                  f"{forwards:.1f}", f"{length / forwards:.2f}", counts]
             )  # fmt: skip
     header = ["puzzles", "mode", "solved", "points beside exact", "forwards", "tokens/forward", "counts"]
-    print(f"\n{folder}: up to {PUZZLES} puzzles each\n\n{table(header, lines)}", flush=True)
-    stop_gain(model, tokenizer, data / "eval" / "sudoku.jsonl")
+    print(f"\n{folder.name}: up to {PUZZLES} puzzles each, {machine()}\n\n{table(header, lines)}", flush=True)
+    some = [puzzles(tokenizer, data / "eval" / f"{name}.jsonl")[1:] for name in ("sudoku", "seats", "countdown")]
+    stop_gain(model, tokenizer, [p for prompts, _ in some for p in prompts[:10]], max(length for _, length in some))
 
 
-def stop_gain(model, tokenizer: Tokenizer, file: Path) -> None:  # noqa: ANN001
-    """Exact with stop at EOS beside the oracle, one prompt at a time; the text must be the same."""
+def stop_gain(model, tokenizer: Tokenizer, ids: list[list[int]], length: int) -> None:  # noqa: ANN001
+    """Exact with stop at EOS beside the oracle in as many blocks, one prompt at a time; the text must be the same."""
     shape = model.shape
     reference = oracle.Reference(dict(model.state_dict()), shape.n_heads, shape.rope_theta, shape.norm_eps)
-    _, prompts, length = puzzles(tokenizer, file)
-    prompts, mask = [torch.tensor([p]) for p in prompts[:20]], model.special_tokens.mask_id
-    texts: dict[str, list[str]] = {}
+    prompts, mask = [torch.tensor([p]) for p in ids], model.special_tokens.mask_id
+    for blocks in (1, 2):
+        texts: dict[str, list[str]] = {}
+        params = params_of({"blocks": blocks}, length)
 
-    def text(tokens: torch.Tensor) -> str:
-        return tokenizer.answer_text(tokens[0, -length:].tolist())
+        def text(tokens: torch.Tensor) -> str:
+            return tokenizer.answer_text(tokens[0, -length:].tolist())
 
-    def by_oracle() -> None:
-        texts["oracle"] = [
-            text(oracle.generate(reference, p, steps=length, new=length, block=length, mask_id=mask)) for p in prompts
-        ]
+        def by_oracle(block: int = params.block_length, texts: dict = texts) -> None:
+            settings = {"steps": length, "new": length, "block": block, "mask_id": mask}
+            texts["oracle"] = [text(oracle.generate(reference, p, **settings)) for p in prompts]
 
-    def by_us() -> None:
-        results: list[Generation] = [generate(model, p, params_of({}, length)) for p in prompts]
-        texts["ours"] = [text(result.tokens) for result in results]
+        def by_us(params: SamplingParams = params, texts: dict = texts) -> None:
+            results: list[Generation] = [generate(model, p, params) for p in prompts]
+            texts["ours"] = [text(result.tokens) for result in results]
+            texts["forwards"] = [str(result.forwards) for result in results]
 
-    timing = interleaved({"oracle": by_oracle, "ours": by_us}, "oracle", 3)["ours"]
-    same = sum(a == b for a, b in zip(texts["oracle"], texts["ours"], strict=True))
-    print(
-        f"\nexact with stop at EOS, room for {length} tokens: {timing.ratio:.1f} times the oracle ({timing.spread}),"
-        f" {same} of {len(prompts)} texts identical"
-    )
+        timing = interleaved({"oracle": by_oracle, "ours": by_us}, "oracle", 7)["ours"]
+        same = sum(a == b for a, b in zip(texts["oracle"], texts["ours"], strict=True))
+        forwards = sum(map(int, texts["forwards"])) / len(prompts)
+        print(
+            f"\nexact with stop at EOS, room for {length} tokens in blocks of {params.block_length}: {timing.ratio:.2f}"
+            f" times the oracle ({timing.spread}), {forwards:.1f} forwards of {length}, {same} of {len(prompts)} texts identical"
+        )
 
 
 if __name__ == "__main__":

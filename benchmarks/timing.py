@@ -3,10 +3,12 @@
 Processor seconds of this process (one thread) are the measure: they leave out the time that neighbours take.
 """
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -56,6 +58,21 @@ def matmul_rate(rows: int, dtype: torch.dtype, width: int = 384, out: int = 1024
                 layer(x)
             best = max(best, 20 * 2 * rows * width * out / (time.process_time() - began))
     return best
+
+
+def machine() -> str:
+    """The processor and what it has for low precision; one thread is used."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = (
+        dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        if cpuinfo.is_file()
+        else {}
+    )
+    known = {key.strip(): value.strip() for key, value in lines.items()}
+    name, flags = known.get("model name", platform.machine()), known.get("flags", "").split()
+    has = {"AMX": torch.cpu._is_amx_tile_supported(), "avx512_bf16": "avx512_bf16" in flags}
+    told = ", ".join(f"{flag} {'yes' if there else 'no'}" for flag, there in has.items())
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {told}, one thread"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -100,10 +100,10 @@ class Likelihood:
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator {self.estimator!r} is none of {', '.join(ESTIMATORS)}")
-        if self.samples < 1 or self.batch_tokens < 1 or self.cfg_scale < 0:
+        if self.samples < 1 or self.batch_tokens < 1 or not 0 <= self.cfg_scale < np.inf:
             raise ValueError(
                 f"samples {self.samples} and batch_tokens {self.batch_tokens} must be 1 or more,"
-                f" cfg_scale {self.cfg_scale} 0 or more"
+                f" cfg_scale {self.cfg_scale} a number of 0 or more"
             )
 
     def scores(self, pairs: Sequence[Pair]) -> list[float]:

@@ -87,6 +87,8 @@ class SamplingParams:
             )
         if self.entropy_bound is not None and self.remasking != "entropy":
             raise ValueError(f"entropy_bound adds up entropies; set remasking to 'entropy' (got {self.remasking!r})")
+        if self.cfg_keep_tokens and not self.cfg_scale:
+            raise ValueError("cfg_keep_tokens says what guidance leaves visible; set cfg_scale above 0")
         if self.cache != "dual" and self.cache_window:
             raise ValueError(f"cache_window {self.cache_window} needs cache 'dual' (got {self.cache!r})")
         if self.cache == "none" and self.cache_refresh is not None:

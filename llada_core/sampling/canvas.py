@@ -6,6 +6,7 @@ shorter is padded on the right and invisible. Does not know models, confidences 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -119,12 +120,15 @@ class Canvas:
 
     def written(self, tokens: Tensor) -> "Canvas":
         """The same rows with other tokens."""
-        return replace(self, tokens=tokens)
+        canvas = replace(self, tokens=tokens)
+        canvas.__dict__["places"] = self.places  # computed once for all steps of these rows
+        return canvas
 
-    def place(self, flat: Tensor) -> Tensor:
-        """Where positions of this canvas, flat in A*T, lie in the caller's batch, flat in B*`width`."""
-        row, column = flat // self.tokens.shape[1], flat % self.tokens.shape[1]
-        return self.number[row] * self.width + (column + self.shift[row]) % self.width
+    @cached_property
+    def places(self) -> Tensor:
+        """(A*T,): where each position of this canvas lies in the caller's batch, flat in B*`width`."""
+        column = (self.columns + self.shift[:, None]) % self.width
+        return (self.number[:, None] * self.width + column).flatten()
 
     def shown(self, board: Tensor | None = None) -> Tensor:
         """(B, `width`): a copy of `board`, or of an empty one, with the rows of this canvas in the caller's layout."""
@@ -132,8 +136,7 @@ class Canvas:
             board = self.tokens.new_full((len(self.tokens), self.width), self.special.pad_id)
         else:
             board = board.clone()
-        everything = torch.arange(self.tokens.numel(), device=board.device)
-        board.view(-1)[self.place(everything)] = self.tokens.view(-1)
+        board.view(-1)[self.places] = self.tokens.view(-1)
         return board
 
 

@@ -89,7 +89,11 @@ def _rows_of_tensor(model: MaskPredictor, ids: Tensor, attention_mask: Tensor | 
 def _rows_of_list(model: MaskPredictor, rows: Sequence[Sequence[int]] | Sequence[Tensor]) -> list[Tensor]:
     if not len(rows):
         raise ValueError("no prompt given; an unconditional text has one empty prompt, [[]]")
-    return [torch.as_tensor(row, dtype=torch.long, device=model.device).reshape(-1) for row in rows]
+    tensors = [torch.as_tensor(row, device=model.device).reshape(-1) for row in rows]
+    for i, ids in enumerate(tensors):
+        if ids.is_floating_point() and len(ids):
+            raise ValueError(f"prompt {i} holds {float(ids[0])}, a fraction; a prompt is token ids, whole numbers")
+    return [ids.long() for ids in tensors]
 
 
 def pinned(model: MaskPredictor, words: Mapping[int, int], new_tokens: int) -> Mapping[int, int]:

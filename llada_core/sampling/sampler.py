@@ -95,7 +95,7 @@ class Sampler:
             forwards=self.denoiser.forwards,
             rows=canvas.number,
             bounds=torch.stack([blocks.first, blocks.last], 1) + canvas.shift[:, None],
-            asked=canvas.place(asked),
+            asked=canvas.places[asked],
             proposals=proposals,
             scores=scores,
         )

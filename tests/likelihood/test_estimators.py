@@ -139,6 +139,7 @@ def test_greedy_match_stops_at_the_first_difference(monkeypatch):
         ([1] * 5000, [1], {}, "5001 tokens"),
         (PROMPT, ANSWER, {"samples": 0}, "samples 0"),
         (PROMPT, ANSWER, {"cfg_scale": -1.0}, "cfg_scale -1.0"),
+        (PROMPT, ANSWER, {"cfg_scale": float("nan")}, "cfg_scale nan"),
         (PROMPT, ANSWER, {"estimator": "best"}, "none of auto"),
         (PROMPT, [1] * 40, {"estimator": "exact"}, "2^40 subsets"),
     ],

@@ -35,6 +35,7 @@ LINEAR = {**BASE, "schedule": "linear"}
         ({"threshold": 0.9, "remasking": "random"}, "another remasking"),
         ({"entropy_bound": 1.0}, "set remasking to 'entropy'"),
         ({"stochastic_transfer": True}, "schedule to linear or cosine"),
+        ({"cfg_keep_tokens": (3,)}, "set cfg_scale above 0"),
         ({"cache_window": 4}, "needs cache 'dual'"),
         ({"cache_refresh": 4}, "needs cache"),
         ({"cache": "dual", "right_shift_logits": True}, "set cache to 'none'"),
@@ -57,6 +58,7 @@ def test_settings(settings, words):
         ([[1, 126]], BASE, "template to infill()"),
         ([[1], [1, 136]], BASE, "prompt 1 holds token id 136"),
         ([[-1]], BASE, "token id -1"),
+        ([[1], [1.5]], BASE, "prompt 1 holds 1.5"),
         ([[1] * 4000], BASE, "4016 tokens"),
         ([[1]], {**BASE, "block_length": 5}, "use 4 or 8"),
         ([[1]], {**BASE, "block_length": 32}, "does not divide"),
@@ -98,6 +100,10 @@ def test_templates():
     model = golden_model("llada_tiny")
     with pytest.raises(ValueError, match="nothing to fill"):
         infill(model, [[1, 126], [1, 2]], SamplingParams(**LINEAR))
+    with pytest.raises(ValueError, match="template 0 has no mask id 126"):
+        infill(model, [[]], SamplingParams(**LINEAR))
+    with pytest.raises(ValueError, match="5000 tokens is longer than the model's"):
+        infill(model, [[126] * 5000], SamplingParams(**LINEAR))
     with pytest.raises(ValueError, match="filled to its end"):
         infill(model, [[1, 126]], SamplingParams(**LINEAR, stop_at_eos=True))
     with pytest.raises(ValueError, match="template 0 holds token id 400"):
