@@ -5,11 +5,11 @@ over the peers' plain body, once over ours. Losses must be equal first. Memory i
 `python -m benchmarks.training` prints the tables; `... SIZE ENTRY` measures one entry's memory.
 """
 
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +168,8 @@ if __name__ == "__main__":
         one = entry(sys.argv[2], SIZES[sys.argv[1]], lambda: single, PretrainParams(max_steps=1))
         one()
         one()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        # Not getrusage, whose peak a child inherits from the process that starts it.
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        print(int(status["VmHWM"].split()[0]) / 2**20)
     else:
         main()

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 import llada_core.training.checkpoint as checkpoint_module
-from llada_core.config.training import GRPOParams, PretrainParams, SFTParams
+from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, SFTParams
 from llada_core.modeling import load_model
 from llada_core.training.metrics import read_metrics
 from llada_core.training.stages import Place, train
 from tests.tiny import tiny_pair
 from tests.training.data import write_data
 from tests.training.test_grpo import SAMPLING, write_prompts
+from tests.training.test_preference import write_pairs
 
 SAVE_EVERY = 4
 COMMON = {"max_steps": 14, "learning_rate": 3e-3, "log_every": 1, "save_every": SAVE_EVERY, "samples": 0}
@@ -33,6 +34,7 @@ STAGES = {
         **COMMON, prompts=2, generations=3, iterations=3, sampling=SAMPLING, beta=0.04, sync_every=5,
         reward="tests.training.test_grpo.likes_low_ids",
     ),
+    "preference": lambda: PreferenceParams(**COMMON, batch_size=4, mask_samples=2),
 }  # fmt: skip
 
 
@@ -114,7 +116,7 @@ def prepared(folder: Path) -> Path:
     """Data for every stage."""
     data = folder / "data"
     if not data.exists():
-        write_prompts(write_data(data))
+        write_pairs(write_prompts(write_data(data)))
     return data
 
 

@@ -5,6 +5,7 @@ use the same FSDP2 path (only here: it is a private detail of accelerate).
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -45,6 +46,17 @@ def stopping(folder, step):
     return follow
 
 
+def hanging(run):
+    """The last rank stops answering at its second step."""
+
+    def wrapped(loop):
+        if loop.progress.step == 1 and not loop.ranks.first:
+            signal.pause()
+        return run(loop)
+
+    return wrapped
+
+
 def main(path):
     torch.set_num_threads(1)
     Loop.run = note_sharding(Loop.run)
@@ -57,6 +69,8 @@ def main(path):
         PartialState._shared_state["distributed_type"] = kind
         model, tokenizer = tiny_pair(scenario.get("model", "llada"))
         folder = Path(scenario["run"])
+        if scenario.get("hang"):
+            Loop._step = hanging(Loop._step)
         place = Place(Path(scenario["data"]), folder, folder / "model")
         train(params, model, tokenizer, place, seed=1, follow=stopping(folder, scenario.get("stop")))
         if state.process_index == 0:

@@ -85,3 +85,9 @@ def test_a_stop_in_the_middle_of_a_rollout_changes_nothing(data, tmp_path, stop)
     receipt, cut = run(data, tmp_path / "cut", **changes)
     assert receipt.finished
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
+
+
+def test_it_ends_once_validation_has_stopped_rising(data, tmp_path):
+    receipt, _ = run(data, tmp_path, max_steps=60, learning_rate=1e-9, validate_every=2, validation_rows=4, patience=2)
+    assert receipt.finished
+    assert receipt.steps == 6  # the first validation is the best so far, two more are not better

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 
 from llada_core.config.data import SFTData
 from llada_core.config.sampling import SamplingParams
@@ -128,3 +129,27 @@ def test_data_without_rows_is_told(data, tmp_path):
         train(STAGES["sft"], model, tokenizer, Place(tmp_path, tmp_path / "run"), seed=1)
     with pytest.raises(FileNotFoundError, match=r"pretrain/train: no prepared data; run `python -m tasks\.prepare`"):
         train(STAGES["pretrain"], model, tokenizer, Place(tmp_path, tmp_path / "other"), seed=1)
+
+
+def test_rows_longer_than_the_model_takes_are_refused(data, tmp_path):
+    model, tokenizer = tiny_pair("distilbert")
+    Dataset.from_dict({"input_ids": [[7] * 200]}).save_to_disk(tmp_path / "pretrain" / "train")
+    with pytest.raises(ValueError, match="a row has 200 tokens, the model takes 128; lower the data's `length`"):
+        train(STAGES["pretrain"], model, tokenizer, Place(tmp_path, tmp_path / "run"), seed=1)
+
+
+@pytest.mark.parametrize("kind", ["llada", "distilbert"])
+def test_compiling_and_recomputing_activations_change_no_number(data, tmp_path, kind, monkeypatch):
+    compiled, recomputed = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    real = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", lambda *a, **k: recomputed.append(1) or real(*a, **k))
+    weights = {}
+    for fast in (False, True):
+        model, tokenizer = tiny_pair(kind)
+        params = STAGES["sft"].model_copy(update={"compile": fast, "activation_checkpointing": fast})
+        train(params, model, tokenizer, Place(data, tmp_path / str(fast)), seed=1)
+        weights[fast] = model.state_dict()
+    assert len(compiled) == 2
+    assert recomputed
+    assert all(torch.allclose(weights[True][name], w, atol=1e-6) for name, w in weights[False].items())

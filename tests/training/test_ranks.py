@@ -31,7 +31,7 @@ def scenario(data, run, stage="sft", model="llada", stop=None, **changes):
     }  # fmt: skip
 
 
-def launch(folder, processes, scenarios):
+def launch(folder, processes, scenarios, succeeds=True):
     file = folder / f"scenarios-{processes}-{len(list(folder.iterdir()))}.json"
     file.write_text(json.dumps(scenarios))
     with socket.socket() as found:
@@ -42,7 +42,8 @@ def launch(folder, processes, scenarios):
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode == 0) == succeeds, done.stderr[-3000:]
+    return done.stderr
 
 
 def losses(folder):
@@ -133,3 +134,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(runs, run):
 def test_bf16_ranks_with_recomputed_activations_stay_close(runs):
     assert losses(runs / "bf16-fsdp") == pytest.approx(losses(runs / "bf16"), abs=1e-2)
     really_sharded(runs / "bf16-fsdp", "fsdp")
+
+
+@pytest.mark.faults
+def test_a_rank_that_hangs_ends_the_job_within_its_timeout(data, tmp_path):
+    hung = plan(data, tmp_path, "hung", kind="ddp", max_steps=4)
+    hung["params"]["distribution"]["timeout_minutes"] = 0.2
+    assert "imed out" in launch(tmp_path, 2, [hung | {"hang": True}], succeeds=False)
+    assert losses(tmp_path / "hung")
