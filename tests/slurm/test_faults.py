@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests.slurm.cluster import Cluster, wait_for
 from tests.tasks.test_runs import at_step, finish, program, steps, the_run
 
 pytestmark = pytest.mark.faults
+FLOW = "from flows.pipeline import pipeline; pipeline(upto='pretrain')"
 UNDISTURBED = "hello pretrain 4 first"
 Start = Callable[..., subprocess.Popen]
 
@@ -58,17 +60,17 @@ def test_killed_orchestrator_is_re_attached(slurm: Cluster, project: Path, reach
     assert "already made" in finish(program("tasks.pretrain"))
 
 
-@pytest.mark.parametrize("orchestrator", [["dvc", "repro", "pretrain"], ["flows.pipeline"]])
+@pytest.mark.parametrize("orchestrator", [["-m", "dvc", "repro", "pretrain"], ["-c", FLOW]])
 def test_kill_9_of_dvc_or_of_the_flow(slurm: Cluster, project: Path, orchestrator: list[str]) -> None:
     (project / "wait-pretrain-2").touch()
-    first = program(*orchestrator)
+    command = [sys.executable, *orchestrator]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     at_step(project, 2)
     first.kill()  # it alone: what it started goes on
-    first.communicate()
-    second = program(*orchestrator)
+    first.wait()
+    second = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     (project / "wait-pretrain-2").unlink()
-    assert second.communicate(timeout=300)[0]
-    assert second.returncode == 0
+    assert second.wait(timeout=300) == 0
     run = the_run(project)
     assert (run.tree / "models/pretrain/weights").read_text() == UNDISTURBED
     assert steps(run) == [1, 2, 3, 4]

@@ -67,7 +67,7 @@ def test_one_setting_each(postgres: Server, root: Path, project: Path, monkeypat
     url = postgres.address("postgresql+asyncpg", "prefect")
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", url)
     monkeypatch.delenv("LLADAFLOW_TRACKING")
-    flow = [sys.executable, "-m", "flows.pipeline"]
+    flow = [sys.executable, "-c", "from flows.pipeline import pipeline; pipeline(upto='sft')"]
     done = subprocess.run(flow, cwd=project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert postgres.ask("prefect", "select count(*) from flow_run where state_type = 'COMPLETED'") == "1"
@@ -79,7 +79,7 @@ def test_one_setting_each(postgres: Server, root: Path, project: Path, monkeypat
     assert postgres.ask("mlflow", "select count(*) from model_versions") == "1"
     postgres.stop()
     for command, keeper in (
-        (flow, "Prefect"),
+        ([sys.executable, "-m", "flows.pipeline"], "Prefect"),
         ([sys.executable, "-m", "cli.main", "lineage", "toy@champion"], "MLflow"),
     ):
         done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
