@@ -98,6 +98,7 @@ def chat(browser: Browser, url: str) -> None:
     page.keyboard.press("Tab")
     done(page)
     page.get_by_label("recommended").check()
+    page.wait_for_function("() => document.querySelector('[aria-label=block_length]').value == '24'")
     ask(page, "Reach 21 with 8, 4, 9")
     page.wait_for_function("() => document.querySelectorAll('#talk .turn.model').length == 2")
     done(page)

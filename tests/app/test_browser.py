@@ -236,10 +236,11 @@ def test_who_waits_sees_a_place_in_the_line(browser, url, desk):
 
 
 def test_512_tokens_are_written_in_as_many_tiles(tab):
-    for knob in ("max_new_tokens", "steps", "block_length"):
-        tab.get_by_label(knob, exact=True).fill("512")
+    for knob, value in (("max_new_tokens", "512"), ("steps", "64"), ("block_length", "512")):
+        tab.get_by_label(knob, exact=True).fill(value)
         tab.keyboard.press("Tab")
-    tab.get_by_label("threshold").fill("0.99")
+    tab.wait_for_selector("#exactness :text('512 tokens in 64 steps')")
+    assert tab.locator("input[type=radio]:checked").count() == 0, "own settings are no preset"
     ask(tab, "hello")
     tab.wait_for_selector("#talk :text('tokens/s')")
     assert tab.locator("#talk .tiles i.d").count() == 512
