@@ -5,14 +5,12 @@ Knows recipes, puzzle files and lm-eval's evaluator; does not know stages, regis
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
@@ -104,7 +102,7 @@ def requests_of(asked: Benchmark, lm: LladaLM, *, limit: int | None = None) -> d
     """What lm-eval would ask, by kind of request, rendered for this model's tokenizer."""
     found: dict[str, list[Instance]] = {}
     for task in asked.tasks["tasks"].values():
-        with _rendered(asked.name):
+        with taskset.compiled_once():
             task.build_all_requests(
                 limit=limit,
                 apply_chat_template=asked.recipe.chat,
@@ -130,7 +128,7 @@ def run(asked: Benchmark, lm: LM, *, limit: int | None = None) -> tuple[Result, 
     recipe = asked.recipe
     if asked.absent:
         return {"absent": asked.absent, "recipe": recipe.name}, []
-    with _rendered(asked.name):
+    with taskset.compiled_once():
         outcome = evaluate(
             lm,
             asked.tasks,
@@ -172,16 +170,6 @@ def run(asked: Benchmark, lm: LM, *, limit: int | None = None) -> tuple[Result, 
         "as_pinned": asked.as_pinned,
         "versions": {name: version(name).partition("+")[0] for name in ("lm-eval", "torch", "transformers")},
     }, records
-
-
-@contextmanager
-def _rendered(name: str) -> Iterator[None]:
-    """Templates are compiled once, and a question that lacks what they read is told in one line."""
-    try:
-        with taskset.compiled_once():
-            yield
-    except (TemplateError, KeyError) as error:
-        raise ConfigError(f"{name}: a question is not as its task expects: {error}") from error
 
 
 def _scores(recipe: Recipe, outcome: Mapping[str, Any], records: list[Result]) -> Result:

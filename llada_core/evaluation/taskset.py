@@ -18,6 +18,7 @@ import datasets
 import lm_eval
 import yaml
 from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import env as templates
@@ -49,7 +50,7 @@ def tasks_of(recipe: Recipe, root: Path | None = None) -> Tasks:
         manager = TaskManager(include_path=[folder, temporary], include_defaults=False)
         try:
             loaded = manager.load([_group_name(recipe)])
-        except (OSError, ValueError, KeyError, DatasetsError) as error:
+        except (OSError, ValueError, KeyError, DatasetsError, TemplateError) as error:
             where = files or "the Hub"
             raise ConfigError(f"{recipe.name}: no questions from {where}: {_first_line(error)}") from error
         except ImportError as error:
