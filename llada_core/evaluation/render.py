@@ -105,7 +105,7 @@ def picture(report: Result, path: Path) -> None:
                 heights.append(100 * score["score"])
                 errors.append((100 * (score["score"] - score["low"]), 100 * (score["high"] - score["score"])))
         if places:
-            axes.bar(places, heights, width, yerr=list(zip(*errors, strict=True)), capsize=3, label=model)
+            axes.bar(places, heights, width, yerr=list(zip(*errors, strict=True)), capsize=3, label=model[-40:])
     marks = dict(zip(dict.fromkeys(r["source"] for row in rows for r in row["references"]), "D^vsPX", strict=False))
     for source, mark in marks.items():
         points = [
