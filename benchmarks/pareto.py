@@ -136,7 +136,7 @@ def picture(points: list[Point], best: list[Point], title: str, path: Path) -> N
     for p in best:
         axes.annotate(f"{p.rule}, block {p.block}", (p.speed, 100 * p.score), fontsize=7, xytext=(6, 3),
                       textcoords="offset points")  # fmt: skip
-    axes.set_xlim(right=2 * best[0].speed)
+    axes.set_xlim(right=3 * best[0].speed)
     axes.set_xscale("log")
     axes.set_xlabel("tokens a second, one thread")
     axes.set_ylabel("% right")

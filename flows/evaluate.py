@@ -1,28 +1,110 @@
-"""Any checkpoint (folder, registry alias, Hub name) against a list of benchmarks, as a Prefect flow."""
+"""Any checkpoint against a list of benchmarks as a Prefect flow: each a job of its own, so many at once, a report last.
 
+It happens in a workspace, by the stage `evaluate`; where a job runs is params.yaml's `launch`. Each job says what it
+costs before it starts, and how far it is.
+"""
+
+import json
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import as_completed
 
-from llada_core.config.evaluation import EvaluateParams
-from tasks.folders import safe
-from tasks.runs import home
-from tasks.sweep import sweep, sweep_places
+from flows.walk import StageProcesses
+from llada_core.config.evaluation import ReportParams
+from llada_core.evaluation import recipes
+from tasks.errors import StageError, one_line_errors
+from tasks.folders import read_json
+from tasks.report import Beside, write_report
+from tasks.runs import commit_of, home
+from tasks.tracking import send_pending
+from tasks.workspace import Workspace, configure_without_git, open_workspace
+
+
+@task(task_run_name="{stage}", cache_policy=NO_CACHE)
+def measure(stage: str, processes: StageProcesses, room: threading.Semaphore) -> None:
+    """One benchmark; its output (cost, progress, time left, samples a second) streams into this task's log."""
+    said: list[str] = []
+
+    def tell(line: str) -> None:
+        get_run_logger().info(line)
+        if line.startswith("error: "):
+            said.append(line.removeprefix("error: "))
+
+    with room:
+        try:
+            processes.run(stage, tell)
+        except StageError as error:  # DVC's last words; what the stage itself said tells more
+            raise StageError("; ".join(said) or str(error), error.status) from None
 
 
 @flow(name="evaluate", flow_run_name="{model}", log_prints=True)
-def evaluate(model: str, benchmarks: list[str], limit: int | None = None, batch_size: int = 32) -> dict[str, Any]:
-    """Scores of one checkpoint; a benchmark that fails does not stop the others. Results go to reports/checkpoints."""
-    params = EvaluateParams(benchmarks=tuple(benchmarks), limit=limit, batch_size=batch_size)
-    base = home(Path.cwd())
-    root = Path(params.root) if params.root else None
-    places = sweep_places(model, params, base, root, base / "reports" / "checkpoints" / safe(model))
-    results = sweep(model, benchmarks, params, places)
-    rows = [
-        f"| {name} | {line.get('score', line.get('error', line.get('absent')))} |" for name, line in results.items()
-    ]
-    table = "\n".join(["| benchmark | score |", "|---|---|", *rows])
-    create_markdown_artifact(key="checkpoint", markdown=table, description=model)
-    return results
+def evaluate(
+    model: str,
+    benchmarks: list[str] | None = None,
+    table: str | None = None,
+    limit: int | None = None,
+    overrides: list[str] | None = None,
+    at_once: int = 2,
+) -> dict[str, Any]:
+    """Result or `{"error": why}` of each benchmark, or each column of a published table; a failure stops no other.
+
+    `overrides`: as of `llada run`, such as `evaluate.run_code=true` or `launch.kind=slurm`.
+    """
+    asked = [*(benchmarks or []), *([column.recipe for column in recipes.table(table).columns] if table else [])]
+    workspace = _workspace(model, asked, limit, overrides or [])
+    configure_without_git(workspace.path)
+    processes = StageProcesses(workspace.path, confirmed=True)
+    failed: dict[str, str] = {}
+    try:
+        if "prepare" in workspace.params["stages"]:
+            processes.run("prepare", get_run_logger().info)
+        room = threading.Semaphore(at_once)
+        futures = {measure.submit(f"evaluate@{name}", processes, room): name for name in asked}
+        for number, future in enumerate(as_completed(list(futures)), 1):
+            future.wait()  # the state is that of the last look
+            if future.state.is_failed():
+                failed[futures[future]] = str(future.state.result(raise_on_failure=False))
+            print(f"{number} of {len(asked)} benchmarks: {futures[future]} {failed.get(futures[future], 'done')}")
+    except BaseException:
+        processes.end_all()
+        raise
+    send_pending(workspace.path)
+    return _report(workspace, asked, failed, model)
+
+
+def _workspace(model: str, asked: list[str], limit: int | None, overrides: list[str]) -> Workspace:
+    puzzles = [n for n in asked if not recipes.exists(n) and (home(Path.cwd()) / "data/eval" / f"{n}.jsonl").exists()]
+    values = {
+        "name": "evaluation",
+        "stages": ["prepare"] * bool(puzzles) + ["evaluate"],
+        "evaluate.models": [model],
+        "evaluate.benchmarks": asked,
+        "evaluate.limit": limit,
+    }
+    given = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return open_workspace(Path.cwd(), None, [*given, *overrides], own=True)
+
+
+def _report(workspace: Workspace, asked: list[str], failed: dict[str, str], model: str) -> dict[str, Any]:
+    reports = workspace.path / "reports"
+    measured = [name for name in asked if name not in failed]
+    text = "".join(f"- {name}: {why}\n" for name, why in failed.items())
+    if measured:
+        beside = Beside(commit=commit_of(Path.cwd()))
+        write_report(reports / "eval", measured, ReportParams(comparisons=()), reports, beside)
+        text = (reports / "table.md").read_text(encoding="utf-8") + text
+    create_markdown_artifact(key="checkpoint", markdown=text, description=model)
+    print(f"{text}\nresults are in {reports}")
+    results = {name: next(iter(read_json(reports / "eval" / f"{name}.json")["models"].values())) for name in measured}
+    return {name: results.get(name) or {"error": failed[name]} for name in asked}
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        evaluate(sys.argv[1], sys.argv[2:])

@@ -63,7 +63,7 @@ def _settings(report: Result) -> list[str]:
     for row in (row for row in report["rows"] if "absent" not in row):
         how = {"shots": row["shots"], "chat": row["chat"], **row["settings"]}
         told.setdefault(", ".join(f"{k} {v}" for k, v in how.items()), []).append(row["benchmark"])
-    versions = next((row["versions"] for row in report["rows"] if row.get("versions")), {})
+    versions: Result = next((row["versions"] for row in report["rows"] if row.get("versions")), {})
     code = ", ".join([*(f"{k} {v}" for k, v in versions.items()), f"commit {(report.get('commit') or 'unknown')[:12]}"])
     return [f"{', '.join(names)}: {how}" for how, names in told.items()] + ([code] if versions else [])
 
@@ -105,13 +105,15 @@ def picture(report: Result, path: Path) -> None:
                 heights.append(100 * score["score"])
                 errors.append((100 * (score["score"] - score["low"]), 100 * (score["high"] - score["score"])))
         if places:
-            axes.bar(places, heights, width, yerr=list(zip(*errors, strict=True)), capsize=3, label=model)
-    marks = dict(zip(dict.fromkeys(r["source"] for row in rows for r in row["references"]), "D^vsP*", strict=False))
+            axes.bar(places, heights, width, yerr=list(zip(*errors, strict=True)), capsize=3, label=model[-40:])
+    marks = dict(zip(dict.fromkeys(r["source"] for row in rows for r in row["references"]), "D^vsPX", strict=False))
     for source, mark in marks.items():
         points = [
             (i, 100 * r["value"]) for i, row in enumerate(rows) for r in row["references"] if r["source"] == source
         ]
-        axes.scatter(*zip(*points, strict=True), marker=mark, s=28, color="black", zorder=3, label=source)
+        axes.plot(
+            [p[0] for p in points], [p[1] for p in points], mark, markersize=5, color="black", zorder=3, label=source
+        )
     for i, row in enumerate(rows):
         if row["chance"]:
             axes.hlines(100 * row["chance"], i - 0.45, i + 0.45, colors="black", linestyles="dotted")

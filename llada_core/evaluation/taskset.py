@@ -4,6 +4,7 @@ Only the folder that defines a task is indexed (lm-eval's own index of all tasks
 definitions; does not know models or scores.
 """
 
+import hashlib
 import json
 import random
 import tempfile
@@ -17,6 +18,7 @@ import datasets
 import lm_eval
 import yaml
 from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import env as templates
@@ -48,7 +50,7 @@ def tasks_of(recipe: Recipe, root: Path | None = None) -> Tasks:
         manager = TaskManager(include_path=[folder, temporary], include_defaults=False)
         try:
             loaded = manager.load([_group_name(recipe)])
-        except (OSError, ValueError, KeyError, DatasetsError) as error:
+        except (OSError, ValueError, KeyError, DatasetsError, TemplateError) as error:
             where = files or "the Hub"
             raise ConfigError(f"{recipe.name}: no questions from {where}: {_first_line(error)}") from error
         except ImportError as error:
@@ -61,11 +63,11 @@ def tasks_of(recipe: Recipe, root: Path | None = None) -> Tasks:
 def compiled_once() -> Iterator[None]:
     """lm-eval compiles a task's templates anew for every question, which is most of the time a prompt takes."""
     compiling = templates.from_string
-    templates.from_string = cache(compiling)  # type: ignore[method-assign]
+    templates.from_string = cache(compiling)
     try:
         yield
     finally:
-        templates.from_string = compiling  # type: ignore[method-assign]
+        templates.from_string = compiling
 
 
 def local_files(recipe: Recipe, root: Path | None) -> Path | None:
@@ -142,9 +144,16 @@ def _group(recipe: Recipe, files: Path | None) -> dict[str, Any]:
         if isinstance(inner, dict):
             change["dataset_kwargs"] = {k: str(files / str(v)) for k, v in inner.items()}
         else:
-            group["dataset_path"] = str(files)
+            group |= {"dataset_path": str(files), "dataset_kwargs": {"cache_dir": _cache_of(files)}}
         group |= change
     return group
+
+
+def _cache_of(files: Path) -> str:
+    """A cache of these very files: by itself `datasets` does not see that a folder's files are others than before."""
+    seen = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files.rglob("*")) if f.is_file()]
+    digest = hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"local-{digest}")
 
 
 def _check_version(recipe: Recipe, loaded: Mapping[str, Any]) -> None:

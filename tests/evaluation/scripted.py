@@ -3,7 +3,7 @@
 Everything else is real: rendering, tokenisation, canvas, sampler, detokenisation, stop strings, filters and metrics.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jinja2 import Environment, StrictUndefined
@@ -60,12 +60,13 @@ class Scripted(MaskPredictor):
 
 @dataclass(frozen=True)
 class ByHeart(Answerer):
-    """Scores the continuations it was told to prefer with 0, all others with -1000."""
+    """Scores right continuations with 0, others with -1000; asked again (C-Eval does), it says the next of several."""
 
-    preferred: frozenset = frozenset()
+    right: dict = field(default_factory=dict)  # pair -> whether it is right, for each time it is asked
 
     def score(self, pairs):
-        return [{"ll": 0.0 if (*map(tuple, p),) in self.preferred else -1000.0, "greedy": False} for p in pairs]
+        verdicts = (self.right[(*map(tuple, p),)].pop(0) for p in pairs)
+        return [{"ll": 0.0 if right else -1000.0, "greedy": False} for right in verdicts]
 
 
 class GoldLM(LladaLM):
@@ -90,10 +91,11 @@ class GoldLM(LladaLM):
         return super().generate_until(requests)
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        golds = [self._is_gold(r) for r in requests]
         encoded = pairs([r.args for r in requests], self.tokenizer_, self.prefix_token_id)
-        preferred = frozenset((*map(tuple, p),) for p, gold in zip(encoded, golds, strict=True) if gold)
-        self.answerer = ByHeart(self.answerer.model, self.tokenizer_, self.options, preferred)
+        right = {}
+        for pair, request in zip(encoded, requests, strict=True):
+            right.setdefault((*map(tuple, pair),), []).append(self._is_gold(request))
+        self.answerer = ByHeart(self.answerer.model, self.tokenizer_, self.options, right)
         return super().loglikelihood(requests)
 
     def _is_gold(self, request):

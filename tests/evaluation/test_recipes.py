@@ -104,6 +104,24 @@ def test_another_questions_answer_is_wrong(data_root, name):
     assert result["score"] <= 0.05
 
 
+@pytest.mark.parametrize("name", [n for n in HERE if recipes.find(n).kind == "generate"])
+def test_an_empty_answer_is_wrong_and_no_error(data_root, name):
+    recipe = small(name).model_copy(update={"gold": ""})
+    tasks = taskset.tasks_of(recipe, data_root)
+    lm = GoldLM(tiny_tokenizer(), recipe, tasks)
+    result, records = run(Benchmark(name, recipe, tasks, recipe.settings), lm, limit=2)
+    assert [record["reply"] for record in records] == ["", ""]
+    assert (result["score"], lm.new_tokens) == (0.0, [0, 0])
+
+
+def test_a_question_without_what_its_task_reads_is_told(data_root, tmp_path):
+    (tmp_path / "piqa").mkdir()
+    for file in (data_root / "piqa").iterdir():
+        (tmp_path / "piqa" / file.name).write_text(file.read_text().replace('"goal"', '"gaol"'))
+    with pytest.raises(ConfigError, match=r"base_piqa: no questions from .*: 'goal' is undefined"):
+        taskset.tasks_of(recipes.find("base_piqa"), tmp_path)
+
+
 def test_scripted_answers_come_out_of_many_steps_and_batches_of_one(data_root):
     whole, records = scripted("instruct_gsm8k", data_root, limit=3, batch_size=3, steps=1)
     stepped, same = scripted("instruct_gsm8k", data_root, limit=3, batch_size=1, steps=16)

@@ -141,6 +141,17 @@ def test_a_sweep_goes_on_after_a_failure_and_tells_costs_first(places, data_root
     assert len(report["commit"].removesuffix("+changes")) == 40
 
 
+def test_a_model_without_a_chat_template_is_measured_where_none_is_needed(places, data_root, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    model = places.out.parents[1] / "models" / "sft"
+    (model / "chat_template.jinja").unlink()
+    params = PARAMS.model_copy(update={"limit": 2, "overrides": {"piqa": Settings(samples=1)}})
+    here = Places(data_root, places.puzzles, places.out, places.answers)
+    found = sweep(str(model), ["sudoku", "piqa"], params, here, tell=lambda _: None)
+    assert "no chat template" in found["sudoku"]["error"]
+    assert found["piqa"]["n"] == 2
+
+
 def test_lm_evals_command_line_on_two_processes(places, tmp_path):
     """The line its users know; each process answers its share, the first writes one result."""
     (tmp_path / "tasks").mkdir()

@@ -95,3 +95,42 @@ def test_every_deployment_names_a_flow_and_its_parameters() -> None:
         file, _, name = deployment["entrypoint"].partition(":")
         flow = getattr(importlib.import_module(file.removesuffix(".py").replace("/", ".")), name)
         assert set(deployment.get("parameters", {})) <= set(inspect.signature(flow.fn).parameters)
+
+
+EVALUATE = '''\
+"""A toy evaluation: scores 1, fails for the benchmark `broken`, and notes how many are at work at once."""
+import json, os, time
+from pathlib import Path
+from tasks.program import Work, stage_program
+
+SCORE = {"score": 1.0, "n": 2, "low": 0.3, "high": 1.0, "recipe": "sudoku", "variant": "official", "metric": "acc,none",
+         "chance": 0.0, "subset": "", "shots": 0, "chat": True, "settings": {}, "as_pinned": True, "versions": {}}
+
+def work(w: Work) -> None:
+    if w.item == "broken":
+        raise ValueError("its files are damaged")
+    Path("reports/eval").mkdir(parents=True, exist_ok=True)
+    label = w.params.evaluate.models[0].partition("=")[0]
+    Path(f"reports/eval/{w.item}.json").write_text(json.dumps({"benchmark": w.item, "models": {label: SCORE}}))
+
+if __name__ == "__main__":
+    stage_program("evaluate", work)
+'''
+
+
+def test_a_checkpoint_against_benchmarks_of_which_one_is_broken(project: Path) -> None:  # noqa: F811
+    from flows.evaluate import evaluate
+
+    (project / "tasks/evaluate.py").write_text(EVALUATE)
+    spec = yaml.safe_load((project / "dvc.yaml").read_text())
+    spec["stages"]["evaluate"]["foreach"] = "${evaluate.benchmarks}"
+    spec["stages"]["evaluate"]["do"]["deps"] = ["tasks/evaluate.py", "models/sft"]
+    (project / "dvc.yaml").write_text(yaml.safe_dump(spec))
+    (project / "given").mkdir()
+    (project / "given/weights").write_text("from elsewhere")
+    found = evaluate("given", ["first", "broken", "second"], overrides=["evaluate.batch_size=1"], at_once=1)
+    assert {name: line.get("score") for name, line in found.items()} == {"first": 1.0, "broken": None, "second": 1.0}
+    assert "its files are damaged" in found["broken"]["error"]
+    (workspace,) = (project / "workspaces").glob("evaluation-*")
+    assert "| second | 2 | 0 | 100.0" in (workspace / "reports/table.md").read_text()
+    assert len(list((project / "runs").glob("evaluate-*/SUCCESS"))) == 2
