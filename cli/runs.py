@@ -66,7 +66,7 @@ def _detach(folder: Path) -> None:
 def plan(
     profile: Profile = None,
     stage: Annotated[str | None, typer.Option(help="only the script of this stage's job, in its run folder")] = None,
-    gpu: Annotated[str, typer.Option(help="what to plan for: A100-40, A100, H100 or H200")] = "H100",
+    gpu: Annotated[str | None, typer.Option(help="A100-40, A100, H100 or H200; none: launch.gpu, else H100")] = None,
     mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="share of the GPU's peak that training reaches")] = 0.4,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
@@ -83,8 +83,9 @@ def plan(
         values = with_overrides(read_yaml(profile_file(Path.cwd(), profile)), overrides)
         params = Params.parse(values, profile or "params.yaml")
         for name in (s for s in params.stages if s in TRAINING_STAGES):
-            print(told(params, name, gpu, mfu))
-            refuse(params, name, gpu)
+            asked = gpu or params.launch.of(name).gpu or "H100"
+            print(told(params, name, asked, mfu))
+            refuse(params, name, asked)
             print(f"\n{script_of(params, name)}\n")
 
 

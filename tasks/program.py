@@ -16,9 +16,8 @@ from typing import Any
 
 from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams
-from llada_core.config.params import Params
+from llada_core.config.params import TRAINING_STAGES, Params
 from tasks.errors import StageError, one_line_errors
-from tasks.fit import require_fit
 from tasks.graph import load_stage, with_sources
 from tasks.launch import attach_or_submit, follow
 from tasks.runs import RunFolder, differences, open_run, previous_run, stage_params
@@ -70,8 +69,10 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
             run_inline(run, function)
         else:
             confirm_cost(root, run, launch)
-            if launch.kind == "slurm":
-                require_fit(stage.kind, Params.parse(params, "params.yaml"), launch, root)
+            if launch.kind == "slurm" and launch.gpu is not None and stage.kind in TRAINING_STAGES:
+                from tasks.plan import refuse
+
+                refuse(Params.parse(params, "params.yaml"), stage.kind, launch.gpu)
             follow(run, attach_or_submit(run, launch), launch)
     if _rank() == 0:
         run.publish(root)

@@ -68,7 +68,7 @@ class LaunchParams(Block):
     grace_seconds: int = Field(default=60, ge=0)  # what a cancelled training stage has to save itself
     confirm_hours: float = Field(default=1.0, ge=0)  # ask before doing again what took longer
     poll_seconds: float = Field(default=5.0, gt=0)  # between questions to Slurm
-    gpu_gigabytes: float | None = Field(default=None, gt=0)  # of one GPU: what cannot fit is refused before submission
+    gpu: Literal["A100-40", "A100", "H100", "H200"] | None = None  # what cannot fit it is refused before submission
     slurm: SlurmParams = SlurmParams()
     stages: dict[str, dict[str, Any]] = Field(default_factory=dict)
 

@@ -11,6 +11,7 @@ from cli.runs import plan
 from llada_core.config.params import Params
 from tasks.plan import GIB, need, ranks_of
 from tasks.plan_memory import KEPT
+from tests.tasks.test_runs import program
 from tests.tiny import tiny_model
 
 PROFILES = Path(__file__).parents[2] / "profiles"
@@ -125,3 +126,13 @@ def test_every_profile_fits_and_shows_how_it_would_run(path: Path) -> None:
         for line in ("#SBATCH --nodes=24", "#SBATCH --gpus-per-node=8", "--num_processes 192", "accelerate/fsdp.yaml"):
             assert line in text
     assert GIB == 2**30
+
+
+def test_a_job_that_cannot_fit_is_not_submitted(project: Path) -> None:
+    shape = "model={d_model: 8192, n_layers: 64, n_heads: 64, mlp_hidden_size: 24576}"
+    data = "data={tokenizer: {vocab_size: 512}, pretrain: {length: 4096, sources: [{name: a.txt}]}}"
+    process = program("tasks.pretrain", shape, data, "launch={kind: slurm, gpu: H100, slurm: {gpus_per_node: 1}}")
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 2, text
+    assert "pretrain needs" in text
+    assert not list(project.glob("runs/*/job.json"))
