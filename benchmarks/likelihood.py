@@ -22,7 +22,7 @@ from llada_core.estimators import Estimator
 from llada_core.likelihood import Likelihood
 from llada_core.modeling.predictor import MaskPredictor
 
-QUESTIONS, TRUTH_QUESTIONS, TIMED_QUESTIONS = 200, 12, 8
+QUESTIONS, TRUTH_QUESTIONS, TIMED_QUESTIONS = 200, 12, 2
 TRUTH_LOOKS, SAMPLES, SEEDS = 1024, 128, 3
 Question = tuple[list[int], list[list[int]]]
 
