@@ -3,6 +3,7 @@
 Uses CPU tensors, so that agreeing never waits for an accelerator. Knows nothing of models.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -13,6 +14,8 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, InitProcessG
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from llada_core.config.training import TrainingParams
+
+_log = logging.getLogger(__name__)
 
 
 class Ranks:
@@ -79,11 +82,17 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
             cpu_offload=wanted.offload,
             mixed_precision_policy=_precision(params),
         )
-    if wanted.kind in ("zero2", "zero3"):
+    if wanted.kind == "zero3":
+        raise ValueError(
+            "distribution zero3 keeps every weight in pieces that our checkpoints and exports would write empty; "
+            "use fsdp, which splits as much and resumes exactly"
+        )
+    if wanted.kind == "zero2":
+        _log.warning("zero2 keeps moments to itself: a resumed run starts them anew; fsdp and ddp resume exactly")
         from accelerate import DeepSpeedPlugin
 
         deepspeed = DeepSpeedPlugin(
-            zero_stage=int(wanted.kind[-1]),
+            zero_stage=2,
             gradient_clipping=params.clip,
             offload_optimizer_device="cpu" if wanted.offload else "none",
         )
