@@ -14,6 +14,9 @@ from llada_core.evaluation.run import Benchmark, run
 from tests.evaluation.scripted import GoldLM
 from tests.tiny import tiny_tokenizer
 
+# LLaDA 1.5's recipes ask Instruct's questions; a likelihood of text has no right answer.
+PROVABLE = [n for n in recipes.names() if not n.startswith("llada15") and recipes.find(n).kind != "rolling"]
+
 
 def prove(name, root, *, limit=None, shift=0, batch_size=32, steps=1):
     """The result and records of a recipe whose every answer is the reference."""
@@ -27,7 +30,7 @@ def prove(name, root, *, limit=None, shift=0, batch_size=32, steps=1):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("recipes", nargs="*", default=[n for n in recipes.names() if not n.startswith("llada15")])
+    parser.add_argument("recipes", nargs="*", default=PROVABLE)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--shift", type=int, default=0)
     given = parser.parse_args()
