@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llada_core.modeling.architecture import Architecture
 from llada_core.modeling.cache import KVCache
 from llada_core.modeling.experts import GatedMLP, MoE, Routing
-from llada_core.modeling.linear import Linear, join, together
+from llada_core.modeling.linear import Linear
 from llada_core.modeling.rope import rotate
 
 
@@ -105,14 +105,8 @@ class LLaDABlock(GradientCheckpointingLayer):
         y, routing = self._feed_forward(self.ff_norm(x_BWD))
         return x_BWD + y, routing
 
-    def join(self) -> None:
-        """Lets products of one input be computed as one, once the layers are packed."""
-        join(self.q_proj, self.k_proj, self.v_proj)
-        if self.mlp is None:
-            join(self.ff_proj, self.up_proj)
-
     def _attend(self, x_BWD: Tensor, around: Surroundings) -> Tensor:
-        q, k, v = together(x_BWD, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = self.q_proj(x_BWD), self.k_proj(x_BWD), self.v_proj(x_BWD)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (p.unflatten(-1, (-1, self.head_width)) for p in (q, k, v))
@@ -128,8 +122,7 @@ class LLaDABlock(GradientCheckpointingLayer):
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
         if self.mlp is None:
-            gate, up = together(x, self.ff_proj, self.up_proj)
-            return self.ff_out(F.silu(gate) * up), None
+            return self.ff_out(F.silu(self.ff_proj(x)) * self.up_proj(x)), None
         if isinstance(self.mlp, GatedMLP):
             return self.mlp(x), None
         y, routing = self.mlp(x)

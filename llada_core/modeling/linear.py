@@ -6,8 +6,6 @@ on the processor's maker and the shape alone, never on a measurement, so that ru
 """
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,6 @@ from torch.nn import functional as F
 
 _WORTH = 1 << 21
 """Multiply-adds above which oneDNN's set-up pays for itself; with the weight in its own order a quarter suffices."""
-
-_FEW_ROWS = 512
-"""Rows up to which joined layers are faster than each by itself."""
 
 
 @functools.cache
@@ -84,7 +79,6 @@ class Linear(nn.Linear):
     """`nn.Linear` through `linear`, and for inference with its weight kept in oneDNN's own order."""
 
     _packed: tuple[Tensor, int, int] | None = None
-    _joined: "_Joined | None" = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self._packed is not None and not torch.is_grad_enabled() and _plain(x, self.weight):
@@ -106,48 +100,8 @@ class Linear(nn.Linear):
 
     def train(self, mode: bool = True) -> "Linear":
         if mode:
-            self._packed = self._joined = None
+            self._packed = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:  # the reordered copy cannot be copied or stored
-        return {**self.__dict__, "_packed": None, "_joined": None}
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """The weights of several layers, one below the other in oneDNN's own order, and what they were made of."""
-
-    ordered: Tensor
-    bias: Tensor | None
-    sizes: list[int]
-    made_of: list[tuple[int, int]]
-
-
-def _state(layers: Sequence[Any]) -> list[tuple[int, int]]:
-    """Versions and places of all weights and biases; asked in every forward pass, so without `parameters()`."""
-    tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
-    return [(tensor._version, tensor.data_ptr()) for tensor in tensors]
-
-
-def join(*layers: nn.Module) -> None:
-    """Lets `together` compute these layers of one input as one product; layers that are adapted stay apart."""
-    plain = [layer for layer in layers if type(layer) is Linear and layer._packed is not None]
-    if len(plain) == len(layers):
-        biases = [layer.bias for layer in plain if layer.bias is not None]
-        ordered = torch.ops.mkldnn._reorder_linear_weight(torch.cat([layer.weight.detach() for layer in plain]), None)
-        bias = torch.cat([b.detach() for b in biases]) if biases else None
-        if len(biases) in (0, len(plain)):
-            plain[0]._joined = _Joined(ordered, bias, [layer.out_features for layer in plain], _state(plain))
-
-
-def together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """What each layer makes of `x`; with few rows by one product, which costs less than several small ones."""
-    first = layers[0]
-    joined = first._joined if isinstance(first, Linear) else None
-    few = x.numel() < _FEW_ROWS * x.shape[-1]
-    if joined is None or not few or torch.is_grad_enabled() or not _plain(x, first.weight):  # type: ignore[arg-type]
-        return tuple(layer(x) for layer in layers)
-    adapted = any(type(layer) is not Linear for layer in layers)  # since they were joined
-    if adapted or x.numel() * joined.sizes[0] < _WORTH // 4 or _state(layers) != joined.made_of:
-        return tuple(layer(x) for layer in layers)
-    return _product(x, joined.ordered, joined.bias).split(joined.sizes, dim=-1)
+        return {**self.__dict__, "_packed": None}

@@ -103,8 +103,6 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
-        for block in self.model.transformer.blocks:
-            block.join()
 
     def forward(  # noqa: PLR0913 - the one call of the library; everything after the mask is keyword-only
         self,

@@ -33,15 +33,6 @@ class Prediction(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     router_losses: RouterLosses | None = None
 
-    def __post_init__(self) -> None:
-        """As transformers', without asking what kind of tensors these are, which costs as much as a layer."""
-        if not isinstance(self.logits, Tensor | None):  # a mapping of all fields, as accelerate makes it
-            super().__post_init__()
-            return
-        for name in ("logits", "nll", "hidden_states", "router_losses"):
-            if (value := getattr(self, name)) is not None:
-                self[name] = value
-
 
 class MaskPredictor(nn.Module):
     """Tokens with masks in, logits at every asked-for position out; bidirectional, no time input.

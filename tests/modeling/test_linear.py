@@ -8,9 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from llada_core.config.training import LoraParams
 from llada_core.modeling import linear as products
-from llada_core.modeling.adapters import adapter_off, add_lora
 from llada_core.modeling.linear import Linear
 from tests.tiny import SPECIAL, tiny_model
 
@@ -72,44 +70,6 @@ def test_packed_weights_follow_every_change():
     layer.train()
     assert layer._packed is None
     check()
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_joined_layers_are_one_product_until_any_of_them_changes(bias, monkeypatch):
-    layers, x = [Linear(32, n, bias=bias).eval() for n in (48, 16, 16)], torch.randn(2, 9, 32)
-    for layer in layers:
-        layer.pack()
-    products.join(*layers)
-    calls, product = [], products._product
-    monkeypatch.setattr(products, "_product", lambda *given: calls.append(1) or product(*given))
-
-    def check(number):
-        calls.clear()
-        with torch.no_grad():
-            for found, layer in zip(products.together(x, *layers), layers, strict=True):
-                assert_close(found, F.linear(x, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
-        assert len(calls) == number
-
-    check(1)
-    with torch.no_grad():
-        layers[2].weight.mul_(2)
-    check(3)
-    assert copy.deepcopy(layers[0])._joined is None
-    assert products.together(x, *layers)[0].requires_grad
-
-
-def test_an_adapter_added_later_is_not_passed_over():
-    model, tokens = tiny_model(), torch.randint(0, 120, (2, 9))
-    with torch.no_grad():
-        model.fuse_for_inference()
-        assert model.model.transformer.blocks[0].q_proj._joined is not None
-        add_lora(model, LoraParams(r=2, targets=("v_proj",)))
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.fill_(1.0)
-        adapted = model.eval()(tokens).logits
-        with adapter_off(model):
-            assert (model(tokens).logits - adapted).abs().max() > 1e-3
 
 
 def test_packed_bfloat16():
