@@ -79,6 +79,7 @@ class Trace:
             t[row, start:].cpu().numpy()
             for t in (step.tokens, step.open, step.committed, step.proposal, step.confidence)
         )
+        sure = np.where(fresh & (tokens != guesses), np.nan, sure)  # the end of an answer fills what nobody proposed
         if not self.frames:
             self.committed_at = np.where(is_open | fresh, -1, 0).astype(np.int32)
         self.committed_at[is_open] = -1
@@ -133,12 +134,18 @@ def find_runners_up(trace: Trace, model: MaskPredictor, *, likeliest: int = 4, b
 
     Exactly what the sampler saw unless it was guided, shifted or cached.
     """
-    mask_id, done = model.special_tokens.mask_id, trace.committed_at
+    mask_id = model.special_tokens.mask_id
+    blank = [np.where(f.state == GIVEN, f.tokens, mask_id) for f in trace.frames[:1]]
+    seen = blank + [np.where(f.state == OPEN, mask_id, f.tokens) for f in trace.frames]  # before each step
     for first in range(1, len(trace.frames) + 1, batch):
         numbers = range(first, min(first + batch, len(trace.frames) + 1))
-        final = trace.frames[-1].tokens
-        rows = [trace.prompt + np.where((done < n) & (done >= 0), final, mask_id).tolist() for n in numbers]
-        places = [(row, at) for row, n in enumerate(numbers) for at in np.flatnonzero(done == n).tolist()]
+        rows = [trace.prompt + seen[n - 1].tolist() for n in numbers]
+        places = []
+        for row, frame in enumerate(trace.frames[first - 1 : numbers[-1]]):
+            proposed = (frame.state == FRESH) & (frame.tokens == frame.guesses)
+            places += [
+                (row, at) for at in np.flatnonzero(proposed & (frame.tokens == trace.frames[-1].tokens)).tolist()
+            ]
         if not places:
             continue
         width = len(rows[0])

@@ -1,15 +1,20 @@
 """A finished denoising as one file."""
 
+import itertools
 import json
 import re
 
 import numpy as np
 import pytest
+import torch
 
 from app import replay
 from app.session import ChatSession
 from llada_core.config.sampling import SamplingParams
-from llada_core.sampling.trace import find_runners_up
+from llada_core.families import SpecialTokens
+from llada_core.modeling.predictor import Prediction
+from llada_core.sampling.step import Step
+from llada_core.sampling.trace import Trace, find_runners_up
 
 
 @pytest.fixture
@@ -72,3 +77,35 @@ def test_a_stopped_answer_can_be_replayed(engine):
     assert len(data["frames"]) == 3
     assert len(data["runners"]) == 3
     assert data["order"].count(-1) == 5
+
+
+def test_what_the_end_of_an_answer_fills_in_has_no_confidence_and_changes_no_earlier_canvas():
+    """Position 2 is written first and replaced when the end at position 1 is found; the canvas between had it."""
+    prompt, mask, end = [7, 8], 2, 1
+    canvases = [[mask] * 4, [mask, mask, 9, mask], [10, mask, 9, mask], [10, end, end, end]]
+    looked: list[list[int]] = []
+
+    def step(before, after, number):
+        before, after = (torch.tensor([prompt + canvas]) for canvas in (before, after))
+        asked = torch.arange(2, 6)
+        return Step(
+            tokens=after, before=before, mask_id=mask, forwards=number, rows=torch.tensor([0]),
+            bounds=torch.tensor([[2, 6]]), asked=asked, proposals=torch.tensor([10, end, 9, 11]),
+            scores=torch.full((4,), 0.5, dtype=torch.float64),
+        )  # fmt: skip
+
+    class Looked:
+        device = torch.device("cpu")
+        special_tokens = SpecialTokens(mask_id=mask, eos_id=end, pad_id=end, bos_id=0, eot_id=end)
+
+        def __call__(self, ids, _, *, positions):
+            looked.extend(ids.tolist())
+            return Prediction(logits=torch.zeros(len(positions), 12))
+
+    trace = Trace(prompt)
+    for number, (before, after) in enumerate(itertools.pairwise(canvases), start=1):
+        trace.add(step(before, after, number))
+    assert np.isnan(trace.frames[-1].confidence).tolist() == [False, False, True, True]
+    find_runners_up(trace, Looked())
+    assert [row[2:] for row in looked] == canvases[:3]
+    assert sorted(trace.runners) == [0, 1]
