@@ -7,6 +7,7 @@ use the same FSDP2 path (only here: it is a private detail of accelerate).
 import json
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -60,9 +61,12 @@ def hanging(run):
 def main(path):
     torch.set_num_threads(1)
     Loop.run = note_sharding(Loop.run)
-    state = PartialState(cpu=True)
+    scenarios = json.loads(Path(path).read_text())
+    # The group is made here, before the product would make it: so is its timeout.
+    minutes = scenarios[0]["params"].get("distribution", {}).get("timeout_minutes", 30.0)
+    state = PartialState(cpu=True, timeout=timedelta(minutes=minutes))
     real = state.distributed_type
-    for scenario in json.loads(Path(path).read_text()):
+    for scenario in scenarios:
         params = STAGES[scenario["stage"]].model_validate(scenario["params"], strict=False)
         AcceleratorState._reset_state()
         kind = DistributedType.MULTI_GPU if params.distribution.kind == "fsdp" else real
