@@ -12,18 +12,20 @@ from llada_core.config.launch import LaunchParams
 from llada_core.config.model import ModelParams
 from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.config.training import TrainingParams
+from tasks.launch_script import ranks_per_node
 
 
 def require_fit(stage: str, params: Params, launch: LaunchParams, root: Path) -> None:
     """Raises `ConfigError` when the state of a training stage alone is larger than what each rank will have."""
     slurm = launch.slurm
+    training = params.training(stage) if stage in TRAINING_STAGES else None
+    ranks = ranks_per_node(training, launch, slurm=True)
     room, key = launch.gpu_gigabytes, "launch.gpu_gigabytes"
     if not slurm.gpus_per_node:
-        room, key = _gigabytes(slurm.memory) / launch.processes if slurm.memory else None, "launch.slurm.memory"
-    training = params.training(stage) if stage in TRAINING_STAGES else None
+        room, key = _gigabytes(slurm.memory) / ranks if slurm.memory else None, "launch.slurm.memory"
     if training is None or room is None or training.distribution.offload:
         return
-    needed = state_bytes(training, parameters(training, params.model, root), launch.processes * slurm.nodes) / 2**30
+    needed = state_bytes(training, parameters(training, params.model, root), ranks * slurm.nodes) / 2**30
     if needed > room:
         raise ConfigError(
             f"{stage} cannot fit: weights, gradients and optimiser take {needed:.1f} GiB of each rank, which has {room:.1f} "
