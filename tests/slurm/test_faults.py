@@ -97,7 +97,7 @@ def test_a_full_run_folder(slurm: Cluster, project: Path, reach: Start) -> None:
 def test_doctor_asks_two_nodes(slurm: Cluster, project: Path) -> None:
     from tasks.doctor import findings
 
-    found = [finding for finding in findings(project) if "node" in finding.what]
+    found = list(findings(project))
     assert all(finding.fine for finding in found), found
     words = " ".join(finding.what for finding in found)
     assert "all-reduce between n1 and n2" in words or "all-reduce between n2 and n1" in words
