@@ -166,4 +166,8 @@ class Session:
     def end(self) -> None:
         for process in reversed(self.up):
             process.terminate()
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:  # a server in the middle of its start does not hear
+                process.kill()
+                process.wait()
