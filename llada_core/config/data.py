@@ -113,7 +113,6 @@ class SeatsParams(PuzzleCounts):
     """People in some order, to be seated anew so that nobody keeps a seat."""
 
     people: int = Field(default=8, ge=4, le=9)
-    careless: float = Field(default=0.0, ge=0, le=1)  # share of the shown answers that are just any order
 
 
 class PuzzlesParams(Block):

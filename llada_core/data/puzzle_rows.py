@@ -28,8 +28,7 @@ def training_puzzles(stage: str, params: PuzzlesParams, seed: int) -> tuple[list
     """The puzzles of a stage for training and for validation, each in mixed order."""
     train: list[Puzzle] = []
     validation: list[Puzzle] = []
-    shown = params.seats.careless if stage in ("pretrain", "sft") else 0.0
-    for task, counts, generate in _generators(params, shown):
+    for task, counts, generate in _generators(params):
         count = {"pretrain": counts.pretrain, "sft": counts.sft, "grpo": counts.grpo, "preference": counts.preference}
         if count[stage]:
             train += puzzles.draw(generate, part=_PARTS[stage], count=count[stage], seed=f"{seed}:{task}:{stage}")
@@ -77,13 +76,11 @@ def benchmarks(params: PuzzlesParams, seed: int, roots: list[Path]) -> list[Benc
     return found
 
 
-def _generators(
-    params: PuzzlesParams, careless: float = 0.0
-) -> list[tuple[str, PuzzleCounts, Callable[[random.Random], Puzzle]]]:
+def _generators(params: PuzzlesParams) -> list[tuple[str, PuzzleCounts, Callable[[random.Random], Puzzle]]]:
     return [
         ("sudoku", params.sudoku, partial(puzzles.sudoku, empty=params.sudoku.empty)),
         ("countdown", params.countdown, partial(puzzles.countdown, largest=params.countdown.largest)),
-        ("seats", params.seats, partial(puzzles.seats, people=params.seats.people, careless=careless)),
+        ("seats", params.seats, partial(puzzles.seats, people=params.seats.people)),
     ]
 
 

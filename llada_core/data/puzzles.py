@@ -130,16 +130,12 @@ def countdown_prompt(numbers: list[int], target: int, rng: random.Random) -> str
     return rng.choice(_COUNTDOWN_PROMPTS).format(*numbers, target=target)
 
 
-def seats(rng: random.Random, *, people: int = 8, careless: float = 0.0) -> Puzzle:
-    """People 1 to `people` in some order, to be seated anew so that nobody keeps a seat (a derangement).
-
-    `careless`: the share of solutions that are any order, which is right once in e = 2.7 times.
-    """
+def seats(rng: random.Random, *, people: int = 8) -> Puzzle:
+    """People 1 to `people` in some order, to be seated anew so that nobody keeps a seat (a derangement)."""
     order = list("123456789"[:people])
     rng.shuffle(order)
-    moved, minding = order[:], rng.random() >= careless
-    rng.shuffle(moved)
-    while minding and any(a == b for a, b in zip(order, moved, strict=True)):
+    moved = order[:]
+    while any(a == b for a, b in zip(order, moved, strict=True)):
         rng.shuffle(moved)
     before, after = "".join(order), "".join(moved)
     return Puzzle(
