@@ -50,6 +50,7 @@ def params(tmp_path) -> Params:
         "data.pretrain.sources": f"[{{name: {stories}, unit: line}}]",
         "pretrain.init_from": tmp_path / "base",
         "pretrain.epochs": "null",
+        "pretrain.precision": "fp32",  # accelerate keeps the first precision that a process asks for
         "pretrain.max_steps": 3,
     }
     return Params.parse(with_overrides(read_yaml(PROFILE), [f"{k}={v}" for k, v in changes.items()]), "distilbert")
