@@ -18,7 +18,7 @@ class Reference:
         self.layers = 1 + max(int(name.split(".")[3]) for name in weights if ".blocks." in name)
         width = weights["model.transformer.wte.weight"].shape[1] // heads
         self.frequency = 1.0 / theta ** (torch.arange(0, width, 2).float() / width)
-        self.angles: Tensor | None = None
+        self.angles: tuple[Tensor, Tensor] | None = None
         self.forwards = 0
 
     def norm(self, x: Tensor, name: str) -> Tensor:
@@ -27,13 +27,14 @@ class Reference:
         return self.w[name] * wide.to(x.dtype)
 
     def rotate(self, x: Tensor) -> Tensor:
-        if self.angles is None or self.angles.shape[0] != x.shape[-2]:
+        if self.angles is None or len(self.angles[0]) != x.shape[-2]:
             angle = torch.outer(torch.arange(x.shape[-2]).float(), self.frequency)
-            self.angles = torch.cat([angle, angle], dim=-1)
+            angle = torch.cat([angle, angle], dim=-1)
+            self.angles = angle.cos(), angle.sin()
         wide = x.float()
         left, right = wide.chunk(2, dim=-1)
         turned = torch.cat([-right, left], dim=-1)
-        return (wide * self.angles.cos() + turned * self.angles.sin()).to(x.dtype)
+        return (wide * self.angles[0] + turned * self.angles[1]).to(x.dtype)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ READS = {
     "likelihood.npz": "recorded_canvases enumeration one_token_is_exact_with_one_sample greedy_check"
     " greedy_check_of_many_lengths_at_once",
     "loss.npz": "the_guideline_losses the_dllm_losses",
-    "grpo.npz": "the_log_probabilities_of_d1 the_policy_loss_of_d1 the_advantages_of_d1",
+    "grpo.npz": "the_log_probabilities_of_d1 the_guided_log_probabilities_of_d1 the_policy_loss_of_d1"
+    " the_advantages_of_d1",
     "schedulers.npz": "schedules_are_dllms",
     "rewards.json": "golden",
     "cases.json (schedules, counts)": "schedules schedules_of_several_rows lattices",

@@ -25,7 +25,7 @@ def prefers_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text()
 
 
-def _plain(x: Tensor, weight: Tensor) -> bool:
+def plain(x: Tensor, weight: Tensor) -> bool:
     """Whether both are ordinary CPU tensors of one dtype that nothing is about to cast, shard or trace."""
     return (
         x.dtype == weight.dtype
@@ -38,7 +38,7 @@ def _plain(x: Tensor, weight: Tensor) -> bool:
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
     large = x.numel() * weight.shape[0] >= _WORTH
-    return large and weight.dtype == torch.float32 and prefers_onednn() and _plain(x, weight)
+    return large and weight.dtype == torch.float32 and prefers_onednn() and plain(x, weight)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -76,32 +76,7 @@ class _Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` through `linear`, and for inference with its weight kept in oneDNN's own order."""
-
-    _packed: tuple[Tensor, int, int] | None = None
+    """`nn.Linear` through `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._packed is not None and not torch.is_grad_enabled() and _plain(x, self.weight):
-            ordered, version, address = self._packed
-            current = version == self.weight._version and address == self.weight.data_ptr()
-            if current and x.numel() * self.out_features >= _WORTH // 4:
-                return _product(x, ordered, self.bias)
         return linear(x, self.weight, self.bias)
-
-    def pack(self) -> None:
-        """Keeps a reordered copy of the weight, which saves the reordering in each call; `train()` forgets it."""
-        weight = self.weight
-        if not weight.is_cpu or type(weight) is not nn.Parameter or weight.is_inference():
-            return
-        low = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if low or (weight.dtype == torch.float32 and prefers_onednn()):
-            ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-            self._packed = (ordered, weight._version, weight.data_ptr())
-
-    def train(self, mode: bool = True) -> "Linear":
-        if mode:
-            self._packed = None
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:  # the reordered copy cannot be copied or stored
-        return {**self.__dict__, "_packed": None}

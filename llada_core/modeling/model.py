@@ -20,6 +20,7 @@ from llada_core.modeling.experts import Routing
 from llada_core.modeling.linear import Linear, linear
 from llada_core.modeling.names import published_shapes, register_names
 from llada_core.modeling.nll import projected_nll
+from llada_core.modeling.packed import PackedBody
 from llada_core.modeling.predictor import MaskPredictor, Prediction, RouterLosses
 from llada_core.modeling.rope import RotaryTables
 from llada_core.modeling.router import router_losses as losses_of
@@ -54,6 +55,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LLaDABlock"]  # noqa: RUF012 - transformers declares it so
     _supports_sdpa = True
+    _packed: PackedBody | None = None
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
@@ -100,9 +102,15 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         return KVCache.empty(self.shape.n_layers, shape, like)
 
     def fuse_for_inference(self) -> None:
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
+        self._packed = PackedBody.of(self.model.transformer, list(self.model.transformer.blocks))
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self._packed = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:  # oneDNN's copies of weights cannot be copied or stored
+        return {**self.__dict__, "_packed": None}
 
     def forward(  # noqa: PLR0913 - the one call of the library; everything after the mask is keyword-only
         self,
@@ -129,8 +137,10 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         around = self._surroundings(x, attention_mask, cache, slots)
         early = None if output_hidden_states or router_losses else positions
         hidden, routings = [x], []
-        for block in self.model.transformer.blocks:
-            last = block.layer == self.shape.n_layers - 1
+        whole = output_hidden_states or router_losses or torch.is_grad_enabled()
+        packed = None if whole or self._packed is None or not self._packed.usable(x) else self._packed
+        for block in self.model.transformer.blocks if packed is None else packed.blocks:
+            last = len(hidden) == self.shape.n_layers
             x, routing = block(x, around, early if last else None)
             hidden.append(x)
             routings.append(routing)
@@ -144,6 +154,8 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         if targets is not None:
             nll = projected_nll(x, self._project, self.vocab_rows, targets)
             return Prediction(nll=nll, hidden_states=states, router_losses=losses)
+        if packed is not None and packed.head is not None and len(x):
+            return Prediction(logits=packed.head(x))
         return Prediction(logits=self._project(x), hidden_states=states, router_losses=losses)
 
     def _project(self, x: Tensor) -> Tensor:

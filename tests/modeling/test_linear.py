@@ -1,16 +1,12 @@
 """The two products are one function; which one runs depends on the processor and the shape alone."""
 
-import copy
-
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from llada_core.modeling import linear as products
 from llada_core.modeling.linear import Linear
-from tests.tiny import SPECIAL, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
 
@@ -43,58 +39,6 @@ def test_a_frozen_weight_costs_no_gradient():
     layer(x).sum().backward()
     assert layer.weight.grad is None
     assert_close(x.grad, layer.weight.sum(0).expand(4, -1))
-
-
-def test_packed_weights_follow_every_change():
-    layer, x = Linear(32, 48), torch.randn(9, 32)
-
-    def check():
-        with torch.no_grad():
-            assert_close(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
-
-    layer.eval().pack()
-    assert layer._packed is not None
-    check()
-    with torch.no_grad():
-        layer.weight.mul_(2)
-    check()
-    layer.pack()
-    layer.load_state_dict(Linear(32, 48).state_dict())
-    check()
-    layer.pack()
-    layer.weight = nn.Parameter(torch.randn(48, 32))
-    check()
-    layer.pack()
-    copied = copy.deepcopy(layer)
-    assert copied._packed is None
-    layer.train()
-    assert layer._packed is None
-    check()
-
-
-def test_packed_bfloat16():
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("no bf16 products on this processor")
-    layer, x = Linear(32, 48).to(torch.bfloat16).eval(), torch.randn(9, 32, dtype=torch.bfloat16)
-    layer.pack()
-    assert layer._packed is not None
-    with torch.no_grad():
-        assert_close(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-2, rtol=1e-2)
-        assert layer(x.float().bfloat16()[:0]).shape == (0, 48)
-
-
-@pytest.mark.parametrize("kind", ["llada", "llada_moe"])
-def test_a_whole_model_either_way(kind, monkeypatch):
-    model, tokens = tiny_model(kind, special=SPECIAL), torch.randint(0, 120, (2, 9))
-    with torch.no_grad():
-        onednn = model(tokens).logits
-        model.fuse_for_inference()
-        packed = model(tokens).logits
-    monkeypatch.setattr(products, "prefers_onednn", lambda: False)
-    with torch.no_grad():
-        mkl = model(tokens).logits
-    assert_close(onednn, mkl, atol=1e-5, rtol=1e-5)
-    assert_close(packed, mkl, atol=1e-5, rtol=1e-5)
 
 
 def test_where_it_does_not_pay_or_may_not_be(monkeypatch):
