@@ -87,7 +87,10 @@ def script_of(params: Params, stage: str) -> str:
         run.path.mkdir()
         asked = {"stage": stage, "root": str(Path.cwd()), "all_params": params.model_dump(mode="json", by_alias=True)}
         write_json(run.path / "request.json", asked)
-        text = render(run, launch, slurm=launch.kind == "slurm").replace(folder, str(home(Path.cwd()) / "runs"))
+        text = render(run, launch, slurm=launch.kind == "slurm")
+        if launch.kind != "slurm":  # to be copied and run in the project's folder
+            text = text.replace(f"{run.tree}/tasks", "tasks")
+        text = text.replace(folder, str(home(Path.cwd()) / "runs"))
     if launch.kind == "slurm":
         return text
     return next(line.strip().removesuffix(" &") for line in text.splitlines() if f"-m tasks.{stage}" in line)

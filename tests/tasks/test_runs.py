@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from llada_core.config.params import Params
 from tasks.graph import load_stage
 from tasks.launch_local import start_time
+from tasks.launch_script import render
 from tasks.runs import RunFolder, all_runs, find_run, open_run, stage_params
+from tests.tasks.conftest import REPOSITORY
 
 
 def wait_until(condition, seconds: float = 30.0) -> None:
@@ -152,17 +156,37 @@ def test_sigterm_ends_the_job_and_the_same_command_goes_on(project: Path) -> Non
     assert steps(run) == [1, 2, 3, 4]
 
 
-def test_the_job_runs_the_code_that_was_submitted(project: Path) -> None:
+ALONE = "{compute_environment: LOCAL_MACHINE, distributed_type: 'NO', use_cpu: true, num_processes: 1}"
+
+
+def test_the_job_runs_the_code_and_the_accelerate_file_that_were_submitted(project: Path) -> None:
     (project / "wait-pretrain-2").touch()
     (project / "die-pretrain-3").touch()
-    first = program("tasks.pretrain")
+    (project / "mine.yaml").write_text(ALONE)
+    first = program("tasks.pretrain", "launch.accelerate_config=mine.yaml")
     at_step(project, 2)
+    (project / "mine.yaml").write_text("no accelerate file any more")
     source = project / "tasks/pretrain.py"
     source.write_text(source.read_text().replace('"first"', '"second"'))
     (project / "inputs/text").write_text("changed since")
     (project / "wait-pretrain-2").unlink()
     finish(first)
     assert (project / "models/pretrain/weights").read_text() == "hello pretrain 4 first"
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero2"])
+def test_the_accelerate_file_of_a_distribution_is_the_snapshots(project: Path, kind: str) -> None:
+    run = open_toy(project, f"pretrain.distribution.kind={kind}", "launch.processes=2")
+    launch = Params.parse(run.request["all_params"], "").launch
+    (project / "tasks/accelerate" / f"{kind}.yaml").write_text("edited since")
+    named = re.search(r"--config_file (\S+)", render(run, launch, slurm=True))
+    assert (REPOSITORY / "tasks/accelerate" / f"{kind}.yaml").read_text() == Path(named[1]).read_text()
+
+
+def test_an_accelerate_file_that_is_not_there_is_told(project: Path) -> None:
+    process = program("tasks.pretrain", "launch.accelerate_config=mine.yaml")
+    assert "mine.yaml; give a path from the project's folder" in process.communicate()[0]
+    assert process.returncode == 2
 
 
 def test_inline_and_by_hand(project: Path) -> None:
