@@ -36,6 +36,7 @@ PLUMBING = {
             "launch_local",
             "launch_script",
             "progress",
+            "shards",
         )
     ),
     *(
@@ -147,7 +148,7 @@ def test_models_that_would_overwrite_each_other_are_refused(tmp_path: Path, name
     for name in ("one/grpo", "two/grpo"):
         (tmp_path / name).mkdir(parents=True)
     with pytest.raises(
-        ConfigError, match=r"would both be '\w+' in tables; (list it once|label one of them, such as other=\\w+)"
+        ConfigError, match=r"would both be '\w+' in tables; (list it once|label one of them, such as other=\w+)"
     ):
         models_of(tmp_path, *names)
 
