@@ -198,6 +198,11 @@ def test_several_turns_edit_undo_again_and_copy(tab, desk, monkeypatch):
     tab.wait_for_selector("#talk .turn.model:has-text('Still sudokus only.'):has-text('tokens/s')")
     monkeypatch.undo()
     tab.locator("#talk .turn.user button", has_text="Edit").first.click()
+    tab.wait_for_selector("#talk :text('Send replaces question 1')")
+    ask(tab, "")
+    tab.wait_for_selector("#talk :text('Send replaces question 1')", state="detached")
+    assert tab.locator("#talk .turn.user").count() == 1
+    tab.locator("#talk .turn.user button", has_text="Edit").first.click()
     tab.wait_for_function("() => document.querySelector('#message textarea').value == 'one'")
     ask(tab, f"Solve the sudoku {PUZZLE}")
     tab.wait_for_function(f"() => document.querySelector('#talk').innerText.includes('{SOLVED}')")
