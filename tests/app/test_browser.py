@@ -311,9 +311,9 @@ def test_replay_slides_shades_saves_and_shows_runners_up(tab, tmp_path):
     ask(tab, f"Solve the sudoku {PUZZLE}")
     answer(tab)
     pick(tab, "Replay")
-    tab.wait_for_function("() => document.querySelector('#replay iframe')?.srcdoc.includes('\"runners\":{\"')")
     inside = tab.frame_locator("#replay iframe")
-    inside.locator("#where", has_text="step 24 of 24").wait_for()
+    inside.locator("#about", has_text="and its runners-up").wait_for()  # the second document, which has them
+    assert "step 24 of 24" in inside.locator("#where").inner_text()
     inside.locator("#at").fill("4")
     assert inside.locator("#tiles i.m").count() == 19
     assert inside.locator("#tiles i.f").count() == 1
