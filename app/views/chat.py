@@ -31,6 +31,8 @@ class ChatView:
         """Adds the message to the conversation; the answer is another event's work."""
         chat, text, turn = values[self.session] or ChatSession(), values[self.box] or "", values[self.editing]
         chat.system = values[self.system] or ""
+        if turn is not None and not text.strip():
+            return chat, talk_of(chat), "", None
         try:
             if turn is None:
                 chat.ask(text)
@@ -77,10 +79,13 @@ class ChatView:
 
         return handle
 
-    def edit(self, chat: ChatSession | None, event: gr.EventData) -> tuple[str, int | None]:
-        """Puts a question back into the box; Send then replaces it."""
+    def edit(self, chat: ChatSession | None, event: gr.EventData) -> Shown:
+        """Puts a question back into the box; Send then replaces it, or leaves it when the box is empty."""
         number = int(event.turn)
-        return (chat.turns[number].user, number) if chat and number < len(chat.turns) else ("", None)
+        if chat is None or number >= len(chat.turns):
+            return gr.skip(), "", None
+        said = f"Send replaces question {number + 1} and what follows it; sent empty, it stays as it was."
+        return talk_of(chat, said), chat.turns[number].user, number
 
 
 def talk_of(chat: ChatSession, note: str = "", kind: str = "info") -> str:
@@ -119,5 +124,5 @@ def build(desk: Desk, panel: Panel, session: gr.State) -> None:
     undo.click(view.acting(ChatSession.undo), [session, box], shown, **QUICK)
     new.click(view.acting(ChatSession.clear), [session, box], shown, **QUICK)
     stop.click(lambda chat: chat.stop() if chat else None, [session], None, **QUICK)
-    talk.edit(view.edit, [session], [box, view.editing], **QUICK)
+    talk.edit(view.edit, [session], [talk, box, view.editing], **QUICK)
     examples.click(lambda sample: sample[0], examples, box, **QUICK)
