@@ -19,7 +19,7 @@ from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import EvaluateParams
 from llada_core.config.params import Params
 from tasks.folders import read_json, safe, write_json, write_text
-from tasks.program import Work, stage_program
+from tasks.program import Work, rank, stage_program
 
 if TYPE_CHECKING:
     from llada_core.evaluation.answering import Answerer
@@ -144,11 +144,6 @@ def _json_line(record: Result) -> str:
 def _append(path: Path, record: Result) -> None:
     with path.open("a", encoding="utf-8") as stream:
         stream.write(_json_line(record))
-
-
-def rank() -> int:
-    """Which of several processes this is; 0 writes."""
-    return int(os.environ.get("RANK", "0"))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ def write_job(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> Path:
     if launch.accelerate_config:
         own = Path(run.request["root"]) / Path(launch.accelerate_config).expanduser()
         if not own.is_file():
-            raise ConfigError(f"launch.accelerate_config: there is no {own}; give a path from the project's folder, or a whole one")
+            raise ConfigError(
+                f"launch.accelerate_config: there is no {own}; give a path from the project's folder, or a whole one"
+            )
         write_text(run.path / OWN_ACCELERATE, own.read_text(encoding="utf-8"))
     write_text(run.path / "job.sh", render(run, launch, slurm=slurm))
     return run.path / "job.sh"

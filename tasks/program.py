@@ -74,7 +74,7 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
 
                 refuse(Params.parse(params, "params.yaml"), stage.kind, launch.gpu)
             follow(run, attach_or_submit(run, launch), launch)
-    if _rank() == 0:
+    if rank() == 0:
         run.publish(root)
     return run
 
@@ -92,7 +92,7 @@ def do_work(run: RunFolder, function: Function) -> None:
     stage = run.stage
     params = Params.load("params.yaml")
     cost = function(Work(params, run, stage, stage.partition("@")[2] or None))
-    if _rank() == 0:
+    if rank() == 0:
         run.succeed(time.monotonic() - started if cost is None else cost)
 
 
@@ -115,14 +115,15 @@ def _inside_ranks() -> bool:
     return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
-def _rank() -> int:
+def rank() -> int:
+    """Which of several processes this is; 0 writes."""
     return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager
 def _sole_worker(run: RunFolder) -> Iterator[Any]:
     """Hold the lock that a job's script holds as well; other ranks of this launch share the first one's."""
-    if _rank() != 0:
+    if rank() != 0:
         yield None
         return
     with (run.path / "running.lock").open("a") as lock:

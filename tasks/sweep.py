@@ -10,8 +10,9 @@ from typing import Any
 
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import EvaluateParams, ReportParams
-from tasks.evaluate import Places, answering, as_asked, below, measure, quiet_lm_eval, rank
+from tasks.evaluate import Places, answering, as_asked, below, measure, quiet_lm_eval
 from tasks.folders import content_hash, hash_of, read_json, safe
+from tasks.program import rank
 from tasks.registry import resolve
 from tasks.runs import commit_of
 
