@@ -63,6 +63,10 @@ class Engine:
         """The plain answer."""
         return self.tokenizer.answer_text(tokens)
 
+    def whole(self, tokens: list[int]) -> str:
+        """The text of a filled template, nothing cut off."""
+        return self.tokenizer.decode(tokens)
+
     def write(
         self, prompt: list[int], params: SamplingParams, *, pinned: dict[int, int] | None = None, watch: bool = False
     ) -> Generator[Step, None, None]:

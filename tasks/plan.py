@@ -56,7 +56,8 @@ def need(params: Params, stage: str, ranks: int, per_node: int = 1) -> Need:
     elif steps is not None:
         flops = steps * training_flops(active, rows * length, inference)
     moments = trained * (4 if block.optimiser == "muon" else 8)
-    kept = block.keep + 1 + (0 if not (block.milestone_every and steps) else steps // block.milestone_every)
+    best = isinstance(block, GRPOParams) and block.keep_best
+    kept = block.keep + 1 + best + (0 if not (block.milestone_every and steps) else steps // block.milestone_every)
     return Need(
         parameters=total,
         trained=trained,

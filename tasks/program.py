@@ -21,6 +21,7 @@ from tasks.errors import StageError, one_line_errors
 from tasks.graph import load_stage, with_sources
 from tasks.launch import attach_or_submit, follow
 from tasks.runs import RunFolder, differences, open_run, previous_run, stage_params
+from tasks.shards import shared
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
                 from tasks.plan import refuse
 
                 refuse(Params.parse(params, "params.yaml"), stage.kind, launch.gpu)
-            follow(run, attach_or_submit(run, launch), launch)
+            with shared(run, launch) as own:
+                follow(run, attach_or_submit(run, own), own)
     if rank() == 0:
         run.publish(root)
     return run

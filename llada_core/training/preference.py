@@ -7,7 +7,7 @@ noise; does not know optimisers or files.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,9 @@ def pairs_of(table: PairTable, rows: Sequence[int], numbers: Sequence[int], eos_
 
 class Preference:
     """DPO on likelihood bounds; a step is `batch_size` pairs."""
+
+    best_by: str | None = None
+    patience = 0
 
     def __init__(
         self, model: MaskPredictor, train: PairTable, validation: PairTable, params: PreferenceParams, *, seed: int
@@ -127,9 +130,6 @@ class Preference:
             for name, part in found.items():
                 parts[f"validation_{name}"] += part.cpu()
         return parts
-
-    def finished(self, validation: Mapping[str, Any]) -> bool:
-        return False
 
     def state(self) -> dict[str, Tensor]:
         return {}
