@@ -48,13 +48,12 @@ def load_stage(root: Path, name: str, params: dict[str, Any]) -> Stage:
     spec = _body(stages[kind])
     values = params | ({"item": item} if item else {})
     deps = [_fill(path, values) for path in _deps(kind, spec, params)]
-    outs = [_path(out) for key in ("outs", "metrics", "plots") for out in spec.get(key, [])]
     return Stage(
         name=name,
         code=tuple(path for path in deps if Path(path).parts[0] in CODE),
         inputs=tuple(path for path in deps if Path(path).parts[0] not in CODE),
         params=tuple(_params(kind, spec, params)),
-        outs=tuple(_fill(path, values) for path in outs),
+        outs=tuple(_fill(_path(out), values) for out in _outs(spec)),
     )
 
 
