@@ -98,8 +98,8 @@ def build(desk: Desk, panel: Panel, session: gr.State) -> None:
     talk = gr.HTML(conversation([]), js_on_load=CLICKS, apply_default_css=False, elem_id="talk")
     with gr.Row():
         box = gr.Textbox(
-            label="Message", show_label=False, container=False, lines=1, max_lines=6, scale=6, autofocus=True,
-            placeholder="Ask something; Enter sends, Shift+Enter makes a new line", elem_id="message",
+            label="Message", show_label=False, container=False, lines=1, max_lines=6, scale=6, min_width=240,
+            autofocus=True, placeholder="Ask something; Enter sends, Shift+Enter makes a new line", elem_id="message",
         )  # fmt: skip
         send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop")

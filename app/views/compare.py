@@ -88,7 +88,7 @@ def _side(desk: Desk, name: str, first: str) -> Side:
     with gr.Column(min_width=320):
         with gr.Row():
             model = gr.Dropdown(
-                choices(desk), value=desk.model, label="Model", allow_custom_value=True, scale=3, min_width=220,
+                choices(desk), value=desk.model, label="Model", allow_custom_value=True, scale=3, min_width=260,
                 elem_id=f"{name}-model",
             )  # fmt: skip
             ways = [AS_SET, "recommended", *PRESETS]

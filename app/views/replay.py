@@ -19,7 +19,7 @@ def build(desk: Desk, session: gr.State, model: gr.Dropdown, tab: gr.Tab) -> Non
     """Draws the view; it is made anew whenever its tab is opened."""
     runners = gr.Button("Look up the runners-up of every position", size="sm", elem_id="runners")
     shown = gr.HTML(replay.empty(), apply_default_css=False, elem_id="replay")
-    dark = gr.State(False)
+    dark = gr.Checkbox(visible=False)  # told by the browser, which a State would not be
 
     def show(chat: ChatSession | None, is_dark: bool, _: str) -> str:
         if chat is None or not chat.last.trace.frames:

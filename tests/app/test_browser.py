@@ -431,4 +431,7 @@ def test_a_narrow_window_and_the_dark_theme_are_usable(browser, url, width, sche
     assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
     ink = page.evaluate("() => getComputedStyle(document.querySelector('#talk .said')).color")
     assert (sum(map(int, re.findall(r"\d+", ink)[:3])) > 380) == (scheme == "dark")
+    if width > 800:  # else behind the menu of tabs
+        pick(page, "Replay")
+        page.frame_locator("#replay iframe").locator(f"html.{scheme}").wait_for()
     assert page.faults == []
