@@ -45,7 +45,7 @@ def as_rows(stage: str, drawn: list[Puzzle]) -> Iterator[Row]:
         if stage == "pretrain":
             yield {"text": puzzle.text}
         elif stage == "sft":
-            reply = {"role": "assistant", "content": puzzle.shown}
+            reply = {"role": "assistant", "content": puzzle.shown or puzzle.solution}
             yield {"messages": [{"role": "user", "content": puzzle.prompt}, reply]}
         elif stage == "grpo":
             yield {"prompt": puzzle.prompt, "task": puzzle.task, "answer": puzzle.answer}

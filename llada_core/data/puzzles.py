@@ -26,7 +26,7 @@ class Puzzle:
     """One puzzle: `prompt` as a person asks it, `solution` as one right answer, `answer` as the verifier reads it.
 
     `key` is the value of the puzzle, equal for equal puzzles however they are worded. `text` is the solved puzzle as a
-    plain sentence for pretraining. `shown` is what fine-tuning shows as the answer: the solution unless said otherwise.
+    plain sentence for pretraining. `shown`, if any, is what fine-tuning shows in place of the solution.
     """
 
     task: Task
@@ -36,9 +36,6 @@ class Puzzle:
     text: str
     answer: dict[str, str | int | list[int]]
     shown: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shown", self.shown or self.solution)
 
 
 def part_of(task: str, key: str) -> Part:
@@ -213,11 +210,6 @@ _SEATS_TEXTS = (
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _up_to(rng: random.Random, largest: int) -> int:
-    """From 1 to `largest`; six times as fast as randint, which most of the time would go to."""
-    return 1 + int(rng.random() * largest)
 
 
 def _is_solved(rows: tuple[str, ...]) -> bool:

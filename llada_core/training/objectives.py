@@ -48,15 +48,18 @@ class Objective(Protocol):
     how many validations without a better one the run ends (0: never).
     """
 
-    best_by: str | None
-    patience: int
+    best_by: str | None = None
+    patience: int = 0
 
     def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work: ...
     def loss(self, model: nn.Module, batch: Any) -> Loss: ...
     def validate(self, model: nn.Module, rank: int, ranks: int) -> dict[str, Tensor]: ...
     def steps_per_epoch(self) -> int: ...
-    def state(self) -> dict[str, Tensor]: ...
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None: ...
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,8 @@ class NoisyBatch:
     step: int
 
 
-class DiffusionObjective:
+class DiffusionObjective(Objective):
     """Pretraining and fine-tuning (LLaDA, arXiv:2502.09992, eq. 3 and 5): cross-entropy of hidden tokens over their probability."""
-
-    best_by: str | None = None
-    patience = 0
 
     def __init__(
         self,
@@ -147,12 +147,6 @@ class DiffusionObjective:
             for name in ("loss", "nll"):
                 parts[f"validation_{name}"] += loss.parts[name].cpu()
         return parts
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        pass
 
 
 def accumulation(params: TrainingParams, ranks: int) -> int:
