@@ -172,5 +172,7 @@ def _told(value: object) -> str:
         value = json.loads(value)
     if isinstance(value, dict):
         return "; ".join(f"{key} {_told(each)}" for key, each in value.items())
+    if isinstance(value, float) and value.is_integer():
+        return f"{value:,.0f}"
     text = value if isinstance(value, str) else json.dumps(value)
     return HASH.sub(lambda found: found[0][:12] + "…", text)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from app.catalogue import Catalogue
 from app.engine import Engine, Shelf, available_memory
@@ -30,8 +30,12 @@ class Desk:
     at_once: int = 4
     pace: float = 25.0
 
-    def queue(self) -> dict[str, int | str]:
-        """How events that generate share the model: in order of arrival, so many at once."""
+    def queue(self) -> dict[str, Any]:
+        """How events of the page that generate share the model: in order of arrival, so many at once."""
+        return {**self.line(), "show_progress": "minimal", "api_visibility": "private"}
+
+    def line(self) -> dict[str, Any]:
+        """The one line that every question waits in."""
         return {"concurrency_limit": self.at_once, "concurrency_id": "model"}
 
     def engine(self, name: str | None) -> tuple[Engine, str]:

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
+from app.catalogue import Catalogue
 from app.writing import Refused, refusing
 from llada_core.config.sampling import SamplingParams
 from llada_core.modeling import load_model
@@ -56,6 +56,10 @@ class Engine:
     def text(self, tokens: list[int]) -> str:
         """The plain answer."""
         return self.tokenizer.answer_text(tokens)
+
+    def whole(self, tokens: list[int]) -> str:
+        """The text of a filled template, nothing cut off."""
+        return self.tokenizer.decode(tokens)
 
     def write(
         self, prompt: list[int], params: SamplingParams, *, pinned: dict[int, int] | None = None, watch: bool = False
@@ -112,23 +116,13 @@ def available_memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-class Source(Protocol):
-    """Where names lead."""
-
-    def locate(self, name: str) -> str:
-        """What changes when a name leads to other weights; cheap."""
-
-    def resolve(self, name: str) -> Path:
-        """The verified folder of a name."""
-
-
 class Shelf:
     """The loaded models, at most `most`; the one asked for longest ago makes room.
 
     A name is looked up at every `get`, so that a moved champion is the one that answers next.
     """
 
-    def __init__(self, source: Source, most: int = 2) -> None:
+    def __init__(self, source: Catalogue, most: int = 2) -> None:
         self._source, self._most = source, most
         self._engines: dict[str, tuple[str, Engine]] = {}
         self._lock, self._loading = threading.Lock(), threading.Lock()  # who loads waits; who has a model does not

@@ -39,8 +39,7 @@ def build(desk: Desk) -> gr.Blocks:
         with gr.Tab("Model") as tab:
             model.build(desk, side, tab)
         remote.build(desk)
-        known = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        page.load(lambda: [gr.update(choices=panel.choices(desk))] * len(models), None, models, **known)
+        page.load(lambda: [gr.update(choices=panel.choices(desk))] * len(models), None, models, **panel.QUICK)
         page.load(None, js=NARROW)
     return page.queue(max_size=64)
 

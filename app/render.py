@@ -40,15 +40,14 @@ def tile(cell: Cell) -> str:
     return f'<i class="{classes}{" b" if cell.in_block else ""}"{hint}>{text}</i>'
 
 
-def canvas(cells: Sequence[Cell], caption: str = "", columns: int | None = None) -> str:
-    """The whole canvas; `columns` fixes the width (a sudoku), else tiles fill the line."""
+def canvas(cells: Sequence[Cell], caption: str = "") -> str:
+    """The whole canvas."""
     written = sum(cell.state != "open" for cell in cells)
     size = " small" if len(cells) > 200 else ""
-    grid = f' style="grid-template-columns:repeat({columns},3em)"' if columns else ""
     tiles = "".join(tile(cell) for cell in cells)
     label = f"canvas: {written} of {len(cells)} positions written"
     head = f'<p class="cap">{escape(caption) or "&nbsp;"}</p>'
-    return f'<div class="lf">{head}<div class="tiles{size}"{grid} role="img" aria-label="{label}">{tiles}</div></div>'
+    return f'<div class="lf">{head}<div class="tiles{size}" role="img" aria-label="{label}">{tiles}</div></div>'
 
 
 def legend() -> str:
@@ -106,5 +105,11 @@ element.addEventListener('click', event => {
   button.textContent = 'Copied';
 });
 const frame = element.closest('#talk') || element;
-watch('value', () => { frame.scrollTop = frame.scrollHeight; });
+let turns = 0, atEnd = true;  // who scrolled up to read is not pulled down by the next step, only by the next question
+frame.addEventListener('scroll', () => { atEnd = frame.scrollHeight - frame.scrollTop - frame.clientHeight < 40; });
+watch('value', () => {
+  const now = element.querySelectorAll('.turn').length;
+  if (atEnd || now !== turns) frame.scrollTop = frame.scrollHeight;
+  turns = now;
+});
 """

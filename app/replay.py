@@ -3,11 +3,10 @@
 Knows traces and the template `replay.html`; does not know models or Gradio. The file asks nothing of the network.
 """
 
-import html
 import json
 from importlib.resources import files
 
-from app.render import escape
+from app.render import escape, notice
 from llada_core.sampling.trace import OPEN, Trace, readable
 
 LETTERS = "gmfd"  # the states of llada_core.sampling.trace.STATES
@@ -31,9 +30,8 @@ def document(trace: Trace, *, prompt: str = "", dark: bool = False) -> str:
 
 def frame(text: str, height: int = 560) -> str:
     """A document inside the page, without access to it."""
-    inner = html.escape(text, quote=True).replace("{", "&#123;").replace("$", "&#36;").replace("`", "&#96;")
     return (
-        f'<iframe class="lf-replay" title="replay" sandbox="allow-scripts allow-downloads" srcdoc="{inner}" '
+        f'<iframe class="lf-replay" title="replay" sandbox="allow-scripts allow-downloads" srcdoc="{escape(text)}" '
         f'style="width:100%;height:{height}px;border:1px solid #8a94a3;border-radius:6px"></iframe>'
     )
 
@@ -66,4 +64,4 @@ def record(trace: Trace, prompt: str) -> dict[str, object]:
 
 def empty() -> str:
     """What stands in the replay view before anything was written."""
-    return f'<div class="lf note">{escape("Nothing to replay yet: ask something in Chat first.")}</div>'
+    return notice("Nothing to replay yet: ask something in Chat first.")

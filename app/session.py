@@ -6,37 +6,14 @@ A session is a plain value that can be copied; `stopping` is the only thing anot
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from app.engine import Engine
 from app.writing import Refused, Writing
 from llada_core.config.sampling import SamplingParams
-from llada_core.sampling.step import Step
 from llada_core.sampling.trace import Frame, Trace, readable
 
 LONGEST_MESSAGE = 20_000  # characters, also of the system prompt
 MOST_TURNS = 50
-
-
-class Writer(Protocol):
-    """What a session needs of a loaded model."""
-
-    @property
-    def context(self) -> int:
-        """Longest canvas in tokens."""
-
-    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """The prompt of a conversation."""
-
-    def write(
-        self, prompt: list[int], params: SamplingParams, *, pinned: dict[int, int] | None = None, watch: bool = False
-    ) -> Generator[Step, None, None]:
-        """Denoises an answer."""
-
-    def text(self, tokens: list[int]) -> str:
-        """The plain answer that these tokens mean."""
-
-    def decode(self, token: int) -> str:
-        """One token as text."""
 
 
 @dataclass
@@ -133,7 +110,7 @@ class ChatSession:
 
     def reply(
         self,
-        writer: Writer,
+        writer: Engine,
         params: SamplingParams,
         *,
         watch: bool = False,
@@ -158,7 +135,7 @@ class ChatSession:
             self._finish(writer)
             self.writing = False
 
-    def _finish(self, writer: Writer) -> None:
+    def _finish(self, writer: Engine) -> None:
         answer = readable(writer.text(self.last.tokens()))
         self.turns[-1].answer = answer
         if not answer.strip() and not self.last.note:
@@ -167,7 +144,7 @@ class ChatSession:
             )
 
 
-def fits(writer: Writer, prompt: int, params: SamplingParams) -> None:
+def fits(writer: Engine, prompt: int, params: SamplingParams) -> None:
     """Raises Refused when prompt and answer are longer than the model can read."""
     if prompt + params.max_new_tokens > writer.context:
         raise Refused(

@@ -40,7 +40,7 @@ def solved(digits: str) -> bool:
     return len(digits) == CELLS and set(digits) <= set("1234") and not conflicts(digits)
 
 
-def grid(cells: Sequence[Cell], puzzle: str, caption: str) -> str:
+def grid(puzzle: str, cells: Sequence[Cell], caption: str) -> str:
     """The first 16 positions of an answer as a board; a broken rule and a changed given are marked."""
     cells = list(cells[:CELLS])
     now = "".join(c.text if c.text in {"1", "2", "3", "4"} and c.state != "open" else "0" for c in cells).ljust(
@@ -61,4 +61,4 @@ def grid(cells: Sequence[Cell], puzzle: str, caption: str) -> str:
 
 def blank(puzzle: str) -> str:
     """The board before the model writes."""
-    return grid([Cell("" if d == "0" else d, "open" if d == "0" else "given", None, False) for d in puzzle], puzzle, "")
+    return grid(puzzle, [Cell("" if d == "0" else d, "open" if d == "0" else "given", None, False) for d in puzzle], "")

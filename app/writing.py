@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llada_core.sampling.step import Step
-from llada_core.sampling.trace import OPEN, Frame, Trace
+from llada_core.sampling.trace import FRESH, OPEN, Frame, Trace
 
 
 class Refused(ValueError):  # noqa: N818 - a sentence for a person rather than a fault
@@ -86,7 +86,8 @@ class Writing:
             steps.close()
             self.trace.spell(decode)
             if self.trace.frames:
-                tokens = int((self.trace.committed_at > 0).sum())
+                own = ((f.state == FRESH) & (f.tokens == f.guesses) for f in self.trace.frames)
+                tokens = int(sum(each.sum() for each in own))  # not what was filled after an answer's end
                 self.counts = Counts(len(self.trace.frames), self.trace.frames[-1].forwards, tokens, seconds)
 
     def tokens(self) -> list[int]:

@@ -1,10 +1,12 @@
 """What orchestration costs: `python -m benchmarks.overhead FOLDER` on a finished project (a copy; nothing is kept).
 
-No-op `dvc repro`, no-op pipeline with a Prefect server up, a core's share for following a job, metrics into MLflow.
+What of the run was spent between its jobs, no-op `dvc repro`, no-op pipeline with a Prefect server up, a core's share
+for following a job and for asking Slurm, metrics into MLflow.
 """
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -16,11 +18,13 @@ from pathlib import Path
 
 from llada_core.config.launch import LaunchParams
 from tasks import tracking
-from tasks.folders import write_json
+from tasks.folders import read_json, write_json
 from tasks.launch import follow
 from tasks.launch_local import LocalLauncher, start_time
+from tasks.launch_slurm import SlurmLauncher
 from tasks.pipeline import environment
-from tasks.runs import RunFolder
+from tasks.runs import RunFolder, all_runs
+from tests.slurm.cluster import Cluster, missing
 
 SECONDS = 30
 WRITER = """
@@ -88,6 +92,43 @@ def following(root: Path) -> float:
     return share
 
 
+def between_jobs(project: Path) -> tuple[float, float]:
+    """Seconds from the first job's start to the last one's success, and those of them in which no job was at work.
+
+    From the run folders of a project whose stages were all made by one undisturbed run.
+    """
+    runs = [run for run in all_runs(project) if run.job and run.succeeded and run.request["root"] == str(project)]
+    jobs = sorted((run.job["time"], read_json(run.path / "SUCCESS")["time"]) for run in runs)
+    busy_until, idle = jobs[0][0], 0.0
+    for start, end in jobs:
+        idle, busy_until = idle + max(0.0, start - busy_until), max(busy_until, end)
+    return busy_until - jobs[0][0], idle
+
+
+def asking_slurm(root: Path) -> float:
+    """Share of a core that asking for a job's state takes at the usual interval; on a throw-away cluster."""
+    cluster, asked = Cluster(root / "cluster"), 20
+    root.chmod(0o755)  # munge wants its socket reachable
+    cluster.folder.mkdir()
+    try:
+        cluster.start()
+        os.environ["SLURM_CONF"] = str(cluster.conf)
+        run = toy_run(root)
+        job = cluster.ask("sbatch", "--parsable", "--hold", "--wrap", "true", "-o", "/dev/null").strip()
+        write_json(run.path / "job.json", {"launcher": "slurm", "id": job})
+        before = cpu_seconds()
+        for _ in range(asked):
+            assert SlurmLauncher(1.0).state(run) == "alive"
+        return (cpu_seconds() - before) / asked / LaunchParams().poll_seconds
+    finally:
+        cluster.stop()
+
+
+def cpu_seconds() -> float:
+    """Of this process and of the programs it has waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
 def metrics_per_second(root: Path) -> float:
     """How fast 10,000 metrics of a run that is over reach MLflow's SQLite."""
     run = toy_run(root)
@@ -102,6 +143,8 @@ def metrics_per_second(root: Path) -> float:
 def main() -> None:
     """Print one line for each."""
     project = Path(sys.argv[1] if len(sys.argv) > 1 else ".").resolve()
+    whole, idle = between_jobs(project)
+    print(f"between jobs: {idle:.1f} of {whole:.1f} s, {idle / whole:.1%} of the run (asked: under 5 %)")
     repro = [timed([sys.executable, "-m", "dvc", "repro"], project) for _ in range(5)]
     print(f"no-op dvc repro: {min(repro):.1f} s (of 5: {', '.join(f'{s:.1f}' for s in repro)}; asked: under 3)")
     with prefect_server() as api:
@@ -110,7 +153,11 @@ def main() -> None:
         f"no-op pipeline with a server: {min(flow):.1f} s (of 5: {', '.join(f'{s:.1f}' for s in flow)}; asked: under 10)"
     )
     for measure, text in ((following, "following a job: {:.2%} of a core (asked: under 1 %)"),
+                          (asking_slurm, "asking Slurm for a job: {:.2%} of a core"),
                           (metrics_per_second, "10,000 metrics into MLflow: {:,.0f}/s (asked: 1,000)")):  # fmt: skip
+        if measure is asking_slurm and (reason := missing()):
+            print(f"asking Slurm: {reason}")
+            continue
         with tempfile.TemporaryDirectory() as folder:
             os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
             print(text.format(measure(Path(folder).resolve())), flush=True)

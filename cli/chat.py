@@ -51,7 +51,7 @@ class Conversation:
 
     def run(self, name: str) -> None:
         """Reads lines until /quit or the end of the input; a mistake is one line, and the conversation goes on."""
-        self.console.print(f"{name} · {exactness(self.params)} /help lists the commands.", style="dim", markup=False)
+        self._say(f"{name} · {exactness(self.params)} /help lists the commands.")
         while True:
             try:
                 line = self.console.input("[bold]> [/bold]").strip()
@@ -83,7 +83,7 @@ class Conversation:
             "/replay": self._replay,
             "/again": self._again,
             "/undo": self._undo,
-            "/new": lambda _: self.turns.clear(),
+            "/new": self._new,
         }
         if word not in acts:
             raise ValueError(f"there is no command {word!r}; /help lists them")
@@ -129,6 +129,11 @@ class Conversation:
 
     def _system(self, text: str) -> None:
         self.system = text
+        self._say("it is told so before every question" if text else "it is told nothing beforehand")
+
+    def _new(self, _: str) -> None:
+        self.turns.clear()
+        self._say("a new conversation")
 
     def _guesses(self, _: str) -> None:
         self.guesses = not self.guesses
@@ -145,10 +150,15 @@ class Conversation:
     def _again(self, _: str) -> None:
         if not self.turns:
             raise ValueError("nothing was asked yet")
-        self.turns.pop()
-        self.answer()
+        before = self.turns.pop()
+        try:
+            self.answer()
+        except ValueError:
+            self.turns.append(before)
+            raise
 
     def _undo(self, _: str) -> None:
         if not self.turns:
             raise ValueError("there is nothing to undo")
+        self._say(f"forgotten: {self.turns[-2]['content']}")
         del self.turns[-2:]

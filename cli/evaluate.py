@@ -39,6 +39,7 @@ def evaluate(
         from tasks.folders import safe
         from tasks.runs import home
         from tasks.sweep import sweep, sweep_places
+        from tasks.tracked_results import send_sweep
 
         name = name_or_champion(model)
         asked = list(benchmarks) + ([column.recipe for column in published(table).columns] if table else [])
@@ -57,6 +58,7 @@ def evaluate(
         results = out or base / "reports" / "checkpoints" / safe(name)
         places = sweep_places(name, params, base, Path(root).expanduser() if root else None, results)
         found = sweep(name, asked, params, places)
+        send_sweep(base, name, params, places, [n for n, line in found.items() if "error" not in line])
         print(f"results are in {results}")
         raise typer.Exit(1 if any("error" in line for line in found.values()) else 0)
 

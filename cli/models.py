@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cli.options import MODEL_HELP, name_or_champion
+from llada_core.config.base import ConfigError
 from tasks.errors import one_line_errors
 
 CARD = """---
@@ -117,12 +119,19 @@ def ui(
         started = [
             subprocess.Popen(command, env=os.environ | quiet | api, start_new_session=True) for command in commands
         ]
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            raise typer.Exit(max(process.wait() for process in started))
-        finally:
+            while all(process.poll() is None for process in started):
+                time.sleep(0.5)
+            raise ConfigError("one of the two servers has ended; its last words are above")
+        except KeyboardInterrupt:
+            print("both end", flush=True)
+        finally:  # nothing is left behind, however this ends
             for process in started:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGTERM)
+            for process in started:
+                process.wait()
 
 
 def free(name: str, address: str, port: int) -> None:

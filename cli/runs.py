@@ -92,7 +92,7 @@ def plan(
 def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
     from llada_core.config.params import Params
     from tasks.graph import load_stage, with_sources
-    from tasks.launch import launcher_for
+    from tasks.launch_script import render
     from tasks.runs import open_run, stage_params
     from tasks.workspace import open_workspace
 
@@ -103,7 +103,7 @@ def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
     launch = Params.parse(params, "params.yaml").launch.of(stage.partition("@")[0])
     print(f"run folder: {made.path} ({'already done' if made.succeeded else launch.kind})\n")
     if launch.kind != "inline":
-        print(launcher_for(launch.kind, launch).script(made, launch))
+        print(render(made, launch, slurm=launch.kind == "slurm"))
 
 
 def status() -> None:

@@ -92,18 +92,12 @@ def _questions(texts: list[str], tokenizer: "Tokenizer", params: SamplingParams,
 
 
 def _gaps(texts: list[str], tokenizer: "Tokenizer", params: SamplingParams) -> Batch:
-    from dataclasses import replace
-
-    from llada_core.sampling.gaps import with_gaps
+    from llada_core.sampling.gaps import for_template, with_gaps
     from llada_core.sampling.trace import Trace
 
     mask = tokenizer.special.mask_id
     rows = [with_gaps(t, tokenizer.encode, mask, 1 << 20) for t in texts]
-    widest, masks = max(map(len, rows)), max(row.count(mask) for row in rows)
-    params = replace(
-        params, max_new_tokens=masks, block_length=widest, steps=min(params.steps, masks), stop_at_eos=False
-    )
-    return rows, [Trace([], len(row)) for row in rows], params
+    return rows, [Trace([], len(row)) for row in rows], for_template(params, rows, mask)
 
 
 def _steps(

@@ -136,7 +136,7 @@ def views(browser: Browser, url: str) -> None:
     page.get_by_role("tab", name="Infill").click()
     page.fill("#gaps textarea", f"Solve the sudoku {SUDOKU}")
     page.fill("#pins textarea", "0:1234, 12:4321")
-    page.click("#answer")
+    page.click("#fill")
     page.wait_for_function("() => document.querySelector('#infilled-text textarea').value")
     shot(page, "infill")
     page.get_by_role("tab", name="Compare").click()

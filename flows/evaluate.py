@@ -1,10 +1,11 @@
 """Any checkpoint against a list of benchmarks as a Prefect flow: each a job of its own, so many at once, a report last.
 
-It happens in a workspace, by the stage `evaluate`; where a job runs is params.yaml's `launch`. Each job says what it
-costs before it starts, and how far it is.
+It happens in a workspace, by the stage `evaluate`; where a job runs, and how many share a benchmark, is params.yaml's
+`launch`. What all of it costs is said before the first job starts; each job says how far it is.
 """
 
 import json
+import logging
 import sys
 import threading
 from pathlib import Path
@@ -17,11 +18,14 @@ from prefect.futures import as_completed
 
 from flows.walk import StageProcesses
 from llada_core.config.evaluation import ReportParams
+from llada_core.config.params import Params
 from llada_core.evaluation import recipes
 from tasks.errors import StageError, one_line_errors
+from tasks.evaluate import Places, answering, data_root, quiet_lm_eval
 from tasks.folders import read_json
 from tasks.report import Beside, write_report
 from tasks.runs import commit_of, home
+from tasks.sweep import FAILURES, tell_costs
 from tasks.tracking import send_pending
 from tasks.workspace import Workspace, configure_without_git, open_workspace
 
@@ -51,10 +55,13 @@ def evaluate(
     limit: int | None = None,
     overrides: list[str] | None = None,
     at_once: int = 2,
+    costs: bool = True,
 ) -> dict[str, Any]:
     """Result or `{"error": why}` of each benchmark, or each column of a published table; a failure stops no other.
 
-    `overrides`: as of `llada run`, such as `evaluate.run_code=true` or `launch.kind=slurm`.
+    `overrides`: as of `llada run`, such as `evaluate.run_code=true` or `launch.kind=slurm`. What each benchmark and all
+    of them cost is said before the first job starts, by the rate of the machine that this runs on; `costs=False` where
+    the model does not fit it.
     """
     asked = [*(benchmarks or []), *([column.recipe for column in recipes.table(table).columns] if table else [])]
     workspace = _workspace(model, asked, limit, overrides or [])
@@ -64,6 +71,8 @@ def evaluate(
     try:
         if "prepare" in workspace.params["stages"]:
             processes.run("prepare", get_run_logger().info)
+        if costs:
+            _tell_costs(workspace, asked)
         room = threading.Semaphore(at_once)
         futures = {measure.submit(f"evaluate@{name}", processes, room): name for name in asked}
         for number, future in enumerate(as_completed(list(futures)), 1):
@@ -89,6 +98,20 @@ def _workspace(model: str, asked: list[str], limit: int | None, overrides: list[
     }
     given = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return open_workspace(Path.cwd(), None, [*given, *overrides], own=True)
+
+
+def _tell_costs(workspace: Workspace, asked: list[str]) -> None:
+    params = Params.parse(workspace.params, "params.yaml")
+    assert params.evaluate is not None
+    base = home(workspace.path)
+    nothing = workspace.path / "reports"  # is written
+    places = Places(data_root(params, base), workspace.path / "data" / "eval", nothing, nothing)
+    quiet_lm_eval(harness=logging.WARNING)
+    try:
+        with answering(Path(params.evaluate.models[0].partition("=")[2]), params.evaluate) as answerer:
+            tell_costs(answerer, asked, params.evaluate, places, print)
+    except FAILURES as error:
+        print(f"what it costs is not known: {error}")
 
 
 def _report(workspace: Workspace, asked: list[str], failed: dict[str, str], model: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from llada_core.config.evaluation import EvaluateParams
 from llada_core.config.params import Params
 from tasks.folders import read_json, safe, write_json, write_text
 from tasks.program import Work, stage_program
+from tasks.shards import whole
 
 if TYPE_CHECKING:
     from llada_core.evaluation.answering import Answerer
@@ -46,8 +47,9 @@ def run(work: Work) -> None:
     if work.item is None:
         raise ConfigError(f"evaluate: say which benchmark; this run has: {', '.join(params.benchmarks)}")
     quiet_lm_eval()
-    home = work.run.path.parents[1]
-    places = Places(data_root(work.params, home), Path("data/eval"), Path("reports/eval"), work.run.path / "answers")
+    own = whole(work.run).path
+    root = data_root(work.params, own.parents[1])
+    places = Places(root, Path("data/eval"), Path("reports/eval"), own / "answers")
     models = {name: Path("models") / name for name in params.models if (Path("models") / name).is_dir()}
     models |= {label: Path(folder) for label, sign, folder in (name.partition("=") for name in params.models) if sign}
     if not models:
@@ -56,7 +58,7 @@ def run(work: Work) -> None:
     for name, folder in models.items():
         with answering(folder, params) as answerer:
             timings[name] = measure(work.item, name, answerer, params, places)
-    if rank() == 0:
+    if any(timings.values()):
         path = places.out / f"{work.item}.json"
         write_json(path, read_json(path) | {"run": work.run.key})
         for step, (name, line) in enumerate(timings.items()):
@@ -64,24 +66,24 @@ def run(work: Work) -> None:
             _append(work.run.path / "metrics.jsonl", record)
 
 
-def measure(
-    name: "str | Benchmark", model: str, answerer: "Answerer", params: EvaluateParams, places: Places
-) -> Result:
+def measure(name: str, model: str, answerer: "Answerer", params: EvaluateParams, places: Places) -> Result:
     """One benchmark with one model: writes `<out>/<benchmark>.json` and `<out>/<benchmark>/<model>.samples.jsonl`.
 
-    Returns what is not the same every time: seconds, questions and tokens per second.
+    Returns what is not the same every time: seconds, questions and tokens per second. Only the first of several
+    processes and jobs scores, writes and returns; the others answer their share.
     """
     from llada_core.evaluation.harness import LladaLM
-    from llada_core.evaluation.run import benchmark
+    from llada_core.evaluation.run import answer, benchmark
     from llada_core.evaluation.run import run as run_benchmark
     from llada_core.evaluation.worklist import AnswerStore, Shard
 
-    asked = benchmark(name, params, root=places.root, puzzles=places.puzzles) if isinstance(name, str) else name
+    asked = benchmark(name, params, root=places.root, puzzles=places.puzzles)
     store = AnswerStore(places.answers / safe(model) / asked.name, Shard.of_process())
     lm = LladaLM(as_asked(answerer, asked), store)
-    result, records = run_benchmark(asked, lm, limit=params.limit)
-    if rank() != 0:
+    if store.shard.rank != 0:
+        answer(asked, lm, limit=params.limit)
         return {}
+    result, records = run_benchmark(asked, lm, limit=params.limit)
     if lm.forwards:
         result["forwards_per_answer"] = round(sum(lm.forwards) / len(lm.forwards), 2)
         result["tokens_per_answer"] = round(sum(lm.new_tokens) / len(lm.new_tokens), 2)
@@ -144,11 +146,6 @@ def _json_line(record: Result) -> str:
 def _append(path: Path, record: Result) -> None:
     with path.open("a", encoding="utf-8") as stream:
         stream.write(_json_line(record))
-
-
-def rank() -> int:
-    """Which of several processes this is; 0 writes."""
-    return int(os.environ.get("RANK", "0"))
 
 
 if __name__ == "__main__":

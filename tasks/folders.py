@@ -109,6 +109,5 @@ def size_of(paths: Iterable[Path]) -> int:
 
 
 def safe(model: str) -> str:
-    """A model's name as a file's name; of `label=folder`, the label."""
-    model = model.partition("=")[0]
+    """A model's name as a file's name."""
     return model.strip("/").replace("models:/", "").replace("/", "__").replace("@", "-at-")

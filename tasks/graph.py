@@ -14,6 +14,7 @@ from llada_core.config.base import ConfigError, nearest, read_yaml
 from llada_core.config.params import TRAINING_STAGES
 
 CODE = frozenset({"llada_core", "tasks"})
+LABEL, NOT_LABEL = re.compile(r"[\w.@+-]+"), re.compile(r"[^\w.@+-]+")
 VALUE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -47,13 +48,12 @@ def load_stage(root: Path, name: str, params: dict[str, Any]) -> Stage:
     spec = _body(stages[kind])
     values = params | ({"item": item} if item else {})
     deps = [_fill(path, values) for path in _deps(kind, spec, params)]
-    outs = [_path(out) for key in ("outs", "metrics", "plots") for out in spec.get(key, [])]
     return Stage(
         name=name,
         code=tuple(path for path in deps if Path(path).parts[0] in CODE),
         inputs=tuple(path for path in deps if Path(path).parts[0] not in CODE),
         params=tuple(_params(kind, spec, params)),
-        outs=tuple(_fill(path, values) for path in outs),
+        outs=tuple(_fill(_path(out), values) for out in _outs(spec)),
     )
 
 
@@ -82,15 +82,28 @@ def with_sources(params: dict[str, Any], root: Path) -> dict[str, Any]:
         if value is not None and value not in TRAINING_STAGES:
             result[stage] = params[stage] | {"init_from": _folder(value, root)}
     if named := lookup(params, "evaluate.models"):
-        result["evaluate"] = params["evaluate"] | {"models": [_labelled(name, root) for name in named]}
+        result["evaluate"] = params["evaluate"] | {"models": _labelled(named, root)}
     return result
 
 
-def _labelled(name: str, root: Path) -> str:
-    label, _, source = name.rpartition("=")
-    if source in TRAINING_STAGES:
-        return name
-    return f"{label or source.rstrip('/').rpartition('/')[2]}={_folder(source, root)}"
+def _labelled(names: list[str], root: Path) -> list[str]:
+    """Stages by name, other models as `label=folder`; raises `ConfigError` where two would share a label."""
+    asked: dict[str, str] = {}
+    models = []
+    for name in names:
+        label, sign, source = name.partition("=")
+        if not sign or not LABEL.fullmatch(label) or (root / name).exists():  # a path may hold a "=" of its own
+            label, source = NOT_LABEL.sub("-", name.rstrip("/").rpartition("/")[2]), name
+        elif source in TRAINING_STAGES:
+            raise ConfigError(f"evaluate.models: {name!r} labels a stage, which has its name; write {source!r}")
+        if label in asked:
+            both = f"{asked[label]!r} and {name!r} would both be {label!r} in tables"
+            other = asked[label] if name in TRAINING_STAGES else source
+            remedy = "list it once" if name == asked[label] else f"label one of them, such as other={other}"
+            raise ConfigError(f"evaluate.models: {both}; {remedy}")
+        asked[label] = name
+        models.append(name if name in TRAINING_STAGES else f"{label}={_folder(source, root)}")
+    return models
 
 
 def _folder(name: str, root: Path) -> str:

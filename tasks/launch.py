@@ -11,26 +11,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Protocol
 
 from filelock import FileLock
 
 from llada_core.config.launch import LaunchParams
 from tasks.errors import StageError
-from tasks.launch_local import LocalLauncher, State
+from tasks.launch_local import LocalLauncher
 from tasks.launch_slurm import SlurmLauncher
 from tasks.runs import RunFolder
 
-
-class Launcher(Protocol):
-    """Who starts jobs: each verb acts on the job that a run folder names."""
-
-    @property
-    def poll_seconds(self) -> float: ...
-    def script(self, run: RunFolder, launch: LaunchParams) -> str: ...
-    def submit(self, run: RunFolder, launch: LaunchParams) -> None: ...
-    def state(self, run: RunFolder) -> State: ...
-    def cancel(self, run: RunFolder, grace: float) -> None: ...
+Launcher = LocalLauncher | SlurmLauncher  # each verb (submit, state, cancel) acts on the job that a run folder names
 
 
 class TerminatedError(BaseException):

@@ -14,8 +14,8 @@ from typing import Literal
 
 from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams
-from tasks.folders import write_json, write_text
-from tasks.launch_script import render
+from tasks.folders import write_json
+from tasks.launch_script import write_job
 from tasks.runs import RunFolder
 
 State = Literal["alive", "gone", "unknown"]
@@ -26,14 +26,9 @@ class LocalLauncher:
 
     poll_seconds = 0.3
 
-    def script(self, run: RunFolder, launch: LaunchParams) -> str:
-        """What a job of `run` would execute."""
-        return render(run, launch, slurm=False)
-
     def submit(self, run: RunFolder, launch: LaunchParams) -> None:
         """Start a job and note who it is."""
-        script = run.path / "job.sh"
-        write_text(script, self.script(run, launch))
+        script = write_job(run, launch, slurm=False)
         with run.log.open("ab") as log:
             log_start = run.log_size
             process = subprocess.Popen(

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import jinja2
 
+from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams, SlurmParams
 from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.config.training import GRPOParams, TrainingParams
-from tasks.folders import hash_of
+from tasks.folders import hash_of, write_text
 from tasks.runs import RunFolder
 
 TEMPLATE = Path(__file__).with_name("job.sh.jinja")
+OWN_ACCELERATE = "accelerate.yaml"  # launch.accelerate_config, as it was when the job was submitted
 # What a job sees of the submitter's environment, beside what the cluster gives it.
 PASSED_ON = ("PATH", "VIRTUAL_ENV", "LLADAFLOW_DATA_ROOT", "HF_HOME", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
@@ -35,6 +37,19 @@ def render(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
         command=_command(run, launch, slurm=slurm),
         restarts=launch.restarts,
     )
+
+
+def write_job(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> Path:
+    """Put the script, and a person's own accelerate file, into the run folder: later edits reach no waiting job."""
+    if launch.accelerate_config:
+        own = Path(run.request["root"]) / Path(launch.accelerate_config).expanduser()
+        if not own.is_file():
+            raise ConfigError(
+                f"launch.accelerate_config: there is no {own}; give a path from the project's folder, or a whole one"
+            )
+        write_text(run.path / OWN_ACCELERATE, own.read_text(encoding="utf-8"))
+    write_text(run.path / "job.sh", render(run, launch, slurm=slurm))
+    return run.path / "job.sh"
 
 
 def job_name(run: RunFolder) -> str:
@@ -79,11 +94,11 @@ def _command(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
     nodes = launch.slurm.nodes if slurm else 1
     training = Params.parse(run.request["all_params"], run.key).training(kind) if kind in TRAINING_STAGES else None
     processes = nodes * ranks_per_node(training, launch, slurm=slurm)
-    config = launch.accelerate_config or _accelerate_config(training)
+    config = _accelerate_config(run, launch, training)
     if processes == 1 and not launch.accelerate_config:
         command = f"{python} {program}"
         return f"srun --kill-on-bad-exit=1 {_srun(launch)}{command}" if slurm else command
-    kinds = f"--config_file {shlex.quote(config)}" if config else "--multi_gpu"
+    kinds = f"--config_file {shlex.quote(str(config))}" if config else "--multi_gpu"
     ranks = f"{kinds} --num_processes {processes} --num_machines {nodes}"
     accelerate = f"{python} -m accelerate.commands.launch {ranks} --mixed_precision no --dynamo_backend no"
     if not slurm:
@@ -108,9 +123,12 @@ def _visible_gpus() -> int:
     return devices if chosen is None else min(devices, len([name for name in chosen.split(",") if name.strip()]))
 
 
-def _accelerate_config(training: TrainingParams | None) -> str | None:
+def _accelerate_config(run: RunFolder, launch: LaunchParams, training: TrainingParams | None) -> Path | None:
+    """A file of the run folder: the snapshot's for the kind of distribution, or the copy of a person's own."""
+    if launch.accelerate_config:
+        return run.path / OWN_ACCELERATE
     kind = training.distribution.kind if training is not None else "auto"
-    return None if kind in ("auto", "none") else str(Path(__file__).with_name("accelerate") / f"{kind}.yaml")
+    return None if kind in ("auto", "none") else run.tree / "tasks" / "accelerate" / f"{kind}.yaml"
 
 
 def _srun(launch: LaunchParams) -> str:

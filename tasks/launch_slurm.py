@@ -10,9 +10,9 @@ import time
 
 from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams
-from tasks.folders import write_json, write_text
+from tasks.folders import write_json
 from tasks.launch_local import State
-from tasks.launch_script import job_name, render
+from tasks.launch_script import job_name, write_job
 from tasks.runs import RunFolder
 
 TIMEOUT = 30  # seconds that a Slurm command may take
@@ -46,14 +46,9 @@ class SlurmLauncher:
         self.poll_seconds = poll_seconds
         self._said = ""
 
-    def script(self, run: RunFolder, launch: LaunchParams) -> str:
-        """What a job of `run` would execute."""
-        return render(run, launch, slurm=True)
-
     def submit(self, run: RunFolder, launch: LaunchParams) -> None:
         """Submit a job and note its id; waits while the controller does not answer, and never submits twice."""
-        script = run.path / "job.sh"
-        write_text(script, self.script(run, launch))
+        script = write_job(run, launch, slurm=True)
         while self._adopt(run) is None:
             try:
                 log_start = run.log_size

@@ -56,7 +56,8 @@ def need(params: Params, stage: str, ranks: int, per_node: int = 1) -> Need:
     elif steps is not None:
         flops = steps * training_flops(active, rows * length, inference)
     moments = trained * (4 if block.optimiser == "muon" else 8)
-    kept = block.keep + 1 + (0 if not (block.milestone_every and steps) else steps // block.milestone_every)
+    best = isinstance(block, GRPOParams) and block.keep_best
+    kept = block.keep + 1 + best + (0 if not (block.milestone_every and steps) else steps // block.milestone_every)
     return Need(
         parameters=total,
         trained=trained,
@@ -86,7 +87,10 @@ def script_of(params: Params, stage: str) -> str:
         run.path.mkdir()
         asked = {"stage": stage, "root": str(Path.cwd()), "all_params": params.model_dump(mode="json", by_alias=True)}
         write_json(run.path / "request.json", asked)
-        text = render(run, launch, slurm=launch.kind == "slurm").replace(folder, str(home(Path.cwd()) / "runs"))
+        text = render(run, launch, slurm=launch.kind == "slurm")
+        if launch.kind != "slurm":  # to be copied and run in the project's folder
+            text = text.replace(f"{run.tree}/tasks", "tasks")
+        text = text.replace(folder, str(home(Path.cwd()) / "runs"))
     if launch.kind == "slurm":
         return text
     return next(line.strip().removesuffix(" &") for line in text.splitlines() if f"-m tasks.{stage}" in line)

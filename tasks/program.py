@@ -21,6 +21,7 @@ from tasks.errors import StageError, one_line_errors
 from tasks.graph import load_stage, with_sources
 from tasks.launch import attach_or_submit, follow
 from tasks.runs import RunFolder, differences, open_run, previous_run, stage_params
+from tasks.shards import shared
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
                 from tasks.plan import refuse
 
                 refuse(Params.parse(params, "params.yaml"), stage.kind, launch.gpu)
-            follow(run, attach_or_submit(run, launch), launch)
-    if _rank() == 0:
+            with shared(run, launch) as own:
+                follow(run, attach_or_submit(run, own), own)
+    if rank() == 0:
         run.publish(root)
     return run
 
@@ -92,7 +94,7 @@ def do_work(run: RunFolder, function: Function) -> None:
     stage = run.stage
     params = Params.load("params.yaml")
     cost = function(Work(params, run, stage, stage.partition("@")[2] or None))
-    if _rank() == 0:
+    if rank() == 0:
         run.succeed(time.monotonic() - started if cost is None else cost)
 
 
@@ -115,14 +117,15 @@ def _inside_ranks() -> bool:
     return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
-def _rank() -> int:
+def rank() -> int:
+    """Which of several processes this is; 0 writes."""
     return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager
 def _sole_worker(run: RunFolder) -> Iterator[Any]:
     """Hold the lock that a job's script holds as well; other ranks of this launch share the first one's."""
-    if _rank() != 0:
+    if rank() != 0:
         yield None
         return
     with (run.path / "running.lock").open("a") as lock:

@@ -18,8 +18,9 @@ from llada_core.config.params import Params
 from tasks import tracking
 from tasks.errors import one_line_errors
 from tasks.folders import content_hash, hash_of, read_json, write_json
-from tasks.gate import Decision, Scores, decide
+from tasks.gate import Decision, decide
 from tasks.registry import Version, client, keep, receipts, scores_of, store_folder, versions, write_receipt
+from tasks.report import scores_of as answered
 from tasks.runs import RunFolder, commit_of, home, stage_params
 
 CHAMPION, CANDIDATE = "champion", "candidate"
@@ -32,7 +33,8 @@ def register(root: Path, params: Params) -> dict[str, Any]:
     if spec is None:
         raise ConfigError("params.yaml has no block 'register'")
     digest = keep(root, root / "models" / spec.model)
-    write_json(store_folder(root, digest).with_suffix(".scores.json"), measured(root, spec.model))
+    answers = (root / "reports" / "eval").glob(f"*/{spec.model}.samples.jsonl")
+    write_json(store_folder(root, digest).with_suffix(".scores.json"), {p.parent.name: answered(p) for p in answers})
     tracking.send_pending(root)
     known = versions(root, spec.name)
     version = next((v for v in known if v.hash == digest), None)
@@ -67,15 +69,6 @@ def judge(root: Path, params: Params, version: Version, champion: Version | None
     return decide(
         params.register_.gate, scores_of(root, version.hash), scores_of(root, champion.hash) if champion else None
     )
-
-
-def measured(root: Path, model: str) -> Scores:
-    """The scores of one model on every benchmark of reports/eval, question by question."""
-    scores: Scores = {}
-    for path in sorted((root / "reports" / "eval").glob(f"*/{model}.samples.jsonl")):
-        lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-        scores[path.parent.name] = {str(line["id"]): float(line["score"]) for line in lines}
-    return scores
 
 
 def make_version(root: Path, receipt: dict[str, Any]) -> Version:

@@ -32,7 +32,7 @@ def run(work: Work) -> None:
     evaluate = work.params.evaluate
     if evaluate is None:
         raise ConfigError("report: params.yaml has no block 'evaluate', so there is nothing to report")
-    order = [safe(model) for model in evaluate.models]
+    order = [safe(model.partition("=")[0]) for model in evaluate.models]  # `label=folder` stands as its label
     write_report(
         Path("reports/eval"),
         evaluate.benchmarks,

@@ -4,51 +4,80 @@ Knows folders and names; how one benchmark is measured is tasks.evaluate's.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import EvaluateParams, ReportParams
-from tasks.evaluate import Places, answering, as_asked, below, measure, quiet_lm_eval, rank
+from tasks.evaluate import Places, answering, as_asked, below, measure, quiet_lm_eval
 from tasks.folders import content_hash, hash_of, read_json, safe
 from tasks.registry import resolve
 from tasks.runs import commit_of
 
+if TYPE_CHECKING:
+    from llada_core.evaluation.answering import Answerer
+
 Result = dict[str, Any]
-Tell = Callable[[str], None]
+Tell = Callable[[str], object]
 CODE = Path(__file__).parent
+FAILURES = (ConfigError, ValueError, OSError, RuntimeError)  # of one benchmark, which stop no other
 
 
 def sweep(
-    model: str, benchmarks: Iterable[str], params: EvaluateParams, places: Places, *, tell: Tell = print
+    model: str, benchmarks: Sequence[str], params: EvaluateParams, places: Places, *, tell: Tell = print
 ) -> dict[str, Result]:
     """Any checkpoint (folder, alias, Hub name) against a list of benchmarks; one that fails does not stop the others.
 
-    Says what each costs before it starts. Returns a result, or `{"error": why}`, for each benchmark; results are also
-    written as the stage writes them, with a report (table.json, table.md, table.png) of those that succeeded.
+    Says what each and all cost before the first starts. Returns a result, or `{"error": why}`, for each benchmark;
+    results are also written as the stage writes them, with a report (table.json, table.md, table.png) of those that
+    succeeded.
     """
-    from llada_core.evaluation.run import benchmark, cost_of
     from tasks.report import Beside, write_report
 
     quiet_lm_eval(harness=logging.WARNING)
     results: dict[str, Result] = {}
     with answering(resolve(model), params) as answerer:
+        failed = tell_costs(answerer, benchmarks, params, places, tell)
         for name in benchmarks:
+            if name in failed:
+                results[name] = {"error": failed[name]}
+                continue
             try:
-                asked = benchmark(name, params, root=places.root, puzzles=places.puzzles)
-                tell(f"{name}: {cost_of(asked, as_asked(answerer, asked), limit=params.limit)}")
-                line = measure(asked, model, answerer, params, places)
-                if rank() == 0:
+                if line := measure(name, model, answerer, params, places):
                     results[name] = read_json(places.out / f"{name}.json")["models"][safe(model)]
                     tell(f"{name}: {line['score']} in {line['seconds']:.0f} s")
-            except (ConfigError, ValueError, OSError, RuntimeError) as error:
+            except FAILURES as error:
                 results[name] = {"error": " ".join(str(error).split())}
                 tell(f"{name}: {results[name]['error']}")
-    measured = [name for name, result in results.items() if "error" not in result]
-    if measured and rank() == 0:
+    if measured := [name for name, result in results.items() if "error" not in result]:
         write_report(places.out, measured, ReportParams(comparisons=()), places.out, Beside(commit=commit_of(CODE)))
     return results
+
+
+def tell_costs(
+    answerer: "Answerer", benchmarks: Sequence[str], params: EvaluateParams, places: Places, tell: Tell
+) -> dict[str, str]:
+    """Says what each benchmark costs at most, at the rate of one measured forward, and last what all cost together.
+
+    Returns why a benchmark cannot be put, for those that cannot.
+    """
+    from llada_core.evaluation.harness import Cost
+    from llada_core.evaluation.run import benchmark, cost_of
+
+    failed, total = {}, Cost()
+    for name in benchmarks:
+        try:
+            asked = benchmark(name, params, root=places.root, puzzles=places.puzzles)
+            cost = cost_of(asked, as_asked(answerer, asked), limit=params.limit)
+        except FAILURES as error:
+            failed[name] = " ".join(str(error).split())
+            tell(f"{name}: {failed[name]}")
+        else:
+            total += cost
+            tell(f"{name}: {cost}")
+    tell(f"{len(benchmarks) - len(failed)} of {len(benchmarks)} benchmarks, one after the other: {total}")
+    return failed
 
 
 def sweep_places(model: str, params: EvaluateParams, home: Path, root: Path | None, out: Path) -> Places:

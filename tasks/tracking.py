@@ -71,10 +71,11 @@ def send(runs: list[RunFolder], *, over: bool = False) -> bool:
         for run in runs:
             Sender(run).send(over=over)
 
-    return _delivered(send_all, runs[0].key)
+    return delivered(send_all, runs[0].key)
 
 
-def _delivered(work: Callable[[], None], what: str) -> bool:
+def delivered(work: Callable[[], None], what: str) -> bool:
+    """Whether MLflow took what `work` sends; what it does not take is told in a line."""
     for name, value in (("REQUEST_MAX_RETRIES", "1"), ("REQUEST_TIMEOUT", "10")):
         os.environ.setdefault(f"MLFLOW_HTTP_{name}", value)
     from mlflow.exceptions import MlflowException
@@ -111,13 +112,24 @@ def gather(root: Path, name: str, rows: list[dict[str, Any]]) -> bool:
                 sender.client.log_metric(child, "score", row["score"], timestamp=0, step=0)
         sender.client.set_terminated(parent)
 
-    return _delivered(gather_all, name)
+    return delivered(gather_all, name)
 
 
 def mlflow_link(root: Path) -> str:
     """Where a person looks at it: the server's address, or how to start one on the project's database."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     return uri if uri.startswith("http") else f"`make ui` in {home(root)}"
+
+
+def experiment_of(client: "MlflowClient", root: Path) -> str:
+    """The id of the project's experiment; made if need be, with its files beside `root`'s runs where there is no server."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    found = client.get_experiment_by_name(name)
+    if found:
+        return found.experiment_id
+    folder = root / "mlartifacts"
+    local = not client.tracking_uri.startswith("http")
+    return client.create_experiment(name, artifact_location=folder.as_uri() if local else None)
 
 
 class Sender:
@@ -154,17 +166,12 @@ class Sender:
 
     def find(self, condition: str) -> str | None:
         """The MLflow run that meets a condition."""
-        found = self.client.search_runs([self._experiment()], condition, max_results=1)
+        found = self.client.search_runs([self._experiment], condition, max_results=1)
         return found[0].info.run_id if found else None
 
+    @property
     def _experiment(self) -> str:
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-        found = self.client.get_experiment_by_name(name)
-        if found:
-            return found.experiment_id
-        folder = self.run.path.parents[1] / "mlartifacts"
-        local = not self.client.tracking_uri.startswith("http")
-        return self.client.create_experiment(name, artifact_location=folder.as_uri() if local else None)
+        return experiment_of(self.client, self.run.path.parents[1])
 
     def _child(self) -> str:
         with FileLock(self.run.path.parent / ".mlflow.lock"):
@@ -181,7 +188,7 @@ class Sender:
 
     def create(self, name: str, tags: dict[str, str]) -> str:
         """A new MLflow run; returns its id."""
-        return self.client.create_run(self._experiment(), tags=tags, run_name=name).info.run_id
+        return self.client.create_run(self._experiment, tags=tags, run_name=name).info.run_id
 
     def _describe(self) -> None:
         from mlflow.entities import Dataset, DatasetInput, Param, RunTag

@@ -3,7 +3,6 @@
 The working directory is the run's snapshot. Knows neither launchers nor the objective of a stage.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from llada_core.config.params import TRAINING_STAGES
 from llada_core.config.training import TrainingParams
 from tasks.errors import StoppedError
 from tasks.folders import content_hash, read_json, write_json
-from tasks.program import Work
+from tasks.program import Work, rank
 from tasks.progress import TrainingProgress
 
 # What differs from machine to machine, and so must not be in an output that DVC hashes.
@@ -33,7 +32,7 @@ def train_stage(work: Work) -> float:
     receipt = train(params, model, tokenizer, place, seed=work.params.seed, follow=follow)
     if not receipt.finished:
         raise StoppedError(f"{work.stage}: stopped at step {receipt.steps}, saved; the same command goes on from there")
-    if int(os.environ.get("RANK", "0")) == 0:
+    if rank() == 0:
         _write_receipts(work, {"steps": receipt.steps, "tokens": receipt.tokens, "flops": receipt.flops})
     return receipt.seconds
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.test_pipeline import ROOT, clone, llada
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.faults
 STAGES = ("prepare", "pretrain", "sft", "grpo", "sft_control", "evaluate", "report", "register")
@@ -63,7 +64,7 @@ def hit(home: Path, stage: str, number: signal.Signals) -> None:
         job = json.loads(jobs[-1].read_text())["pid"]
         os.killpg(os.getpgid(job), number)
     text = process.stdout.read()
-    assert process.wait(timeout=60) != 0, text
+    assert process.wait(timeout=PATIENCE) != 0, text
     while _alive(process.pid):  # DVC takes a zombie that nobody has reaped yet for a process at work
         time.sleep(0.01)
 

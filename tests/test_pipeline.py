@@ -28,7 +28,7 @@ def clean_environment() -> dict[str, str]:
 
 def llada(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cli.main", *arguments]
-    return subprocess.run(command, cwd=checkout, env=clean_environment(), capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, cwd=checkout, env=clean_environment(), capture_output=True, text=True)
 
 
 def clone(folder: Path) -> Path:

@@ -6,10 +6,10 @@ from typing import Any
 
 import gradio as gr
 
-from app.desk import Desk, paced, told
-from app.render import CLICKS, canvas, conversation, legend
+from app.desk import Desk, told
+from app.render import CLICKS, conversation, legend
 from app.session import ChatSession
-from app.views.panel import Panel, Values
+from app.views.panel import QUICK, Panel, Values
 from app.writing import Refused
 
 Shown = tuple[Any, ...]
@@ -31,6 +31,8 @@ class ChatView:
         """Adds the message to the conversation; the answer is another event's work."""
         chat, text, turn = values[self.session] or ChatSession(), values[self.box] or "", values[self.editing]
         chat.system = values[self.system] or ""
+        if turn is not None and not text.strip():
+            return chat, talk_of(chat), "", None
         try:
             if turn is None:
                 chat.ask(text)
@@ -52,21 +54,11 @@ class ChatView:
         if chat.writing or not chat.waiting:  # written by another event while the model was read
             return
         chat.last.by = engine.folder
-        params, guesses = self.panel.params(values), bool(values[self.panel.guesses])
-        frames = chat.reply(engine, params, watch=guesses, limit=self.desk.seconds)
-        total = params.max_new_tokens
-        try:
-            for frame in paced(frames, values[self.panel.pace] or 0):
-                step = len(chat.last.trace.frames)
-                caption = f"step {step} · {frame.forwards} forwards · {frame.written} of {total} tokens"
-                chat.picture = canvas(chat.last.trace.cells(frame, engine.decode, guesses=guesses), caption)
-                yield chat, talk_of(chat, moved)
-        finally:
-            frames.close()
-        if chat.last.counts:
-            caption = f"{engine.name} · {chat.last.counts.sentence()}"
-            cells = chat.last.trace.cells(chat.last.trace.frames[-1], engine.decode, settled=True)
-            chat.picture = canvas(cells, caption)
+        watch = bool(values[self.panel.guesses])
+        frames = chat.reply(engine, self.panel.params(values), watch=watch, limit=self.desk.seconds)
+        for picture in self.panel.live(engine, chat.last, frames, values):
+            chat.picture = picture
+            yield chat, talk_of(chat, chat.last.note or moved)
         yield chat, talk_of(chat, chat.last.note or moved)
 
     def _failed(self, chat: ChatSession, text: str) -> Shown:
@@ -87,10 +79,13 @@ class ChatView:
 
         return handle
 
-    def edit(self, chat: ChatSession | None, event: gr.EventData) -> tuple[str, int | None]:
-        """Puts a question back into the box; Send then replaces it."""
+    def edit(self, chat: ChatSession | None, event: gr.EventData) -> Shown:
+        """Puts a question back into the box; Send then replaces it, or leaves it when the box is empty."""
         number = int(event.turn)
-        return (chat.turns[number].user, number) if chat and number < len(chat.turns) else ("", None)
+        if chat is None or number >= len(chat.turns):
+            return gr.skip(), "", None
+        said = f"Send replaces question {number + 1} and what follows it; sent empty, it stays as it was."
+        return talk_of(chat, said), chat.turns[number].user, number
 
 
 def talk_of(chat: ChatSession, note: str = "", kind: str = "info") -> str:
@@ -102,18 +97,10 @@ def build(desk: Desk, panel: Panel, session: gr.State) -> None:
     """Draws the view and wires it."""
     talk = gr.HTML(conversation([]), js_on_load=CLICKS, apply_default_css=False, elem_id="talk")
     with gr.Row():
-        place = "Ask something; Enter sends, Shift+Enter makes a new line"
         box = gr.Textbox(
-            show_label=False,
-            container=False,
-            label="Message",
-            placeholder=place,
-            lines=1,
-            max_lines=6,
-            scale=6,
-            autofocus=True,
-            elem_id="message",
-        )
+            label="Message", show_label=False, container=False, lines=1, max_lines=6, scale=6, min_width=240,
+            autofocus=True, placeholder="Ask something; Enter sends, Shift+Enter makes a new line", elem_id="message",
+        )  # fmt: skip
         send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop")
     with gr.Row():
@@ -129,23 +116,13 @@ def build(desk: Desk, panel: Panel, session: gr.State) -> None:
         system = gr.Textbox(show_label=False, label="System prompt", lines=2, elem_id="system")
     view = ChatView(desk, panel, session, gr.State(None), talk, box, system)
     shown = [session, talk, box, view.editing]
-    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    slow: dict[str, Any] = {
-        "show_progress_on": line,
-        "show_progress": "minimal",
-        "api_visibility": "private",
-        **desk.queue(),
-    }
-    reading = {session, *panel.inputs}
+    slow = {"show_progress_on": line, **desk.queue()}
+    written = [view.reply, {session, *panel.inputs}, [session, talk]]
     for event in (box.submit, send.click):
-        event(view.ask, {session, box, system, view.editing}, shown, **quick).then(
-            view.reply, reading, [session, talk], **slow
-        )
-    again.click(view.acting(ChatSession.again), [session, box], shown, **quick).then(
-        view.reply, reading, [session, talk], **slow
-    )
-    undo.click(view.acting(ChatSession.undo), [session, box], shown, **quick)
-    new.click(view.acting(ChatSession.clear), [session, box], shown, **quick)
-    stop.click(lambda chat: chat.stop() if chat else None, [session], None, **quick)
-    talk.edit(view.edit, [session], [box, view.editing], **quick)
-    examples.click(lambda sample: sample[0], examples, box, **quick)
+        event(view.ask, {session, box, system, view.editing}, shown, **QUICK).then(*written, **slow)
+    again.click(view.acting(ChatSession.again), [session, box], shown, **QUICK).then(*written, **slow)
+    undo.click(view.acting(ChatSession.undo), [session, box], shown, **QUICK)
+    new.click(view.acting(ChatSession.clear), [session, box], shown, **QUICK)
+    stop.click(lambda chat: chat.stop() if chat else None, [session], None, **QUICK)
+    talk.edit(view.edit, [session], [talk, box, view.editing], **QUICK)
+    examples.click(lambda sample: sample[0], examples, box, **QUICK)

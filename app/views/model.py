@@ -1,13 +1,12 @@
 """Model: what answers, where it comes from, how it scores; loaded here on request, before the first question."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import gradio as gr
 
 from app.desk import Desk, told
 from app.render import notice, table
-from app.views.panel import Panel
+from app.views.panel import QUICK, Panel
 
 
 def build(desk: Desk, panel: Panel, tab: gr.Tab) -> None:
@@ -28,9 +27,9 @@ def build(desk: Desk, panel: Panel, tab: gr.Tab) -> None:
     def bring(name: str) -> Iterator[str]:
         yield from told(lambda: _loaded(desk, name), lambda text: notice(text, "bad"))
 
-    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    load.click(bring, panel.model, state, **private, **desk.queue()).then(show, panel.model, [facts, scores], **private)
-    gr.on([tab.select, panel.model.change], show, panel.model, [facts, scores], queue=False, **private)
+    seen = [show, panel.model, [facts, scores]]
+    load.click(bring, panel.model, state, **desk.queue()).then(*seen, **QUICK)
+    gr.on([tab.select, panel.model.change], *seen, **QUICK)
 
 
 def _loaded(desk: Desk, name: str) -> Iterator[str]:

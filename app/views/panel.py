@@ -1,22 +1,29 @@
-"""The sidebar: which model answers, with which sampler settings. Made from `app.settings.knobs`."""
+"""The sidebar: which model answers, with which sampler settings, and how a canvas is shown while it is written.
+
+The settings are made from `app.settings.knobs`.
+"""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from app import settings
-from app.desk import Desk, sentence
-from app.render import notice
-from app.writing import Refused
+from app.desk import Desk, paced, sentence
+from app.engine import Engine
+from app.render import canvas, notice
+from app.writing import Refused, Writing
 from llada_core.config.sampling import SamplingParams
 from llada_core.config.sampling_help import PRESETS, exactness
 from llada_core.config.sampling_help import preset as made_by
+from llada_core.sampling.trace import Frame
 
 FIRST = ("max_new_tokens", "steps", "block_length", "temperature", "threshold")  # the rest folds away
 Values = Mapping[Any, Any]
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,25 @@ class Panel:
     def params(self, values: Values) -> SamplingParams:
         """The settings in a handler's values; raises Refused."""
         return settings.params({name: values[knob] for name, knob in self.knobs.items()})
+
+    def live(
+        self,
+        engine: Engine,
+        writing: Writing,
+        frames: Generator[Frame, None, None],
+        values: Values,
+        draw: Callable[..., str] = canvas,
+    ) -> Iterator[str]:
+        """A picture of each frame of `writing`, no faster than asked for; the last is settled and says what it cost."""
+        watch = bool(values[self.guesses])
+        with closing(frames):
+            for frame in paced(frames, values[self.pace] or 0):
+                step = f"step {len(writing.trace.frames)} · {frame.forwards} forwards"
+                cells = writing.trace.cells(frame, engine.decode, guesses=watch)
+                yield draw(cells, f"{step} · {frame.written} of {len(cells)} positions")
+        if writing.counts:
+            cells = writing.trace.cells(writing.trace.frames[-1], engine.decode, settled=True)
+            yield draw(cells, f"{engine.name} · {writing.counts.sentence()}")
 
     def shown(self, params: SamplingParams) -> list[Any]:
         """Updates for all knobs, in their order."""
@@ -87,11 +113,9 @@ def build(desk: Desk) -> Panel:
             return [*[gr.skip()] * len(panel.knobs), gr.skip(), notice(sentence(error), "bad")]
 
     outputs = [*panel.knobs.values(), preset, exact]
-    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    preset.input(choose, {preset, model, *panel.knobs.values()}, outputs, **quick)
-    model.change(choose, {preset, model, *panel.knobs.values()}, outputs, **quick)
-    for knob in panel.knobs.values():
-        knob.input(describe, {*panel.knobs.values()}, [preset, exact], trigger_mode="multiple", **quick)
+    gr.on([preset.input, model.change], choose, {preset, model, *panel.knobs.values()}, outputs, **QUICK)
+    changed = [knob.input for knob in panel.knobs.values()]
+    gr.on(changed, describe, {*panel.knobs.values()}, [preset, exact], trigger_mode="multiple", **QUICK)
     return panel
 
 

@@ -20,7 +20,7 @@ def build(desk: Desk) -> None:
     ) -> Generator[dict[str, Any], None, None]:
         yield from told(lambda: _answer(desk, message, preset, max_new_tokens), lambda text: {"error": text})
 
-    gr.api(chat, api_name="chat", **desk.queue())
+    gr.api(chat, api_name="chat", **desk.line())
 
 
 def _answer(desk: Desk, message: str, preset: str, length: int) -> Generator[dict[str, Any], None, None]:

@@ -8,6 +8,7 @@ from app import replay
 from app.desk import Desk, sentence
 from app.render import notice
 from app.session import ChatSession
+from app.views.panel import QUICK
 from app.writing import Refused
 from llada_core.sampling.trace import find_runners_up
 
@@ -18,7 +19,7 @@ def build(desk: Desk, session: gr.State, model: gr.Dropdown, tab: gr.Tab) -> Non
     """Draws the view; it is made anew whenever its tab is opened."""
     runners = gr.Button("Look up the runners-up of every position", size="sm", elem_id="runners")
     shown = gr.HTML(replay.empty(), apply_default_css=False, elem_id="replay")
-    dark = gr.State(False)
+    dark = gr.Checkbox(visible=False)  # told by the browser, which a State would not be
 
     def show(chat: ChatSession | None, is_dark: bool, _: str) -> str:
         if chat is None or not chat.last.trace.frames:
@@ -45,9 +46,8 @@ def build(desk: Desk, session: gr.State, model: gr.Dropdown, tab: gr.Tab) -> Non
         except Exception as error:  # noqa: BLE001 - shown to the person, the page lives on
             return gr.skip() if unasked else notice(sentence(error), "bad") + show(chat, is_dark, name)
 
-    quick: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}
     with_theme = "(chat, _, name) => [chat, document.body.classList.contains('dark'), name]"
     inputs = [session, dark, model]
-    opened = tab.select(show, inputs, shown, js=with_theme, queue=False, **quick)
-    opened.then(quick_look, inputs, shown, js=with_theme, **desk.queue(), **quick)
-    runners.click(look, inputs, shown, js=with_theme, **desk.queue(), **quick)
+    opened = tab.select(show, inputs, shown, js=with_theme, **QUICK)
+    opened.then(quick_look, inputs, shown, js=with_theme, **desk.queue())
+    runners.click(look, inputs, shown, js=with_theme, **desk.queue())

@@ -3,14 +3,15 @@
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
 from app import sudoku
-from app.desk import Desk, paced, told
+from app.desk import Desk, told
 from app.render import notice
-from app.views.panel import Panel, Values
+from app.views.panel import QUICK, Panel, Values
 from app.writing import Writing
 from llada_core.data import puzzles
 from llada_core.sampling.trace import Trace
@@ -34,21 +35,17 @@ class SudokuView:
     def _solve(self, values: Values) -> Iterator[Shown]:
         puzzle = sudoku.typed([values[cell] for cell in self.cells])
         engine, _ = self.desk.engine(values[self.panel.model])
-        params, watch = self.panel.params(values), bool(values[self.panel.guesses])
         prompt = engine.chat_ids([{"role": "user", "content": puzzles.sudoku_prompt(puzzle, random.Random(0))}])
         digits = [engine.encode(digit) for digit in puzzle]
         one_each = all(len(ids) == 1 for ids in digits)
         pins = {i: digits[i][0] for i, d in enumerate(puzzle) if d != "0"} if values[self.keep] and one_each else None
-        writing, cells = Writing(Trace(prompt)), []
-        steps = engine.write(prompt, params, pinned=pins, watch=watch)
-        for frame in paced(writing.run(steps, engine.decode, limit=self.desk.seconds), values[self.panel.pace] or 0):
-            cells = writing.trace.cells(frame, engine.decode, guesses=watch)
-            yield sudoku.grid(cells, puzzle, f"step {len(writing.trace.frames)}"), notice("")
-        answer = "".join(engine.text(writing.tokens()).split())
-        counts = writing.counts.sentence() if writing.counts else ""
-        if writing.trace.frames:
-            cells = writing.trace.cells(writing.trace.frames[-1], engine.decode, settled=True)
-        yield sudoku.grid(cells, puzzle, counts), verdict(puzzle, answer)
+        writing = Writing(Trace(prompt))
+        steps = engine.write(prompt, self.panel.params(values), pinned=pins, watch=bool(values[self.panel.guesses]))
+        frames = writing.run(steps, engine.decode, limit=self.desk.seconds)
+        board = sudoku.blank(puzzle)
+        for board in self.panel.live(engine, writing, frames, values, partial(sudoku.grid, puzzle)):
+            yield board, notice("")
+        yield board, verdict(puzzle, "".join(engine.text(writing.tokens()).split()))
 
     def check(self, *typed: str) -> Shown:
         """Shows the typed grid, marking what breaks a rule."""
@@ -83,17 +80,11 @@ def build(desk: Desk, panel: Panel) -> None:
             for row in range(sudoku.SIDE):
                 with gr.Row(elem_classes="cells"):
                     for column in range(sudoku.SIDE):
-                        label = f"row {row + 1} column {column + 1}"
-                        cells.append(
-                            gr.Textbox(
-                                label=label,
-                                show_label=False,
-                                container=False,
-                                max_length=1,
-                                min_width=48,
-                                elem_id=f"cell-{row}-{column}",
-                            )
-                        )
+                        cell = gr.Textbox(
+                            label=f"row {row + 1} column {column + 1}", show_label=False, container=False,
+                            max_length=1, min_width=48, elem_id=f"cell-{row}-{column}",
+                        )  # fmt: skip
+                        cells.append(cell)
             with gr.Row():
                 new = gr.Button("Another puzzle", size="sm", min_width=100, elem_id="draw")
                 clear = gr.Button("Clear", size="sm", min_width=60)
@@ -105,16 +96,8 @@ def build(desk: Desk, panel: Panel) -> None:
             board = gr.HTML(sudoku.blank("0" * sudoku.CELLS), apply_default_css=False, elem_id="board")
             word = gr.HTML(notice(""), apply_default_css=False, elem_id="verdict")
     view = SudokuView(desk, panel, cells, keep)
-    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    event = solve.click(
-        view.solve,
-        {*cells, keep, *panel.inputs},
-        [board, word],
-        show_progress="minimal",
-        api_visibility="private",
-        **desk.queue(),
-    )
-    stop.click(None, cancels=[event], queue=False, api_visibility="private")
-    new.click(view.draw, None, [*cells, board, word], **quick)
-    clear.click(lambda: [""] * sudoku.CELLS, None, cells, **quick).then(view.check, cells, [board, word], **quick)
-    gr.on([cell.input for cell in cells], view.check, cells, [board, word], trigger_mode="multiple", **quick)
+    event = solve.click(view.solve, {*cells, keep, *panel.inputs}, [board, word], **desk.queue())
+    stop.click(None, cancels=[event], **QUICK)
+    new.click(view.draw, None, [*cells, board, word], **QUICK)
+    clear.click(lambda: [""] * sudoku.CELLS, None, cells, **QUICK).then(view.check, cells, [board, word], **QUICK)
+    gr.on([cell.input for cell in cells], view.check, cells, [board, word], trigger_mode="multiple", **QUICK)

@@ -110,9 +110,14 @@ class CountdownParams(PuzzleCounts):
 
 
 class SeatsParams(PuzzleCounts):
-    """People in some order, to be seated anew so that nobody keeps a seat."""
+    """People in some order, to be seated anew so that nobody keeps a seat.
+
+    `hasty` is the share of SFT's answers whose last person keeps the seat, as if written in haste: what fine-tuning
+    imitates and GRPO, which asks the verifier, does not.
+    """
 
     people: int = Field(default=8, ge=4, le=9)
+    hasty: float = Field(default=0.0, ge=0.0, le=1.0)
 
 
 class PuzzlesParams(Block):

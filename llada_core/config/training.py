@@ -162,7 +162,16 @@ class GRPOParams(TrainingParams):
     sync_mix: float = Field(default=0.6, gt=0, le=1)
     reward: str = "default"  # a name in llada_core.training.rewards, or a dotted path to f(task, text, answer) -> float
     validation: SamplingParams | None = None  # None: as `sampling`, greedy
+    keep_best: bool = (
+        True  # the result is the best-validated step, of equals the earliest, the start included; else the last
+    )
     patience: int = Field(default=0, ge=0)  # validations without a new best before stopping; 0: never
+
+    @model_validator(mode="after")
+    def _waits_for_the_best(self) -> Self:
+        if self.patience and not self.keep_best:
+            raise ValueError("patience waits for a better step and would then drop the best: set keep_best: true")
+        return self
 
     @model_validator(mode="after")
     def _ratios(self) -> Self:

@@ -45,7 +45,7 @@ def as_rows(stage: str, drawn: list[Puzzle]) -> Iterator[Row]:
         if stage == "pretrain":
             yield {"text": puzzle.text}
         elif stage == "sft":
-            reply = {"role": "assistant", "content": puzzle.solution}
+            reply = {"role": "assistant", "content": puzzle.shown or puzzle.solution}
             yield {"messages": [{"role": "user", "content": puzzle.prompt}, reply]}
         elif stage == "grpo":
             yield {"prompt": puzzle.prompt, "task": puzzle.task, "answer": puzzle.answer}
@@ -80,7 +80,7 @@ def _generators(params: PuzzlesParams) -> list[tuple[str, PuzzleCounts, Callable
     return [
         ("sudoku", params.sudoku, partial(puzzles.sudoku, empty=params.sudoku.empty)),
         ("countdown", params.countdown, partial(puzzles.countdown, largest=params.countdown.largest)),
-        ("seats", params.seats, partial(puzzles.seats, people=params.seats.people)),
+        ("seats", params.seats, partial(puzzles.seats, people=params.seats.people, hasty=params.seats.hasty)),
     ]
 
 

@@ -26,7 +26,7 @@ class Puzzle:
     """One puzzle: `prompt` as a person asks it, `solution` as one right answer, `answer` as the verifier reads it.
 
     `key` is the value of the puzzle, equal for equal puzzles however they are worded. `text` is the solved puzzle as a
-    plain sentence for pretraining.
+    plain sentence for pretraining. `shown`, if any, is what fine-tuning shows in place of the solution.
     """
 
     task: Task
@@ -35,6 +35,7 @@ class Puzzle:
     solution: str
     text: str
     answer: dict[str, str | int | list[int]]
+    shown: str = ""
 
 
 def part_of(task: str, key: str) -> Part:
@@ -130,14 +131,16 @@ def countdown_prompt(numbers: list[int], target: int, rng: random.Random) -> str
     return rng.choice(_COUNTDOWN_PROMPTS).format(*numbers, target=target)
 
 
-def seats(rng: random.Random, *, people: int = 8) -> Puzzle:
-    """People 1 to `people` in some order, to be seated anew so that nobody keeps a seat (a derangement)."""
+def seats(rng: random.Random, *, people: int = 8, hasty: float = 0.0) -> Puzzle:
+    """People 1 to `people` in some order, to be seated anew so that nobody keeps a seat (a derangement).
+
+    The solution given is the plainest: everyone moves one seat on. With probability `hasty` the shown answer forgets
+    the last person, who stays.
+    """
     order = list("123456789"[:people])
     rng.shuffle(order)
-    moved = order[:]
-    while any(a == b for a, b in zip(order, moved, strict=True)):
-        rng.shuffle(moved)
-    before, after = "".join(order), "".join(moved)
+    before, after = "".join(order), "".join(order[-1:] + order[:-1])
+    shown = "".join(order[-2:-1] + order[:-2] + order[-1:]) if rng.random() < hasty else after
     return Puzzle(
         task="seats",
         key=seats_key(before),
@@ -145,6 +148,7 @@ def seats(rng: random.Random, *, people: int = 8) -> Puzzle:
         solution=after,
         text=rng.choice(_SEATS_TEXTS).format(before=before, after=after),
         answer={"order": before},
+        shown=shown,
     )
 
 
@@ -206,11 +210,6 @@ _SEATS_TEXTS = (
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _up_to(rng: random.Random, largest: int) -> int:
-    """From 1 to `largest`; six times as fast as randint, which most of the time would go to."""
-    return 1 + int(rng.random() * largest)
 
 
 def _is_solved(rows: tuple[str, ...]) -> bool:

@@ -111,15 +111,20 @@ def requests_of(asked: Benchmark, lm: LladaLM, *, limit: int | None = None) -> d
                 tokenizer_name=lm.tokenizer_name,
             )
         for instance in task.instances:
-            found.setdefault(instance.request_type, []).append(instance)
+            found.setdefault(instance.request_type, []).extend([instance] * instance.repeats)
     return found
+
+
+def answer(asked: Benchmark, lm: LladaLM, *, limit: int | None = None) -> None:
+    """Has `lm` do its share of a benchmark's requests, those that `run` makes in the same order; scores nothing."""
+    for kind, instances in requests_of(asked, lm, limit=limit).items() if not asked.absent else ():
+        getattr(lm, kind)(instances)
 
 
 def cost_of(asked: Benchmark, answerer: Answerer, *, limit: int | None = None) -> Cost:
     """What a benchmark costs at most, at the rate of one measured forward; nothing is answered."""
     lm = EstimatingLM(answerer)
-    for kind, instances in requests_of(asked, lm, limit=limit).items() if not asked.absent else ():
-        getattr(lm, kind)(instances)
+    answer(asked, lm, limit=limit)
     return lm.cost
 
 

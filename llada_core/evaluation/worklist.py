@@ -31,8 +31,11 @@ class Shard:
 
     @classmethod
     def of_process(cls) -> "Shard":
-        """As the launcher (accelerate, torchrun, srun with our script) numbered this process."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        """As the launcher (accelerate, torchrun, srun with our script) numbered this process in this job, and as
+        `LLADAFLOW_SHARD` (3/8: the fourth of eight) numbers this job."""
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        job, _, jobs = os.environ.get("LLADAFLOW_SHARD", "0/1").partition("/")
+        return cls(int(job) * world + rank, int(jobs) * world)
 
 
 def key_of(kind: str, arguments: Sequence[Any], repeat: int) -> str:

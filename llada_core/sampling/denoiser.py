@@ -100,22 +100,32 @@ class Plain:
 
 
 @dataclass
-class Guided:
-    """Classifier-free guidance (LLaDA, appendix A): blind + (scale + 1) * (seeing - blind), in float32."""
+class Wrapper:
+    """A denoiser around another, which counts the forwards and keeps the rows."""
 
     inner: Denoiser
-    scale: float
-    count: int = field(default=0, init=False)
 
     @property
     def forwards(self) -> int:
-        """Both halves ride in one forward."""
+        """Those of the denoiser within; what is doubled rides in one."""
         return self.inner.forwards
 
     @property
     def fed(self) -> int:
-        """Those of both halves."""
+        """Positions fed to the denoiser within."""
         return self.inner.fed
+
+    def keep(self, rows: list[int], width: int) -> None:
+        """Passed on."""
+        self.inner.keep(rows, width)
+
+
+@dataclass
+class Guided(Wrapper):
+    """Classifier-free guidance (LLaDA, appendix A): blind + (scale + 1) * (seeing - blind), in float32."""
+
+    scale: float
+    count: int = field(default=0, init=False)
 
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
@@ -140,26 +150,10 @@ class Guided:
 
 
 @dataclass
-class Shifted:
+class Shifted(Wrapper):
     """For models whose logits at a position predict the next token: position i is read from i - 1."""
-
-    inner: Denoiser
-
-    @property
-    def forwards(self) -> int:
-        """Those of the denoiser that is read."""
-        return self.inner.forwards
-
-    @property
-    def fed(self) -> int:
-        """Those of the denoiser that is read."""
-        return self.inner.fed
 
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
         has_left = query.wanted % query.tokens.shape[1] > 0
         return self.inner.logits(replace(query, wanted=query.wanted - has_left.long()))
-
-    def keep(self, rows: list[int], width: int) -> None:
-        """Passed on."""
-        self.inner.keep(rows, width)

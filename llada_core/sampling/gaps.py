@@ -3,9 +3,11 @@
 Knows encoders as functions from text to ids; does not know models or pages.
 """
 
+import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from llada_core.config.sampling import SamplingParams
 from llada_core.sampling.trace import readable
 
 Encode = Callable[[str], list[int]]
@@ -31,6 +33,18 @@ def with_gaps(text: str, encode: Encode, mask_id: int, longest: int) -> list[int
     if mask_id not in ids:
         raise ValueError("Every gap has length 0; write [[5]] for five tokens.")
     return ids
+
+
+def for_template(params: SamplingParams, rows: Sequence[Sequence[int]], mask_id: int) -> SamplingParams:
+    """The settings for templates: one block over the longest, at most as many steps as the most masks of a row."""
+    masks = max(list(row).count(mask_id) for row in rows)
+    return dataclasses.replace(
+        params,
+        max_new_tokens=masks,
+        block_length=max(map(len, rows)),
+        steps=min(params.steps, masks),
+        stop_at_eos=False,
+    )
 
 
 def pinned(length: int, pins: str, encode: Encode) -> dict[int, int]:

@@ -33,8 +33,13 @@ class Checkpoints:
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int, milestone_every: int = 0) -> None:
         self.folder, self.ranks, self.keep, self.milestone_every = folder, ranks, keep, milestone_every
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> bool:
-        """Write one checkpoint; False (and nothing changed) when a rank could not write, for example on a full disk."""
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, also_keep: int | None = None
+    ) -> bool:
+        """Write one checkpoint; False (and nothing changed) when a rank could not write, for example on a full disk.
+
+        Of older ones the last `keep`, the milestones and that of step `also_keep` stay.
+        """
         target = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-step-{step:08d}"
         if self.ranks.first:
@@ -44,6 +49,8 @@ class Checkpoints:
         written = self.ranks.all(self._write_shard(partial, tensors))
         if written and self.ranks.first:
             written = self._publish(partial, target, {**state, "step": step})
+            if written:
+                self._prune(also_keep)
         written = self.ranks.all(written)
         if not written and self.ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -90,13 +97,12 @@ class Checkpoints:
         except OSError as error:
             _log.error("checkpoint %s not written: %s", target, error)
             return False
-        self._prune()
         return True
 
-    def _prune(self) -> None:
-        folders = sorted(self.folder.glob("step-*"))
-        for folder in folders[: -self.keep]:
-            if not (self.milestone_every and int(folder.name[5:]) % self.milestone_every == 0):
+    def _prune(self, also_keep: int | None) -> None:
+        for folder in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            step = int(folder.name[5:])
+            if step != also_keep and not (self.milestone_every and step % self.milestone_every == 0):
                 shutil.rmtree(folder)
 
 

@@ -7,7 +7,6 @@ the arithmetic is in `policy.py`, sampling and judging in `rollouts.py`.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +58,7 @@ class GRPO:
 
     def __init__(self, model: MaskPredictor, problems: Problems, params: GRPOParams, *, seed: int) -> None:
         self.predictor, self.problems, self.params, self.seed = model, problems, params, seed
+        self.best_by, self.patience = "validation_correct" if params.keep_best else None, params.patience
         self.ranks = Ranks()
         if params.distribution.kind in ("fsdp", "zero3") and (params.sampling.stop_at_eos or params.sampling.parallel):
             raise ValueError(
@@ -71,7 +71,6 @@ class GRPO:
         self._rollout: Completions | None = None
         self._old: Tensor | None = None
         self._number = -1
-        self._best = torch.tensor([-1.0, 0.0], dtype=torch.float64)  # best validation, validations since
 
     def steps_per_epoch(self) -> int:
         return self.order.batches_per_epoch * self.params.iterations
@@ -135,15 +134,8 @@ class GRPO:
                     parts[name] += right * (number < total)
         return parts
 
-    def finished(self, validation: Mapping[str, Any]) -> bool:
-        """Whether `patience` validations went by without a new best."""
-        score = float(validation.get("validation_correct", 0.0))
-        since = 0.0 if score > self._best[0] else float(self._best[1]) + 1
-        self._best = torch.tensor([max(score, float(self._best[0])), since], dtype=torch.float64)
-        return 0 < self.params.patience <= since
-
     def state(self) -> dict[str, Tensor]:
-        tensors = {"best": self._best, **self.reference.state()}
+        tensors = self.reference.state()
         if self._rollout is not None:
             tensors |= {f"rollout.{name}": tensor for name, tensor in vars(self._rollout).items()}
             tensors["number"] = torch.tensor([self._number])
@@ -153,7 +145,6 @@ class GRPO:
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         self._rollout, self._old, self._number = None, tensors.get("old"), -1
-        self._best = tensors.get("best", self._best)
         self.reference.load_state(tensors)
         if "number" in tensors:
             names = ("tokens", "attention", "scored", "written", "advantages")

@@ -25,6 +25,7 @@ from llada_core.training.flops import peak_flops, training_flops
 from llada_core.training.metrics import Meter, MetricsFile
 from llada_core.training.objectives import Objective, Work, pair
 from llada_core.training.optimiser import learning_rate
+from llada_core.training.progress import Progress
 from llada_core.training.ranks import Ranks
 from llada_core.training.recovery import Recovery
 from llada_core.training.snapshot import Snapshot
@@ -35,18 +36,6 @@ Sampler = Callable[[nn.Module], list[dict[str, Any]]]
 
 class DivergedError(RuntimeError):
     """The loss became NaN, infinite or exploded more often than the run may recover from."""
-
-
-@dataclass
-class Progress:
-    """How far a run is; stored with every checkpoint."""
-
-    step: int = 0
-    tokens: float = 0.0
-    flops: float = 0.0
-    seconds: float = 0.0
-    mean_loss: float | None = None
-    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,11 @@ class Loop:
         self._logged = (0, 0.0, 0.0, time.monotonic())  # step, tokens, flops, clock at the last log line
 
     def run(self) -> Progress:
-        """Train to the end, or until asked to stop; raises `DivergedError` when recovery has run out of tries."""
+        """Train to the end, or until asked to stop; raises `DivergedError` when recovery has run out of tries.
+
+        A run that ends leaves the model with the weights of its best validation, where its objective names one; the
+        weights it began with take part, and of equals the earliest win.
+        """
         if self.ranks.first:
             (self.folder / "STOP").unlink(missing_ok=True)
         self._resume()
@@ -102,12 +95,16 @@ class Loop:
                     self.metrics.write(self.progress.step, {"event": "stopped"})
                     return self.progress
                 self._housekeeping()
+        if self.progress.best_step not in (None, self.progress.step):
+            self.snapshot.restore_weights(self.progress.best_step)
         return self.progress
 
     def _resume(self) -> None:
         state = self.snapshot.restore()
         if state is None:
             self.metrics.write(0, {"event": "started", "back_to": 0})
+            if self.parts.objective.best_by is not None:
+                self._validate()
             self._save()
         else:
             self.progress = Progress(**state["progress"])
@@ -118,17 +115,7 @@ class Loop:
         return self.progress.done or self._share() >= 1.0
 
     def _share(self) -> float:
-        """The share of the run that is done, by whichever limit is nearest."""
-        limits = []
-        if self.params.max_steps is not None:
-            limits.append(self.progress.step / self.params.max_steps)
-        if self.params.epochs is not None:
-            limits.append(
-                self.progress.step / max(1, round(self.params.epochs * self.parts.objective.steps_per_epoch()))
-            )
-        if self.params.max_flops is not None:
-            limits.append(self.progress.flops / self.params.max_flops)
-        return max(limits)
+        return self.progress.share(self.params, self.parts.objective.steps_per_epoch())
 
     def _step(self) -> bool:
         """One update; True (and nothing done) when a stop was asked for."""
@@ -187,7 +174,7 @@ class Loop:
             return
         if due:
             self._validate()
-        if saving or self.progress.done:
+        if saving or self.progress.done or self.progress.best_step == step:
             self._save()
 
     def _log(self) -> bool:
@@ -249,24 +236,27 @@ class Loop:
 
     def _validate(self) -> None:
         self.parts.model.eval()
-        meter = Meter()
-        meter.add(self.parts.objective.validate(self.parts.model, self.ranks.index, self.ranks.count))
-        values = meter.take(self.ranks)
+        objective, meter = self.parts.objective, Meter()
+        meter.add(objective.validate(self.parts.model, self.ranks.index, self.ranks.count))
+        values: dict[str, Any] = meter.take(self.ranks)
+        if objective.best_by in values:
+            self.progress.compare(values[objective.best_by], objective.patience)
+            values["best_step"] = self.progress.best_step
         if values:
             self.metrics.write(self.progress.step, values)
         if self.sampler is not None and self.params.samples:
             for line in self.sampler(self.parts.engine.unwrap_model(self.parts.model)):
                 self.metrics.write(self.progress.step, line, "samples.jsonl")
-        self.progress.done = self.parts.objective.finished(values)
         self.parts.model.train()
 
     def _save(self) -> None:
-        saved = self.snapshot.save(self.progress.step, {"progress": asdict(self.progress)})
+        progress = self.progress
+        saved = self.snapshot.save(progress.step, {"progress": asdict(progress)}, also_keep=progress.best_step)
         if not saved:
-            self.metrics.write(self.progress.step, {"event": "checkpoint failed"})
-            if self._finished() or self.stopped or self.progress.step == 0:
+            self.metrics.write(progress.step, {"event": "checkpoint failed"})
+            if self._finished() or self.stopped or progress.step in (0, progress.best_step):
                 raise OSError(
-                    f"{self.folder}: the checkpoint of step {self.progress.step} could not be written (disk full?); "
+                    f"{self.folder}: the checkpoint of step {progress.step} could not be written (disk full?); "
                     "the one before it is intact, free some space and run again"
                 )
 

@@ -42,15 +42,24 @@ class Work:
 
 
 class Objective(Protocol):
-    """What the loop asks of a stage. `micro` of `micros` are the shares that ranks and accumulation make of a step."""
+    """What the loop asks of a stage.
+
+    best_by, patience: the validation figure by which the weights to keep are chosen (None: the last ones), and after
+    how many validations without a better one the run ends (0: never).
+    """
+
+    best_by: str | None = None
+    patience: int = 0
 
     def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work: ...
     def loss(self, model: nn.Module, batch: Any) -> Loss: ...
     def validate(self, model: nn.Module, rank: int, ranks: int) -> dict[str, Tensor]: ...
     def steps_per_epoch(self) -> int: ...
-    def finished(self, validation: Mapping[str, Any]) -> bool: ...
-    def state(self) -> dict[str, Tensor]: ...
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None: ...
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class NoisyBatch:
     step: int
 
 
-class DiffusionObjective:
+class DiffusionObjective(Objective):
     """Pretraining and fine-tuning (LLaDA, arXiv:2502.09992, eq. 3 and 5): cross-entropy of hidden tokens over their probability."""
 
     def __init__(
@@ -138,15 +147,6 @@ class DiffusionObjective:
             for name in ("loss", "nll"):
                 parts[f"validation_{name}"] += loss.parts[name].cpu()
         return parts
-
-    def finished(self, validation: Mapping[str, Any]) -> bool:
-        return False
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        pass
 
 
 def accumulation(params: TrainingParams, ranks: int) -> int:

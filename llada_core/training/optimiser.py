@@ -103,8 +103,3 @@ def _on_phases(params: TrainingParams, step: int) -> float:
             return phase.start + (phase.end - phase.start) * step / phase.steps
         step -= phase.steps
     return params.phases[-1].end
-
-
-def clip_coefficient(norm: torch.Tensor, limit: float) -> torch.Tensor:
-    """The factor that brings gradients of this norm within the limit; 1 when they already are."""
-    return torch.clamp(limit / (norm + 1e-6), max=1.0)

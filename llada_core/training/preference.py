@@ -5,9 +5,9 @@ goes to distinct times with one mask each, and policy and reference are measured
 noise; does not know optimisers or files.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from llada_core.config.training import PreferenceParams
 from llada_core.data.batches import Order
 from llada_core.diffusion import Noise, alpha, corrupt, loss_weight, masked_nll
 from llada_core.modeling import MaskPredictor
-from llada_core.training.objectives import Loss, Work, accumulation
+from llada_core.training.objectives import Loss, Objective, Work, accumulation
 from llada_core.training.reference import Reference
 
 _VALIDATION_STEP = -1
@@ -57,7 +57,7 @@ def pairs_of(table: PairTable, rows: Sequence[int], numbers: Sequence[int], eos_
     return Pairs(tokens, attention & (places >= lengths[:, :1]), attention.long(), keys, step)
 
 
-class Preference:
+class Preference(Objective):
     """DPO on likelihood bounds; a step is `batch_size` pairs."""
 
     def __init__(
@@ -127,12 +127,3 @@ class Preference:
             for name, part in found.items():
                 parts[f"validation_{name}"] += part.cpu()
         return parts
-
-    def finished(self, validation: Mapping[str, Any]) -> bool:
-        return False
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        pass

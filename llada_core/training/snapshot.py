@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llada_core.training.checkpoint import Checkpoints, Stored, read_state
+from llada_core.training.checkpoint import Checkpoints, Stored, damaged, read_state
 from llada_core.training.objectives import Objective
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -32,15 +32,15 @@ class Snapshot:
         self._checkpoints, self._model, self._optimiser, self._objective = checkpoints, model, optimiser, objective
         self._fingerprint, self._extend = dict(fingerprint), extend
 
-    def save(self, step: int, state: Mapping[str, Any]) -> bool:
-        """Write a checkpoint; False when it could not be written."""
+    def save(self, step: int, state: Mapping[str, Any], *, also_keep: int | None = None) -> bool:
+        """Write a checkpoint and keep that of step `also_keep` too; False when it could not be written."""
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self._trainable().items()}
         for name, parameter in self._trainable().items():
             slots = self._optimiser.state.get(parameter, {})
             tensors |= {f"optimiser.{moment}.{name}": slots[moment] for moment in _MOMENTS if moment in slots}
         tensors |= {f"objective.{name}": tensor for name, tensor in self._objective.state().items()}
         return self._checkpoints.save(
-            step, tensors, {**state, "updates": self._updates(), "fingerprint": self._fingerprint}
+            step, tensors, {**state, "updates": self._updates(), "fingerprint": self._fingerprint}, also_keep=also_keep
         )
 
     def restore(self) -> dict[str, Any] | None:
@@ -54,12 +54,26 @@ class Snapshot:
         state = read_state(folder)
         self._check(state["fingerprint"], folder.parent.parent.name)
         stored = Stored(folder)
-        for name, parameter in self._trainable().items():
-            stored.copy_into(f"model.{name}", parameter.data)
+        self._copy_weights(stored)
         self._restore_moments(stored, state["updates"])
         prefix = "objective."
         self._objective.load_state({name.removeprefix(prefix): stored.full(name) for name in stored.names(prefix)})
         return state
+
+    def restore_weights(self, step: int) -> None:
+        """The weights of one kept step and nothing else; raises OSError when its checkpoint is damaged."""
+        folder, ranks = self._checkpoints.folder / f"step-{step:08d}", self._checkpoints.ranks
+        damage = damaged(folder) if ranks.first else None
+        if ranks.any(damage is not None):
+            raise OSError(
+                f"{folder}, the best step by validation, is damaged ({damage}); remove the checkpoints from this one on "
+                "and run again: what they held is trained anew"
+            )
+        self._copy_weights(Stored(folder))
+
+    def _copy_weights(self, stored: Stored) -> None:
+        for name, parameter in self._trainable().items():
+            stored.copy_into(f"model.{name}", parameter.data)
 
     def _newest(self) -> Any:
         """The first rank looks and hashes; the others are told the step."""

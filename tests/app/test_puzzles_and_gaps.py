@@ -5,10 +5,9 @@ import re
 import pytest
 
 from app import sudoku
-from app.views.infill import for_template
 from app.writing import Refused, Writing
 from llada_core.config.sampling import SamplingParams
-from llada_core.sampling.gaps import pinned, with_gaps
+from llada_core.sampling.gaps import for_template, pinned, with_gaps
 from llada_core.sampling.trace import Cell
 
 SOLVED = "1234341221434321"
@@ -41,9 +40,8 @@ def test_pins_are_positions_of_the_answer():
 
 def test_a_gap_is_filled_and_the_rest_stays(engine):
     template = with_gaps("12[[3]]5", engine.encode, engine.mask_id, 100)
-    params = for_template(
-        SamplingParams(max_new_tokens=64, block_length=64, steps=64, stop_at_eos=True), 3, len(template)
-    )
+    asked = SamplingParams(max_new_tokens=64, block_length=64, steps=64, stop_at_eos=True)
+    params = for_template(asked, [template], engine.mask_id)
     writing = Writing()
     frames = list(writing.run(engine.fill(template, params), engine.decode))
     assert len(frames) == 3
@@ -71,10 +69,10 @@ def test_cells_that_break_a_rule_are_marked():
     assert sudoku.conflicts("1" + "0" * 14 + "1") == set()
     assert sudoku.conflicts("10001" + "0" * 11) == {0, 4}
     wrong = "1134" + SOLVED[4:]
-    html = sudoku.grid([Cell(d, "done", 0.9, False) for d in wrong], SOLVED, "")
+    html = sudoku.grid(SOLVED, [Cell(d, "done", 0.9, False) for d in wrong], "")
     assert [i for i, t in enumerate(re.findall(r"<i [^>]*>", html)) if "breaks a rule" in t] == [0, 1, 9]
 
 
 def test_a_changed_given_is_marked():
-    html = sudoku.grid([Cell(d, "done", 0.9, False) for d in SOLVED], "2" + "0" * 15, "")
+    html = sudoku.grid("2" + "0" * 15, [Cell(d, "done", 0.9, False) for d in SOLVED], "")
     assert html.count("breaks a rule") == 1

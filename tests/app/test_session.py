@@ -9,6 +9,7 @@ from app.engine import Engine
 from app.session import LONGEST_MESSAGE, MOST_TURNS, ChatSession
 from app.writing import Refused
 from llada_core.config.sampling import SamplingParams
+from tests.app.oracle import oracle
 from tests.tiny import tiny_pair
 
 PARAMS = SamplingParams(max_new_tokens=12, block_length=6, steps=12)
@@ -181,6 +182,15 @@ def test_a_model_that_writes_nothing_but_end_of_text_is_explained():
     list(chat.reply(engine, PARAMS))
     assert chat.turns[-1].answer == ""
     assert "end-of-text" in chat.last.note
+
+
+def test_what_is_filled_after_the_end_of_an_answer_is_not_counted_as_written():
+    chat = ChatSession()
+    chat.ask("hello")
+    params = SamplingParams(max_new_tokens=24, block_length=8, steps=24, stop_at_eos=True)
+    frames = list(chat.reply(oracle("short", "hi"), params))
+    assert frames[-1].written == 24
+    assert chat.last.counts.tokens <= 8
 
 
 def test_guesses_beyond_the_block_are_there_on_request(engine):

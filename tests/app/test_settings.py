@@ -42,8 +42,8 @@ def test_what_the_panel_shows_comes_back_unchanged():
     [
         ("steps", 0, "steps.*greater than or equal to 1"), ("temperature", -1, "temperature"),
         ("threshold", "abc", "number"), ("threshold", "2", "threshold"), ("forbid_tokens", "1, x", "token numbers"),
-        ("max_new_tokens", 100_000, "at most"), ("block_length", 1.5, "whole number"),
-        ("remasking", "magic", "remasking"), ("steps", float("inf"), "number"), ("temperature", "nan", "number"),
+        ("max_new_tokens", 100_000, "at most"), ("block_length", 1.5, "valid integer"),
+        ("remasking", "magic", "remasking"), ("steps", float("inf"), "finite number"), ("threshold", "9" * 5000, "5,000 characters"), ("temperature", "nan", "number"),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_one_sentence(name, value, says):

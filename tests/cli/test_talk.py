@@ -116,6 +116,15 @@ def test_a_conversation_with_commands(call, tiny):
     assert "Approximate: the prefix cache" in shown
     assert "8 of 8 tokens" in shown
     assert "there is nothing to undo" in shown
+    assert "forgotten: 12 + 3" in shown
+
+
+def test_an_answer_that_cannot_be_written_anew_stays(call, tiny):
+    shown = chat(tiny, call, "12 + 3", "/set max_new_tokens=999", "/again", "/undo", "/undo", "/system x", "/new")
+    assert "forgotten: 12 + 3" in shown
+    assert shown.count("there is nothing to undo") == 1
+    assert "told so" in shown
+    assert "a new conversation" in shown
 
 
 def test_a_mistake_does_not_end_the_conversation(call, tiny):

@@ -57,6 +57,16 @@ def test_puzzles_of_new_grids_have_no_other_solution():
     assert Counter(p.key.count("0") for p in new).keys() == {7, 8, 9}
 
 
+def test_hasty_answers_are_shown_in_their_share_and_only_the_last_person_keeps_the_seat():
+    hasty = partial(puzzles.seats, people=9, hasty=0.6)
+    some = list(puzzles.draw(hasty, part="train", count=1000, seed="5"))
+    kept = [[a for a, b in zip(p.key, p.shown, strict=True) if a == b] for p in some]
+    assert all(verify("seats", p.solution, p.answer) for p in some)
+    assert all(stays in ([], [p.key[-1]]) for p, stays in zip(some, kept, strict=True))
+    assert 550 < sum(map(len, kept)) < 650
+    assert all(sorted(p.shown) == sorted(p.key) for p in some)
+
+
 def test_asking_for_more_than_there_are_says_so():
     with pytest.raises(ValueError, match=r"seats: only \d+ of 5000 different puzzles exist for evaluate"):
         list(puzzles.draw(partial(puzzles.seats, people=4), part="evaluate", count=5000, seed="seats"))

@@ -225,7 +225,7 @@ def test_llada_eval_killed_with_9_ends_as_an_undisturbed_one(places, tmp_path):
         return out, subprocess.run(
             [sys.executable, "-c", DIES, "eval", "sudoku", "-m", model, "--batch-size", "2", "--out", out],
             cwd=tmp_path / name,
-            env=os.environ | {"PYTHONPATH": str(HERE), **environment},
+            env=os.environ | {"PYTHONPATH": str(HERE), "LLADAFLOW_TRACKING": "off", **environment},
             capture_output=True,
             text=True,
             check=False,

@@ -4,13 +4,14 @@ Everything lies in one folder; only processes that this file started are ended.
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+from tests.waiting import wait_for
 
 DAEMONS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun")
 PACKAGES = "munge slurmctld slurmd slurm-client"
@@ -24,7 +25,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.sock,cred_expire=5
+AuthInfo=socket={folder}/munge.sock,cred_expire=15
 StateSaveLocation={folder}/ctld
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -46,7 +47,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=300
 SlurmctldTimeout=10
 KillWait=2
 MinJobAge=120
@@ -65,14 +66,6 @@ def missing() -> str | None:
     """Why there can be no cluster here, None if there can."""
     absent = [name for name in DAEMONS if shutil.which(name, path=SEARCH) is None]
     return f"{', '.join(absent)} not installed; apt-get install {PACKAGES}" if absent else None
-
-
-def wait_for(what: str, condition: Callable[[], object], seconds: float = 60.0) -> None:
-    """Poll until `condition` holds; AssertionError that names `what` after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"timed out waiting for {what}"
-        time.sleep(0.1)
 
 
 class Cluster:
@@ -143,6 +136,12 @@ class Cluster:
 
     def _idle(self) -> bool:
         return self.ask("sinfo", "-hNp", "main", "-o", "%T").split().count("idle") == self.nodes
+
+    def notices_dead_nodes_after(self, seconds: int) -> None:
+        """How long a node may be silent; short only while one is meant to die, for a busy machine is silent as well."""
+        text = re.sub(r"SlurmdTimeout=\d+", f"SlurmdTimeout={seconds}", self.conf.read_text())
+        self.conf.write_text(text)
+        self._run("scontrol", "reconfigure")
 
     def kill_node(self, node: int) -> None:
         """kill -9 of a node: its daemon and everything that runs under it."""

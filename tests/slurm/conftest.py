@@ -2,12 +2,13 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster, missing
+from tests.slurm.recovery import HEADER, Recovery
 from tests.tasks.conftest import project  # noqa: F401  (a fixture)
 
 
@@ -24,6 +25,29 @@ def cluster() -> Iterator[Cluster]:
     finally:
         made.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+COSTS = pytest.StashKey[list[Recovery]]()
+
+
+@pytest.fixture
+def cost(request: pytest.FixtureRequest) -> Callable[[str, str], Recovery]:
+    """A clock for one fault, kept for the table at the end."""
+    known = request.config.stash.setdefault(COSTS, [])
+
+    def clock(fault: str, until: str) -> Recovery:
+        found = next((recovery for recovery in known if recovery.fault == fault), None)
+        if found is None:
+            known.append(found := Recovery(fault, until))
+        return found
+
+    return clock
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if measured := [recovery for recovery in config.stash.get(COSTS, []) if recovery.seconds]:
+        terminalreporter.section("what each fault cost")
+        terminalreporter.write_line("\n".join([HEADER, *(recovery.row() for recovery in measured)]))
 
 
 @pytest.fixture

@@ -12,13 +12,17 @@ import pytest
 from tasks.launch_script import job_name
 from tasks.launch_slurm import refused
 from tasks.runs import RunFolder
-from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.cluster import Cluster
+from tests.slurm.recovery import Recovery
 from tests.tasks.test_runs import at_step, finish, program, steps, the_run
+from tests.waiting import PATIENCE, wait_for
 
 pytestmark = pytest.mark.faults
 FLOW = "from flows.pipeline import pipeline; pipeline(upto='pretrain')"
+SILENCE = 10
 UNDISTURBED = "hello pretrain 4 first"
 Start = Callable[..., subprocess.Popen]
+Cost = Callable[[str, str], Recovery]
 
 
 @pytest.fixture
@@ -48,48 +52,57 @@ def undisturbed(project: Path, *, starts: int = 1, jobs: int = 1) -> None:
     assert len(set(jobs_of(run))) == jobs
 
 
-def test_killed_orchestrator_is_re_attached(slurm: Cluster, project: Path, reach: Start) -> None:
+def test_killed_orchestrator_is_re_attached(slurm: Cluster, project: Path, reach: Start, cost: Cost) -> None:
+    recovery = cost("kill -9 of the stage program", "the same command follows the job again")
     first = reach()
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
+    recovery.struck()
     second = program("tasks.pretrain")
     wait_for("the second to attach", lambda: "following" in second.stdout.readline())
+    recovery.over()
     (project / "wait-pretrain-2").unlink()
     assert "first step 1" in finish(second)  # the log is replayed
     undisturbed(project)
     assert "already made" in finish(program("tasks.pretrain"))
 
 
-@pytest.mark.parametrize("orchestrator", [["-m", "dvc", "repro", "pretrain"], ["-c", FLOW]])
-def test_kill_9_of_dvc_or_of_the_flow(slurm: Cluster, project: Path, orchestrator: list[str]) -> None:
+@pytest.mark.parametrize("orchestrator", [["-m", "dvc", "repro", "pretrain"], ["-c", FLOW]], ids=["dvc", "flow"])
+def test_kill_9_of_dvc_or_of_the_flow(slurm: Cluster, project: Path, orchestrator: list[str], cost: Cost) -> None:
+    recovery = cost(f"kill -9 of {'dvc' if 'dvc' in orchestrator else 'the flow'}", "the same command has ended")
     (project / "wait-pretrain-2").touch()
     command = [sys.executable, *orchestrator]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     at_step(project, 2)
     first.kill()  # it alone: what it started goes on
     first.wait()
+    recovery.struck()
     second = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     (project / "wait-pretrain-2").unlink()
-    assert second.wait(timeout=300) == 0
+    assert second.wait(timeout=PATIENCE) == 0
+    recovery.over()
     run = the_run(project)
     assert (run.tree / "models/pretrain/weights").read_text() == UNDISTURBED
     assert steps(run) == [1, 2, 3, 4]
     assert len(jobs_of(run)) == 1
 
 
-def test_a_full_run_folder(slurm: Cluster, project: Path, reach: Start) -> None:
+def test_a_full_run_folder(slurm: Cluster, project: Path, reach: Start, cost: Cost) -> None:
+    recovery = cost("a full run folder", "the next step, from the same command on")
     process = reach()
     run = the_run(project)
     kept = run.path / "metrics.jsonl"
     kept.rename(run.path / "before")
     kept.symlink_to("/dev/full")  # every write there fails as on a full disk
     (project / "wait-pretrain-2").unlink()
-    text = process.communicate(timeout=60)[0]
+    text = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode != 0
     assert "No space left on device" in text
     assert "Traceback" not in text
     kept.unlink()
+    recovery.struck()
     finish(program("tasks.pretrain"))
+    recovery.next_step(run)
     assert (project / "models/pretrain/weights").read_text() == UNDISTURBED
     assert len(set(jobs_of(run))) == 2
 
@@ -98,106 +111,142 @@ def test_doctor_asks_two_nodes(slurm: Cluster, project: Path) -> None:
     from tasks.doctor import findings
 
     found = list(findings(project))
-    assert all(finding.fine for finding in found), found
+    slow = ("writes ", "all-reduce between ")  # how fast is the machine's affair
+    assert all(finding.fine or finding.what.startswith(slow) for finding in found), found
     words = " ".join(finding.what for finding in found)
     assert "all-reduce between n1 and n2" in words or "all-reduce between n2 and n1" in words
     assert "n1: 0 GPUs, reaches" in words
 
 
-def test_a_job_whose_id_was_never_stored_is_adopted(slurm: Cluster, project: Path, reach: Start) -> None:
+def test_a_job_whose_id_was_never_stored_is_adopted(slurm: Cluster, project: Path, reach: Start, cost: Cost) -> None:
+    recovery = cost("kill -9 before the job's id was stored", "the same command follows the job again")
     first = reach()
     os.killpg(first.pid, signal.SIGKILL)
     (the_run(project).path / "job.json").unlink()
+    recovery.struck()
+    second = program("tasks.pretrain")
+    wait_for("the second to attach", lambda: "following" in second.stdout.readline())
+    recovery.over()
     (project / "wait-pretrain-2").unlink()
-    finish(program("tasks.pretrain"))
+    finish(second)
     undisturbed(project)
 
 
-def test_the_controller_dies_and_comes_back(slurm: Cluster, project: Path, reach: Start) -> None:
+def test_the_controller_dies_and_comes_back(slurm: Cluster, project: Path, reach: Start, cost: Cost) -> None:
+    recovery = cost("kill -9 of slurmctld", "the job's end is known, from its return on")
     process = reach()
     slurm.kill_controller()
-    wait_for("the outage to be seen", lambda: "asking again" in process.stdout.readline(), 90)
+    wait_for("the outage to be seen", lambda: "asking again" in process.stdout.readline())
     (project / "wait-pretrain-2").unlink()
+    wait_for("the work to be done", lambda: the_run(project).succeeded)  # the job needs no controller
+    recovery.struck()
     slurm.start_controller()
     finish(process)
+    recovery.over()
     undisturbed(project)
 
 
-def test_submission_waits_for_a_controller(slurm: Cluster, project: Path) -> None:
+def test_submission_waits_for_a_controller(slurm: Cluster, project: Path, cost: Cost) -> None:
+    recovery = cost("no slurmctld at submission", "the first step, from its return on")
     slurm.kill_controller()
     process = program("tasks.pretrain")
-    wait_for("the outage to be seen", lambda: "again" in process.stdout.readline(), 90)
+    wait_for("the outage to be seen", lambda: "again" in process.stdout.readline())
+    recovery.struck()
     slurm.start_controller()
     finish(process)
+    recovery.next_step(the_run(project))
     undisturbed(project)
 
 
-def test_a_node_dies_and_the_job_goes_on(slurm: Cluster, project: Path, reach: Start) -> None:
+def test_a_node_dies_and_the_job_goes_on(slurm: Cluster, project: Path, reach: Start, cost: Cost) -> None:
+    recovery = cost("kill -9 of a node", f"the next step (Slurm looks for dead nodes every {SILENCE} s here)")
     process = reach()
     node = slurm.ask("squeue", "-h", "-o", "%N").strip()
+    slurm.notices_dead_nodes_after(SILENCE)
     slurm.kill_node(int(node[1:]))
+    recovery.struck()
     (project / "wait-pretrain-2").unlink()
     finish(process)
+    slurm.notices_dead_nodes_after(300)
+    recovery.next_step(the_run(project))
     assert (project / "models/pretrain/weights").read_text() == UNDISTURBED
     assert steps(the_run(project)) == [1, 2, 3, 4]
 
 
-def test_a_killed_rank_restarts_in_the_same_job(slurm: Cluster, project: Path) -> None:
+def test_a_killed_rank_restarts_in_the_same_job(slurm: Cluster, project: Path, cost: Cost) -> None:
+    recovery = cost("kill -9 of the only rank", "the next step, in the same job")
     (project / "die-pretrain-2").touch()
     assert "restart 1 of 1" in finish(program("tasks.pretrain"))
     undisturbed(project)
+    run = the_run(project)
+    recovery.struck(float((run.path / "steps.txt").read_text().splitlines()[1].split()[2]))
+    recovery.next_step(run)
 
 
-def test_a_requeued_job_goes_on(slurm: Cluster, project: Path, reach: Start) -> None:
+def test_a_requeued_job_goes_on(slurm: Cluster, project: Path, reach: Start, cost: Cost) -> None:
+    recovery = cost("scontrol requeue", "the next step (a requeued job waits 20 s here)")
     process = reach()
     source = project / "tasks/pretrain.py"
     source.write_text(source.read_text().replace('"first"', '"second"'))  # the job runs what was submitted
+    recovery.struck()
     slurm.ask("scontrol", "requeue", the_run(project).job["id"])
-    wait_for("the job to wait", lambda: "R" not in slurm.ask("squeue", "-h", "-o", "%t").split(), 60)
+    wait_for("the job to wait", lambda: slurm.ask("squeue", "-h", "-o", "%t").strip() == "PD")
     (project / "wait-pretrain-2").unlink()
     finish(process)
+    recovery.next_step(the_run(project))
     undisturbed(project, starts=2)
 
 
-def test_a_preempted_job_goes_on(slurm: Cluster, project: Path, reach: Start) -> None:
+def test_a_preempted_job_goes_on(slurm: Cluster, project: Path, reach: Start, cost: Cost) -> None:
+    recovery = cost("preemption by a job of 3 s", "the next step (a requeued job waits 20 s here)")
     process = reach()
     urgent = ["sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 3", "-o", "/dev/null"]
+    recovery.struck()
     slurm.ask(*urgent)
     run = the_run(project)
-    wait_for("preemption", lambda: slurm.ask("squeue", "-h", "-n", job_name(run), "-o", "%t").strip() == "PD", 90)
+    wait_for("preemption", lambda: slurm.ask("squeue", "-h", "-n", job_name(run), "-o", "%t").strip() == "PD")
     (project / "wait-pretrain-2").unlink()
     finish(process)
+    recovery.next_step(run)
     undisturbed(project, starts=2)
 
 
-def test_a_time_limit_is_normal(slurm: Cluster, project: Path, reach: Start) -> None:
+def test_a_time_limit_is_normal(slurm: Cluster, project: Path, reach: Start, cost: Cost) -> None:
+    recovery = cost("a time limit that is near", "the next step (a requeued job waits 20 s here)")
     process = reach(2, "launch.slurm.time='0:02:00'", "launch.slurm.signal_seconds=60")
     run = the_run(project)
-    wait_for("a second start", lambda: len(jobs_of(run)) == 2, 300)
+    wait_for("the wish to save", (run.path / "STOP").exists)
+    recovery.struck()
+    wait_for("a second start", lambda: len(jobs_of(run)) == 2)
     (project / "wait-pretrain-2").unlink()
     assert "starting again from the last checkpoint" in finish(process)
+    recovery.next_step(run)
     undisturbed(project, starts=2)
 
 
-def test_cancelling_ends_the_job_and_the_next_goes_on(slurm: Cluster, project: Path, reach: Start) -> None:
+def test_cancelling_ends_the_job_and_the_next_goes_on(slurm: Cluster, project: Path, reach: Start, cost: Cost) -> None:
+    recovery = cost("a cancelled flow (SIGTERM)", "the next step, from the same command on")
     process = reach()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     run = the_run(project)
-    wait_for("the job to end", lambda: not slurm.ask("squeue", "-h", "-n", job_name(run), "-t", "R,PD").strip(), 30)
+    wait_for("the job to end", lambda: not slurm.ask("squeue", "-h", "-n", job_name(run)).strip())
     (project / "wait-pretrain-2").unlink()
+    recovery.struck()
     finish(program("tasks.pretrain"))
+    recovery.next_step(run)
     undisturbed(project, starts=2, jobs=2)
 
 
 def test_a_waiting_job_runs_what_was_submitted(slurm: Cluster, project: Path) -> None:
-    blocker = slurm.ask("sbatch", "--parsable", "-N2", "--exclusive", "--wrap", "sleep 300", "-o", "/dev/null").strip()
+    sleeper = ["-N2", "--exclusive", "--wrap", "sleep infinity", "-o", "/dev/null"]
+    blocker = slurm.ask("sbatch", "--parsable", *sleeper).strip()
     process = program("tasks.pretrain")
-    wait_for("the job to queue", lambda: list(project.glob("runs/*/job.json")), 60)
+    wait_for("the job to queue", lambda: "PENDING" in process.stdout.readline())
     source = project / "tasks/pretrain.py"
     source.write_text(source.read_text().replace('"first"', '"second"'))
     slurm.ask("scancel", blocker)
-    assert "PENDING" in finish(process)
+    finish(process)
     undisturbed(project)
 
 
@@ -212,7 +261,7 @@ def test_a_waiting_job_runs_what_was_submitted(slurm: Cluster, project: Path) ->
 )
 def test_requests_that_cannot_be(slurm: Cluster, project: Path, override: str, line: str) -> None:
     process = program("tasks.pretrain", override)
-    text = process.communicate(timeout=60)[0]
+    text = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 2
     assert line in text
     assert "Traceback" not in text
@@ -232,6 +281,6 @@ def test_an_account_without_rights(said: str, line: str) -> None:
 def test_without_sbatch(slurm: Cluster, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     process = program("tasks.pretrain")
-    text = process.communicate(timeout=60)[0]
+    text = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 2
     assert "squeue is not on the PATH of this machine; run this on the cluster's login node" in text

@@ -4,14 +4,17 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tasks.runs import RunFolder, all_runs
-from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.cluster import Cluster
+from tests.slurm.recovery import Recovery
 from tests.tasks.test_runs import finish, program
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,15 +83,20 @@ def test_two_nodes_make_the_weights_of_one_process(training: Path, kind: str) ->
     assert "--num_machines 2" in (slurm_runs(training)[0].path / "job.sh").read_text()
 
 
-def test_a_killed_rank_costs_no_more_than_a_checkpoint_interval(training: Path, cluster: Cluster) -> None:
+def test_a_killed_rank_costs_no_more_than_a_checkpoint_interval(
+    training: Path, cluster: Cluster, cost: Callable[[str, str], Recovery]
+) -> None:
+    recovery = cost("kill -9 of one rank of two nodes, in training", "the next step, in the same job")
     undisturbed = train(training, "ddp", "pretrain.max_steps=60")
     cluster.reset()  # success is known before the job has left
     for made in ("models", "runs"):
         shutil.rmtree(training / made)
     process = program("tasks.pretrain", "pretrain.max_steps=60", "launch.kind=slurm", "pretrain.distribution.kind=ddp")
-    wait_for("a checkpoint", lambda: list(training.glob("runs/*/checkpoints/step-*")), 300)
+    wait_for("a checkpoint", lambda: list(training.glob("runs/*/checkpoints/step-*")))
     run = slurm_runs(training)[0]
+    (training / "tasks/accelerate/ddp.yaml").write_text("the restart reads the snapshot's")
     os.kill(ranks_of(run)[-1], signal.SIGKILL)
+    recovery.struck()
     assert "restart 1 of 2" in finish(process)
     assert furthest(undisturbed, load_file(training / "models/pretrain/model.safetensors")) == 0
     events = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
@@ -96,6 +104,7 @@ def test_a_killed_rank_costs_no_more_than_a_checkpoint_interval(training: Path, 
     assert len(resumed) == 1
     lost = events[resumed[0] - 1]["step"] - events[resumed[0]]["step"]
     assert 0 <= lost <= 2  # one checkpoint interval
+    recovery.over(lost, next(line["time"] for line in events[resumed[0] :] if "loss" in line))
 
 
 def ranks_of(run: RunFolder) -> list[int]:

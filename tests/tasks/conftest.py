@@ -61,12 +61,13 @@ def work(w: Work) -> float:
         if (run / "STOP").exists():
             raise StoppedError("stopped")
         step += 1
-        state.write_text(json.dumps(step))
+        state.with_name("new").write_text(json.dumps(step))
+        os.replace(state.with_name("new"), state)  # it may be killed at any moment
         with (run / "metrics.jsonl").open("a") as f:
             f.write(json.dumps({{"step": step, "time": 1000.0 + step, "loss": 1.0 / step}}) + "\\n")
         print(LABEL, "step", step, flush=True)
         with (run / "steps.txt").open("a") as f:
-            f.write(f"{{step}} {{os.getpid()}}\\n")
+            f.write(f"{{step}} {{os.getpid()}} {{time.time()}}\\n")
         if (asked / f"die-{stage}-{{step}}").exists():
             (asked / f"die-{stage}-{{step}}").unlink()
             os.kill(os.getpid(), 9)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llada_core.config.base import ConfigError
 from llada_core.config.params import TRAINING_STAGES
-from tasks.graph import load_stage, lookup, prune
+from tasks.graph import load_stage, lookup, prune, with_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
@@ -35,6 +36,7 @@ PLUMBING = {
             "launch_local",
             "launch_script",
             "progress",
+            "shards",
         )
     ),
     *(
@@ -124,3 +126,33 @@ def test_settings_of_sampling_touch_no_training() -> None:
     for stage in ("pretrain", "sft", "sft_control"):
         assert not any("sampling" in path for path in load_stage(ROOT, stage, PARAMS).code)
     assert not any(key.startswith("launch") for s in TRAINING_STAGES for key in load_stage(ROOT, s, PARAMS).params)
+
+
+def models_of(root: Path, *names: str) -> list[str]:
+    return with_sources({"evaluate": {"models": list(names)}}, root)["evaluate"]["models"]
+
+
+def test_models_of_an_evaluation_are_stages_or_labelled_folders(tmp_path: Path) -> None:
+    for name in ("one/grpo", "lr=3/grpo", "my model"):
+        (tmp_path / name).mkdir(parents=True)
+    found = models_of(tmp_path, "sft", "one/grpo", "old=lr=3/grpo", "my model", "lr=3/")
+    assert [name.partition("=")[0] for name in found] == ["sft", "grpo", "old", "my-model", "lr-3"]
+    assert [Path(name.partition("=")[2]) for name in found[1:]] == [
+        tmp_path / name for name in ("one/grpo", "lr=3/grpo", "my model", "lr=3")
+    ]
+    assert models_of(tmp_path, *found) == found  # a workspace's params.yaml is read once more by every stage
+
+
+@pytest.mark.parametrize("names", [["one/grpo", "two/grpo"], ["grpo", "one/grpo"], ["sft", "sft"], ["a=one", "a=two"]])
+def test_models_that_would_overwrite_each_other_are_refused(tmp_path: Path, names: list[str]) -> None:
+    for name in ("one/grpo", "two/grpo"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match=r"would both be '\w+' in tables; (list it once|label one of them, such as other=\w+)"
+    ):
+        models_of(tmp_path, *names)
+
+
+def test_a_label_for_a_stage_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="write 'sft'"):
+        models_of(tmp_path, "mine=sft")

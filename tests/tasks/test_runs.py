@@ -2,24 +2,21 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from llada_core.config.params import Params
 from tasks.graph import load_stage
 from tasks.launch_local import start_time
+from tasks.launch_script import render
 from tasks.runs import RunFolder, all_runs, find_run, open_run, stage_params
-
-
-def wait_until(condition, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
+from tests.tasks.conftest import REPOSITORY
+from tests.waiting import PATIENCE, wait_for
 
 
 def program(*arguments: str, **env: str) -> subprocess.Popen:
@@ -35,7 +32,7 @@ def program(*arguments: str, **env: str) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> str:
     text = process.stdout.read()  # communicate() would lose what readline() has buffered
-    assert process.wait(timeout=60) == 0, text
+    assert process.wait(timeout=PATIENCE) == 0, text
     return text
 
 
@@ -49,7 +46,7 @@ def steps(run: RunFolder) -> list[int]:
 
 
 def at_step(project: Path, step: int) -> None:
-    wait_until(lambda: list(project.glob("runs/*/steps.txt")) and step in steps(the_run(project)), 120)
+    wait_for(f"step {step}", lambda: list(project.glob("runs/*/steps.txt")) and step in steps(the_run(project)))
 
 
 def open_toy(project: Path, *overrides: str) -> RunFolder:
@@ -86,7 +83,7 @@ def test_killed_orchestrator_leaves_the_job_and_the_next_attaches(project: Path)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     second = program("tasks.pretrain")
-    wait_until(lambda: "following" in second.stdout.readline())
+    wait_for("the second to attach", lambda: "following" in second.stdout.readline())
     (project / "wait-pretrain-2").unlink()
     finish(second)
     run = the_run(project)
@@ -106,7 +103,7 @@ def test_a_killed_job_is_submitted_again_and_goes_on(project: Path) -> None:
     first = program("tasks.pretrain")
     at_step(project, 2)
     os.killpg(the_run(project).job["pid"], signal.SIGKILL)
-    text = first.communicate(timeout=30)[0]
+    text = first.communicate(timeout=PATIENCE)[0]
     assert first.returncode == 1
     assert "without success" in text
     (project / "wait-pretrain-2").unlink()
@@ -118,10 +115,11 @@ def test_a_job_whose_leader_died_is_waited_for_not_doubled(project: Path) -> Non
     (project / "wait-pretrain-2").touch()
     first = program("tasks.pretrain")
     at_step(project, 2)
-    os.kill(the_run(project).job["pid"], signal.SIGKILL)  # the script alone: its program lives on
-    first.communicate(timeout=30)
+    dead = the_run(project).job["pid"]
+    os.kill(dead, signal.SIGKILL)  # the script alone: its program lives on
+    first.communicate(timeout=PATIENCE)
     second = program("tasks.pretrain")
-    wait_until(lambda: the_run(project).job and the_run(project).job["pid"] != first.pid)
+    wait_for("a second job", lambda: the_run(project).job and the_run(project).job["pid"] != dead)
     (project / "wait-pretrain-2").unlink()
     finish(second)
     run = the_run(project)
@@ -132,7 +130,7 @@ def test_a_job_whose_leader_died_is_waited_for_not_doubled(project: Path) -> Non
 def test_a_mistake_is_one_line_and_not_retried(project: Path) -> None:
     (project / "mistake-pretrain-2").touch()
     process = program("tasks.pretrain")
-    text = process.communicate(timeout=30)[0]
+    text = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 2
     assert "error: a mistake of the user" in text
     assert "Traceback" not in text
@@ -144,7 +142,7 @@ def test_sigterm_ends_the_job_and_the_same_command_goes_on(project: Path) -> Non
     first = program("tasks.pretrain")
     at_step(project, 2)
     os.kill(first.pid, signal.SIGTERM)
-    first.communicate(timeout=30)
+    first.communicate(timeout=PATIENCE)
     assert first.returncode == 143
     run = the_run(project)
     assert start_time(run.job["pid"]) is None
@@ -152,17 +150,37 @@ def test_sigterm_ends_the_job_and_the_same_command_goes_on(project: Path) -> Non
     assert steps(run) == [1, 2, 3, 4]
 
 
-def test_the_job_runs_the_code_that_was_submitted(project: Path) -> None:
+ALONE = "{compute_environment: LOCAL_MACHINE, distributed_type: 'NO', use_cpu: true, num_processes: 1}"
+
+
+def test_the_job_runs_the_code_and_the_accelerate_file_that_were_submitted(project: Path) -> None:
     (project / "wait-pretrain-2").touch()
     (project / "die-pretrain-3").touch()
-    first = program("tasks.pretrain")
+    (project / "mine.yaml").write_text(ALONE)
+    first = program("tasks.pretrain", "launch.accelerate_config=mine.yaml")
     at_step(project, 2)
+    (project / "mine.yaml").write_text("no accelerate file any more")
     source = project / "tasks/pretrain.py"
     source.write_text(source.read_text().replace('"first"', '"second"'))
     (project / "inputs/text").write_text("changed since")
     (project / "wait-pretrain-2").unlink()
     finish(first)
     assert (project / "models/pretrain/weights").read_text() == "hello pretrain 4 first"
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero2"])
+def test_the_accelerate_file_of_a_distribution_is_the_snapshots(project: Path, kind: str) -> None:
+    run = open_toy(project, f"pretrain.distribution.kind={kind}", "launch.processes=2")
+    launch = Params.parse(run.request["all_params"], "").launch
+    (project / "tasks/accelerate" / f"{kind}.yaml").write_text("edited since")
+    named = re.search(r"--config_file (\S+)", render(run, launch, slurm=True))
+    assert (REPOSITORY / "tasks/accelerate" / f"{kind}.yaml").read_text() == Path(named[1]).read_text()
+
+
+def test_an_accelerate_file_that_is_not_there_is_told(project: Path) -> None:
+    process = program("tasks.pretrain", "launch.accelerate_config=mine.yaml")
+    assert "mine.yaml; give a path from the project's folder" in process.communicate()[0]
+    assert process.returncode == 2
 
 
 def test_inline_and_by_hand(project: Path) -> None:
@@ -181,7 +199,7 @@ def test_inline_and_by_hand(project: Path) -> None:
 )
 def test_bad_input_is_one_line(project: Path, arguments: list[str], line: str) -> None:
     process = program("tasks.pretrain", *arguments)
-    text = process.communicate(timeout=30)[0]
+    text = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 2
     assert line in text
     assert len(text.strip().splitlines()) == 1
@@ -190,7 +208,7 @@ def test_bad_input_is_one_line(project: Path, arguments: list[str], line: str) -
 def test_costly_stages_are_not_done_again_unasked(project: Path) -> None:
     finish(program("tasks.pretrain"))  # the toy says it took two hours
     process = program("tasks.pretrain", "pretrain.max_steps=5")
-    text = process.communicate(timeout=30)[0]
+    text = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 1
     assert "pretrain.max_steps: 4 -> 5" in text
     assert (project / "models/pretrain/weights").read_text() == "hello pretrain 4 first"
@@ -209,5 +227,5 @@ def test_damaged_state_is_named(project: Path) -> None:
     run = open_toy(project)
     (run.path / "job.json").write_text("{")
     process = program("tasks.pretrain")
-    assert "job.json is damaged" in process.communicate(timeout=30)[0]
+    assert "job.json is damaged" in process.communicate(timeout=PATIENCE)[0]
     assert json.loads((run.path / "request.json").read_text())["stage"] == "pretrain"

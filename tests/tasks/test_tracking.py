@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from llada_core.config.evaluation import EvaluateParams
 from tasks import tracking
+from tasks.evaluate import Places
 from tasks.graph import load_stage
 from tasks.pipeline import restore_lost_records
 from tasks.registry import client
 from tasks.runs import RunFolder, open_run, stage_params
+from tasks.tracked_results import send_sweep
 from tests.tasks.test_registry import empty_database  # noqa: F401  (a fixture)
 from tests.tasks.test_runs import finish, open_toy, program, the_run
 
@@ -155,3 +158,31 @@ def test_an_evaluation_is_a_table_of_answers_and_scores_beside_the_training_para
     assert [row[table["columns"].index("reply")] for row in table["data"]] == ["0", "1", "2"]
     parent = talk.get_run(child.data.tags["mlflow.parentRunId"]).data
     assert (parent.metrics["b1/sft"], parent.params["sft.max_steps"]) == (1 / 3, "3")
+
+
+def test_an_evaluation_without_a_pipeline_is_a_run_of_its_own(tracked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tracked / "reports/checkpoints/a__b"
+    (out / "sudoku").mkdir(parents=True)
+    rows = [{"id": str(i), "reply": str(i), "score": float(i == 2)} for i in range(3)]
+    (out / "sudoku/a__b.samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "sudoku.json").write_text(json.dumps({"models": {"a__b": {"score": 1 / 3, "n": 3}}}))
+    for name in ("table.json", "table.md", "table.png"):
+        (out / name).write_text("a table")
+    places = Places(None, tracked / "data/eval", out, tracked / "runs/answers-0")
+    for _ in range(2):
+        assert send_sweep(tracked, "a/b", EvaluateParams(limit=3), places, ["sudoku"])
+    talk = client(tracked)
+    [run] = talk.search_runs([tracking.experiment_of(talk, tracked)])
+    assert (run.data.metrics, run.data.params["limit"], run.data.params["model"]) == (
+        {"sudoku/a__b": 1 / 3},
+        "3",
+        "a/b",
+    )
+    assert run.info.status == "FINISHED"
+    files = {file.path for file in talk.list_artifacts(run.info.run_id)}
+    assert files == {"samples", "table.json", "table.md", "table.png"}
+    table = json.loads(Path(talk.download_artifacts(run.info.run_id, "samples/sudoku.json")).read_text())
+    assert [row[table["columns"].index("reply")] for row in table["data"]] == ["0", "1", "2"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert not send_sweep(tracked, "a/b", EvaluateParams(), places, ["sudoku"])

@@ -128,13 +128,13 @@ def test_dvc_commands_of_every_day(project: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [2, 9])
 def test_killing_dvc_and_its_command_loses_nothing(project: Path, number: int) -> None:
-    from tests.tasks.test_runs import steps, the_run, wait_until
+    from tests.tasks.test_runs import at_step, steps, the_run
 
     (project / "wait-pretrain-2").touch()
     first = subprocess.Popen([sys.executable, "-m", "dvc", "repro", "sft"], cwd=project, start_new_session=True)
-    wait_until(lambda: list(project.glob("runs/*/steps.txt")) and 2 in steps(the_run(project)))
+    at_step(project, 2)
     os.killpg(first.pid, number)
-    first.wait(timeout=60)
+    first.wait()
     (project / "wait-pretrain-2").unlink()
     run(sys.executable, "-m", "dvc", "repro", "sft", cwd=project)
     assert weights(project) == "hello pretrain 4 first sft 3 first"

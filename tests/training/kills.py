@@ -18,11 +18,12 @@ import torch
 import llada_core.training.checkpoint as checkpoint_module
 from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, SFTParams
 from llada_core.modeling import load_model
+from llada_core.training.grpo import GRPO
 from llada_core.training.metrics import read_metrics
 from llada_core.training.stages import Place, train
 from tests.tiny import tiny_pair
 from tests.training.data import write_data
-from tests.training.test_grpo import SAMPLING, write_prompts
+from tests.training.test_grpo import SAMPLING, by_weights, write_prompts
 from tests.training.test_preference import write_pairs
 
 SAVE_EVERY = 4
@@ -31,7 +32,7 @@ STAGES = {
     "pretrain": lambda: PretrainParams(**COMMON, batch_size=8),
     "sft": lambda: SFTParams(**COMMON, batch_size=8, optimiser="muon"),
     "grpo": lambda: GRPOParams(
-        **COMMON, prompts=2, generations=3, iterations=3, sampling=SAMPLING, beta=0.04, sync_every=5,
+        **COMMON, prompts=2, generations=3, iterations=3, sampling=SAMPLING, beta=0.04, sync_every=5, validate_every=2,
         reward="tests.training.test_grpo.likes_low_ids",
     ),
     "preference": lambda: PreferenceParams(**COMMON, batch_size=4, mask_samples=2),
@@ -44,6 +45,7 @@ def attempt(stage: str, data: Path, folder: Path, moment: tuple[str, int] | None
     if child == 0:
         status = 1
         try:
+            GRPO.validate = by_weights
             die_at(moment)
             model, tokenizer = tiny_pair()
             train(STAGES[stage](), model, tokenizer, Place(data, folder, folder / "model"), seed=1)

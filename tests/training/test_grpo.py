@@ -8,8 +8,10 @@ from datasets import Dataset
 
 from llada_core.config.sampling import SamplingParams
 from llada_core.config.training import GRPOParams
+from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.metrics import read_metrics
 from llada_core.training.stages import Place, train
+from llada_core.verifiers import verify
 from tests.tiny import tiny_pair
 
 SAMPLING = SamplingParams(max_new_tokens=6, block_length=6, steps=3, temperature=1.0)
@@ -18,6 +20,11 @@ SAMPLING = SamplingParams(max_new_tokens=6, block_length=6, steps=3, temperature
 def likes_low_ids(task, text, answer):
     """More of the letters a to m, more reward."""
     return sum("a" <= c <= "m" for c in text.lower()) / 6
+
+
+def likes_everything(task, text, answer):
+    """No answer is better than another."""
+    return 1.0
 
 
 def write_prompts(folder):
@@ -73,21 +80,86 @@ def test_the_reward_rises(data, tmp_path, variant):
 
 
 @pytest.mark.parametrize("stop", [3, 4])
-def test_a_stop_in_the_middle_of_a_rollout_changes_nothing(data, tmp_path, stop):
+def test_a_stop_in_the_middle_of_a_rollout_changes_nothing(data, tmp_path, stop, monkeypatch):
+    monkeypatch.setattr(GRPO, "validate", by_weights)
+
     def ask(line):
         if line["step"] == stop:
             (tmp_path / "cut" / "STOP").touch()
 
-    changes = {"iterations": 3, "beta": 0.04, "sync_every": 2}
+    changes = {"iterations": 3, "beta": 0.04, "sync_every": 2, "validate_every": 1, "keep": 1}
     _, whole = run(data, tmp_path / "whole", **changes)
+    found = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    print([line["validation_correct"] for line in found if "validation_correct" in line])
+    assert 0 < found[-1]["best_step"] < 8
     receipt, _ = run(data, tmp_path / "cut", follow=ask, **changes)
     assert receipt.steps == stop
     receipt, cut = run(data, tmp_path / "cut", **changes)
     assert receipt.finished
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
+    assert equal(whole, cut)
 
 
 def test_it_ends_once_validation_has_stopped_rising(data, tmp_path):
     receipt, _ = run(data, tmp_path, max_steps=60, learning_rate=1e-9, validate_every=2, validation_rows=4, patience=2)
     assert receipt.finished
-    assert receipt.steps == 6  # the first validation is the best so far, two more are not better
+    assert receipt.steps == 4  # nothing is better than the weights it began with, twice
+
+
+def by_weights(policy, model, *_):
+    """In place of answers that a tiny model never gets right: a score that goes up and down with the weights."""
+    total = sum(float(p.detach().double().sum()) for p in model.parameters())
+    return {"validation_correct": torch.tensor([total * 1e3 % 1.0, 1.0], dtype=torch.float64)}
+
+
+def judged(monkeypatch, scores):
+    """Validation of step 2n gives scores[n]."""
+    calls = iter(scores)
+    monkeypatch.setattr(GRPO, "validate", lambda *_: {"validation_correct": torch.tensor([next(calls), 1.0])})
+
+
+@pytest.mark.parametrize("best", [0, 1, 2, 4])
+def test_the_best_validated_weights_are_the_result(data, tmp_path, monkeypatch, best):
+    scores = [0.25] * best + [0.5] * (5 - best)  # of equals the earliest
+    judged(monkeypatch, scores)
+    receipt, model = run(data, tmp_path / "whole", validate_every=2, keep=1)
+    assert receipt.steps == 8
+    assert read_metrics(tmp_path / "whole" / "metrics.jsonl")[-1]["best_step"] == 2 * best
+    judged(monkeypatch, scores)
+    wanted = run(data, tmp_path / "short", max_steps=2 * best, validate_every=2)[1] if best else tiny_pair()[0]
+    assert equal(model, wanted)
+    judged(monkeypatch, scores[-1:])
+    _, longer = run(data, tmp_path / "whole", validate_every=2, keep=1, max_steps=10, extend=True)
+    assert equal(longer, wanted)
+
+
+def test_a_damaged_best_step_is_told(data, tmp_path, monkeypatch):
+    judged(monkeypatch, [0.5, 0.1, 0.1, 0.1, 0.1])
+    run(data, tmp_path, validate_every=2)
+    next((tmp_path / "checkpoints" / "step-00000000").glob("shard-*")).write_bytes(b"")
+    with pytest.raises(OSError, match="step-00000000, the best step by validation, is damaged"):
+        run(data, tmp_path, validate_every=2)
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_rewards_that_do_not_differ_move_nothing(data, tmp_path):
+    _, model = run(data, tmp_path, reward="tests.training.test_grpo.likes_everything", iterations=2, keep_best=False)
+    assert equal(model, tiny_pair()[0])
+
+
+def test_rewards_that_do_not_differ_leave_the_pull_to_the_reference(data):
+    gradients = {}
+    for beta in (0.0, 0.5):
+        model, tokenizer = tiny_pair()
+        params = GRPOParams(max_steps=1, prompts=2, generations=2, sampling=SAMPLING, beta=beta)
+        table = Dataset.load_from_disk(str(data / "grpo" / "train"))
+        policy = GRPO(model, Problems(table, table, tokenizer, likes_everything, verify), params, seed=0)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(1.1)  # away from the reference
+        for batch in policy.work(model, 0, 0, 1).batches:
+            policy.loss(model, batch).sum.backward()
+        gradients[beta] = sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None)
+    assert gradients[0.0] == 0
+    assert gradients[0.5] > 0

@@ -23,7 +23,7 @@ STAGES = {
     "pretrain": PretrainParams(**COMMON, batch_size=4, random_length_ratio=0.5),
     "sft": SFTParams(**COMMON, batch_size=4, eos_padding=2),
     "grpo": GRPOParams(
-        **COMMON, prompts=2, generations=2, beta=0.04, validation_rows=2, reward="tests.training.test_grpo.likes_low_ids",
+        **COMMON, prompts=2, generations=2, beta=0.04, validation_rows=2, keep_best=False, reward="tests.training.test_grpo.likes_low_ids",
         sampling=SamplingParams(max_new_tokens=4, block_length=4, steps=2, temperature=1.0),
     ),
     "preference": PreferenceParams(**COMMON, batch_size=2, mask_samples=2, validation_rows=2),
