@@ -34,9 +34,9 @@ class KVCache:
     def length(self) -> int:
         return self.keys[0].shape[1]
 
-    def rows(self, index: Tensor) -> "KVCache":
-        """A new cache with the batch rows `index` (R,) int64; the old one stays as it is."""
-        return KVCache([k.index_select(0, index) for k in self.keys], [v.index_select(0, index) for v in self.values])
+    def rows(self, index: Tensor, length: int | None = None) -> "KVCache":
+        """A new cache with the batch rows `index` (R,) int64 and the first `length` slots; the old one stays as it is."""
+        return KVCache(*([x[:, :length].index_select(0, index) for x in kept] for kept in (self.keys, self.values)))
 
     def write(self, layer: int, flat_slots: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores (B, W, N_kv, H) at `flat_slots` (B*W,) = row * T + slot, or everywhere if None; all T of the layer."""

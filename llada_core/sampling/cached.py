@@ -102,11 +102,7 @@ class Cached:
     def keep(self, rows: list[int], width: int) -> None:
         """The cached rows that go on, without the columns that no row has any more."""
         if self.cache is not None:
-            index = torch.tensor(rows, device=self.cache.keys[0].device)
-            kept = [
-                [x[:, :width].index_select(0, index) for x in layers] for layers in (self.cache.keys, self.cache.values)
-            ]
-            self.cache = KVCache(*kept)
+            self.cache = self.cache.rows(torch.tensor(rows, device=self.cache.keys[0].device), width)
         self.age = [self.age[row] for row in rows]
 
 
