@@ -22,14 +22,17 @@ from llada_core.verifiers import verify
 PUZZLES, BATCH, ROOM = 500, 50, 24
 MODES: dict[str, dict[str, object]] = {
     "exact": {},
+    "exact, blocks of a half": {"blocks": 2},
     "half the steps": {"steps": 0.5},
     "dual cache, blocks of a half": {"cache": "dual", "blocks": 2},
     "prefix cache, blocks of a half": {"cache": "prefix", "blocks": 2},
     "threshold 0.9": {"threshold": 0.9},
-    "dual cache, blocks of a half, + threshold 0.9": {"cache": "dual", "blocks": 2, "threshold": 0.9},
-    "factor 0.5": {"factor": 0.5},
-    "entropy bound 0.1": {"remasking": "entropy", "entropy_bound": 0.1},
+    "threshold 0.99": {"threshold": 0.99},
+    "threshold 0.999": {"threshold": 0.999},
+    "factor 0.02": {"factor": 0.02},
+    "entropy bound 0.001": {"remasking": "entropy", "entropy_bound": 0.001},
 }
+STOPPING = ("exact", "exact, blocks of a half", "threshold 0.999")  # modes timed beside the oracle
 
 
 def params_of(mode: dict[str, object], length: int) -> SamplingParams:
@@ -88,13 +91,13 @@ def main(folder: Path) -> None:
 
 
 def stop_gain(model, tokenizer: Tokenizer, ids: list[list[int]], length: int) -> None:  # noqa: ANN001
-    """Exact with stop at EOS beside the oracle in as many blocks, one prompt at a time; the text must be the same."""
+    """Stopping at EOS beside the oracle in as many blocks, one prompt at a time; exact texts must be the same."""
     shape = model.shape
     reference = oracle.Reference(dict(model.state_dict()), shape.n_heads, shape.rope_theta, shape.norm_eps)
     prompts, mask = [torch.tensor([p]) for p in ids], model.special_tokens.mask_id
-    for blocks in (1, 2):
+    for name in STOPPING:
         texts: dict[str, list[str]] = {}
-        params = params_of({"blocks": blocks}, length)
+        params = params_of(MODES[name], length)
 
         def text(tokens: torch.Tensor) -> str:
             return tokenizer.answer_text(tokens[0, -length:].tolist())
@@ -112,7 +115,7 @@ def stop_gain(model, tokenizer: Tokenizer, ids: list[list[int]], length: int) ->
         same = sum(a == b for a, b in zip(texts["oracle"], texts["ours"], strict=True))
         forwards = sum(map(int, texts["forwards"])) / len(prompts)
         print(
-            f"\nexact with stop at EOS, room for {length} tokens in blocks of {params.block_length}: {timing.ratio:.2f}"
+            f"\n{name} with stop at EOS, room for {length} tokens in blocks of {params.block_length}: {timing.ratio:.2f}"
             f" times the oracle ({timing.spread}), {forwards:.1f} forwards of {length}, {same} of {len(prompts)} texts identical"
         )
 

@@ -1,7 +1,6 @@
 """How far training moved the weights: a norm of the difference of two checkpoints. Knows files, not networks."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import safe_open
@@ -23,11 +22,8 @@ def weight_distance(before: Path, after: Path) -> float | None:
 
 
 def _names(folder: Path) -> dict[str, Path]:
-    return dict(_weights(folder))
-
-
-def _weights(folder: Path) -> Iterator[tuple[str, Path]]:
+    found: dict[str, Path] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, "pt") as content:
-            for name in content.keys():  # noqa: SIM118 - no mapping
-                yield name, file
+            found |= dict.fromkeys(content.keys(), file)
+    return found
