@@ -23,17 +23,13 @@ ROOM = 1.3  # what a model takes in memory over its weights' size on disk
 
 @dataclass(frozen=True)
 class Engine:
-    """One model, ready to write. `turn` lets simultaneous writers share it step by step.
-
-    A tokenizer is told before each text whether special strings in it count, so one thread at a time uses it.
-    """
+    """One model, ready to write. `turn` lets simultaneous writers share it step by step."""
 
     name: str
     folder: Path
     model: MaskPredictor
     tokenizer: Tokenizer
     turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    words: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def context(self) -> int:
@@ -47,13 +43,11 @@ class Engine:
 
     def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The prompt of a conversation."""
-        with self.words:
-            return self.tokenizer.chat_ids(messages)
+        return self.tokenizer.chat_ids(messages)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a person's text; nothing in it is read as a special token."""
-        with self.words:
-            return self.tokenizer.encode(text)
+        return self.tokenizer.encode(text)
 
     def decode(self, token: int) -> str:
         """One token as text, end tokens as a sign."""

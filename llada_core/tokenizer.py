@@ -1,8 +1,10 @@
 """Tokenizer, chat template and special ids as one object, and the training of a new one.
 
-Knows text and ids; does not know models. A special string inside a user's text is text, not a command.
+Knows text and ids; does not know models. A special string inside a user's text is text, not a command. Threads may
+share one tokenizer.
 """
 
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +36,7 @@ class Tokenizer:
 
     def __init__(self, fast: PreTrainedTokenizerFast, special: SpecialTokens | None = None) -> None:
         self.fast = fast
+        self._engine_in_use = threading.Lock()  # whether specials are text is a switch on the engine, not of a call
         found = special or _special_tokens(fast)
         if found is None:
             raise ValueError(
@@ -72,12 +75,13 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, user: bool = True) -> list[list[int]]:
         """`encode` of many texts at once, by the engine's batch path, in parts that stay in the processor's cache."""
         engine = self.fast.backend_tokenizer
-        engine.encode_special_tokens = user
         parts = (list(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE))
-        try:
-            return [e.ids for part in parts for e in engine.encode_batch_fast(part, add_special_tokens=False)]
-        finally:
-            engine.encode_special_tokens = False
+        with self._engine_in_use:
+            engine.encode_special_tokens = user
+            try:
+                return [e.ids for part in parts for e in engine.encode_batch_fast(part, add_special_tokens=False)]
+            finally:
+                engine.encode_special_tokens = False
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         return str(self.fast.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))

@@ -1,6 +1,7 @@
 """Text to ids and back, LLaDA's chat format, and special strings that stay text in a user's mouth."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from transformers import AutoTokenizer, BertTokenizerFast
@@ -112,3 +113,11 @@ def test_mistakes(tmp_path):
     plain.save(tmp_path / "u")
     with pytest.raises(ValueError, match="mask_id 999 is outside the vocabulary"):
         Tokenizer.load(tmp_path / "u", SpecialTokens(999, 1, 1))
+
+
+def test_threads_share_a_tokenizer():
+    tokenizer, asked = tiny_tokenizer(), [{"role": "user", "content": "<|eot_id|> 12 " * 200}]
+    alone = tokenizer.chat_ids(asked)
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(tokenizer.chat_ids, [asked] * 200))
+    assert all(ids == alone for ids in together)

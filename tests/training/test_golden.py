@@ -11,6 +11,7 @@ from llada_core.config.training import GRPOParams, NoiseParams, PretrainParams
 from llada_core.data.batches import Batch
 from llada_core.families import SpecialTokens
 from llada_core.modeling import load_model
+from llada_core.sampling.denoiser import Guided, Plain, Query
 from llada_core.training.objectives import DiffusionObjective
 from llada_core.training.policy import Completions, Masks, group_advantages, policy_loss, token_log_probabilities
 
@@ -113,6 +114,17 @@ def test_the_log_probabilities_of_d1(folder, name, iteration):
     got = token_log_probabilities(model, rows, masks(rows, iteration), 126)[:, POLICY["prompt_ids"].shape[1] :]
     wanted = POLICY[name][iteration] * POLICY["completion_mask"]
     torch.testing.assert_close(got.detach(), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("iteration", range(3))
+def test_the_guided_log_probabilities_of_d1(model, iteration):
+    rows, width = completions(), POLICY["prompt_ids"].shape[1]
+    noisy = rows.tokens.masked_fill(masks(rows, iteration).masked, 126)
+    wanted = rows.written.flatten().nonzero()[:, 0]
+    with torch.no_grad():
+        logits = Guided(Plain(model), 0.5).logits(Query.whole(noisy, None, ~rows.written, wanted, 126))
+    got = logits.log_softmax(-1).gather(1, rows.tokens[:, width:].reshape(-1, 1)).view(-1, rows.tokens.shape[1] - width)
+    torch.testing.assert_close(got, POLICY["logps_cfg0p5"][iteration], atol=1e-4, rtol=1e-4)
 
 
 def clipping_acts(now, old, rows, epsilon, sign):
