@@ -97,7 +97,8 @@ def between_jobs(project: Path) -> tuple[float, float]:
 
     From the run folders of a project whose stages were all made by one undisturbed run.
     """
-    runs = [run for run in all_runs(project) if run.job and run.succeeded and run.request["root"] == str(project)]
+    runs = [run for run in all_runs(project) if run.job and run.succeeded]
+    runs = [run for run in runs if run.request["root"] == runs[0].request["root"]]
     jobs = sorted((run.job["time"], read_json(run.path / "SUCCESS")["time"]) for run in runs)
     busy_until, idle = jobs[0][0], 0.0
     for start, end in jobs:
@@ -116,9 +117,9 @@ def asking_slurm(root: Path) -> float:
         run = toy_run(root)
         job = cluster.ask("sbatch", "--parsable", "--hold", "--wrap", "true", "-o", "/dev/null").strip()
         write_json(run.path / "job.json", {"launcher": "slurm", "id": job})
-        before = cpu_seconds()
+        launcher, before = SlurmLauncher(1.0), cpu_seconds()
         for _ in range(asked):
-            assert SlurmLauncher(1.0).state(run) == "alive"
+            assert launcher.state(run) == "alive"
         return (cpu_seconds() - before) / asked / LaunchParams().poll_seconds
     finally:
         cluster.stop()

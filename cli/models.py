@@ -131,7 +131,10 @@ def ui(
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGTERM)
             for process in started:
-                process.wait()
+                try:
+                    process.wait(timeout=30)
+                except subprocess.TimeoutExpired:  # a server in the middle of its start does not hear
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def free(name: str, address: str, port: int) -> None:

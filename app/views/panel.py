@@ -78,6 +78,7 @@ def build(desk: Desk) -> Panel:
         label="Model",
         allow_custom_value=True,
         info="an alias, a version, or a model folder",
+        elem_id="model",
     )
     preset = gr.Radio(["recommended", *PRESETS], value="recommended", label="Preset")
     exact = gr.HTML(notice(exactness(start)), elem_id="exactness", apply_default_css=False)

@@ -110,11 +110,7 @@ class CountdownParams(PuzzleCounts):
 
 
 class SeatsParams(PuzzleCounts):
-    """People in some order, to be seated anew so that nobody keeps a seat.
-
-    `hasty` is the share of SFT's answers whose last person keeps the seat, as if written in haste: what fine-tuning
-    imitates and GRPO, which asks the verifier, does not.
-    """
+    """People to be seated anew so that nobody keeps a seat; in a share `hasty` of SFT's answers the last one does."""
 
     people: int = Field(default=8, ge=4, le=9)
     hasty: float = Field(default=0.0, ge=0.0, le=1.0)

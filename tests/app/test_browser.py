@@ -374,6 +374,29 @@ def test_one_version_answers_under_two_settings_in_step(tab):
     tab.wait_for_selector("#right-canvas :text('24 steps · 24 forwards')")
 
 
+def test_another_model_is_chosen_loaded_and_answers(tab):
+    choose(tab, "#model", "other")
+    pick(tab, "Model")
+    tab.click("#load")
+    tab.wait_for_selector("#loaded :text('other is loaded')")
+    assert "97.0 %" in tab.inner_text("#scores")
+    assert "other" in tab.inner_text("#facts")
+    pick(tab, "Chat")
+    ask(tab, "hello")
+    assert answer(tab) == "Something else."
+
+
+def test_the_panel_says_what_is_approximate_and_what_is_out_of_range(tab):
+    tab.get_by_label("fast").check()
+    tab.wait_for_selector("#exactness :text('Approximate: the prefix cache')")
+    tab.get_by_label("exact", exact=True).check()
+    tab.wait_for_selector("#exactness :text('Exact: one token per step')")
+    tab.get_by_label("threshold").fill("2")
+    tab.wait_for_selector("#exactness :text('less than or equal to 1')")
+    ask(tab, "hello")
+    tab.wait_for_selector("#talk :text('less than or equal to 1')")
+
+
 def test_the_champion_moves_and_goes_while_the_page_is_open(tab, desk, monkeypatch):
     ask(tab, "hello")
     assert answer(tab) == "I know sudokus only."

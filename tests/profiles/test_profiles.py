@@ -7,6 +7,7 @@ of the stage's. accelerate cannot run ZeRO on a CPU: there the command is checke
 import json
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -41,8 +42,8 @@ def kind_of(name: str) -> str:
 
 
 def command_of(params: Params, folder: Path) -> list[str]:
-    """What the profile's job runs, as words."""
-    folder.mkdir(parents=True)
+    """What the profile's job runs, as words; its folder has the accelerate files as a submitted one has."""
+    shutil.copytree(ROOT / "tasks" / "accelerate", folder / "tree" / "tasks" / "accelerate")
     request = {
         "stage": stage_of(params),
         "root": str(ROOT),

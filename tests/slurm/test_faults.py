@@ -225,7 +225,7 @@ def test_a_time_limit_is_normal(slurm: Cluster, project: Path, reach: Start, cos
 
 
 def test_cancelling_ends_the_job_and_the_next_goes_on(slurm: Cluster, project: Path, reach: Start, cost: Cost) -> None:
-    recovery = cost("a cancelled flow (SIGTERM)", "the next step, from the same command on")
+    recovery = cost("a cancelled stage (SIGTERM)", "the next step, from the same command on")
     process = reach()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=PATIENCE)

@@ -136,12 +136,12 @@ def test_both_dashboards_are_up_until_ctrl_c_and_leave_nothing(
     monkeypatch.setenv("PREFECT_HOME", str(project / "prefect"))
     ports = free_ports(2)
     process = program("cli.main", "ui", "--mlflow-port", ports[0], "--prefect-port", ports[1])
-    for port, path in zip(ports, ("health", "api/health"), strict=True):
-        wait_for(f"an answer on port {port}", lambda port=port, path=path: process.poll() or answers(port, path))
-    assert "<html" in answers(ports[0], "")
-    assert "<html" in answers(ports[1], "dashboard")
-    process.send_signal(number)
-    text = process.communicate(timeout=PATIENCE)[0]
+    try:
+        for port in ports:
+            wait_for(f"a page on port {port}", lambda port=port: process.poll() or "<html" in page(port))
+    finally:
+        process.send_signal(number)
+        text = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, text
     assert "both end" in text
     assert "Traceback" not in text
@@ -157,9 +157,9 @@ def free_ports(count: int) -> list[str]:
         return [str(probe.getsockname()[1]) for probe in probes]
 
 
-def answers(port: str, path: str) -> str:
+def page(port: str) -> str:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}") as answer:
-            return answer.read().decode().lower() or "nothing"
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
+            return answer.read().decode().lower()
     except OSError:
         return ""
