@@ -1,7 +1,8 @@
 """What the approximate modes cost the champion: held-out puzzles solved, paired with the exact mode; and what stopping
 at EOS saves. An approximate mode counts as a speed-up only where accuracy stays within one point of exact.
 
-`python -m benchmarks.champion [MODEL_FOLDER]`; the data are those that the default run prepared.
+`python -m benchmarks.champion [MODEL_FOLDER] [stopping]`, the last for that alone; the data are those that the default
+run prepared.
 """
 
 import json
@@ -65,12 +66,20 @@ def solved(tokenizer: Tokenizer, model, rows: list[dict], prompts: list[list[int
     return torch.tensor(right, dtype=torch.float64), forwards / math.ceil(len(rows) / BATCH)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, parts: list[str]) -> None:
     """Prints accuracy by mode and the gain of stopping."""
     torch.set_num_threads(1)
     data = folder.parents[1] / "data"
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
     model.fuse_for_inference()
+    if "stopping" not in parts:
+        accuracy(model, tokenizer, folder.name, data)
+    some = [puzzles(tokenizer, data / "eval" / f"{name}.jsonl")[1:] for name in ("sudoku", "seats", "countdown")]
+    stop_gain(model, tokenizer, [p for prompts, _ in some for p in prompts[:10]], max(length for _, length in some))
+
+
+def accuracy(model, tokenizer: Tokenizer, name_of_model: str, data: Path) -> None:  # noqa: ANN001
+    """Prints what every mode solves of every kind of puzzle."""
     lines = []
     for file in sorted((data / "eval").glob("*.jsonl")):
         rows, prompts, length = puzzles(tokenizer, file)
@@ -85,9 +94,7 @@ def main(folder: Path) -> None:
                  f"{forwards:.1f}", f"{length / forwards:.2f}", counts]
             )  # fmt: skip
     header = ["puzzles", "mode", "solved", "points beside exact", "forwards", "tokens/forward", "counts"]
-    print(f"\n{folder.name}: up to {PUZZLES} puzzles each, {machine()}\n\n{table(header, lines)}", flush=True)
-    some = [puzzles(tokenizer, data / "eval" / f"{name}.jsonl")[1:] for name in ("sudoku", "seats", "countdown")]
-    stop_gain(model, tokenizer, [p for prompts, _ in some for p in prompts[:10]], max(length for _, length in some))
+    print(f"\n{name_of_model}: up to {PUZZLES} puzzles each, {machine()}\n\n{table(header, lines)}", flush=True)
 
 
 def stop_gain(model, tokenizer: Tokenizer, ids: list[list[int]], length: int) -> None:  # noqa: ANN001
@@ -121,4 +128,4 @@ def stop_gain(model, tokenizer: Tokenizer, ids: list[list[int]], length: int) ->
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "models" / "grpo")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "models" / "grpo", sys.argv[2:])

@@ -24,7 +24,11 @@ from llada_core.modeling import load_model
 from llada_core.tokenizer import Tokenizer
 
 PUZZLES, QUESTIONS, ROUNDS = ("sudoku", "countdown", "seats"), 24, 3
-SETTINGS = ((24, 24), (64, 8))  # the default run's; and a long room in short blocks, as LLaDA 1.5 is evaluated
+SETTINGS: tuple[tuple[int, int, float | None], ...] = (  # length and block of both sides, threshold of ours
+    (24, 24, None),  # the default run's
+    (64, 8, None),  # a long room in short blocks, as LLaDA 1.5 is evaluated
+    (24, 24, 0.999),  # approximate
+)
 
 
 def main(folder: Path) -> None:
@@ -39,20 +43,19 @@ def main(folder: Path) -> None:
     for file in (folder.parents[1] / "data" / "eval" / f"{name}.jsonl" for name in PUZZLES):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:QUESTIONS]]
         texts = [tokenizer.chat_text([{"role": "user", "content": row["prompt"]}]) for row in rows]
-        for length, block in SETTINGS:
-            lines.append(
-                [file.stem, str(length), str(block), *compared(model, reference, tokenizer, texts, length, block)]
-            )
+        for length, block, threshold in SETTINGS:
+            shape = {"max_new_tokens": length, "block_length": block, "steps": length, "threshold": threshold}
+            told = [file.stem, str(length), str(block), "exact" if threshold is None else f"threshold {threshold}"]
+            lines.append([*told, *compared(model, reference, tokenizer, texts, shape)])
             print(" ".join(lines[-1]), file=sys.stderr, flush=True)
-    header = ["puzzles", "length", "block", "oracle answers/s", "ours answers/s", "times", "same texts"]
+    header = ["puzzles", "length", "block", "mode", "oracle answers/s", "ours answers/s", "times", "same texts"]
     print(f"\n{folder}: {QUESTIONS} questions each, one thread\n\n{table(header, lines)}")
 
 
-def compared(model, reference, tokenizer: Tokenizer, texts: list[str], length: int, block: int) -> list[str]:  # noqa: ANN001
+def compared(model, reference, tokenizer: Tokenizer, texts: list[str], sampling: dict) -> list[str]:  # noqa: ANN001
     """Both rates, the ratio within rounds, and how many texts are the same."""
-    settings = Settings(
-        sampling={"max_new_tokens": length, "block_length": block, "steps": length, "stop_at_eos": True}
-    )
+    settings = Settings(sampling={**sampling, "stop_at_eos": True})
+    length, block = sampling["max_new_tokens"], sampling["block_length"]
     answers: dict[str, list[str]] = {}
 
     def ours() -> None:

@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llada_core.config.sampling import SamplingParams
 from llada_core.estimators import ESTIMATORS, Estimator, Plan, plan
-from llada_core.modeling.inputs import require_in_vocabulary, require_length, require_no_mask
-from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling.denoiser import Denoiser, Guided, Plain, Query
+from llada_core.modeling.predictor import MaskPredictor, require_in_vocabulary, require_length, require_no_mask
+from llada_core.sampling.denoiser import Guided, Plain, Query
+from llada_core.sampling.generate import stream_infill
 
 Ids = Sequence[int] | Tensor
 Pair = tuple[Ids, Ids]
@@ -118,13 +119,6 @@ class Likelihood:
         self._flush(batch, totals)
         return totals.tolist()
 
-    def score_plan(self, prompt_ids: Ids, answer_ids: Ids, looks: Plan) -> float:
-        """The log-likelihood of one pair under given looks."""
-        prompt, answer = checked(self.model, (prompt_ids, answer_ids), 0)
-        totals = torch.zeros(1, dtype=torch.float64, device=self.model.device)
-        self._flush(self._collect(_Batch(), 0, prompt, answer, looks, totals), totals)
-        return float(totals[0])
-
     def _rng(self, prompt: Array, answer: Array) -> np.random.Generator:
         # The stock estimator draws for each option anew.
         text = prompt.tobytes() + (b"|" + answer.tobytes() if self.estimator == "stock" else b"")
@@ -175,53 +169,29 @@ class Likelihood:
         return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-@torch.no_grad()
 def greedy_matches(
     model: MaskPredictor, pairs: Sequence[Pair], *, cfg_scale: float = 0.0, batch_tokens: int = 8192
 ) -> list[bool]:
-    """Would each answer be written, token for token, if the surest token of its masks were committed at each step?
-
-    As LLaDA's `suffix_greedy_prediction`, which this stops short as soon as one committed token differs.
-    """
+    """Would each answer be written, token for token, if the surest token of its masks were committed at each step?"""
     arrays = [checked(model, pair, number) for number, pair in enumerate(pairs)]
-    denoiser: Denoiser = Guided(Plain(model), cfg_scale) if cfg_scale else Plain(model)
     order = sorted(range(len(arrays)), key=lambda i: sum(map(len, arrays[i])))
-    result = [False] * len(arrays)
+    result, special = [False] * len(arrays), model.special_tokens
     while order:
         longest = sum(map(len, arrays[order[-1]]))
         chunk, order = order[-max(1, batch_tokens // longest) :], order[: -max(1, batch_tokens // longest)]
-        for number, matches in zip(chunk, _greedy(denoiser, model, [arrays[i] for i in chunk]), strict=True):
-            result[number] = matches
+        wanted = torch.full((len(chunk), longest), special.pad_id)
+        templates = []
+        for row, (prompt, answer) in zip(wanted, (arrays[i] for i in chunk), strict=True):
+            row[longest - len(prompt) - len(answer) :] = torch.from_numpy(np.concatenate([prompt, answer]))
+            templates.append(torch.from_numpy(np.concatenate([prompt, np.full_like(answer, special.mask_id)])))
+        params = SamplingParams(max_new_tokens=1, block_length=longest, steps=longest, cfg_scale=cfg_scale)
+        for step in stream_infill(model, templates, params):
+            matches = ((step.tokens == wanted.to(step.tokens.device)) | step.open).all(1)
+            if not matches.any():  # no need to see the rest
+                break
+        for i, match in zip(chunk, matches.tolist(), strict=True):
+            result[i] = match
     return result
-
-
-def _greedy(denoiser: Denoiser, model: MaskPredictor, pairs: list[tuple[Array, Array]]) -> list[bool]:
-    special = model.special_tokens
-    batch = _Batch(
-        [np.concatenate([p, np.full_like(a, special.mask_id)]) for p, a in pairs], [len(p) for p, _ in pairs]
-    )
-    tokens, visible, prompt = batch.tensors(special.pad_id, model.device)
-    wanted = _Batch([np.concatenate(pair) for pair in pairs], batch.prompts).tensors(special.pad_id, model.device)[0]
-    alive = torch.ones(len(pairs), dtype=torch.bool, device=tokens.device)
-    while True:
-        is_open = (tokens == special.mask_id) & alive[:, None]
-        rows = is_open.any(1).nonzero()[:, 0]
-        if not len(rows):
-            return alive.tolist()
-        flat = is_open[rows].flatten().nonzero()[:, 0]
-        seen = None if visible is None else visible[rows]
-        logits = denoiser.logits(Query.whole(tokens[rows], seen, prompt[rows], flat, special.mask_id)).float()
-        confidence = logits.log_softmax(-1)
-        confidence[:, special.mask_id] = -torch.inf
-        sure, token = confidence.max(-1)
-        ranked = torch.full(is_open[rows].shape, -torch.inf, device=tokens.device)
-        ranked.view(-1)[flat] = sure
-        column = ranked.argmax(1)
-        chosen = torch.zeros_like(ranked, dtype=torch.long)
-        chosen.view(-1)[flat] = token
-        written = chosen.gather(1, column[:, None])[:, 0]
-        alive[rows] = written == wanted[rows, column]
-        tokens[rows, column] = written
 
 
 def checked(model: MaskPredictor, pair: Pair, number: int) -> tuple[Array, Array]:

@@ -66,7 +66,7 @@ def _model(work: Work, params: TrainingParams, tokenizer: Any) -> Any:
 
 
 def _write_receipts(work: Work, spent: dict[str, Any]) -> None:
-    from llada_core.modeling.distance import weight_distance
+    from llada_core.modeling.strict import weight_distance
     from llada_core.training.metrics import read_metrics
 
     lines = read_metrics(work.run.path / "metrics.jsonl")

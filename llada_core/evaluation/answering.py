@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from llada_core.config.evaluation import Settings
-from llada_core.config.sampling import SamplingParams
 from llada_core.evaluation.requests import Wanted
 from llada_core.evaluation.worklist import Answer
-from llada_core.likelihood import log_likelihoods
+from llada_core.likelihood import greedy_matches, log_likelihoods
 from llada_core.modeling import MaskPredictor
 from llada_core.sampling.generate import generate, infill
 from llada_core.tokenizer import Tokenizer
@@ -75,13 +74,10 @@ class Answerer:
         """Log-likelihoods of continuations given contexts, one batch."""
         guidance = self.options.settings.cfg_scale or 0.0
         values = log_likelihoods(self.model, pairs, samples=self.samples, cfg_scale=guidance, seed=self.options.seed)
-        greedy = [self.options.check_greedy and self._is_greedy(*pair) for pair in pairs]
+        greedy = [False] * len(pairs)
+        if self.options.check_greedy:
+            greedy = greedy_matches(self.model, pairs, cfg_scale=guidance)
         return [{"ll": float(value), "greedy": each} for value, each in zip(values, greedy, strict=True)]
-
-    def _is_greedy(self, context: Ids, continuation: Ids) -> bool:
-        n, guidance = len(continuation), self.options.settings.cfg_scale or 0.0
-        params = SamplingParams(max_new_tokens=n, block_length=n, steps=n, cfg_scale=guidance)
-        return generate(self.model, [context], params).answers[0].tolist() == continuation
 
     def fit(self, context: Ids, continuation: Ids) -> tuple[Ids, Ids]:
         """A pair that the model can take: the context loses its beginning, a longer continuation too."""

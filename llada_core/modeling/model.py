@@ -17,13 +17,13 @@ from llada_core.modeling.block import LLaDABlock, RMSNorm, Surroundings, key_bia
 from llada_core.modeling.cache import KVCache
 from llada_core.modeling.config import LLaDAConfig, LLaDAMoEConfig
 from llada_core.modeling.experts import Routing
-from llada_core.modeling.linear import Linear, linear
+from llada_core.modeling.experts import router_losses as losses_of
+from llada_core.modeling.linear import Linear, linear, plain
 from llada_core.modeling.names import published_shapes, register_names
 from llada_core.modeling.nll import projected_nll
 from llada_core.modeling.packed import PackedBody
 from llada_core.modeling.predictor import MaskPredictor, Prediction, RouterLosses
 from llada_core.modeling.rope import RotaryTables
-from llada_core.modeling.router import router_losses as losses_of
 from llada_core.modeling.strict import require_weights
 
 
@@ -104,6 +104,13 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
     def fuse_for_inference(self) -> None:
         self._packed = PackedBody.of(self.model.transformer, list(self.model.transformer.blocks))
 
+    def _packed_for(self, x: Tensor) -> PackedBody | None:
+        """The packed blocks where their numbers are the modules' for the embedded tokens `x`; outdated ones are freed."""
+        if self._packed is not None and not self._packed.current:
+            self._packed = None
+        usable = self._packed is not None and x.numel() > 0 and plain(x, self.model.transformer.wte.weight)
+        return self._packed if usable else None
+
     def train(self, mode: bool = True) -> Any:
         if mode:
             self._packed = None
@@ -137,9 +144,10 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         around = self._surroundings(x, attention_mask, cache, slots)
         early = None if output_hidden_states or router_losses else positions
         hidden, routings = [x], []
-        whole = output_hidden_states or router_losses or torch.is_grad_enabled()
-        packed = None if whole or self._packed is None or not self._packed.usable(x) else self._packed
-        for block in self.model.transformer.blocks if packed is None else packed.blocks:
+        packed = None if output_hidden_states or router_losses or torch.is_grad_enabled() else self._packed_for(x)
+        if packed is not None:
+            x = packed(x, around, early)
+        for block in self.model.transformer.blocks if packed is None else ():
             last = len(hidden) == self.shape.n_layers
             x, routing = block(x, around, early if last else None)
             hidden.append(x)

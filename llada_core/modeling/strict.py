@@ -1,9 +1,9 @@
-"""Is a folder a whole model, with exactly the weights that its config.json describes? One line of error if not.
-
-Knows the layout of weight files, read by their headers alone; does not know any architecture.
+"""Is a folder a whole model, with exactly the weights that its config.json describes? One line of error if not. And how
+far apart the weights of two folders are. Knows the layout of weight files; does not know any architecture.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,3 +81,26 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _more(count: int) -> str:
     return f" and {count} more" if count > 0 else ""
+
+
+def weight_distance(before: Path, after: Path) -> float | None:
+    """L2 norm of the difference of all weights, tensor by tensor, in float64.
+
+    None where the folders do not hold the same weights (an adapter beside its base, say).
+    """
+    first, second = _names(before), _names(after)
+    if not first or first.keys() != second.keys():
+        return None
+    squares = 0.0
+    for name, file in first.items():
+        with safe_open(file, "pt") as old, safe_open(second[name], "pt") as new:
+            squares += float((new.get_tensor(name).double() - old.get_tensor(name).double()).square().sum())
+    return math.sqrt(squares)
+
+
+def _names(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as content:
+            found |= dict.fromkeys(content.keys(), file)
+    return found

@@ -121,8 +121,13 @@ class Canvas:
     def written(self, tokens: Tensor) -> "Canvas":
         """The same rows with other tokens."""
         canvas = replace(self, tokens=tokens)
-        canvas.__dict__["places"] = self.places  # computed once for all steps of these rows
+        canvas.__dict__.update(places=self.places, answer=self.answer)  # computed once for all steps of these rows
         return canvas
+
+    @cached_property
+    def answer(self) -> Tensor:
+        """(A, T) bool: the columns in which blocks are counted."""
+        return (self.columns >= self.start[:, None]) & (self.columns < self.end[:, None])
 
     @cached_property
     def places(self) -> Tensor:
@@ -166,3 +171,9 @@ class Blocks:
         inside = is_open & (canvas.columns >= first[:, None]) & (canvas.columns < last[:, None])
         counts, entered, firsts = torch.stack([inside.sum(1), (number != before).long(), first]).tolist()
         return cls(number, first, last, inside, counts, [bool(new) for new in entered], firsts)
+
+    def after(self, canvas: Canvas) -> "Blocks | None":
+        """The same blocks with what is still open in them; None once one is done, so that a row has moved on."""
+        still = self.open & canvas.open
+        counts = still.sum(1).tolist()
+        return None if 0 in counts else replace(self, open=still, counts=counts, entered=[False] * len(counts))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from llada_core.config.sampling import SamplingParams
-from llada_core.modeling.inputs import require_in_vocabulary, require_no_mask
-from llada_core.modeling.predictor import MaskPredictor
+from llada_core.modeling.predictor import MaskPredictor, require_in_vocabulary, require_no_mask
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from llada_core.config.sampling import SamplingParams
-from llada_core.modeling.inputs import require_length
-from llada_core.modeling.predictor import MaskPredictor
+from llada_core.modeling.predictor import MaskPredictor, require_length
 from llada_core.sampling import checks
 from llada_core.sampling.cached import denoiser_of
 from llada_core.sampling.canvas import Canvas, Row

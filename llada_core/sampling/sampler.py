@@ -27,10 +27,9 @@ class Stop:
 
     def close(self, tokens: Tensor, canvas: Canvas) -> Tensor:
         """`tokens` (A, T) with everything after a row's end token written."""
-        inside = (canvas.columns >= canvas.start[:, None]) & (canvas.columns < canvas.end[:, None])
         nothing_open = (tokens == canvas.mask_id).cumsum(1) == 0
-        reached = torch.isin(tokens, self.end_ids) & inside & nothing_open
-        after = inside & (reached.cumsum(1) > reached.long())
+        reached = torch.isin(tokens, self.end_ids) & canvas.answer & nothing_open
+        after = canvas.answer & (reached.cumsum(1) > reached.long())
         return tokens.masked_fill(after, self.eos_id)
 
 
@@ -54,15 +53,16 @@ class Sampler:
     def run(self, canvas: Canvas) -> Iterator[Step]:
         """Commits every open position; yields after each step."""
         board = canvas.shown()
-        block = torch.full_like(canvas.number, -1)
+        block, blocks = torch.full_like(canvas.number, -1), None
         while True:
-            blocks = Blocks.of(canvas, self.block_length, block)
+            blocks = (blocks and blocks.after(canvas)) or Blocks.of(canvas, self.block_length, block)
             kept = [row for row, count in enumerate(blocks.counts) if count]
             if not kept:
                 return
             if len(kept) < len(blocks.counts):
                 canvas, block = canvas.rows(kept), block[torch.tensor(kept, device=block.device)]
                 self._keep(kept, canvas.tokens.shape[1])
+                blocks = None
                 continue
             canvas, step = self._step(canvas, board, blocks)
             board, block = step.tokens, blocks.number

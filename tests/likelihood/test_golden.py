@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from llada_core import likelihood
 from llada_core.estimators import Plan, lattice
 from llada_core.likelihood import Likelihood, greedy_matches, log_likelihood
 from tests.reference import DENSE, arrays, case, cases, golden_model, names
@@ -11,13 +12,14 @@ MODEL = "llada_tiny"
 
 
 @pytest.mark.parametrize("name", names("likelihood"))
-def test_recorded_canvases(name):
+def test_recorded_canvases(name, monkeypatch):
     data = {k.split("__")[1]: v for k, v in arrays("likelihood").items() if k.startswith(f"{name}__")}
     noisy = data["noisy"].flatten(0, 1).numpy()
     share = data["p_mask"].flatten(0, 1)[:, 0].double().numpy()
-    plan = Plan((noisy == DENSE.mask_id)[:, len(data["prompt"]) :], 1 / share / len(noisy))
+    recorded = Plan((noisy == DENSE.mask_id)[:, len(data["prompt"]) :], 1 / share / len(noisy))
     scorer = Likelihood(golden_model(MODEL), cfg_scale=case("likelihood", name)["cfg_scale"])
-    found = scorer.score_plan(data["prompt"], data["answer"], plan)
+    monkeypatch.setattr(likelihood, "plan", lambda *_: recorded)  # the looks that were drawn when they were recorded
+    (found,) = scorer.scores([(data["prompt"], data["answer"])])
     assert found == pytest.approx(float(data["log_likelihood"]), rel=1e-5)
     assert scorer.looks == len(np.unique(noisy, axis=0))
 
