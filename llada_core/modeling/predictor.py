@@ -80,7 +80,7 @@ class MaskPredictor(nn.Module):
         raise ValueError(f"{type(self).__name__} cannot use a key/value cache; use an exact mode (cache='none')")
 
     def fuse_for_inference(self) -> None:
-        """Prepares faster inference where the network can, for memory; `train()` undoes it."""
+        """Prepares faster inference where the network can, for a copy of its linear weights; `train()` undoes it."""
 
 
 def require_in_vocabulary(model: MaskPredictor, ids: Tensor, what: str) -> None:
