@@ -13,7 +13,7 @@ from tasks.errors import one_line_errors
 
 
 def evaluate(
-    benchmarks: Annotated[list[str], typer.Argument(help="recipes or files of data/eval; none: see --table")] = [],  # noqa: B006
+    benchmarks: Annotated[list[str], typer.Argument(help="names of recipes or of puzzle sets in data/eval; none: see --table")] = [],  # noqa: B006
     model: Model = "",
     table: Annotated[str, typer.Option(help="all benchmarks of a published table: base, instruct, ...")] = "",
     limit: Annotated[
@@ -30,11 +30,14 @@ def evaluate(
 
     llada eval sudoku countdown          the champion on its puzzles
     llada eval --table instruct --model GSAI-ML/LLaDA-8B-Instruct
+
+    Sampler settings are the recipe's; those of puzzles, and any overrides, are read from params.yaml here.
     """
     with one_line_errors():
         import os
 
         from llada_core.config.evaluation import EvaluateParams
+        from llada_core.config.params import Params
         from llada_core.evaluation.recipes import table as published
         from tasks.folders import safe
         from tasks.runs import home
@@ -45,15 +48,19 @@ def evaluate(
         asked = list(benchmarks) + ([column.recipe for column in published(table).columns] if table else [])
         if not asked:
             raise ValueError("say what to measure: names of benchmarks, or --table base")
+        base = home(Path.cwd())
+        project = base / "params.yaml"
+        measured = (Params.load(project).evaluate if project.exists() else None) or EvaluateParams()
         values = {
             "benchmarks": tuple(asked),
+            "puzzles": measured.puzzles,  # a small model answers on the canvas that it was trained for, and on no other
+            "overrides": measured.overrides,
             "limit": limit,
             "batch_size": batch_size,
             "root": data,
             "run_code": run_code,
         }
         params = EvaluateParams.parse(values, "llada eval")
-        base = home(Path.cwd())
         root = os.environ.get("LLADAFLOW_DATA_ROOT") if data is None else data
         results = out or base / "reports" / "checkpoints" / safe(name)
         places = sweep_places(name, params, base, Path(root).expanduser() if root else None, results)
