@@ -165,7 +165,9 @@ class Likelihood:
         if not self.cfg_scale:
             return -self.model(tokens, visible, positions=positions, targets=targets).nll
         guided = Guided(Plain(self.model), self.cfg_scale)
-        logits = guided.logits(Query.whole(tokens, visible, prompt, positions, special.mask_id))
+        rows, first = len(tokens), tokens.new_zeros(len(tokens))  # there are no blocks
+        query = Query(tokens, visible, prompt, positions, special.mask_id, first, [0] * rows, [True] * rows)
+        logits = guided.logits(query)
         return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 

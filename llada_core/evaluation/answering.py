@@ -74,9 +74,8 @@ class Answerer:
         """Log-likelihoods of continuations given contexts, one batch."""
         guidance = self.options.settings.cfg_scale or 0.0
         values = log_likelihoods(self.model, pairs, samples=self.samples, cfg_scale=guidance, seed=self.options.seed)
-        greedy = [False] * len(pairs)
-        if self.options.check_greedy:
-            greedy = greedy_matches(self.model, pairs, cfg_scale=guidance)
+        check = self.options.check_greedy
+        greedy = greedy_matches(self.model, pairs, cfg_scale=guidance) if check else [False] * len(pairs)
         return [{"ll": float(value), "greedy": each} for value, each in zip(values, greedy, strict=True)]
 
     def fit(self, context: Ids, continuation: Ids) -> tuple[Ids, Ids]:

@@ -16,8 +16,7 @@ from llada_core.modeling.architecture import TOKEN_KEYS, Architecture
 from llada_core.modeling.block import LLaDABlock, RMSNorm, Surroundings, key_bias
 from llada_core.modeling.cache import KVCache
 from llada_core.modeling.config import LLaDAConfig, LLaDAMoEConfig
-from llada_core.modeling.experts import Routing
-from llada_core.modeling.experts import router_losses as losses_of
+from llada_core.modeling.experts import Routing, router_losses
 from llada_core.modeling.linear import Linear, linear, plain
 from llada_core.modeling.names import published_shapes, register_names
 from llada_core.modeling.nll import projected_nll
@@ -191,7 +190,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         sparse = [r for r in routings if r is not None]
         if not sparse:
             raise ValueError("router_losses was asked of a model without sparse layers")
-        return losses_of(sparse, embedded.shape[0], mask)
+        return router_losses(sparse, embedded.shape[0], mask)
 
 
 class LLaDAMoEModelLM(LLaDAModelLM):

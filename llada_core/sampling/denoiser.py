@@ -46,12 +46,6 @@ class Query:
             fresh=blocks.entered,
         )
 
-    @classmethod
-    def whole(cls, tokens: Tensor, visible: Tensor | None, known: Tensor, wanted: Tensor, mask_id: int) -> "Query":
-        """A question about canvases that have no blocks."""
-        rows = len(tokens)
-        return cls(tokens, visible, known, wanted, mask_id, tokens.new_zeros(rows), [0] * rows, [True] * rows)
-
     def subset(self, rows: Tensor, wanted: Tensor) -> "Query":
         """The query of some rows (R,), with `wanted` counted in them."""
         return replace(

@@ -122,7 +122,9 @@ def test_the_guided_log_probabilities_of_d1(model, iteration):
     noisy = rows.tokens.masked_fill(masks(rows, iteration).masked, 126)
     wanted = rows.written.flatten().nonzero()[:, 0]
     with torch.no_grad():
-        logits = Guided(Plain(model), 0.5).logits(Query.whole(noisy, None, ~rows.written, wanted, 126))
+        first, count = noisy.new_zeros(len(noisy)), len(noisy)
+        query = Query(noisy, None, ~rows.written, wanted, 126, first, [0] * count, [True] * count)
+        logits = Guided(Plain(model), 0.5).logits(query)
     got = logits.log_softmax(-1).gather(1, rows.tokens[:, width:].reshape(-1, 1)).view(-1, rows.tokens.shape[1] - width)
     torch.testing.assert_close(got, POLICY["logps_cfg0p5"][iteration], atol=1e-4, rtol=1e-4)
 
