@@ -13,7 +13,9 @@ from tasks.errors import one_line_errors
 
 
 def evaluate(
-    benchmarks: Annotated[list[str], typer.Argument(help="names of recipes or of puzzle sets in data/eval; none: see --table")] = [],  # noqa: B006
+    benchmarks: Annotated[
+        list[str], typer.Argument(help="names of recipes or of puzzle sets in data/eval; none: see --table")
+    ] = [],  # noqa: B006
     model: Model = "",
     table: Annotated[str, typer.Option(help="all benchmarks of a published table: base, instruct, ...")] = "",
     limit: Annotated[
