@@ -16,7 +16,7 @@ from tasks.launch_local import start_time
 from tasks.launch_script import render
 from tasks.runs import RunFolder, all_runs, find_run, open_run, stage_params
 from tests.tasks.conftest import REPOSITORY
-from tests.waiting import PATIENCE, wait_for
+from tests.waiting import PATIENCE, says, wait_for
 
 
 def program(*arguments: str, **env: str) -> subprocess.Popen:
@@ -83,7 +83,7 @@ def test_killed_orchestrator_leaves_the_job_and_the_next_attaches(project: Path)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     second = program("tasks.pretrain")
-    wait_for("the second to attach", lambda: "following" in second.stdout.readline())
+    says(second, "following")
     (project / "wait-pretrain-2").unlink()
     finish(second)
     run = the_run(project)
