@@ -46,7 +46,7 @@ def export(
 ) -> None:
     """Copy a model into a self-contained folder: weights in the published layout, tokenizer, model card."""
     with one_line_errors():
-        from tasks.registry import REFERENCE, resolve, version_of
+        from tasks.registry import named, resolve, version_of
 
         name = name_or_champion(model)
         source = resolve(name)
@@ -54,8 +54,8 @@ def export(
             raise FileNotFoundError(f"{source}: no config.json there, so it is no model folder")
         if folder.exists() and not overwrite:
             raise FileExistsError(f"{folder} is there already; choose another name, or --overwrite")
-        match = REFERENCE.fullmatch(name)
-        tags = version_of(Path.cwd(), match[1] or match[4], match[2] or match[3] or match[5]).tags if match else {}
+        reference = named(name)
+        tags = version_of(Path.cwd(), *reference).tags if reference else {}
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:

@@ -113,6 +113,8 @@ def test_run_says_what_it_made(project: Path) -> None:
     assert "llada status" in llada("run", "--upto", "sft")
     assert (project / "models/sft/weights").exists()
     assert "unknown key" in llada("run", "-S", "sft.max_stepz=1", code=2)
+    for command in (("run", "--upto", "sftt"), ("accept", "sftt")):
+        assert "no stage 'sftt'; did you mean 'sft'?" in llada(*command, code=2)
 
 
 def test_doctor_finds_this_machine_fit(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
