@@ -109,11 +109,12 @@ def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
 def status() -> None:
     """Every run: stage, state, job, step of total, loss, time left, size of its checkpoints."""
     with one_line_errors():
-        from tasks.status import lines
+        from tasks.runs import all_runs
+        from tasks.status import COLUMNS, line_of
 
-        table = Table(*("run", "state", "job", "step", "loss", "left", "GB"), box=None)
-        for line in lines(Path.cwd()):
-            table.add_row(line.key, line.state, line.job, line.step, line.loss, line.left, f"{line.gigabytes:.2f}")
+        table = Table(*COLUMNS, box=None)
+        for found in all_runs(Path.cwd()):
+            table.add_row(*line_of(found))
         Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

@@ -127,6 +127,41 @@ def test_a_job_whose_leader_died_is_waited_for_not_doubled(project: Path) -> Non
     assert len({line.split()[1] for line in (run.path / "steps.txt").read_text().splitlines()}) == 1
 
 
+PREPARE = '''\
+"""A toy of the stage that is always done again: notes that it was, and waits while a file asks for it."""
+import time
+from pathlib import Path
+from tasks.program import Work, stage_program
+
+def work(w: Work) -> None:
+    asked = Path(w.run.request["root"])
+    with (asked / "times").open("a") as file:
+        file.write("once ")
+    while (asked / "wait-prepare").exists():
+        time.sleep(0.02)
+
+if __name__ == "__main__":
+    stage_program("prepare", work)
+'''
+
+
+def test_what_is_always_done_again_is_done_once_for_two_who_ask_at_once(project: Path) -> None:
+    (project / "tasks/prepare.py").write_text(PREPARE)
+    stage = "  prepare:\n    cmd: python -m tasks.prepare\n    deps: [tasks/prepare.py]\n"
+    (project / "dvc.yaml").write_text((project / "dvc.yaml").read_text().replace("stages:\n", f"stages:\n{stage}"))
+    finish(program("tasks.prepare"))
+    finish(program("tasks.prepare"))
+    (project / "wait-prepare").touch()
+    first = program("tasks.prepare")
+    wait_for("the third time", lambda: (project / "times").read_text() == "once once once ")
+    second = program("tasks.prepare")
+    says(second, "already running, following it")
+    (project / "wait-prepare").unlink()
+    finish(first)
+    finish(second)
+    assert (project / "times").read_text() == "once once once "
+
+
 def test_a_mistake_is_one_line_and_not_retried(project: Path) -> None:
     (project / "mistake-pretrain-2").touch()
     process = program("tasks.pretrain")
