@@ -52,6 +52,8 @@ def export(
         source = resolve(name)
         if not (source / "config.json").is_file():
             raise FileNotFoundError(f"{source}: no config.json there, so it is no model folder")
+        if Path.cwd().is_relative_to(folder.resolve()):
+            raise FileExistsError(f"{folder} is where this runs, and is not replaced; choose another name")
         if folder.exists() and not overwrite:
             raise FileExistsError(f"{folder} is there already; choose another name, or --overwrite")
         reference = named(name)
@@ -92,8 +94,8 @@ def page(context: typer.Context) -> None:
 
 
 def ui(
-    mlflow_port: Annotated[int, typer.Option(help="port of MLflow")] = 5000,
-    prefect_port: Annotated[int, typer.Option(help="port of Prefect")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="port of MLflow")] = 5000,
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="port of Prefect")] = 4200,
 ) -> None:
     """MLflow (runs, models) and Prefect (flows, deployments) on this machine's loopback, until Ctrl-C."""
     with one_line_errors():

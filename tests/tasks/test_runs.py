@@ -254,8 +254,9 @@ def test_costly_stages_are_not_done_again_unasked(project: Path) -> None:
 def test_runs_are_found_by_prefix_or_stage(project: Path) -> None:
     run = open_toy(project)
     assert find_run(project, "pretrain").key == find_run(project, run.key[:14]).key == run.key
-    with pytest.raises(ValueError, match="no run 'nothing'"):
-        find_run(project, "nothing")
+    for nothing in ("nothing", ""):  # of a shell's variable that is not set
+        with pytest.raises(ValueError, match=f"no run '{nothing}'"):
+            find_run(project, nothing)
 
 
 def test_damaged_state_is_named(project: Path) -> None:
