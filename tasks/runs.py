@@ -192,7 +192,7 @@ def find_run(root: Path, name: str) -> RunFolder:
     """A run by its key, the beginning of it, or its stage's name (then the newest); raises `ConfigError`."""
     runs = list(all_runs(root))
     found = [r for r in runs if r.key == name] or [
-        r for r in runs if name and r.key.startswith(name) or r.stage == name
+        r for r in runs if (name and r.key.startswith(name)) or r.stage == name
     ]
     if not found:
         known = ", ".join(r.key for r in runs[:5]) or "there is none yet"

@@ -46,6 +46,7 @@ def test_help_imports_nothing_heavy():
         (("eval", "--table", "insruct", "-m", "x"), "did you mean 'instruct'"),
         (("diff", "a", "b"), "no folder of results"),
         (("eval", "gsm8k", "--data", "nowhere", "-m", "x"), "--data nowhere: no such folder"),
+        (("eval", "gsm8k", "-m", "."), "no config.json there"),
         (("lineage", "models:/a b@champion"), "write models:/NAME@alias or models:/NAME/3"),
     ],
 )
