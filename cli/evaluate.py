@@ -46,6 +46,8 @@ def evaluate(
         from tasks.sweep import sweep, sweep_places
         from tasks.tracked_results import send_sweep
 
+        if data is not None and not Path(data).expanduser().is_dir():
+            raise FileNotFoundError(f"--data {data}: no such folder")
         name = name_or_champion(model)
         asked = list(benchmarks) + ([column.recipe for column in published(table).columns] if table else [])
         if not asked:

@@ -46,16 +46,18 @@ def export(
 ) -> None:
     """Copy a model into a self-contained folder: weights in the published layout, tokenizer, model card."""
     with one_line_errors():
-        from tasks.registry import REFERENCE, resolve, version_of
+        from tasks.registry import named, resolve, version_of
 
         name = name_or_champion(model)
         source = resolve(name)
         if not (source / "config.json").is_file():
             raise FileNotFoundError(f"{source}: no config.json there, so it is no model folder")
+        if Path.cwd().is_relative_to(folder.resolve()):
+            raise FileExistsError(f"{folder} is where this runs, and is not replaced; choose another name")
         if folder.exists() and not overwrite:
             raise FileExistsError(f"{folder} is there already; choose another name, or --overwrite")
-        match = REFERENCE.fullmatch(name)
-        tags = version_of(Path.cwd(), match[1] or match[4], match[2] or match[3] or match[5]).tags if match else {}
+        reference = named(name)
+        tags = version_of(Path.cwd(), *reference).tags if reference else {}
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
@@ -92,8 +94,8 @@ def page(context: typer.Context) -> None:
 
 
 def ui(
-    mlflow_port: Annotated[int, typer.Option(help="port of MLflow")] = 5000,
-    prefect_port: Annotated[int, typer.Option(help="port of Prefect")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="port of MLflow")] = 5000,
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="port of Prefect")] = 4200,
 ) -> None:
     """MLflow (runs, models) and Prefect (flows, deployments) on this machine's loopback, until Ctrl-C."""
     with one_line_errors():

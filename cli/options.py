@@ -82,10 +82,9 @@ def changed(base: SamplingParams, values: dict[str, Any]) -> SamplingParams:
 
 def recommended(name: str) -> SamplingParams:
     """The settings that a model was registered with, else those of LLaDA's demo."""
-    from tasks.registry import REFERENCE, sampling_of, version_of
+    from tasks.registry import named, sampling_of, version_of
 
-    match = None if Path(name).is_dir() else REFERENCE.fullmatch(name)
-    if match is None:
+    reference = None if Path(name).is_dir() else named(name)
+    if reference is None:
         return PUBLISHED
-    version = version_of(Path.cwd(), match[1] or match[4], match[2] or match[3] or match[5])
-    return sampling_of(Path.cwd(), version) or PUBLISHED
+    return sampling_of(Path.cwd(), version_of(Path.cwd(), *reference)) or PUBLISHED

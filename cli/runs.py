@@ -109,11 +109,12 @@ def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
 def status() -> None:
     """Every run: stage, state, job, step of total, loss, time left, size of its checkpoints."""
     with one_line_errors():
-        from tasks.status import lines
+        from tasks.runs import all_runs
+        from tasks.status import COLUMNS, line_of
 
-        table = Table(*("run", "state", "job", "step", "loss", "left", "GB"), box=None)
-        for line in lines(Path.cwd()):
-            table.add_row(line.key, line.state, line.job, line.step, line.loss, line.left, f"{line.gigabytes:.2f}")
+        table = Table(*COLUMNS, box=None)
+        for found in all_runs(Path.cwd()):
+            table.add_row(*line_of(found))
         Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -155,10 +156,10 @@ def cancel(name: Run) -> None:
 def accept(stages: Annotated[list[str], typer.Argument(help="stages whose outputs stay as they are")]) -> None:
     """Take outputs as still valid although code or parameters have changed (`dvc commit`): nothing is run again."""
     with one_line_errors():
-        from tasks.pipeline import dvc
+        from tasks.pipeline import dvc, known
         from tasks.workspace import Workspace
 
-        raise typer.Exit(dvc(Workspace(Path.cwd()), "commit", "--force", *stages))
+        raise typer.Exit(dvc(Workspace(Path.cwd()), "commit", "--force", *known(Workspace(Path.cwd()), stages)))
 
 
 def gc(yes: Yes = False) -> None:
@@ -182,18 +183,20 @@ def lineage(
 ) -> None:
     """Where a registered version comes from: commit, dvc.lock, parameters, data, runs, jobs, environment."""
     with one_line_errors():
-        from tasks.registry import REFERENCE, trained_on, version_of
+        from tasks.registry import named, trained_on, version_of
         from tasks.runs import home
 
-        match = REFERENCE.fullmatch(reference)
-        if match is None:
+        registered = named(reference)
+        if registered is None and (reference.startswith("models:") or "@" in reference):
+            raise ConfigError(f"{reference!r} names no version; write models:/NAME@alias or models:/NAME/3")
+        if registered is None:
             found = trained_on(Path.cwd(), reference)
             for version in found:
                 print(f"models:/{version.name}/{version.number}  {' '.join('@' + a for a in version.aliases)}")
             if not found:
                 raise ConfigError(f"no registered version was made of {reference!r}; give a folder or the hash of one")
             return
-        version = version_of(Path.cwd(), match[1] or match[4], match[2] or match[3] or match[5])
+        version = version_of(Path.cwd(), *registered)
         print(f"models:/{version.name}/{version.number}  {' '.join('@' + alias for alias in version.aliases)}")
         for key, value in sorted(version.tags.items()):
             shown = json.dumps(json.loads(value), indent=1) if value.startswith("{") else value

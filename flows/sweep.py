@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.walk import StageProcesses, part_of, stage_graph
 from llada_core.config.base import ConfigError
+from tasks.errors import StageError
 from tasks.folders import read_json
 from tasks.graph import lookup
 from tasks.tracking import gather, send_pending
@@ -35,11 +36,10 @@ def points(grid: Grid) -> list[list[str]]:
 
 
 @task(task_run_name="{overrides}", cache_policy=NO_CACHE)
-def trial(overrides: list[str], processes: StageProcesses, stage: str, room: threading.Semaphore) -> None:
-    """Bring `stage`, and what it needs, up to date in the workspace of one point."""
+def trial(overrides: list[str], processes: StageProcesses, stages: list[str], room: threading.Semaphore) -> None:
+    """Bring these stages up to date in the workspace of one point."""
     with room:
-        graph, _ = stage_graph(processes.folder)
-        for name in part_of(graph, None, stage):
+        for name in stages:
             processes.run(name, get_run_logger().info)
 
 
@@ -48,17 +48,20 @@ def sweep(stage: str, grid: Grid, metric: str, profile: str | None = None, at_on
     """Run a grid (or a list of lists of overrides) up to `stage` and rank it by `metric`; a point that fails is ranked last and stops nobody.
 
     `metric`: a file of reports/ without .json, a colon, a dotted key (`training/sft:loss`); `-` before it ranks
-    downwards, as for a score.
+    downwards, as for a score. Raises `StageError` when no point has it.
     """
     room = threading.Semaphore(at_once)
     workspaces = [(overrides, open_workspace(Path.cwd(), profile, overrides)) for overrides in points(grid)]
-    runs = [(overrides, StageProcesses(workspace.path, confirmed=True)) for overrides, workspace in workspaces]
+    # Here and not in the tasks: DVC cannot read a dvc.yaml in two threads at once.
+    stages = [list(part_of(stage_graph(workspace.path)[0], None, stage)) for _, workspace in workspaces]
+    processes = [StageProcesses(workspace.path, confirmed=True) for _, workspace in workspaces]
     try:
-        for future in [trial.submit(overrides, processes, stage, room) for overrides, processes in runs]:
-            future.wait()
+        submitted = zip(workspaces, processes, stages, strict=True)
+        futures = [trial.submit(overrides, each, needed, room) for (overrides, _), each, needed in submitted]
+        errors = [str(f.state.result(raise_on_failure=False)) for f in futures if f.wait() or f.state.is_failed()]
     except BaseException:
-        for _, processes in runs:
-            processes.end_all()
+        for each in processes:
+            each.end_all()
         raise
     rows = [_row(overrides, workspace, metric) for overrides, workspace in workspaces]
     sign = -1.0 if metric.startswith("-") else 1.0
@@ -67,6 +70,9 @@ def sweep(stage: str, grid: Grid, metric: str, profile: str | None = None, at_on
     gather(Path.cwd(), f"sweep of {stage} by {metric}", ranked)
     for row in ranked:
         print(f"{row['score']}  {row['overrides']}  {row['folder']}")
+    if ranked[0]["score"] is None:
+        why = "; ".join(errors) or f"{ranked[0]['folder']}/reports has what there is"
+        raise StageError(f"no point has {metric}: {why}")
     return ranked
 
 

@@ -24,7 +24,10 @@ Outcome = Literal["ran", "skipped"]
 
 
 def stage_graph(folder: Path) -> tuple[dict[str, set[str]], set[str]]:
-    """Stage -> the stages it depends on, and the stages that are not up to date. Half a second, in process."""
+    """Stage -> the stages it depends on, and the stages that are not up to date. Half a second, in process.
+
+    One thread at a time: DVC's reader of dvc.yaml fails now and then when two use it.
+    """
     from dvc.repo import Repo
 
     with Repo(str(folder)) as repo:

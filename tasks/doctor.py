@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams
 from llada_core.config.params import Params
 from tasks.databases import NoDatabaseError, require, shown
 from tasks.doctor_nodes import two_nodes
-from tasks.launch_slurm import refused
+from tasks.launch_slurm import ask
 from tasks.registry import tracking_uri
 from tasks.runs import home
 
@@ -111,10 +112,10 @@ def _tracking(root: Path) -> Finding:
         return Finding(False, f"MLflow at {uri}: {error}", "start it, or unset MLFLOW_TRACKING_URI; metrics are kept")
 
 
-def with_remedy(error: NoDatabaseError) -> Finding:
-    """A database that does not answer, as a finding."""
+def with_remedy(error: Exception) -> Finding:
+    """What does not answer, or refuses, as a finding."""
     what, _, remedy = str(error).rpartition("; ")
-    return Finding(False, what, remedy)
+    return Finding(False, what or remedy, remedy if what else "try again")
 
 
 def _slurm(root: Path, base: Path) -> Iterator[Finding]:
@@ -136,21 +137,10 @@ def _may_submit(launch: LaunchParams) -> Finding:
     slurm = launch.slurm
     options = [f"--{key}={value}" for key in ("partition", "account", "qos") if (value := getattr(slurm, key))]
     try:
-        done = subprocess.run(
-            ["sbatch", "--test-only", *options, "--wrap", "true"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return Finding(False, "sbatch does not answer", "ask `scontrol ping`")
-    said = next((line for line in done.stderr.splitlines() if line.strip()), "")
-    asked = " ".join(options) or "the default partition and account"
-    what, _, remedy = (refused(said.replace("allocation failure: ", "")) or said).rpartition("; ")
-    return Finding(
-        done.returncode == 0, f"sbatch takes jobs for {asked}" if not done.returncode else what or said, remedy
-    )
+        ask("sbatch", "--test-only", *options, "--wrap", "true")
+    except (ConfigError, OSError) as error:
+        return with_remedy(error)
+    return Finding(True, f"sbatch takes jobs for {' '.join(options) or 'the default partition and account'}")
 
 
 def _run(*command: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from llada_core.config.base import ConfigError
 from llada_core.config.params import TRAINING_STAGES, Params
 from tasks.evaluate import data_root
-from tasks.registry import REFERENCE, resolve
+from tasks.registry import named, resolve
 
 Item = tuple[str, Callable[[], object]]
 PARTS = ("pretrain", "sft", "grpo", "preference")
@@ -37,7 +37,7 @@ def _models(params: Params, home: Path) -> Iterator[Item]:
     names += [name.rpartition("=")[2] for name in (params.evaluate.models if params.evaluate else ())]
     names += [params.data.tokenizer.name if params.data else None]
     for name in dict.fromkeys(filter(None, names)):
-        if name not in TRAINING_STAGES and not (home / Path(name).expanduser()).is_dir() and not REFERENCE.match(name):
+        if name not in TRAINING_STAGES and not (home / Path(name).expanduser()).is_dir() and not named(name):
             yield f"model {name}", partial(resolve, name, home)
 
 

@@ -38,20 +38,25 @@ def launcher_of(run: RunFolder, launch: LaunchParams) -> Launcher:
     return launcher_for(job["launcher"] if job else launch.kind, launch)
 
 
-def attach_or_submit(run: RunFolder, launch: LaunchParams) -> Launcher:
-    """Make sure that exactly one job is at `run`, unless it has succeeded; returns who looks after it."""
+def attach_or_submit(run: RunFolder, launch: LaunchParams, *, again: bool = False) -> Launcher:
+    """Make sure that exactly one job is at `run`, unless it has succeeded; returns who looks after it.
+
+    `again`: an old success does not count; one that somebody else's job is just having does.
+    """
     with FileLock(run.path / ".lock"):
         launcher = launcher_of(run, launch)
-        while not run.succeeded and (state := launcher.state(run)) != "alive":
-            if state == "gone":
-                for marker in ("CANCELLED", "STOP", "exit"):
+        while again or not run.succeeded:
+            state = launcher.state(run)
+            if state == "alive":
+                print(f"{run.key}: already running, following it", flush=True)
+                break
+            if state == "gone" and (again or not run.succeeded):  # asked once more: it may have succeeded just before
+                for marker in ("SUCCESS", "CANCELLED", "STOP", "exit"):
                     (run.path / marker).unlink(missing_ok=True)
                 launcher = launcher_for(launch.kind, launch)
                 launcher.submit(run, launch)
-                return launcher
+                break
             time.sleep(launcher.poll_seconds)
-        if not run.succeeded:
-            print(f"{run.key}: already running, following it", flush=True)
         return launcher
 
 
@@ -63,7 +68,7 @@ def follow(run: RunFolder, launcher: Launcher, launch: LaunchParams) -> None:
             log.show()
             if launcher.state(run) == "gone":
                 time.sleep(min(2.0, launcher.poll_seconds))  # a marker may reach a shared disk late
-                if not run.succeeded:
+                if not run.succeeded and launcher.state(run) == "gone":  # nobody else does it again meanwhile
                     log.show()
                     raise failure(run)
             time.sleep(launcher.poll_seconds)

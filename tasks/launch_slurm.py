@@ -52,7 +52,7 @@ class SlurmLauncher:
         while self._adopt(run) is None:
             try:
                 log_start = run.log_size
-                number = _ask("sbatch", "--parsable", str(script)).partition(";")[0].strip()
+                number = ask("sbatch", "--parsable", str(script)).partition(";")[0].strip()
                 self._note(run, number, log_start)
                 return
             except NoAnswerError as error:
@@ -71,7 +71,7 @@ class SlurmLauncher:
             self._say(f"{error}; asking again")
             return "unknown"
         if word == "PENDING" and reason in IMPOSSIBLE:
-            _ask("scancel", str(number), unknown="")
+            ask("scancel", str(number), unknown="")
             raise ConfigError(
                 f"Slurm can never start this job ({reason}), it was taken back; see launch.slurm and `sinfo`"
             )
@@ -89,11 +89,11 @@ class SlurmLauncher:
         deadline = time.monotonic() + grace
         while _state_of(number)[0] == "RUNNING" and time.monotonic() < deadline:
             time.sleep(min(1.0, self.poll_seconds))
-        _ask("scancel", str(number))
+        ask("scancel", str(number))
 
     def _adopt(self, run: RunFolder) -> str | None:
         """The id of a job of this run that Slurm knows, written down; None when there is none."""
-        found = _ask("squeue", "--me", "--noheader", f"--name={job_name(run)}", "--format=%A").split()
+        found = ask("squeue", "--me", "--noheader", f"--name={job_name(run)}", "--format=%A").split()
         if found:
             self._note(run, found[0])
         return found[0] if found else None
@@ -110,16 +110,16 @@ class SlurmLauncher:
 
 def _state_of(number: str) -> tuple[str, str]:
     """State and reason; `GONE` when a controller that answers no longer knows the job. Raises `NoAnswerError`."""
-    answer = _ask("squeue", "--noheader", f"--jobs={number}", "--format=%T %r", unknown="")
+    answer = ask("squeue", "--noheader", f"--jobs={number}", "--format=%T %r", unknown="")
     if not answer.strip():
-        text = _ask("scontrol", "show", "job", "-o", number, unknown="")
+        text = ask("scontrol", "show", "job", "-o", number, unknown="")
         match = re.search(r"JobState=(\w+) Reason=(\S+)", text)
         return (match[1], match[2]) if match else ("GONE", "")
     word, _, reason = answer.strip().partition(" ")
     return word, reason
 
 
-def _ask(*command: str, unknown: str | None = None) -> str:
+def ask(*command: str, unknown: str | None = None) -> str:
     """What a Slurm command prints; `unknown` for a job that an answering controller does not know."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)

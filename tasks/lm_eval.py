@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from tasks.errors import one_line_errors
-from tasks.registry import REFERENCE, resolve
+from tasks.registry import named, resolve
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -20,7 +20,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def _folder(found: re.Match[str]) -> str:
     name = found.group()
-    return str(resolve(name)) if REFERENCE.fullmatch(name) else name
+    return str(resolve(name)) if named(name) else name
 
 
 if __name__ == "__main__":

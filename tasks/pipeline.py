@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from llada_core.config.base import ConfigError, nearest, read_yaml
 from tasks import tracking
 from tasks.errors import StageError
 from tasks.folders import read_json
@@ -21,6 +22,15 @@ def dvc(workspace: Workspace, *arguments: str) -> int:
     return subprocess.run(command, cwd=workspace.path, env=environment(), check=False).returncode
 
 
+def known(workspace: Workspace, stages: list[str]) -> list[str]:
+    """These names of stages (`evaluate@sudoku`: an instance); raises `ConfigError` for one that dvc.yaml lacks."""
+    listed = list(read_yaml(workspace.path / "dvc.yaml")["stages"])
+    for name in stages:
+        if name.partition("@")[0] not in listed:
+            raise ConfigError(f"this run has no stage {name!r}{nearest(name, listed)}")
+    return stages
+
+
 def environment() -> dict[str, str]:
     """This process's environment with our interpreter first, so that `python` in dvc.yaml is the right one."""
     quiet = {"DVC_NO_ANALYTICS": "1", "PYTHONUNBUFFERED": "1"}
@@ -31,7 +41,7 @@ def reproduce(workspace: Workspace, targets: list[str]) -> None:
     """Bring the stages (all, or `targets` with what they need) up to date; raises `StageError` when one fails."""
     configure_without_git(workspace.path)
     with pipeline_lock(workspace):
-        status = dvc(workspace, "repro", *targets)
+        status = dvc(workspace, "repro", *known(workspace, targets))
         restore_lost_records(workspace.path)
     if status:
         raise StageError("the pipeline stopped; the same command goes on where it ended", status if status > 2 else 1)

@@ -58,16 +58,15 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
     stage = load_stage(root, name, params)
     launch = Params.parse(params, "params.yaml").launch.of(stage.kind)
     run = open_run(root, stage, params)
-    if stage.kind in OPEN_ENDED and not _inside_ranks():
-        run.forget_success()
+    again = stage.kind in OPEN_ENDED and not _inside_ranks()
     from tasks import tracking
 
     with tracking.forwarding(run):
-        if run.succeeded:
+        if run.succeeded and not again:
             print(f"{run.key}: already made, its outputs are put in place", flush=True)
         elif _inside_ranks() or launch.kind == "inline":
             confirm_cost(root, run, launch)
-            run_inline(run, function)
+            run_inline(run, function, again=again)
         else:
             confirm_cost(root, run, launch)
             if launch.kind == "slurm" and launch.gpu is not None and stage.kind in TRAINING_STAGES:
@@ -75,15 +74,17 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
 
                 refuse(Params.parse(params, "params.yaml"), stage.kind, launch.gpu)
             with shared(run, launch) as own:
-                follow(run, attach_or_submit(run, own), own)
+                follow(run, attach_or_submit(run, own, again=again), own)
     if rank() == 0:
         run.publish(root)
     return run
 
 
-def run_inline(run: RunFolder, function: Function) -> None:
-    """Do the work in this process, as the only one at this run."""
+def run_inline(run: RunFolder, function: Function, *, again: bool = False) -> None:
+    """Do the work in this process, as the only one at this run; `again`: although it has succeeded before."""
     with _sole_worker(run), contextlib.chdir(run.tree):
+        if again:
+            run.forget_success()
         if not run.succeeded:
             do_work(run, function)
 

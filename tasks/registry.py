@@ -38,14 +38,20 @@ class Version:
     aliases: tuple[str, ...] = ()
 
 
+def named(text: str) -> tuple[str, str] | None:
+    """Model and alias or number of `models:/NAME@alias`, `models:/NAME/3`, `NAME@alias`; None for any other text."""
+    match = REFERENCE.fullmatch(text)
+    return (match[1] or match[4], match[2] or match[3] or match[5]) if match else None
+
+
 def resolve(name: str, root: Path | None = None) -> Path:
     """The local folder of a model. Raises `ConfigError` when there is none, or when registered weights were altered."""
     place = Path.cwd() if root is None else root
     folder = place / Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
-    if match := REFERENCE.fullmatch(name):
-        return verified(place, version_of(place, match[1] or match[4], match[2] or match[3] or match[5]).hash)
+    if reference := named(name):
+        return verified(place, version_of(place, *reference).hash)
     if name.startswith((".", "/", "~", "models:")) or name.count("/") != 1:
         ways = "give a folder, models:/NAME@alias, or a Hub name such as GSAI-ML/LLaDA-8B-Base"
         raise ConfigError(f"there is no model {name!r}; {ways}")

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from llada_core.config.base import ConfigError, read_yaml, with_overrides
+from llada_core.config.base import ConfigError, flat, read_yaml, with_overrides
 from llada_core.config.params import Params
 from tasks.folders import content_hash, files_in, hash_of, link_into, read_json, write_json, write_text
 from tasks.graph import CODE, Stage, chosen
@@ -191,7 +191,9 @@ def all_runs(root: Path) -> Iterator[RunFolder]:
 def find_run(root: Path, name: str) -> RunFolder:
     """A run by its key, the beginning of it, or its stage's name (then the newest); raises `ConfigError`."""
     runs = list(all_runs(root))
-    found = [r for r in runs if r.key == name] or [r for r in runs if r.key.startswith(name) or r.stage == name]
+    found = [r for r in runs if r.key == name] or [
+        r for r in runs if (name and r.key.startswith(name)) or r.stage == name
+    ]
     if not found:
         known = ", ".join(r.key for r in runs[:5]) or "there is none yet"
         raise ConfigError(f"no run {name!r}; the newest: {known}")
@@ -215,14 +217,6 @@ def differences(new: RunFolder, old: RunFolder) -> list[str]:
                 values = f": {then.get(key)} -> {now.get(key)}" if part == "params" else ""
                 lines.append(f"{part[:-1] if part != 'code' else part} {key}{values}")
     return lines
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as one level of dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return result
 
 
 def stage_params(root: Path, overrides: list[str]) -> dict[str, Any]:

@@ -1,46 +1,26 @@
 """Every run as one line: where it is, how far, what it takes on disk. Reads run folders; asks Slurm for its jobs."""
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 from llada_core.config.launch import LaunchParams
 from tasks.folders import size_of
 from tasks.launch import launcher_of
 from tasks.launch_slurm import NoAnswerError
-from tasks.runs import RunFolder, all_runs
+from tasks.runs import RunFolder
+
+COLUMNS = ("run", "state", "job", "step", "loss", "left", "GB")
 
 
-@dataclass(frozen=True)
-class Line:
-    """What `llada status` shows of one run."""
-
-    key: str
-    stage: str
-    state: str  # done, running, stopped, failed, unknown
-    job: str
-    step: str
-    loss: str
-    left: str
-    gigabytes: float
-
-
-def lines(root: Path) -> list[Line]:
-    """A line for each run, the newest first."""
-    return [line_of(run) for run in all_runs(root)]
-
-
-def line_of(run: RunFolder) -> Line:
-    """One run as it is now."""
+def line_of(run: RunFolder) -> tuple[str, ...]:
+    """One run as it is now: a text for each of COLUMNS."""
     state = state_of(run)
     last = run.last_metrics()
     size = size_of([run.path / "checkpoints", run.log]) / 2**30
     loss = last.get("loss")
     share = last.get("share")
     step = f"{last['step']}" + (f" ({share:.0%})" if share else "") if "step" in last else ""
-    return Line(
-        run.key, run.stage, state, run.job_name, step, f"{loss:.4g}" if loss else "", _left(run, last, state), size
-    )
+    shown = f"{loss:.4g}" if loss else ""
+    return run.key, state, run.job_name, step, shown, _left(run, last, state), f"{size:.2f}"
 
 
 def state_of(run: RunFolder) -> str:

@@ -87,7 +87,10 @@ def sweep_places(model: str, params: EvaluateParams, home: Path, root: Path | No
     """
     import llada_core
 
+    folder = resolve(model)
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ConfigError(f"{folder}: no config.json there, so it is no model folder")
     settings = params.model_dump(mode="json", exclude={"benchmarks", "models", "root", "limit"})
-    key = hash_of([content_hash(resolve(model)), content_hash(Path(llada_core.__file__).parent), settings])[:16]
+    key = hash_of([content_hash(folder), content_hash(Path(llada_core.__file__).parent), settings])[:16]
     root = root or below(home, params.root)
     return Places(root, home / "data" / "eval", out, home / "runs" / f"answers-{key}")

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llada_core.config.base import flat
 from tasks.folders import hash_of, read_json, safe
-from tasks.runs import RunFolder, flat
+from tasks.runs import RunFolder
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -70,16 +71,22 @@ def _log_tables(client: "MlflowClient", run_id: str, files: dict[str, Path]) -> 
 def _beside_parameters(
     client: "MlflowClient", parent: str, params: dict[str, Any], benchmark: str, scores: dict[str, float]
 ) -> None:
-    from mlflow.entities import Metric, Param
+    from mlflow.entities import Metric
 
     known = client.get_run(parent).data
-    values = {key: str(value)[:6000] for key, value in flat(params).items() if key not in known.params}
-    entries = [Param(key, value) for key, value in values.items()]
-    for start in range(0, len(entries), 100):
-        client.log_batch(parent, params=entries[start : start + 100])
+    log_params(client, parent, {key: value for key, value in flat(params).items() if key not in known.params})
     names = {f"{benchmark}/{model}": score for model, score in scores.items()}
     points = [Metric(name, score, 0, 0) for name, score in names.items() if known.metrics.get(name) != score]
     client.log_batch(parent, metrics=points)
+
+
+def log_params(client: "MlflowClient", run_id: str, values: dict[str, Any]) -> None:
+    """Parameters in the portions and lengths that MLflow takes."""
+    from mlflow.entities import Param
+
+    entries = [Param(key, str(value)[:6000]) for key, value in values.items()]
+    for start in range(0, len(entries), 100):
+        client.log_batch(run_id, params=entries[start : start + 100])
 
 
 def samples(path: Path) -> dict[str, list[Any]]:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from llada_core.config.base import flat
 from tasks.folders import hash_of, read_json, write_json
-from tasks.runs import RunFolder, all_runs, flat, home
-from tasks.tracked_results import send_results
+from tasks.runs import RunFolder, all_runs, home
+from tasks.tracked_results import log_params, send_results
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -191,14 +192,12 @@ class Sender:
         return self.client.create_run(self._experiment, tags=tags, run_name=name).info.run_id
 
     def _describe(self) -> None:
-        from mlflow.entities import Dataset, DatasetInput, Param, RunTag
+        from mlflow.entities import Dataset, DatasetInput, RunTag
 
         run_id = self.cursor["run_id"]
-        values = [Param(key, str(value)[:6000]) for key, value in flat(self.request["params"]).items()]
+        log_params(self.client, run_id, flat(self.request["params"]))
         tags = [RunTag(f"input.{path}", digest) for path, digest in self.request["inputs"].items()]
         tags += [RunTag("lladaflow.folder", str(self.run.path)), RunTag("lladaflow.stage", self.run.stage)]
-        for start in range(0, len(values), 100):
-            self.client.log_batch(run_id, params=values[start : start + 100])
         self.client.log_batch(run_id, tags=tags)
         data = [
             DatasetInput(Dataset(name=path, digest=digest[:16], source_type="local", source=json.dumps({"uri": path})))

@@ -133,25 +133,21 @@ def _configure_dvc(root: Path, place: Path) -> None:
     """The checkout's own settings (remotes, cache), with the cache at the same place."""
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(root / ".dvc" / "config.local")
-    if not settings.has_section("cache"):
-        settings.add_section("cache")
     given = settings.get("cache", "dir", fallback="cache")
-    settings.set("cache", "dir", str((root.resolve() / ".dvc" / given).resolve()))
-    with (place / ".dvc" / "config.local").open("w") as file:
-        settings.write(file)
+    _write(settings, place, "cache", "dir", str((root.resolve() / ".dvc" / given).resolve()))
 
 
 def configure_without_git(root: Path) -> None:
     """Tell DVC that there is no git here (a tarball): without it every command fails."""
-    path = root / ".dvc" / "config.local"
-    if (root / ".git").exists() or (path.exists() and "no_scm" in path.read_text()):
-        return
     settings = configparser.ConfigParser(interpolation=None)
-    settings.read(path)
-    if not settings.has_section("core"):
-        settings.add_section("core")
-    settings.set("core", "no_scm", "true")
-    with path.open("w") as file:
+    settings.read(root / ".dvc" / "config.local")
+    if not (root / ".git").exists() and not settings.has_option("core", "no_scm"):
+        _write(settings, root, "core", "no_scm", "true")
+
+
+def _write(settings: configparser.ConfigParser, root: Path, section: str, key: str, value: str) -> None:
+    settings.read_dict({section: {key: value}})
+    with (root / ".dvc" / "config.local").open("w") as file:
         settings.write(file)
 
 

@@ -1,5 +1,6 @@
 """Every stage of the pipeline killed or interrupted once: the same command goes on and ends as if nothing had been."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from tests.test_pipeline import ROOT, clone, llada
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, wait_for
 
 pytestmark = pytest.mark.faults
 STAGES = ("prepare", "pretrain", "sft", "grpo", "sft_control", "evaluate", "report", "register")
@@ -61,12 +62,12 @@ def hit(home: Path, stage: str, number: signal.Signals) -> None:
         time.sleep(0.01)
     os.killpg(process.pid, number)
     if number is signal.SIGKILL and jobs:  # a job has a session of its own and outlives those who follow it
-        job = json.loads(jobs[-1].read_text())["pid"]
-        os.killpg(os.getpgid(job), number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(json.loads(jobs[-1].read_text())["pid"], number)
     text = process.stdout.read()
     assert process.wait(timeout=PATIENCE) != 0, text
-    while _alive(process.pid):  # DVC takes a zombie that nobody has reaped yet for a process at work
-        time.sleep(0.01)
+    # DVC takes a zombie that nobody has reaped yet for a process at work.
+    wait_for("all of it to be gone", lambda: not _alive(process.pid))
 
 
 def _alive(group: int) -> bool:

@@ -7,11 +7,12 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.pipeline
@@ -127,6 +128,7 @@ class Session:
 
     def __init__(self, folder: Path) -> None:
         self.up: list[subprocess.Popen[bytes]] = []
+        self.log = folder / "up.log"  # of all that stays up
         self.ports: dict[str, str] = {}
         self.env = clean_environment() | {"PREFECT_HOME": str(folder / "prefect"), "HF_HUB_OFFLINE": "1"}
 
@@ -134,13 +136,20 @@ class Session:
         text = re.sub(r"\b(4200|500[01])\b", lambda match: self.port(match[1]), line)
         if not text.endswith("&"):
             done = subprocess.run(
-                text, shell=True, cwd=folder, env=self.env, capture_output=True, text=True, check=False
+                text,
+                shell=True,
+                cwd=folder,
+                env=self.env,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                check=False,
             )
-            assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+            assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}{done.stderr[-3000:]}{self.told()}"
             return
-        command = f"exec {text.removesuffix('&')}"
-        quiet = subprocess.DEVNULL
-        self.up.append(subprocess.Popen(command, shell=True, cwd=folder, env=self.env, stdout=quiet, stderr=quiet))
+        with self.log.open("ab") as log:
+            command = f"exec {text.removesuffix('&')}"
+            self.up.append(subprocess.Popen(command, shell=True, cwd=folder, env=self.env, stdout=log, stderr=log))
         if port := re.search(r"--port (\d+)", text):
             self.answers(int(port[1]))
         if "prefect server" in line:
@@ -155,13 +164,18 @@ class Session:
         return self.ports[named]
 
     def answers(self, port: int) -> None:
-        deadline = time.monotonic() + 300
-        while self.up[-1].poll() is None and time.monotonic() < deadline:
+        """Wait for what was started last."""
+
+        def there() -> bool:
+            assert self.up[-1].poll() is None, f"it ended{self.told()}"
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return
-            time.sleep(0.2)
-        raise AssertionError(f"nothing answers on port {port}")
+                return probe.connect_ex(("127.0.0.1", port)) == 0
+
+        wait_for(f"an answer on port {port}", there)
+
+    def told(self) -> str:
+        """The last words of all that stays up."""
+        return f"\n--- up: {self.log.read_text()[-5000:]}" if self.log.exists() else ""
 
     def end(self) -> None:
         for process in reversed(self.up):

@@ -83,6 +83,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as one level of dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return result
+
+
 def with_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """A copy of `values` with `block.key=value` texts applied; each value is read as YAML."""
     result = yaml.safe_load(yaml.safe_dump(values))

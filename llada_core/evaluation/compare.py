@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llada_core.config.base import flat
 from llada_core.evaluation.statistics import paired
 
 Record = dict[str, Any]
@@ -53,13 +54,6 @@ def _question(record: Record) -> tuple[Any, Any]:
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    one, other = _flat(first), _flat(second)
+    one, other = flat(first), flat(second)
     keys = sorted(key for key in one.keys() | other.keys() if key.partition(".")[0] not in NOT_SETTINGS)
     return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
-    return flat

@@ -52,11 +52,8 @@ class Benchmark:
 
     def _that_matter(self, settings: Settings) -> Result:
         values = settings.model_dump(mode="json", exclude_none=True)
-        return (
-            values["sampling"]
-            if self.recipe.kind == "generate"
-            else {k: v for k, v in values.items() if k != "sampling"}
-        )
+        sampling = values.pop("sampling")
+        return sampling if self.recipe.kind == "generate" else values
 
 
 def benchmark(name: str, params: EvaluateParams, *, root: Path | None, puzzles: Path) -> Benchmark:
@@ -79,22 +76,13 @@ def benchmark(name: str, params: EvaluateParams, *, root: Path | None, puzzles: 
 
 
 def _puzzle_benchmark(name: str, settings: Settings, path: Path) -> Benchmark:
-    recipe = Recipe(
-        name=name,
-        task=name,
-        definition="puzzles",
-        version=1.0,
-        kind="generate",
-        metric="correct,none",
-        shots=0,
-        chat=True,
-        chance=0.0,
-        settings=settings,
+    pinned = {"definition": "puzzles", "version": 1.0, "kind": "generate", "metric": "correct,none", "shots": 0}
+    recipe = Recipe.parse(
+        {"name": name, "task": name, "chat": True, "chance": 0.0, "settings": settings, **pinned}, name
     )
     if not path.exists():
-        return Benchmark(
-            name, recipe, {}, settings, absent=f"{path.name} was not made: no data root holds the published set"
-        )
+        absent = f"{path.name} was not made: no data root holds the published set"
+        return Benchmark(name, recipe, {}, settings, absent=absent)
     return Benchmark(name, recipe, taskset.puzzles(name, taskset.read_puzzles(path)), settings)
 
 
@@ -145,21 +133,15 @@ def run(asked: Benchmark, lm: LM, *, limit: int | None = None) -> tuple[Result, 
             confirm_run_unsafe_code=recipe.runs_code,
         )
     metric, _, chosen = recipe.metric.partition(",")
-    rows = [
-        s
-        for _, samples in sorted(outcome["samples"].items())
-        for s in sorted(samples, key=lambda s: s["doc_id"])
-        if s["filter"] == chosen
-    ]
-    named = [task for task, samples in sorted(outcome["samples"].items()) for s in samples if s["filter"] == chosen]
-    records = [_record(task, s, metric) for task, s in zip(named, rows, strict=True)]
+    told = [(task, s) for task, samples in sorted(outcome["samples"].items()) for s in samples if s["filter"] == chosen]
+    told.sort(key=lambda pair: (pair[0], pair[1]["doc_id"]))
+    records, rows = [_record(task, s, metric) for task, s in told], [s for _, s in told]
     if recipe.definition == "puzzles":
         for record, row in zip(records, rows, strict=True):
             record |= {"id": row["doc"]["id"], "in_training": row["doc"]["in_training"]}
-    asked_in_all = sum(n["original"] for n in outcome["n-samples"].values())
-    subset = "; ".join(
-        filter(None, [asked.subset, f"{len(rows)} of {asked_in_all} questions" * (len(rows) < asked_in_all)])
-    )
+    in_all = sum(n["original"] for n in outcome["n-samples"].values())
+    part = f"{len(rows)} of {in_all} questions" if len(rows) < in_all else ""
+    subset = "; ".join(filter(None, [asked.subset, part]))
     return {
         "recipe": recipe.name,
         "variant": recipe.variant,

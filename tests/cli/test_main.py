@@ -45,6 +45,9 @@ def test_help_imports_nothing_heavy():
         (("eval", "-m", "nowhere"), "say what to measure"),
         (("eval", "--table", "insruct", "-m", "x"), "did you mean 'instruct'"),
         (("diff", "a", "b"), "no folder of results"),
+        (("eval", "gsm8k", "--data", "nowhere", "-m", "x"), "--data nowhere: no such folder"),
+        (("eval", "gsm8k", "-m", "."), "no config.json there"),
+        (("lineage", "models:/a b@champion"), "write models:/NAME@alias or models:/NAME/3"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(call, arguments, says):

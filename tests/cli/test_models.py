@@ -25,6 +25,8 @@ def test_an_export_does_not_overwrite_unless_told(call, tiny):
     assert refused.exit_code == 2
     assert "--overwrite" in refused.stderr
     assert Path("out/precious").exists()
+    for here in ("", ".", ".."):
+        assert "is where this runs" in call("export", here, "-m", tiny, "--overwrite").stderr
     assert call("export", "out", "-m", tiny, "--overwrite").exit_code == 0
     assert not Path("out/precious").exists()
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llada_core.config.base import ConfigError
+from tasks.errors import StageError
 from tests.tasks.conftest import project  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +78,10 @@ def test_a_sweep_ranks_its_points(project: Path) -> None:  # noqa: F811
     (project / "dvc.yaml").write_text(yaml.safe_dump(spec))
     rows = sweep("sft", {"sft.max_steps": [2, 3], "sft.batch_size": [8]}, "training/sft:loss")
     assert [row["score"] for row in rows] == [1 / 3, 1 / 2]
+    with pytest.raises(StageError, match=r"no point has training/sft:los: .*workspaces/toy-.*/reports"):
+        sweep("sft", [["sft.max_steps=2"]], "training/sft:los")
+    with pytest.raises(ConfigError, match="no stage 'sfd'; did you mean 'sft'"):
+        sweep("sfd", [["sft.max_steps=2"]], "training/sft:loss")
     assert points([["a=1"], ["a=2", "b=1"]]) == [["a=1"], ["a=2", "b=1"]]
     assert points({"a": [1, 2], "b": ["x"]}) == [["a=1", 'b="x"'], ["a=2", 'b="x"']]
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from tests.waiting import wait_for
+from tests.waiting import processes, wait_for
 
 DAEMONS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun")
 PACKAGES = "munge slurmctld slurmd slurm-client"
@@ -125,6 +125,8 @@ class Cluster:
 
     def reset(self) -> None:
         """No jobs, every node idle: what one test broke does not reach the next."""
+        if not _alive(self.folder / "slurmctld.pid"):
+            self.start_controller()
         if jobs := self.ask("squeue", "-h", "-o", "%A").split():
             self.ask("scancel", *set(jobs))
         for node in range(1, self.nodes + 1):
@@ -146,9 +148,11 @@ class Cluster:
     def kill_node(self, node: int) -> None:
         """kill -9 of a node: its daemon and everything that runs under it."""
         self.kill(f"slurmd-n{node}")
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            if entry.read_bytes().startswith(b"slurmstepd: ["):
-                for pid in _descendants(int(entry.parent.name)):
+        ours = set(self._processes())
+        for step in [pid for pid, line in processes("cmdline") if line[0].startswith(b"slurmstepd: [")]:
+            below = _descendants(step)
+            if ours & set(below):  # a step's own environment is overwritten by its title
+                for pid in below:
                     _kill(pid)
 
     def stop(self) -> None:
@@ -158,21 +162,18 @@ class Cluster:
             self.ask("scancel", "--signal=KILL", "--full", *set(jobs))
         for name in ("slurmctld", *(f"slurmd-n{n}" for n in range(1, self.nodes + 1)), "munged"):
             self._end(self.folder / f"{name}.pid")
-        for steps in Path("/proc").glob("[0-9]*/environ"):
-            self._end_step(int(steps.parent.name), steps)
+        for pid in self._processes():
+            _kill(pid)
+
+    def _processes(self) -> list[int]:
+        """What carries this cluster's SLURM_CONF, and is not this process."""
+        mark = f"SLURM_CONF={self.conf}".encode()
+        return [pid for pid, values in processes("environ") if mark in values and pid != os.getpid()]
 
     def _end(self, pid_file: Path) -> None:
         """Nothing of it is needed any more, so it is not asked."""
         if pid_file.exists():
             _kill(int(pid_file.read_text()))
-
-    def _end_step(self, pid: int, environ: Path) -> None:
-        """A process that carries this cluster's SLURM_CONF, and is not this one."""
-        try:
-            if pid != os.getpid() and f"SLURM_CONF={self.conf}".encode() in environ.read_bytes().split(b"\0"):
-                os.kill(pid, signal.SIGKILL)
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            return
 
     def _configure(self) -> None:
         for name in ("munge", "ctld"):
@@ -201,9 +202,11 @@ def _alive(pid_file: Path) -> bool:
 
 def _descendants(pid: int) -> list[int]:
     """A process and all below it."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    below = [int(child) for child in children.read_text().split()] if children.exists() else []
-    return [pid, *(d for child in below for d in _descendants(child))]
+    try:
+        below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        below = []
+    return [pid, *(d for child in below for d in _descendants(int(child)))]
 
 
 def _kill(pid: int) -> None:
@@ -220,7 +223,7 @@ def _user() -> str:
 def _gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
+    except OSError:
         return True
 
 

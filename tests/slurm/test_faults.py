@@ -1,5 +1,6 @@
 """What may happen to a run on a real Slurm cluster, and what must come of it: the same weights, one job at a time."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from tasks.runs import RunFolder
 from tests.slurm.cluster import Cluster
 from tests.slurm.recovery import Recovery
 from tests.tasks.test_runs import at_step, finish, program, steps, the_run
-from tests.waiting import PATIENCE, wait_for
+from tests.waiting import PATIENCE, says, wait_for
 
 pytestmark = pytest.mark.faults
 FLOW = "from flows.pipeline import pipeline; pipeline(upto='pretrain')"
@@ -59,7 +60,7 @@ def test_killed_orchestrator_is_re_attached(slurm: Cluster, project: Path, reach
     first.communicate()
     recovery.struck()
     second = program("tasks.pretrain")
-    wait_for("the second to attach", lambda: "following" in second.stdout.readline())
+    says(second, "following")
     recovery.over()
     (project / "wait-pretrain-2").unlink()
     assert "first step 1" in finish(second)  # the log is replayed
@@ -68,7 +69,10 @@ def test_killed_orchestrator_is_re_attached(slurm: Cluster, project: Path, reach
 
 
 @pytest.mark.parametrize("orchestrator", [["-m", "dvc", "repro", "pretrain"], ["-c", FLOW]], ids=["dvc", "flow"])
-def test_kill_9_of_dvc_or_of_the_flow(slurm: Cluster, project: Path, orchestrator: list[str], cost: Cost) -> None:
+def test_kill_9_of_dvc_or_of_the_flow(
+    slurm: Cluster, project: Path, orchestrator: list[str], cost: Cost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(project.parent / "prefect"))
     recovery = cost(f"kill -9 of {'dvc' if 'dvc' in orchestrator else 'the flow'}", "the same command has ended")
     (project / "wait-pretrain-2").touch()
     command = [sys.executable, *orchestrator]
@@ -81,6 +85,8 @@ def test_kill_9_of_dvc_or_of_the_flow(slurm: Cluster, project: Path, orchestrato
     (project / "wait-pretrain-2").unlink()
     assert second.wait(timeout=PATIENCE) == 0
     recovery.over()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(first.pid, signal.SIGKILL)  # the server that the killed flow had started
     run = the_run(project)
     assert (run.tree / "models/pretrain/weights").read_text() == UNDISTURBED
     assert steps(run) == [1, 2, 3, 4]
@@ -125,7 +131,7 @@ def test_a_job_whose_id_was_never_stored_is_adopted(slurm: Cluster, project: Pat
     (the_run(project).path / "job.json").unlink()
     recovery.struck()
     second = program("tasks.pretrain")
-    wait_for("the second to attach", lambda: "following" in second.stdout.readline())
+    says(second, "following")
     recovery.over()
     (project / "wait-pretrain-2").unlink()
     finish(second)
@@ -136,7 +142,7 @@ def test_the_controller_dies_and_comes_back(slurm: Cluster, project: Path, reach
     recovery = cost("kill -9 of slurmctld", "the job's end is known, from its return on")
     process = reach()
     slurm.kill_controller()
-    wait_for("the outage to be seen", lambda: "asking again" in process.stdout.readline())
+    says(process, "asking again")
     (project / "wait-pretrain-2").unlink()
     wait_for("the work to be done", lambda: the_run(project).succeeded)  # the job needs no controller
     recovery.struck()
@@ -150,7 +156,7 @@ def test_submission_waits_for_a_controller(slurm: Cluster, project: Path, cost: 
     recovery = cost("no slurmctld at submission", "the first step, from its return on")
     slurm.kill_controller()
     process = program("tasks.pretrain")
-    wait_for("the outage to be seen", lambda: "again" in process.stdout.readline())
+    says(process, "again")
     recovery.struck()
     slurm.start_controller()
     finish(process)
@@ -163,11 +169,13 @@ def test_a_node_dies_and_the_job_goes_on(slurm: Cluster, project: Path, reach: S
     process = reach()
     node = slurm.ask("squeue", "-h", "-o", "%N").strip()
     slurm.notices_dead_nodes_after(SILENCE)
-    slurm.kill_node(int(node[1:]))
-    recovery.struck()
-    (project / "wait-pretrain-2").unlink()
-    finish(process)
-    slurm.notices_dead_nodes_after(300)
+    try:
+        slurm.kill_node(int(node[1:]))
+        recovery.struck()
+        (project / "wait-pretrain-2").unlink()
+        finish(process)
+    finally:
+        slurm.notices_dead_nodes_after(300)
     recovery.next_step(the_run(project))
     assert (project / "models/pretrain/weights").read_text() == UNDISTURBED
     assert steps(the_run(project)) == [1, 2, 3, 4]
@@ -242,7 +250,7 @@ def test_a_waiting_job_runs_what_was_submitted(slurm: Cluster, project: Path) ->
     sleeper = ["-N2", "--exclusive", "--wrap", "sleep infinity", "-o", "/dev/null"]
     blocker = slurm.ask("sbatch", "--parsable", *sleeper).strip()
     process = program("tasks.pretrain")
-    wait_for("the job to queue", lambda: "PENDING" in process.stdout.readline())
+    says(process, "PENDING")
     source = project / "tasks/pretrain.py"
     source.write_text(source.read_text().replace('"first"', '"second"'))
     slurm.ask("scancel", blocker)

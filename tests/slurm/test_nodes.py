@@ -14,7 +14,7 @@ from tasks.runs import RunFolder, all_runs
 from tests.slurm.cluster import Cluster
 from tests.slurm.recovery import Recovery
 from tests.tasks.test_runs import finish, program
-from tests.waiting import wait_for
+from tests.waiting import processes, wait_for
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,15 +109,9 @@ def test_a_killed_rank_costs_no_more_than_a_checkpoint_interval(
 
 def ranks_of(run: RunFolder) -> list[int]:
     """The processes that train for a run."""
-    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if _is_rank(path, str(run.path))]
-
-
-def _is_rank(environ: Path, run: str) -> bool:
-    try:
-        values = environ.read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return f"LLADAFLOW_RUN={run}".encode() in values and any(value.startswith(b"LOCAL_RANK=") for value in values)
+    mark = f"LLADAFLOW_RUN={run.path}".encode()
+    found = ((pid, values) for pid, values in processes("environ") if mark in values)
+    return [pid for pid, values in found if any(value.startswith(b"LOCAL_RANK=") for value in values)]
 
 
 def slurm_runs(root: Path) -> list[RunFolder]:

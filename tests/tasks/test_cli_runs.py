@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from cli.runs import COMMANDS
 from tasks.status import state_of
 from tests.tasks.test_runs import at_step, finish, program, steps, the_run
-from tests.waiting import PATIENCE, wait_for
+from tests.waiting import PATIENCE, processes, says, wait_for
 
 app = typer.Typer()
 for command in COMMANDS:
@@ -75,7 +75,7 @@ def test_detached_it_goes_on_and_a_later_command_follows(project: Path) -> None:
     assert "goes on; log: " in finish(program("cli.main", "run", "--upto", "sft", "--detach"))
     at_step(project, 2)
     follower = program("cli.main", "logs", "-f", "pretrain")
-    wait_for("step 2", lambda: "first step 2" in follower.stdout.readline())
+    says(follower, "first step 2")
     (project / "wait-pretrain-2").unlink()
     assert "first step 4" in finish(follower)
     wait_for("the second stage", (project / "models/sft/weights").exists)
@@ -113,6 +113,8 @@ def test_run_says_what_it_made(project: Path) -> None:
     assert "llada status" in llada("run", "--upto", "sft")
     assert (project / "models/sft/weights").exists()
     assert "unknown key" in llada("run", "-S", "sft.max_stepz=1", code=2)
+    for command in (("run", "--upto", "sftt"), ("accept", "sftt")):
+        assert "no stage 'sftt'; did you mean 'sft'?" in llada(*command, code=2)
 
 
 def test_doctor_finds_this_machine_fit(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,8 +147,7 @@ def test_both_dashboards_are_up_until_ctrl_c_and_leave_nothing(
     assert process.returncode == 0, text
     assert "both end" in text
     assert "Traceback" not in text
-    left = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
-    assert not [line for line in left if any(port.encode() in line.split(b"\0") for port in ports)]
+    assert not [line for _, line in processes("cmdline") if {port.encode() for port in ports} & set(line)]
 
 
 def free_ports(count: int) -> list[str]:

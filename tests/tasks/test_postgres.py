@@ -29,7 +29,7 @@ class Server:
         shutil.chown(folder, "postgres") if os.getuid() == 0 else None
         self.run("initdb", "-D", f"{folder}/data", "-U", "lladaflow", "-A", "trust", "--no-sync")
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c fsync=off -k {folder}"
-        self.run("pg_ctl", "-D", f"{folder}/data", "-o", options, "-l", f"{folder}/log", "-w", "start")
+        self.run("pg_ctl", "-D", f"{folder}/data", "-o", options, "-l", f"{folder}/log", "-w", "-t", "600", "start")
         for name in ("mlflow", "prefect"):
             self.run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "lladaflow", name)
 

@@ -16,7 +16,7 @@ from tasks.launch_local import start_time
 from tasks.launch_script import render
 from tasks.runs import RunFolder, all_runs, find_run, open_run, stage_params
 from tests.tasks.conftest import REPOSITORY
-from tests.waiting import PATIENCE, wait_for
+from tests.waiting import PATIENCE, says, wait_for
 
 
 def program(*arguments: str, **env: str) -> subprocess.Popen:
@@ -83,7 +83,7 @@ def test_killed_orchestrator_leaves_the_job_and_the_next_attaches(project: Path)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     second = program("tasks.pretrain")
-    wait_for("the second to attach", lambda: "following" in second.stdout.readline())
+    says(second, "following")
     (project / "wait-pretrain-2").unlink()
     finish(second)
     run = the_run(project)
@@ -125,6 +125,41 @@ def test_a_job_whose_leader_died_is_waited_for_not_doubled(project: Path) -> Non
     run = the_run(project)
     assert steps(run) == [1, 2, 3, 4]
     assert len({line.split()[1] for line in (run.path / "steps.txt").read_text().splitlines()}) == 1
+
+
+PREPARE = '''\
+"""A toy of the stage that is always done again: notes that it was, and waits while a file asks for it."""
+import time
+from pathlib import Path
+from tasks.program import Work, stage_program
+
+def work(w: Work) -> None:
+    asked = Path(w.run.request["root"])
+    with (asked / "times").open("a") as file:
+        file.write("once ")
+    while (asked / "wait-prepare").exists():
+        time.sleep(0.02)
+
+if __name__ == "__main__":
+    stage_program("prepare", work)
+'''
+
+
+def test_what_is_always_done_again_is_done_once_for_two_who_ask_at_once(project: Path) -> None:
+    (project / "tasks/prepare.py").write_text(PREPARE)
+    stage = "  prepare:\n    cmd: python -m tasks.prepare\n    deps: [tasks/prepare.py]\n"
+    (project / "dvc.yaml").write_text((project / "dvc.yaml").read_text().replace("stages:\n", f"stages:\n{stage}"))
+    finish(program("tasks.prepare"))
+    finish(program("tasks.prepare"))
+    (project / "wait-prepare").touch()
+    first = program("tasks.prepare")
+    wait_for("the third time", lambda: (project / "times").read_text() == "once once once ")
+    second = program("tasks.prepare")
+    says(second, "already running, following it")
+    (project / "wait-prepare").unlink()
+    finish(first)
+    finish(second)
+    assert (project / "times").read_text() == "once once once "
 
 
 def test_a_mistake_is_one_line_and_not_retried(project: Path) -> None:
@@ -219,8 +254,9 @@ def test_costly_stages_are_not_done_again_unasked(project: Path) -> None:
 def test_runs_are_found_by_prefix_or_stage(project: Path) -> None:
     run = open_toy(project)
     assert find_run(project, "pretrain").key == find_run(project, run.key[:14]).key == run.key
-    with pytest.raises(ValueError, match="no run 'nothing'"):
-        find_run(project, "nothing")
+    for nothing in ("nothing", ""):  # of a shell's variable that is not set
+        with pytest.raises(ValueError, match=f"no run '{nothing}'"):
+            find_run(project, nothing)
 
 
 def test_damaged_state_is_named(project: Path) -> None:
