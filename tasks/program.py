@@ -43,8 +43,12 @@ def stage_program(stage: str, function: Function, arguments: list[str] | None = 
     with one_line_errors():
         given = sys.argv[1:] if arguments is None else arguments
         items = [text for text in given if "=" not in text]
-        if len(items) > 1:
-            raise ConfigError(f"{stage}: unexpected {items[1]!r}; overrides are written block.key=value")
+        usage = f"python -m tasks.{stage}{' BENCHMARK' * (stage == 'evaluate')} [block.key=value ...]"
+        if {"-h", "--help"} & set(items):
+            print(f"{usage}\n\nMakes this stage's outputs as params.yaml says, with overrides; made ones are put back.")
+            return
+        if items[stage == "evaluate" :]:
+            raise ConfigError(f"{stage}: unexpected {items[-1]!r}; overrides are written block.key=value")
         if folder := os.environ.get("LLADAFLOW_RUN"):
             do_work(RunFolder(Path(folder)), function)
         else:

@@ -43,9 +43,13 @@ def clone(folder: Path) -> Path:
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, home / name)
     (home / "dvc.lock").unlink(missing_ok=True)
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
-    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
-        subprocess.run([*git, *arguments], cwd=home, check=True)
+    settings = {"user.name": "t", "user.email": "t@example.org", "commit.gpgsign": "false"}
+    configure = [["config", name, value] for name, value in settings.items()]
+    dates = dict.fromkeys(
+        ("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE"), "2026-01-01T00:00:00Z"
+    )  # equal files, equal commit
+    for arguments in (["init", "-q"], *configure, ["add", "-A"], ["commit", "-qm", "clone"]):
+        subprocess.run(["git", *arguments], cwd=home, env=os.environ | dates, check=True)
     return home
 
 

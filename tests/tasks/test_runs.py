@@ -265,3 +265,14 @@ def test_damaged_state_is_named(project: Path) -> None:
     process = program("tasks.pretrain")
     assert "job.json is damaged" in process.communicate(timeout=PATIENCE)[0]
     assert json.loads((run.path / "request.json").read_text())["stage"] == "pretrain"
+
+
+def test_a_stage_tells_its_usage_and_refuses_what_is_no_override(capsys):
+    from tasks.program import stage_program
+
+    stage_program("sft", lambda work: None, ["--help"])
+    assert capsys.readouterr().out.startswith("python -m tasks.sft [block.key=value ...]")
+    with pytest.raises(SystemExit) as ended:
+        stage_program("sft", lambda work: None, ["sudoku", "sft.max_steps=3"])
+    assert ended.value.code == 2
+    assert "unexpected 'sudoku'" in capsys.readouterr().err
