@@ -1,6 +1,7 @@
 """Policy optimisation from prompts to a better policy, on a reward that a tiny model can earn."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from llada_core.config.sampling import SamplingParams
 from llada_core.config.training import GRPOParams
 from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.metrics import read_metrics
+from llada_core.training.policy import divergence
 from llada_core.training.stages import Place, train
 from llada_core.verifiers import verify
 from tests.tiny import tiny_pair
@@ -138,6 +140,16 @@ def test_a_damaged_best_step_is_told(data, tmp_path, monkeypatch):
     next((tmp_path / "checkpoints" / "step-00000000").glob("shard-*")).write_bytes(b"")
     with pytest.raises(OSError, match="step-00000000, the best step by validation, is damaged"):
         run(data, tmp_path, validate_every=2)
+
+
+def test_one_token_that_was_unlearnt_does_not_outweigh_the_others():
+    gap = torch.linspace(-4, 1, 21)
+    torch.testing.assert_close(divergence(gap), gap.exp() - gap - 1)  # d1's estimate
+    far = torch.tensor([1.0, 1.5, 8.0, 200.0], requires_grad=True)
+    value = divergence(far)
+    value.sum().backward()
+    torch.testing.assert_close(far.grad, torch.full((4,), math.e - 1))
+    assert (value.diff() > 0).all()
 
 
 def equal(one, other):
