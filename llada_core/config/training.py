@@ -162,9 +162,8 @@ class GRPOParams(TrainingParams):
     sync_mix: float = Field(default=0.6, gt=0, le=1)
     reward: str = "default"  # a name in llada_core.training.rewards, or a dotted path to f(task, text, answer) -> float
     validation: SamplingParams | None = None  # None: as `sampling`, greedy
-    keep_best: bool = (
-        True  # the result is the best-validated step, of equals the earliest, the start included; else the last
-    )
+    # The result is the best-validated step at which no task is worse than at the start, the start included; else the last.
+    keep_best: bool = True
     patience: int = Field(default=0, ge=0)  # validations without a new best before stopping; 0: never
 
     @model_validator(mode="after")

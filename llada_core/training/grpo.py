@@ -5,6 +5,7 @@ the arithmetic is in `policy.py`, sampling and judging in `rollouts.py`.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -67,7 +68,9 @@ class GRPO:
             )
         self.reference = Reference(model, params)
         self.order = Order(len(problems.train), params.prompts, seed=seed)
-        self.tasks = sorted({p.task for p in prompts_of(problems.validation, range(len(problems.validation)))})
+        held_out = range(min(len(problems.validation), params.validation_rows))
+        tasks = Counter(prompt.task for prompt in prompts_of(problems.validation, held_out))
+        self.held = {f"validation_correct_{task}": rows for task, rows in sorted(tasks.items())}
         self._rollout: Completions | None = None
         self._old: Tensor | None = None
         self._number = -1
@@ -121,7 +124,7 @@ class GRPO:
         """Verified correctness on held-out prompts, over all and per task."""
         table, params = self.problems.validation, self.params
         settings = params.validation or replace(params.sampling, temperature=0.0)
-        parts = {f"validation_correct{suffix}": torch.zeros(2) for suffix in ("", *(f"_{task}" for task in self.tasks))}
+        parts = {name: torch.zeros(2) for name in ("validation_correct", *self.held)}
         total = min(len(table), params.validation_rows)
         for start in range(0, -(-total // ranks), params.rollout_batch):
             # Sharded ranks must run in step: each answers as many prompts, those past the end without being counted.

@@ -240,7 +240,8 @@ class Loop:
         meter.add(objective.validate(self.parts.model, self.ranks.index, self.ranks.count))
         values: dict[str, Any] = meter.take(self.ranks)
         if objective.best_by in values:
-            self.progress.compare(values[objective.best_by], objective.patience)
+            shares = {name: values[name] for name in objective.held if name in values}
+            self.progress.compare(values[objective.best_by], objective.patience, shares, objective.held)
             values["best_step"] = self.progress.best_step
         if values:
             self.metrics.write(self.progress.step, values)

@@ -44,11 +44,13 @@ class Work:
 class Objective(Protocol):
     """What the loop asks of a stage.
 
-    best_by, patience: the validation figure by which the weights to keep are chosen (None: the last ones), and after
-    how many validations without a better one the run ends (0: never).
+    best_by, held, patience: the validation figure by which the weights to keep are chosen (None: the last ones), the
+    shares that must not fall meanwhile and of how many rows each is one, and after how many validations without a
+    better one the run ends (0: never).
     """
 
     best_by: str | None = None
+    held: Mapping[str, int] = {}
     patience: int = 0
 
     def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work: ...

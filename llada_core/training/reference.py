@@ -16,7 +16,7 @@ class Reference:
     """The reference of a run; with beta 0 there is none and nothing is copied."""
 
     def __init__(self, model: MaskPredictor, params: GRPOParams | PreferenceParams) -> None:
-        self._policy, self._adapter = model, params.lora is not None
+        self._policy, self._adapter, self._low = model, params.lora is not None, params.precision == "bf16"
         self._every, self._mix = (params.sync_every, params.sync_mix) if isinstance(params, GRPOParams) else (0, 0.0)
         if self._adapter and self._every:
             raise ValueError(
@@ -32,8 +32,10 @@ class Reference:
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
         """The reference as a model to call; `model` is the policy as the loop wraps it."""
         if self._copy is not None:
-            self._copy.to(next(model.parameters()).device)
-            yield self._copy
+            device = next(model.parameters()).device
+            self._copy.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self._low):  # as accelerate runs the policy
+                yield self._copy
         else:
             with adapter_off(self._policy):
                 yield model
