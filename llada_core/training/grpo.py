@@ -61,11 +61,6 @@ class GRPO:
         self.predictor, self.problems, self.params, self.seed = model, problems, params, seed
         self.best_by, self.patience = "validation_correct" if params.keep_best else None, params.patience
         self.ranks = Ranks()
-        if params.distribution.kind in ("fsdp", "zero3") and (params.sampling.stop_at_eos or params.sampling.parallel):
-            raise ValueError(
-                "sharded ranks must run equally many forwards: sampling with stop_at_eos, threshold, factor or "
-                "entropy_bound does not go with distribution fsdp or zero3; use ddp or fixed steps"
-            )
         self.reference = Reference(model, params)
         self.order = Order(len(problems.train), params.prompts, seed=seed)
         held_out = range(min(len(problems.validation), params.validation_rows))
@@ -157,11 +152,9 @@ class GRPO:
     def _collect(self, model: nn.Module, number: int) -> tuple[dict[str, float], int]:
         """Sample and judge this rollout's completions; every rank does its share and gets the whole."""
         params, ranks = self.params, self.ranks
-        if params.prompts % ranks.count:
-            raise ValueError(f"grpo.prompts {params.prompts} does not divide over {ranks.count} ranks; use a multiple")
         everyone = prompts_of(self.problems.train, list(self.order.rows(number)))
         width = max(len(prompt.ids) for prompt in everyone)
-        own = params.prompts // ranks.count
+        own = params.share(ranks.count)
         mine = [p for p in everyone[ranks.index * own : (ranks.index + 1) * own] for _ in range(params.generations)]
         sampled = self._sample(mine, width, seed=hash((self.seed, number)) % 2**31)
         rewards = torch.tensor(judge(self.problems.reward, mine, sampled.texts), dtype=torch.float64)

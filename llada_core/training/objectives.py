@@ -92,7 +92,7 @@ class DiffusionObjective(Objective):
         return self.train.order.batches_per_epoch
 
     def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work:
-        micros = accumulation(self.params, ranks)
+        micros = self.params.share(ranks)
         batches = [
             NoisyBatch(self.train.batch(step, part=rank * micros + i, parts=ranks * micros), step)
             for i in range(micros)
@@ -149,17 +149,6 @@ class DiffusionObjective(Objective):
             for name in ("loss", "nll"):
                 parts[f"validation_{name}"] += loss.parts[name].cpu()
         return parts
-
-
-def accumulation(params: TrainingParams, ranks: int) -> int:
-    """Micro-batches per rank and step; raises ValueError when the rows do not divide."""
-    micro = params.micro_batch_size or max(params.batch_size // ranks, 1)
-    if params.batch_size % (micro * ranks):
-        raise ValueError(
-            f"batch_size {params.batch_size} does not divide into {ranks} ranks x micro batches of {micro}; "
-            f"use a multiple of {micro * ranks}"
-        )
-    return params.batch_size // (micro * ranks)
 
 
 def visible(rows: Batch) -> Tensor | None:

@@ -18,12 +18,6 @@ class Reference:
     def __init__(self, model: MaskPredictor, params: GRPOParams | PreferenceParams) -> None:
         self._policy, self._adapter, self._low = model, params.lora is not None, params.precision == "bf16"
         self._every, self._mix = (params.sync_every, params.sync_mix) if isinstance(params, GRPOParams) else (0, 0.0)
-        if self._adapter and self._every:
-            raise ValueError(
-                "sync_every mixes the policy into a copy; with LoRA the reference is the adapter switched off"
-            )
-        if params.beta > 0 and not self._adapter and params.distribution.kind in ("fsdp", "zero3"):
-            raise ValueError("a reference copy is not sharded; use LoRA (the adapter is switched off) or beta 0")
         self._copy = (
             copy.deepcopy(model).requires_grad_(False).eval() if params.beta > 0 and not self._adapter else None
         )
