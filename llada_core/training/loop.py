@@ -25,9 +25,8 @@ from llada_core.training.flops import peak_flops, training_flops
 from llada_core.training.metrics import Meter, MetricsFile
 from llada_core.training.objectives import Objective, Work, pair
 from llada_core.training.optimiser import learning_rate
-from llada_core.training.progress import Progress
+from llada_core.training.progress import Progress, Recovery
 from llada_core.training.ranks import Ranks
-from llada_core.training.recovery import Recovery
 from llada_core.training.snapshot import Snapshot
 
 _log = logging.getLogger(__name__)
