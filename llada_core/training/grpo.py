@@ -65,7 +65,7 @@ class GRPO:
         self.order = Order(len(problems.train), params.prompts, seed=seed)
         held_out = range(min(len(problems.validation), params.validation_rows))
         tasks = Counter(prompt.task for prompt in prompts_of(problems.validation, held_out))
-        self.held = {f"validation_correct_{task}": rows for task, rows in sorted(tasks.items())}
+        self.held: Mapping[str, int] = {f"validation_correct_{task}": rows for task, rows in sorted(tasks.items())}
         self._rollout: Completions | None = None
         self._old: Tensor | None = None
         self._number = -1
