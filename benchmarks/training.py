@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
 
 from benchmarks.oracle import Reference
@@ -125,31 +126,13 @@ def fine_tuning(steps: int, rounds: int) -> list[list[str]]:
     found = {}
     for name, by_length in (("their body", None), ("our body", None), ("ours", lengths)):
         order = Order(len(lengths), ROWS, seed=SEED, lengths=by_length)
-        table_ = Columns(rows)
-        batches = RowBatches(table_, order, eos_id=0, padding="longest")
+        batches = RowBatches(Dataset.from_dict(rows), order, eos_id=0, padding="longest")
         step = iter(range(10**6))
         found[name] = entry(name, vocabulary, lambda b=batches, s=step: b.batch(next(s)), params)
     runs = {name: lambda e=e: [e() for _ in range(steps)] for name, e in found.items()}
     timings = interleaved(runs, "our body", rounds)
     real = steps * ROWS * sum(lengths) / len(lengths)
     return [[name, f"{real / min(t.seconds):.0f}", f"{t.ratio:.2f}", t.spread] for name, t in timings.items()]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Lists as a table."""
-
-    columns: dict[str, list[list[int]]]
-
-    @property
-    def column_names(self) -> list[str]:
-        return list(self.columns)
-
-    def __len__(self) -> int:
-        return len(self.columns["input_ids"])
-
-    def __getitem__(self, rows: list[int]) -> dict[str, list[list[int]]]:
-        return {name: [column[i] for i in rows] for name, column in self.columns.items()}
 
 
 def main(rounds: int = 5) -> None:

@@ -161,8 +161,12 @@ def told(params: Params, stage: str, gpu: str, mfu: float) -> str:
 
 
 def refuse(params: Params, stage: str, gpu: str) -> None:
-    """Raises `ConfigError`, with what would help, for a stage that does not fit its GPUs."""
+    """Raises `ConfigError`, with what would help, for a stage that does not fit its GPUs or does not divide over them."""
     ranks, _ = ranks_of(params, stage)
+    try:
+        params.training(stage).share(ranks)
+    except ValueError as error:
+        raise ConfigError(f"{stage}: {error}") from None
     total = need(params, stage, ranks).total
     if total > room(gpu):
         ways = "; ".join(remedies(params, stage, ranks, gpu)) or "fewer tokens at once, a smaller model"
@@ -192,12 +196,14 @@ def remedies(params: Params, stage: str, ranks: int, gpu: str) -> list[str]:
     ]
     found = []
     for text, changes, count in tries:
-        unsharded = isinstance(block, GRPOParams | PreferenceParams) and block.beta > 0 and block.lora is None
-        if "fsdp" in text and unsharded:  # a reference copy is not sharded
-            continue
         if count < ranks or (block.lora is not None and "lora" in changes and "four_bit" not in text):
             continue
-        changed = params.model_copy(update={stage: block.model_copy(update=changes)})
+        other = block.model_copy(update=changes)
+        try:
+            type(block).model_validate(other.model_dump(), strict=False)
+        except ValueError:  # what would fit, but is refused together with the stage's other settings
+            continue
+        changed = params.model_copy(update={stage: other})
         total = need(changed, stage, count).total
         if total <= room(gpu):
             found.append(f"{text} ({total / GIB:.1f} GiB)")

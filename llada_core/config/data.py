@@ -148,16 +148,10 @@ class DataParams(Block):
     @model_validator(mode="after")
     def _every_part_has_rows(self) -> Self:
         tasks = (self.puzzles.sudoku, self.puzzles.countdown, self.puzzles.seats)
-        counts = {
-            "pretrain": sum(task.pretrain for task in tasks),
-            "sft": sum(task.sft for task in tasks),
-            "grpo": sum(task.grpo for task in tasks),
-            "preference": sum(task.preference for task in tasks),
-        }
-        parts = {"pretrain": self.pretrain, "sft": self.sft, "grpo": self.grpo, "preference": self.preference}
-        for name, part in parts.items():
-            if part is not None and not part.sources and not counts[name]:
+        for name in ("pretrain", "sft", "grpo", "preference"):
+            part, count = getattr(self, name), sum(getattr(task, name) for task in tasks)
+            if part is not None and not part.sources and not count:
                 raise ValueError(f"{name} has neither sources nor puzzles; name a source or set puzzles.sudoku.{name}")
-            if part is None and counts[name]:
+            if part is None and count:
                 raise ValueError(f"puzzles are counted for {name}, which has no block; add data.{name}")
         return self

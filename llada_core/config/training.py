@@ -112,12 +112,29 @@ class TrainingParams(Block):
             raise ValueError(
                 f"optimiser muon needs whole matrices on every rank, which {self.distribution.kind} splits; use adamw or ddp"
             )
+        if self.distribution.kind == "zero3":
+            raise ValueError(
+                "distribution zero3 keeps every weight in pieces that our checkpoints and exports would write empty; "
+                "use fsdp, which splits as much and resumes exactly"
+            )
+        if self.distribution.kind == "fsdp" and self.lora is not None and self.lora.merge:
+            raise ValueError("adapters of a sharded model are not merged; set lora.merge to false and merge afterwards")
         by_groups = isinstance(self, GRPOParams)  # its rows come in groups of `generations`
         if self.micro_batch_size and not by_groups and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
         return self
+
+    def share(self, ranks: int) -> int:
+        """Micro-batches of one rank in a step; raises ValueError when the rows do not divide."""
+        micro = self.micro_batch_size or max(self.batch_size // ranks, 1)
+        if self.batch_size % (micro * ranks):
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide into {ranks} ranks x micro batches of {micro}; "
+                f"use a multiple of {micro * ranks}"
+            )
+        return self.batch_size // (micro * ranks)
 
 
 class PretrainParams(TrainingParams):
@@ -162,9 +179,8 @@ class GRPOParams(TrainingParams):
     sync_mix: float = Field(default=0.6, gt=0, le=1)
     reward: str = "default"  # a name in llada_core.training.rewards, or a dotted path to f(task, text, answer) -> float
     validation: SamplingParams | None = None  # None: as `sampling`, greedy
-    keep_best: bool = (
-        True  # the result is the best-validated step, of equals the earliest, the start included; else the last
-    )
+    # The result is the best-validated step at which no task is worse than at the start, the start included; else the last.
+    keep_best: bool = True
     patience: int = Field(default=0, ge=0)  # validations without a new best before stopping; 0: never
 
     @model_validator(mode="after")
@@ -180,6 +196,26 @@ class GRPOParams(TrainingParams):
             raise ValueError(f"mask_ratios {list(self.mask_ratios)}: give a lower and an upper ratio in (0, 1]")
         return self
 
+    @model_validator(mode="after")
+    def _shardable(self) -> Self:
+        if self.lora is not None and self.sync_every and self.beta > 0:
+            raise ValueError(
+                "sync_every mixes the policy into a copy; with LoRA the reference is the adapter switched off"
+            )
+        if self.distribution.kind == "fsdp" and (self.sampling.stop_at_eos or self.sampling.parallel):
+            raise ValueError(
+                "sharded ranks must run equally many forwards: sampling with stop_at_eos, threshold, factor or "
+                "entropy_bound does not go with distribution fsdp; use ddp or fixed steps"
+            )
+        _no_sharded_copy(self, self.beta)
+        return self
+
+    def share(self, ranks: int) -> int:
+        """Prompts of one rank in a rollout; raises ValueError when they do not divide."""
+        if self.prompts % ranks:
+            raise ValueError(f"grpo.prompts {self.prompts} does not divide over {ranks} ranks; use a multiple")
+        return self.prompts // ranks
+
 
 class PreferenceParams(TrainingParams):
     """Preference tuning (VRPO, LLaDA 1.5, arXiv:2505.19223): DPO on ELBO differences."""
@@ -188,3 +224,13 @@ class PreferenceParams(TrainingParams):
     beta: float = Field(default=0.1, gt=0)
     mask_samples: int = Field(default=8, ge=1)  # times t per answer, one mask each
     shared_masks: bool = True  # the same masks for policy and reference; false is the naive estimator
+
+    @model_validator(mode="after")
+    def _shardable(self) -> Self:
+        _no_sharded_copy(self, self.beta)
+        return self
+
+
+def _no_sharded_copy(params: TrainingParams, beta: float) -> None:
+    if beta > 0 and params.lora is None and params.distribution.kind == "fsdp":
+        raise ValueError("a reference copy is not sharded; use LoRA (the adapter is switched off) or beta 0")

@@ -7,7 +7,7 @@ Shapes: B rows, L positions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, Protocol
 
@@ -40,12 +40,6 @@ class Batch:
     attention_mask: torch.Tensor | None
     document_ids: torch.Tensor | None
     numbers: torch.Tensor
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
-        mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        documents = None if self.document_ids is None else self.document_ids.to(device)
-        return Batch(self.tokens.to(device), self.maskable.to(device), mask, documents, self.numbers.to(device))
 
 
 class Order:
@@ -151,10 +145,5 @@ class RowBatches:
         if rng.random() >= self.random_length:
             return batch
         width = int(rng.integers(1, batch.tokens.shape[1] + 1))
-        return Batch(
-            tokens=batch.tokens[:, :width],
-            maskable=batch.maskable[:, :width],
-            attention_mask=None if batch.attention_mask is None else batch.attention_mask[:, :width],
-            document_ids=None if batch.document_ids is None else batch.document_ids[:, :width],
-            numbers=batch.numbers,
-        )
+        cut = {name: value[:, :width] for name, value in vars(batch).items() if value is not None and value.ndim == 2}
+        return replace(batch, **cut)

@@ -29,9 +29,9 @@ def training_puzzles(stage: str, params: PuzzlesParams, seed: int) -> tuple[list
     train: list[Puzzle] = []
     validation: list[Puzzle] = []
     for task, counts, generate in _generators(params):
-        count = {"pretrain": counts.pretrain, "sft": counts.sft, "grpo": counts.grpo, "preference": counts.preference}
-        if count[stage]:
-            train += puzzles.draw(generate, part=_PARTS[stage], count=count[stage], seed=f"{seed}:{task}:{stage}")
+        count = getattr(counts, stage)
+        if count:
+            train += puzzles.draw(generate, part=_PARTS[stage], count=count, seed=f"{seed}:{task}:{stage}")
             name = f"data.puzzles.{task}.validation ({seed})"
             validation += puzzles.draw(generate, part="validation", count=counts.validation, seed=name)
     for part in (train, validation):
@@ -110,7 +110,7 @@ def _published(task: str, seed: int, roots: list[Path]) -> list[Benchmark]:
         answer: dict[str, Any]
         if task == "sudoku":
             puzzle = str(row["Puzzle"]).zfill(16)
-            prompt, answer, key = puzzles.sudoku_prompt(puzzle, rng), {"puzzle": puzzle}, puzzles.sudoku_key(puzzle)
+            prompt, answer, key = puzzles.sudoku_prompt(puzzle, rng), {"puzzle": puzzle}, puzzle
         else:
             numbers, target = [int(n) for n in row["input"].split(",")], int(row["output"])
             prompt, key = puzzles.countdown_prompt(numbers, target, rng), puzzles.countdown_key(numbers, target)

@@ -25,7 +25,8 @@ _PARTS: tuple[tuple[float, Part], ...] = ((0.15, "evaluate"), (0.20, "validation
 class Puzzle:
     """One puzzle: `prompt` as a person asks it, `solution` as one right answer, `answer` as the verifier reads it.
 
-    `key` is the value of the puzzle, equal for equal puzzles however they are worded. `text` is the solved puzzle as a
+    `key` is the value of the puzzle, equal for equal puzzles however they are worded: a sudoku's 16 givens in row order
+    (0 for an empty cell), countdown's numbers and target, the order in which people sit. `text` is the solved puzzle as a
     plain sentence for pretraining. `shown`, if any, is what fine-tuning shows in place of the solution.
     """
 
@@ -44,19 +45,9 @@ def part_of(task: str, key: str) -> Part:
     return next(part for end, part in _PARTS if share < end)
 
 
-def sudoku_key(puzzle: str) -> str:
-    """Value of a 4x4 sudoku: its 16 givens in row order, 0 for an empty cell."""
-    return puzzle
-
-
 def countdown_key(numbers: list[int], target: int) -> str:
     """Value of a countdown puzzle: the sorted numbers and the target."""
     return f"{','.join(map(str, sorted(numbers)))}={target}"
-
-
-def seats_key(order: str) -> str:
-    """Value of a seats puzzle: the order in which people sit."""
-    return order
 
 
 @cache
@@ -95,7 +86,7 @@ def sudoku(rng: random.Random, *, empty: tuple[int, int] = (4, 11), new: bool = 
         puzzle = _with_holes(grid, rng, empty)
     return Puzzle(
         task="sudoku",
-        key=sudoku_key(puzzle),
+        key=puzzle,
         prompt=sudoku_prompt(puzzle, rng),
         solution=grid,
         text=rng.choice(_SUDOKU_TEXTS).format(puzzle=puzzle, grid=grid),
@@ -143,7 +134,7 @@ def seats(rng: random.Random, *, people: int = 8, hasty: float = 0.0) -> Puzzle:
     shown = "".join(order[-2:-1] + order[:-2] + order[-1:]) if rng.random() < hasty else after
     return Puzzle(
         task="seats",
-        key=seats_key(before),
+        key=before,
         prompt=rng.choice(_SEATS_PROMPTS).format(before=before),
         solution=after,
         text=rng.choice(_SEATS_TEXTS).format(before=before, after=after),

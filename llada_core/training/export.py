@@ -21,8 +21,6 @@ from llada_core.training.ranks import Ranks
 def prepare_weights(model: MaskPredictor, params: TrainingParams) -> None:
     """Adapters, if asked for, and fp32 for every weight that trains: in bf16 small updates would round away."""
     if params.lora is not None:
-        if params.distribution.kind in ("fsdp", "zero3") and params.lora.merge:
-            raise ValueError("adapters of a sharded model are not merged; set lora.merge to false and merge afterwards")
         add_lora(model, params.lora)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -5,6 +5,7 @@ the arithmetic is in `policy.py`, sampling and judging in `rollouts.py`.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -60,14 +61,11 @@ class GRPO:
         self.predictor, self.problems, self.params, self.seed = model, problems, params, seed
         self.best_by, self.patience = "validation_correct" if params.keep_best else None, params.patience
         self.ranks = Ranks()
-        if params.distribution.kind in ("fsdp", "zero3") and (params.sampling.stop_at_eos or params.sampling.parallel):
-            raise ValueError(
-                "sharded ranks must run equally many forwards: sampling with stop_at_eos, threshold, factor or "
-                "entropy_bound does not go with distribution fsdp or zero3; use ddp or fixed steps"
-            )
         self.reference = Reference(model, params)
         self.order = Order(len(problems.train), params.prompts, seed=seed)
-        self.tasks = sorted({p.task for p in prompts_of(problems.validation, range(len(problems.validation)))})
+        held_out = range(min(len(problems.validation), params.validation_rows))
+        tasks = Counter(prompt.task for prompt in prompts_of(problems.validation, held_out))
+        self.held: Mapping[str, int] = {f"validation_correct_{task}": rows for task, rows in sorted(tasks.items())}
         self._rollout: Completions | None = None
         self._old: Tensor | None = None
         self._number = -1
@@ -121,7 +119,7 @@ class GRPO:
         """Verified correctness on held-out prompts, over all and per task."""
         table, params = self.problems.validation, self.params
         settings = params.validation or replace(params.sampling, temperature=0.0)
-        parts = {f"validation_correct{suffix}": torch.zeros(2) for suffix in ("", *(f"_{task}" for task in self.tasks))}
+        parts = {name: torch.zeros(2) for name in ("validation_correct", *self.held)}
         total = min(len(table), params.validation_rows)
         for start in range(0, -(-total // ranks), params.rollout_batch):
             # Sharded ranks must run in step: each answers as many prompts, those past the end without being counted.
@@ -154,11 +152,9 @@ class GRPO:
     def _collect(self, model: nn.Module, number: int) -> tuple[dict[str, float], int]:
         """Sample and judge this rollout's completions; every rank does its share and gets the whole."""
         params, ranks = self.params, self.ranks
-        if params.prompts % ranks.count:
-            raise ValueError(f"grpo.prompts {params.prompts} does not divide over {ranks.count} ranks; use a multiple")
         everyone = prompts_of(self.problems.train, list(self.order.rows(number)))
         width = max(len(prompt.ids) for prompt in everyone)
-        own = params.prompts // ranks.count
+        own = params.share(ranks.count)
         mine = [p for p in everyone[ranks.index * own : (ranks.index + 1) * own] for _ in range(params.generations)]
         sampled = self._sample(mine, width, seed=hash((self.seed, number)) % 2**31)
         rewards = torch.tensor(judge(self.problems.reward, mine, sampled.texts), dtype=torch.float64)

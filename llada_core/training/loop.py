@@ -25,9 +25,8 @@ from llada_core.training.flops import peak_flops, training_flops
 from llada_core.training.metrics import Meter, MetricsFile
 from llada_core.training.objectives import Objective, Work, pair
 from llada_core.training.optimiser import learning_rate
-from llada_core.training.progress import Progress
+from llada_core.training.progress import Progress, Recovery
 from llada_core.training.ranks import Ranks
-from llada_core.training.recovery import Recovery
 from llada_core.training.snapshot import Snapshot
 
 _log = logging.getLogger(__name__)
@@ -240,7 +239,8 @@ class Loop:
         meter.add(objective.validate(self.parts.model, self.ranks.index, self.ranks.count))
         values: dict[str, Any] = meter.take(self.ranks)
         if objective.best_by in values:
-            self.progress.compare(values[objective.best_by], objective.patience)
+            shares = {name: values[name] for name in objective.held if name in values}
+            self.progress.compare(values[objective.best_by], objective.patience, shares, objective.held)
             values["best_step"] = self.progress.best_step
         if values:
             self.metrics.write(self.progress.step, values)

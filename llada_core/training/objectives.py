@@ -44,11 +44,13 @@ class Work:
 class Objective(Protocol):
     """What the loop asks of a stage.
 
-    best_by, patience: the validation figure by which the weights to keep are chosen (None: the last ones), and after
-    how many validations without a better one the run ends (0: never).
+    best_by, held, patience: the validation figure by which the weights to keep are chosen (None: the last ones), the
+    shares that must not fall meanwhile and of how many rows each is one, and after how many validations without a
+    better one the run ends (0: never).
     """
 
     best_by: str | None = None
+    held: Mapping[str, int] = {}
     patience: int = 0
 
     def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work: ...
@@ -90,7 +92,7 @@ class DiffusionObjective(Objective):
         return self.train.order.batches_per_epoch
 
     def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work:
-        micros = accumulation(self.params, ranks)
+        micros = self.params.share(ranks)
         batches = [
             NoisyBatch(self.train.batch(step, part=rank * micros + i, parts=ranks * micros), step)
             for i in range(micros)
@@ -147,17 +149,6 @@ class DiffusionObjective(Objective):
             for name in ("loss", "nll"):
                 parts[f"validation_{name}"] += loss.parts[name].cpu()
         return parts
-
-
-def accumulation(params: TrainingParams, ranks: int) -> int:
-    """Micro-batches per rank and step; raises ValueError when the rows do not divide."""
-    micro = params.micro_batch_size or max(params.batch_size // ranks, 1)
-    if params.batch_size % (micro * ranks):
-        raise ValueError(
-            f"batch_size {params.batch_size} does not divide into {ranks} ranks x micro batches of {micro}; "
-            f"use a multiple of {micro * ranks}"
-        )
-    return params.batch_size // (micro * ranks)
 
 
 def visible(rows: Batch) -> Tensor | None:

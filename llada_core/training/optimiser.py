@@ -74,13 +74,10 @@ def learning_rate(params: TrainingParams, step: int, progress: float) -> float:
     """
     if params.schedule == "phases":
         return _on_phases(params, step)
-    warm = step / params.warmup if params.warmup >= 1 else progress / params.warmup if params.warmup else 1.0
-    if params.warmup and warm < 1:
-        return (
-            params.learning_rate * (step + 1) / params.warmup
-            if params.warmup >= 1
-            else params.learning_rate * max(warm, 0.01)
-        )
+    if step < params.warmup >= 1:
+        return params.learning_rate * (step + 1) / params.warmup
+    if progress < params.warmup < 1:
+        return params.learning_rate * max(progress / params.warmup, 0.01)
     start = params.warmup if params.warmup < 1 else 0.0
     done = min(max((progress - start) / (1 - start), 0.0), 1.0)
     return params.learning_rate * _shape(params, progress, done)

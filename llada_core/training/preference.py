@@ -17,7 +17,7 @@ from llada_core.config.training import PreferenceParams
 from llada_core.data.batches import Order
 from llada_core.diffusion import Noise, alpha, corrupt, loss_weight, masked_nll
 from llada_core.modeling import MaskPredictor
-from llada_core.training.objectives import Loss, Objective, Work, accumulation
+from llada_core.training.objectives import Loss, Objective, Work
 from llada_core.training.reference import Reference
 
 _VALIDATION_STEP = -1
@@ -72,7 +72,7 @@ class Preference(Objective):
         return self.order.batches_per_epoch
 
     def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work:
-        micros, rows = accumulation(self.params, ranks), self.order.rows(step)
+        micros, rows = self.params.share(ranks), self.order.rows(step)
         size = len(rows) // (ranks * micros)
         batches = []
         for start in range(rank * micros * size, (rank + 1) * micros * size, size):

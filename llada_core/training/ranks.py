@@ -82,11 +82,6 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
             cpu_offload=wanted.offload,
             mixed_precision_policy=_precision(params),
         )
-    if wanted.kind == "zero3":
-        raise ValueError(
-            "distribution zero3 keeps every weight in pieces that our checkpoints and exports would write empty; "
-            "use fsdp, which splits as much and resumes exactly"
-        )
     if wanted.kind == "zero2":
         _log.warning("zero2 keeps moments to itself: a resumed run starts them anew; fsdp and ddp resume exactly")
         from accelerate import DeepSpeedPlugin
@@ -124,7 +119,6 @@ def _assert_distribution(params: TrainingParams, engine: Accelerator) -> None:
         "ddp": ("MULTI_CPU", "MULTI_GPU"),
         "fsdp": ("FSDP",),
         "zero2": ("DEEPSPEED",),
-        "zero3": ("DEEPSPEED",),
     }[wanted.kind]
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if runs not in allowed or engine.num_processes != launched:

@@ -16,14 +16,8 @@ class Reference:
     """The reference of a run; with beta 0 there is none and nothing is copied."""
 
     def __init__(self, model: MaskPredictor, params: GRPOParams | PreferenceParams) -> None:
-        self._policy, self._adapter = model, params.lora is not None
+        self._policy, self._adapter, self._low = model, params.lora is not None, params.precision == "bf16"
         self._every, self._mix = (params.sync_every, params.sync_mix) if isinstance(params, GRPOParams) else (0, 0.0)
-        if self._adapter and self._every:
-            raise ValueError(
-                "sync_every mixes the policy into a copy; with LoRA the reference is the adapter switched off"
-            )
-        if params.beta > 0 and not self._adapter and params.distribution.kind in ("fsdp", "zero3"):
-            raise ValueError("a reference copy is not sharded; use LoRA (the adapter is switched off) or beta 0")
         self._copy = (
             copy.deepcopy(model).requires_grad_(False).eval() if params.beta > 0 and not self._adapter else None
         )
@@ -32,8 +26,10 @@ class Reference:
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
         """The reference as a model to call; `model` is the policy as the loop wraps it."""
         if self._copy is not None:
-            self._copy.to(next(model.parameters()).device)
-            yield self._copy
+            device = next(model.parameters()).device
+            self._copy.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self._low):  # as accelerate runs the policy
+                yield self._copy
         else:
             with adapter_off(self._policy):
                 yield model

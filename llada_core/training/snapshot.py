@@ -89,7 +89,7 @@ class Snapshot:
             for moment, tensor in moments.items():
                 stored.copy_into(f"optimiser.{moment}.{name}", tensor)
             if "exp_avg" in moments:
-                moments["step"] = torch.tensor(float(updates), device=_step_device(parameter))
+                moments["step"] = torch.tensor(float(updates), device=parameter.device)
             if moments:
                 self._optimiser.state[parameter] = moments
 
@@ -115,7 +115,3 @@ class Snapshot:
                 f"run folder {run} holds another run ({what}); use a new folder, start from its weights "
                 "with init_from, or to train the same run for longer set extend: true"
             )
-
-
-def _step_device(parameter: Tensor) -> torch.device:
-    return parameter.device

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llada_core.config.base import nearest
-from llada_core.verifiers import code, countdown, gsm8k, math, seats, sudoku
+from llada_core.verifiers import code, gsm8k, math, puzzles
 
 Answer = Mapping[str, Any]
 _VERIFIERS: dict[str, Callable[[str, Answer], bool]] = {
-    "sudoku": sudoku.verify,
-    "countdown": countdown.verify,
-    "seats": seats.verify,
+    "sudoku": puzzles.sudoku,
+    "countdown": puzzles.countdown,
+    "seats": puzzles.seats,
     "gsm8k": gsm8k.verify,
     "math": math.verify,
     "code": code.verify,

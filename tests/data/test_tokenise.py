@@ -7,7 +7,7 @@ import pytest
 
 from llada_core.config.data import GRPOData, PreferenceData, PretrainData, SFTData
 from llada_core.data import tokenise
-from llada_core.data.packing import Packer
+from llada_core.data.rows import Packer
 from llada_core.data.sources import DataError
 from tests.tiny import tiny_tokenizer
 

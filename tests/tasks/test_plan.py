@@ -1,5 +1,6 @@
 """`llada plan`: figures checked by hand for LLaDA-8B, activations against what autograd really keeps, and refusals."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,24 @@ def test_what_cannot_fit_is_refused_with_what_would_help() -> None:
     assert code == 2
     assert "distribution.kind: fsdp on 8 GPUs" in text
     assert llada_plan(str(PROFILES / "llada-sft-alpaca.yaml"), "--gpu", "H10")[1].count("did you mean 'H100'?") == 1
+
+
+@pytest.mark.parametrize(
+    ("profile", "overrides", "told"),
+    [
+        ("llada-sft-alpaca", "sft.distribution.kind=zero3", "in pieces .* use fsdp"),
+        ("llada-sft-alpaca", "sft.lora.r=8", "set lora.merge to false"),
+        ("llada-sft-alpaca", "sft.batch_size=12", "batch_size 12 does not divide into 8 ranks"),
+        ("llada-grpo-gsm8k-lora", "grpo.prompts=12", "prompts 12 does not divide over 8 ranks; use a multiple"),
+        ("llada-grpo-gsm8k-lora", "grpo.sync_every=2", "with LoRA the reference is the adapter switched off"),
+        ("llada-grpo-gsm8k", "grpo.distribution.kind=fsdp grpo.lora=null", "a reference copy is not sharded"),
+        ("llada-grpo-gsm8k-lora", "grpo.distribution.kind=fsdp grpo.sampling.stop_at_eos=true", "ddp or fixed steps"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_anything_starts(profile: str, overrides: str, told: str) -> None:
+    code, text = llada_plan(str(PROFILES / f"{profile}.yaml"), *(f"-S{change}" for change in overrides.split(" ")))
+    assert code == 2
+    assert re.search(told, " ".join(text.split()))
 
 
 @pytest.mark.parametrize("path", sorted(PROFILES.glob("llada-*.yaml")), ids=lambda path: path.stem)

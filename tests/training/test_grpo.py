@@ -1,15 +1,19 @@
 """Policy optimisation from prompts to a better policy, on a reward that a tiny model can earn."""
 
 import json
+import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 
 from llada_core.config.sampling import SamplingParams
 from llada_core.config.training import GRPOParams
 from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.metrics import read_metrics
+from llada_core.training.policy import divergence
+from llada_core.training.progress import Progress
 from llada_core.training.stages import Place, train
 from llada_core.verifiers import verify
 from tests.tiny import tiny_pair
@@ -132,12 +136,50 @@ def test_the_best_validated_weights_are_the_result(data, tmp_path, monkeypatch, 
     assert equal(longer, wanted)
 
 
+def test_no_task_pays_for_another():
+    progress, rows = Progress(), {"sudoku": 64, "seats": 64}
+    for sudoku, seats, best in ((1.0, 0.3, 0), (59 / 64, 0.9, 0), (62 / 64, 0.5, 2), (59 / 64, 0.95, 2), (1.0, 0.6, 4)):
+        progress.compare((sudoku + seats) / 2, 0, {"sudoku": sudoku, "seats": seats}, rows)
+        assert progress.best_step == best
+        progress.step += 1
+
+
+def test_a_step_that_loses_a_task_is_not_kept(data, tmp_path, monkeypatch):
+    calls = iter([(0.5, 1.0), (0.9, 0.2), (0.6, 1.0), (0.1, 1.0), (0.1, 1.0)])
+
+    def validate(*_):
+        names = ("validation_correct", "validation_correct_sudoku")
+        return {name: torch.tensor([share, 1.0]) for name, share in zip(names, next(calls), strict=True)}
+
+    monkeypatch.setattr(GRPO, "validate", validate)
+    run(data, tmp_path, validate_every=2)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["best_step"] == 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_policy_starts_at_its_reference(data, tmp_path, precision):
+    AcceleratorState._reset_state()
+    run(data, tmp_path, max_steps=1, beta=0.04, precision=precision)
+    assert [line["kl"] for line in read_metrics(tmp_path / "metrics.jsonl") if "kl" in line] == [0.0]
+    AcceleratorState._reset_state()
+
+
 def test_a_damaged_best_step_is_told(data, tmp_path, monkeypatch):
     judged(monkeypatch, [0.5, 0.1, 0.1, 0.1, 0.1])
     run(data, tmp_path, validate_every=2)
     next((tmp_path / "checkpoints" / "step-00000000").glob("shard-*")).write_bytes(b"")
     with pytest.raises(OSError, match="step-00000000, the best step by validation, is damaged"):
         run(data, tmp_path, validate_every=2)
+
+
+def test_one_token_that_was_unlearnt_does_not_outweigh_the_others():
+    gap = torch.linspace(-4, 1, 21)
+    torch.testing.assert_close(divergence(gap), gap.exp() - gap - 1)  # d1's estimate
+    far = torch.tensor([1.0, 1.5, 8.0, 200.0], requires_grad=True)
+    value = divergence(far)
+    value.sum().backward()
+    torch.testing.assert_close(far.grad, torch.full((4,), math.e - 1))
+    assert (value.diff() > 0).all()
 
 
 def equal(one, other):

@@ -3,7 +3,7 @@
 import pytest
 
 from llada_core.verifiers import verify
-from llada_core.verifiers.countdown import value
+from llada_core.verifiers.puzzles import value
 
 SUDOKU = {"puzzle": "0200040200034320"}
 COUNTDOWN = {"numbers": [2, 4, 20], "target": 26}

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llada_core.data.puzzles import solutions
-from llada_core.verifiers import code, countdown, math, sudoku
+from llada_core.verifiers import code, math, puzzles
 from llada_core.verifiers.text import tagged
 
 Answer = Mapping[str, Any]
@@ -74,7 +74,7 @@ def countdown_score(text: str, answer: Answer) -> float:
     reply = tagged(text)
     if reply is None:
         return 0.0
-    return 1.0 if countdown.verify(text, answer) else 0.1
+    return 1.0 if puzzles.countdown(text, answer) else 0.1
 
 
 def sudoku_score(text: str, answer: Answer) -> float:
@@ -85,7 +85,7 @@ def sudoku_score(text: str, answer: Answer) -> float:
     if not digits or not empty:
         return 0.0
     grid = digits.ljust(16, "0")
-    if sudoku.verify(grid, answer):
+    if puzzles.sudoku(grid, answer):
         return 1.0
     goals = solutions(answer["puzzle"])
     share = max((sum(grid[i] == goal[i] for i in empty) / len(empty) for goal in goals), default=0.0)

@@ -1,4 +1,4 @@
-"""Countdown: right if the expression uses every number exactly once and its exact value is the target."""
+"""The generated puzzles: 4x4 sudoku, countdown, seats. Malformed text is wrong."""
 
 import ast
 import re
@@ -8,11 +8,40 @@ from typing import Any
 
 from llada_core.verifiers.text import final_answer
 
+_UNITS = tuple(
+    [tuple(range(4 * i, 4 * i + 4)) for i in range(4)]
+    + [tuple(range(i, 16, 4)) for i in range(4)]
+    + [(i, i + 1, i + 4, i + 5) for i in (0, 2, 8, 10)]
+)
 _LONGEST = 200
 
 
-def verify(text: str, answer: Mapping[str, Any]) -> bool:
-    """`answer`: `numbers` (list of int) and `target` (int). An equals sign and what follows it are not accepted."""
+def sudoku(text: str, answer: Mapping[str, Any]) -> bool:
+    """Whether all 16 cells are given, the givens kept, and rows, columns and boxes hold 1 to 4.
+
+    `answer["puzzle"]`: 16 digits, 0 for an empty cell. White space in the reply is ignored; nothing else is.
+    """
+    grid = re.sub(r"\s", "", final_answer(text))
+    if re.fullmatch("[1-4]{16}", grid) is None:
+        return False
+    keeps = all(given in ("0", digit) for given, digit in zip(answer["puzzle"], grid, strict=True))
+    return keeps and all(len({grid[i] for i in unit}) == 4 for unit in _UNITS)
+
+
+def seats(text: str, answer: Mapping[str, Any]) -> bool:
+    """Whether the same people sit in a new order in which nobody has kept a seat.
+
+    `answer`: `order` (one digit per person); the reply is the new order, spaces aside.
+    """
+    before, after = answer["order"], re.sub(r"\s", "", final_answer(text))
+    return sorted(after) == sorted(before) and all(a != b for a, b in zip(before, after, strict=True))
+
+
+def countdown(text: str, answer: Mapping[str, Any]) -> bool:
+    """Whether the expression uses every number exactly once and its exact value is the target.
+
+    `answer`: `numbers` (list of int) and `target` (int). An equals sign and what follows it are not accepted.
+    """
     expression = final_answer(text)
     if sorted(map(int, re.findall(r"[0-9]+", expression[:_LONGEST]))) != sorted(answer["numbers"]):
         return False
