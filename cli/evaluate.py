@@ -55,16 +55,10 @@ def evaluate(
         base = home(Path.cwd())
         project = base / "params.yaml"
         measured = (Params.load(project).evaluate if project.exists() else None) or EvaluateParams()
-        values = {
-            "benchmarks": tuple(asked),
-            "puzzles": measured.puzzles,  # a small model answers on the canvas that it was trained for, and on no other
-            "overrides": measured.overrides,
-            "limit": limit,
-            "batch_size": batch_size,
-            "root": data,
-            "run_code": run_code,
-        }
-        params = EvaluateParams.parse(values, "llada eval")
+        asked_for = {"benchmarks": tuple(asked), "limit": limit, "batch_size": batch_size, "run_code": run_code}
+        # A small model answers on the canvas that it was trained for, and on no other.
+        settings = {"puzzles": measured.puzzles, "overrides": measured.overrides}
+        params = EvaluateParams.parse({**asked_for, **settings, "root": data}, "llada eval")
         root = os.environ.get("LLADAFLOW_DATA_ROOT") if data is None else data
         results = out or base / "reports" / "checkpoints" / safe(name)
         places = sweep_places(name, params, base, Path(root).expanduser() if root else None, results)

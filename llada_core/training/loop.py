@@ -74,7 +74,7 @@ class Loop:
         )
         self.stopped = self._stop_asked = False
         self._notes: dict[str, float] = {}
-        self._logged = (0, 0.0, 0.0, time.monotonic())  # step, tokens, flops, clock at the last log line
+        self._logged = (0, 0.0, 0.0, 0.0)  # step, tokens, flops, clock at the last log line
 
     def run(self) -> Progress:
         """Train to the end, or until asked to stop; raises `DivergedError` when recovery has run out of tries.
@@ -105,9 +105,14 @@ class Loop:
             if self.parts.objective.best_by is not None:
                 self._validate()
             self._save()
+            self._logged = (0, 0.0, 0.0, time.monotonic())
         else:
-            self.progress = Progress(**state["progress"])
+            self._go_on_from(state)
             self.metrics.write(self.progress.step, {"event": "resumed", "back_to": self.progress.step})
+
+    def _go_on_from(self, state: dict[str, Any]) -> None:
+        self.progress, self._notes = Progress(**state["progress"]), state["notes"]
+        self.meter.load_state(state["meter"], self.ranks)
         self._logged = (self.progress.step, self.progress.tokens, self.progress.flops, time.monotonic())
 
     def _finished(self) -> bool:
@@ -202,12 +207,8 @@ class Loop:
         loss, norm = values.get("loss"), values.get("grad_norm")
         bad = [x for x in (loss, norm) if isinstance(x, float) and not math.isfinite(x)]
         mean = progress.mean_loss
-        exploding = (
-            not bad
-            and isinstance(loss, float)
-            and mean is not None
-            and loss > self.params.recovery.spike * abs(mean) + 1.0
-        )
+        limit = math.inf if mean is None else self.params.recovery.spike * abs(mean) + 1.0
+        exploding = isinstance(loss, float) and loss > limit
         if bad or exploding:
             self.metrics.write(progress.step, {"event": "diverged", "loss": str(loss), "grad_norm": str(norm)})
             return False
@@ -224,8 +225,7 @@ class Loop:
                 f"the loss diverged at step {bad} and {self.params.recovery.tries} recoveries did not help; "
                 f"see {self.folder / 'metrics.jsonl'}; lower learning_rate or look at the data of that step"
             )
-        self.progress = Progress(**state["progress"])
-        self._logged = (self.progress.step, self.progress.tokens, self.progress.flops, time.monotonic())
+        self._go_on_from(state)
         factor = self.recovery.factor(self.progress.step)
         _log.warning("diverged at step %d: back to step %d, learning rate x %g", bad, self.progress.step, factor)
         self.metrics.write(
@@ -250,8 +250,9 @@ class Loop:
         self.parts.model.train()
 
     def _save(self) -> None:
-        progress = self.progress
-        saved = self.snapshot.save(progress.step, {"progress": asdict(progress)}, also_keep=progress.best_step)
+        progress, since_logged = self.progress, {"meter": self.meter.state(self.ranks), "notes": self._notes}
+        state = {"progress": asdict(progress), **since_logged}
+        saved = self.snapshot.save(progress.step, state, also_keep=progress.best_step)
         if not saved:
             self.metrics.write(progress.step, {"event": "checkpoint failed"})
             if self._finished() or self.stopped or progress.step in (0, progress.best_step):

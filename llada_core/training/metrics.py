@@ -64,7 +64,7 @@ class Meter:
     def add(self, parts: Mapping[str, Tensor]) -> None:
         """Each part is (2,) or (2, K): sums and counts."""
         for name, part in parts.items():
-            self._totals[name] = self._totals[name] + part if name in self._totals else part
+            self._totals[name] = self._totals[name].to(part) + part if name in self._totals else part
 
     def take(self, ranks: Ranks) -> dict[str, float | list[float | None]]:
         """The ratios since the last call (None where nothing was counted); every rank must hold the same names."""
@@ -78,3 +78,12 @@ class Meter:
             ratios[name] = values if self._totals[name].ndim == 2 else values[0]
         self._totals = {}
         return {name: value for name, value in ratios.items() if value is not None}
+
+    def state(self, ranks: Ranks) -> dict[str, list[Any]]:
+        """What was added since the last `take`, over all ranks, as JSON: a stop in between loses nothing of the mean."""
+        totals = sorted(self._totals.items())
+        return {name: torch.tensor(ranks.sum(part.flatten().tolist())).view_as(part).tolist() for name, part in totals}
+
+    def load_state(self, state: Mapping[str, list[Any]], ranks: Ranks) -> None:
+        """Go on from `state`, which the first rank holds for all."""
+        self._totals = {name: torch.tensor(part, dtype=torch.float64) * ranks.first for name, part in state.items()}

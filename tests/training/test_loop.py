@@ -5,6 +5,7 @@ import torch
 
 from llada_core.config.training import PretrainParams, SFTParams
 from llada_core.modeling import load_model
+from llada_core.training import loop
 from llada_core.training.metrics import read_metrics
 from llada_core.training.stages import Place, train
 from tests.tiny import tiny_pair
@@ -72,3 +73,20 @@ def test_a_stopped_run_goes_on_exactly(data, tmp_path, stage):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     whole, cut = (load_model(tmp_path / name / "model").state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_stop_between_two_log_lines_leaves_their_means_as_they_were(data, tmp_path, monkeypatch):
+    run(data, tmp_path / "whole", log_every=4)
+    rate = loop.learning_rate
+
+    def stop_at_six(params, step, share):
+        if step == 5:
+            (tmp_path / "cut" / "STOP").touch()
+        return rate(params, step, share)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "learning_rate", stop_at_six)
+        receipt, _ = run(data, tmp_path / "cut", log_every=4)
+    assert (receipt.finished, receipt.steps) == (False, 6)
+    run(data, tmp_path / "cut", log_every=4)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
