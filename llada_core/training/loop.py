@@ -250,8 +250,8 @@ class Loop:
         self.parts.model.train()
 
     def _save(self) -> None:
-        progress, since_logged = self.progress, {"meter": self.meter.state(self.ranks), "notes": self._notes}
-        state = {"progress": asdict(progress), **since_logged}
+        progress = self.progress
+        state = {"progress": asdict(progress), "meter": self.meter.state(self.ranks), "notes": self._notes}
         saved = self.snapshot.save(progress.step, state, also_keep=progress.best_step)
         if not saved:
             self.metrics.write(progress.step, {"event": "checkpoint failed"})

@@ -49,8 +49,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue
-        if "back_to" in line:
-            kept = [old for old in kept if old["step"] <= line["back_to"]]
+        if "back_to" in line:  # one that starts anew was killed before its first checkpoint
+            kept = [old for old in kept if old["step"] <= line["back_to"] and line.get("event") != "started"]
         kept.append(line)
     return kept
 

@@ -1,5 +1,7 @@
 """The loop from prepared data to an exported model: it learns, resumes exactly, and stops when asked."""
 
+import json
+
 import pytest
 import torch
 
@@ -90,3 +92,9 @@ def test_a_stop_between_two_log_lines_leaves_their_means_as_they_were(data, tmp_
     assert (receipt.finished, receipt.steps) == (False, 6)
     run(data, tmp_path / "cut", log_every=4)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_what_a_run_wrote_before_it_was_started_anew_is_gone(tmp_path):
+    lines = [{"step": 0, "event": "started", "back_to": 0}, {"step": 0, "validation_correct": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, *lines]))
+    assert read_metrics(tmp_path / "metrics.jsonl") == lines
