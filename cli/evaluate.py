@@ -33,7 +33,7 @@ def evaluate(
     llada eval sudoku countdown          the champion on its puzzles
     llada eval --table instruct --model GSAI-ML/LLaDA-8B-Instruct
 
-    Sampler settings are the recipe's; those of puzzles, and any overrides, are read from params.yaml here.
+    Sampler settings are the recipe's; those of puzzles, overrides and dtype are read from params.yaml here.
     """
     with one_line_errors():
         import os
@@ -56,9 +56,8 @@ def evaluate(
         project = base / "params.yaml"
         measured = (Params.load(project).evaluate if project.exists() else None) or EvaluateParams()
         asked_for = {"benchmarks": tuple(asked), "limit": limit, "batch_size": batch_size, "run_code": run_code}
-        # A small model answers on the canvas that it was trained for, and on no other.
-        settings = {"puzzles": measured.puzzles, "overrides": measured.overrides}
-        params = EvaluateParams.parse({**asked_for, **settings, "root": data}, "llada eval")
+        # Over the project's own settings: a small model answers on the canvas that it was trained for, and on no other.
+        params = EvaluateParams.parse({**measured.model_dump(), **asked_for, "root": data}, "llada eval")
         root = os.environ.get("LLADAFLOW_DATA_ROOT") if data is None else data
         results = out or base / "reports" / "checkpoints" / safe(name)
         places = sweep_places(name, params, base, Path(root).expanduser() if root else None, results)
