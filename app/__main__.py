@@ -1,13 +1,12 @@
 """`python -m app`: the page on a loopback port. Knows arguments and the page; everything else is elsewhere."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tasks.errors import one_line_errors
+from tasks.errors import one_line_errors, require_port
 
 
 def serve(  # noqa: PLR0913 - a command has as many arguments as it has options
@@ -29,7 +28,7 @@ def serve(  # noqa: PLR0913 - a command has as many arguments as it has options
     with one_line_errors():
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        free(host, port)
+        require_port(host, port, "--port")
         user, _, password = login.partition(":")
         if login and not (user and password):
             raise ValueError("--login wants USER:PASSWORD, both not empty")
@@ -50,18 +49,6 @@ def options() -> dict[str, Any]:
         "enable_monitoring": False,
         "state_session_capacity": 256,
     }
-
-
-def free(host: str, port: int) -> None:
-    """Raises OSError with one sentence when the port is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise OSError(
-                f"port {port} on {host} is taken ({error.strerror}); choose another: --port {port + 1}"
-            ) from None
 
 
 def launch(

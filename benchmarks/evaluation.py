@@ -25,9 +25,9 @@ from llada_core.tokenizer import Tokenizer
 
 PUZZLES, QUESTIONS, ROUNDS = ("sudoku", "countdown", "seats"), 24, 3
 SETTINGS: tuple[tuple[int, int, float | None], ...] = (  # length and block of both sides, threshold of ours
-    (24, 24, None),  # the default run's
+    (34, 17, None),  # the default run's
     (64, 8, None),  # a long room in short blocks, as LLaDA 1.5 is evaluated
-    (24, 24, 0.999),  # approximate
+    (34, 17, 0.999),  # approximate
 )
 
 

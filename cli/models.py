@@ -18,7 +18,7 @@ import typer
 
 from cli.options import MODEL_HELP, name_or_champion
 from llada_core.config.base import ConfigError
-from tasks.errors import one_line_errors
+from tasks.errors import one_line_errors, require_port
 
 CARD = """---
 library_name: transformers
@@ -112,8 +112,8 @@ def ui(
             [sys.executable, *tracking, "--host", address, "--port", str(mlflow_port)],
             [sys.executable, "-m", "prefect", "server", "start", "--host", address, "--port", str(prefect_port)],
         ]
-        for name, port in (("MLflow", mlflow_port), ("Prefect", prefect_port)):
-            free(name, address, port)
+        for name, port in (("mlflow", mlflow_port), ("prefect", prefect_port)):
+            require_port(address, port, f"--{name}-port")
         print(
             f"MLflow  http://{address}:{mlflow_port}\nPrefect http://{address}:{prefect_port}\nCtrl-C ends both",
             flush=True,
@@ -137,17 +137,3 @@ def ui(
                     process.wait(timeout=30)
                 except subprocess.TimeoutExpired:  # a server in the middle of its start does not hear
                     os.killpg(process.pid, signal.SIGKILL)
-
-
-def free(name: str, address: str, port: int) -> None:
-    """Raises OSError with one sentence when a port is taken."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError:
-            raise OSError(
-                f"port {port} for {name} is taken; choose another: --{name.lower()}-port {port + 1}"
-            ) from None

@@ -6,6 +6,7 @@ Knows the library's sampler; does not know the page. Heavy packages are imported
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -63,6 +64,8 @@ def sample(
     llada sample "Solve the sudoku 1030340020030001" -v
     """
     with one_line_errors():
+        from llada_core.sampling.trace import readable
+
         given = {
             "max_new_tokens": max_new_tokens, "block_length": block_length, "steps": steps, "temperature": temperature,
             "threshold": threshold, "cache": cache, "seed": seed,
@@ -78,7 +81,7 @@ def sample(
             tokens = trace.frames[-1].tokens.tolist()
             answer = tokenizer.decode(tokens) if infill else tokenizer.answer_text(tokens)
             record = {"prompt": text, "answer": answer, "forwards": trace.frames[-1].forwards, "tokens": tokens}
-            print(json.dumps(record, ensure_ascii=False) if as_json else _safe(answer))
+            print(json.dumps(record, ensure_ascii=False) if as_json else readable(answer))
 
 
 Batch = tuple[list[list[int]], "list[Trace]", SamplingParams]
@@ -119,16 +122,12 @@ def _steps(
 
 def _watch(steps: "Iterator[Step]", traces: "list[Trace]", tokenizer: "Tokenizer", *, live: bool) -> "list[Trace]":
     console = Console(stderr=True)
-    if not live:
+    with Live(console=console, refresh_per_second=25) if live else nullcontext() as screen:
         for step in steps:
             for row, trace in enumerate(traces):
                 trace.add(step, row)
-        return traces
-    with Live(console=console, refresh_per_second=25) as screen:
-        for step in steps:
-            for row, trace in enumerate(traces):
-                trace.add(step, row)
-            screen.update(Group(*(draw(trace, tokenizer, console.width) for trace in traces)), refresh=True)
+            if screen is not None:
+                screen.update(Group(*(draw(trace, tokenizer, console.width) for trace in traces)), refresh=True)
     return traces
 
 
@@ -142,12 +141,6 @@ def draw(trace: "Trace", tokenizer: "Tokenizer", width: int, number: int = -1, *
     caption = Text(f"step {step} · {frame.forwards} forwards · {frame.written} of {len(frame.state)} tokens", "dim")
     cells = trace.cells(frame, speller(tokenizer), guesses=guesses)
     return Group(caption, picture(cells, width))
-
-
-def _safe(text: str) -> str:
-    from llada_core.sampling.trace import readable
-
-    return readable(text)
 
 
 def chat(

@@ -5,7 +5,7 @@ share one tokenizer.
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,18 +70,23 @@ class Tokenizer:
 
     def encode(self, text: str, *, user: bool = True) -> list[int]:
         """Ids of `text` with none added; special strings in it stay text unless `user` is False."""
-        return self.encode_batch([text], user=user)[0]
+        return next(self.encode_batch([text], user=user))
 
-    def encode_batch(self, texts: Sequence[str], *, user: bool = True) -> list[list[int]]:
-        """`encode` of many texts at once, by the engine's batch path, in parts that stay in the processor's cache."""
+    def encode_batch(self, texts: Sequence[str], *, user: bool = True) -> Iterator[list[int]]:
+        """`encode` of many texts, by the engine's batch path, in parts that stay in the processor's cache.
+
+        Who lets go of each list before the next keeps ids out of main memory.
+        """
         engine = self.fast.backend_tokenizer
-        parts = (list(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE))
-        with self._engine_in_use:
-            engine.encode_special_tokens = user
-            try:
-                return [e.ids for part in parts for e in engine.encode_batch_fast(part, add_special_tokens=False)]
-            finally:
-                engine.encode_special_tokens = False
+        for first in range(0, len(texts), _AT_ONCE):
+            with self._engine_in_use:
+                engine.encode_special_tokens = user
+                try:
+                    part = engine.encode_batch_fast(list(texts[first : first + _AT_ONCE]), add_special_tokens=False)
+                finally:
+                    engine.encode_special_tokens = False
+            for encoding in part:
+                yield encoding.ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         return str(self.fast.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))

@@ -4,6 +4,7 @@
 """
 
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,17 @@ def one_line_errors() -> Iterator[None]:
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         _end(f"MLflow: {reason[:300]}; `llada doctor` looks at its database", 2)
+
+
+def require_port(address: str, port: int, option: str) -> None:
+    """Raises OSError with one sentence when a port is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            why = f"port {port} on {address} is taken ({error.strerror}); choose another: {option} {port + 1}"
+            raise OSError(why) from None
 
 
 def _text(error: Exception) -> str:

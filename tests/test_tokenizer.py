@@ -49,7 +49,7 @@ def test_special_ids_and_the_stored_copy(tmp_path):
 
 def test_batch_equals_one_by_one():
     tokenizer = tiny_tokenizer()
-    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    assert list(tokenizer.encode_batch(TEXTS)) == [tokenizer.encode(text) for text in TEXTS]
 
 
 def test_chat_format():

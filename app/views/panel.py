@@ -15,7 +15,7 @@ from app import settings
 from app.desk import Desk, paced, sentence
 from app.engine import Engine
 from app.render import canvas, notice
-from app.writing import Refused, Writing
+from app.writing import Writing
 from llada_core.config.sampling import SamplingParams
 from llada_core.config.sampling_help import PRESETS, exactness
 from llada_core.config.sampling_help import preset as made_by
@@ -73,13 +73,9 @@ def build(desk: Desk) -> Panel:
     """Draws the sidebar and wires presets to knobs."""
     start = desk.catalogue.recommended(desk.model)
     model = gr.Dropdown(
-        choices(desk),
-        value=desk.model,
-        label="Model",
-        allow_custom_value=True,
+        choices(desk), value=desk.model, label="Model", allow_custom_value=True, elem_id="model",
         info="an alias, a version, or a model folder",
-        elem_id="model",
-    )
+    )  # fmt: skip
     preset = gr.Radio(["recommended", *PRESETS], value="recommended", label="Preset")
     exact = gr.HTML(notice(exactness(start)), elem_id="exactness", apply_default_css=False)
     all_knobs = {knob.name: knob for knob in settings.knobs()}
@@ -87,36 +83,38 @@ def build(desk: Desk) -> Panel:
     pace = gr.Slider(
         0, 60, value=desk.pace, step=1, label="Steps shown a second", info="0: as fast as the model writes"
     )
-    guesses = gr.Checkbox(
-        False,
-        label="Show guesses",
-        info="what the model would write now at every masked position ",
-    )
+    guesses = gr.Checkbox(False, label="Show guesses", info="what the model would write now at every masked position")
     with gr.Accordion("All settings", open=False):
         made |= {name: _component(knob, getattr(start, name)) for name, knob in all_knobs.items() if name not in FIRST}
     panel = Panel(model, preset, pace, guesses, {name: made[name] for name in all_knobs})
 
-    def describe(values: Values) -> tuple[None, str]:
+    def named(name: str, values: Values) -> SamplingParams:
+        base = desk.catalogue.recommended(values[model] or desk.model)
+        if name == "recommended":
+            return base
+        return made_by(name, dataclasses.replace(base, max_new_tokens=int(values[panel.knobs["max_new_tokens"]] or 64)))
+
+    def describe(values: Values) -> tuple[str | None, str]:
         try:
-            return None, notice(exactness(panel.params(values)))  # own settings: no preset is chosen any more
-        except Refused as error:
-            return None, notice(str(error), "bad")
+            params, chosen = panel.params(values), values[preset] or "recommended"
+            return chosen if params == named(chosen, values) else None, notice(exactness(params))
+        except Exception as error:  # noqa: BLE001 - shown to the person, the page lives on
+            return None, notice(sentence(error), "bad")
 
     def choose(values: Values) -> list[Any]:
         try:
-            base = desk.catalogue.recommended(values[model] or desk.model)
-            length = values[panel.knobs["max_new_tokens"]]
             chosen = values[preset] or "recommended"
-            if chosen != "recommended":
-                base = made_by(chosen, dataclasses.replace(base, max_new_tokens=int(length or 64)))
+            base = named(chosen, values)
             return [*panel.shown(base), chosen, notice(exactness(base))]
         except Exception as error:  # noqa: BLE001 - shown to the person, the page lives on
             return [*[gr.skip()] * len(panel.knobs), gr.skip(), notice(sentence(error), "bad")]
 
     outputs = [*panel.knobs.values(), preset, exact]
     gr.on([preset.input, model.change], choose, {preset, model, *panel.knobs.values()}, outputs, **QUICK)
-    changed = [knob.input for knob in panel.knobs.values()]
-    gr.on(changed, describe, {*panel.knobs.values()}, [preset, exact], trigger_mode="multiple", **QUICK)
+    changed = [knob.change for knob in panel.knobs.values()]  # `input` misses the first key after a value was set
+    gr.on(
+        changed, describe, {preset, model, *panel.knobs.values()}, [preset, exact], trigger_mode="always_last", **QUICK
+    )
     return panel
 
 

@@ -4,6 +4,7 @@ The folders are those of `datasets.save_to_disk`. Knows nothing of where rows co
 """
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -47,8 +48,9 @@ def _lists(rows: Sequence[Sequence[int]], kind: pa.DataType) -> pa.ListArray:
     np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=offsets[1:])
     if rows and isinstance(rows[0], np.ndarray):
         flat = np.concatenate(rows).astype(kind.to_pandas_dtype())
-    elif rows and isinstance(rows[0], bytes):
-        flat = np.frombuffer(b"".join(rows), np.uint8)  # type: ignore[arg-type]
+    elif rows and isinstance(rows[0], bytes | array):
+        whole = np.frombuffer(b"".join(rows), np.uint8 if isinstance(rows[0], bytes) else np.intc)  # type: ignore[arg-type]
+        flat = whole.astype(kind.to_pandas_dtype(), copy=False)
     else:
         flat = np.fromiter(chain.from_iterable(rows), kind.to_pandas_dtype(), int(offsets[-1]))
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))

@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from llada_core.config.base import nearest
 from llada_core.config.data import SourceParams
 
@@ -140,7 +142,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                value = json.loads(line.decode())
+                value = orjson.loads(line)
             except ValueError:
                 value = None
             if isinstance(value, dict):

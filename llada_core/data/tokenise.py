@@ -6,10 +6,12 @@ dropped as its block says, never silently: each result counts its drops by reaso
 
 import hashlib
 import json
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from llada_core.config.data import GRPOData, PreferenceData, PretrainData, SFTData
@@ -36,11 +38,14 @@ def documents(rows: Sequence[Row], tokenizer: Tokenizer, params: PretrainData) -
     """`input_ids` of each `text`, with an EOS behind it if asked; not yet packed."""
     texts = [text_of(row, "text") for row in rows]
     kept = [text for text in texts if text.strip()]
-    ids = tokenizer.encode_batch(kept)
-    if params.insert_eos:
-        for document in ids:
-            document.append(tokenizer.special.eos_id)
-    return Encoded({"input_ids": ids}, Counter({"empty": len(texts) - len(kept)} if len(kept) < len(texts) else {}))
+    documents = []
+    for ids in tokenizer.encode_batch(kept):
+        if params.insert_eos:
+            ids.append(tokenizer.special.eos_id)
+        documents.append(array("i", ids))
+    return Encoded(
+        {"input_ids": documents}, Counter({"empty": len(texts) - len(kept)} if len(kept) < len(texts) else {})
+    )
 
 
 def dialogues(rows: Sequence[Row], tokenizer: Tokenizer, params: SFTData) -> Encoded:
@@ -65,7 +70,7 @@ def dialogues(rows: Sequence[Row], tokenizer: Tokenizer, params: SFTData) -> Enc
             maskable = b"\1" * len(ids)
         fitted = _fit(ids, maskable, params.length, params.truncation, counts)
         if fitted is not None:
-            encoded.columns["input_ids"].append(fitted[0])
+            encoded.columns["input_ids"].append(array("i", fitted[0]))
             encoded.columns["maskable"].append(fitted[1])
     return encoded
 
@@ -113,21 +118,29 @@ class _ChatEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._frames = cache(self._encode_frames)
+        self._frames, self._plan = cache(self._encode_frames), cache(self._trained)
 
     def encode(self, asked: Sequence[tuple[list[Message], bool]]) -> Iterator[tuple[list[int], bytes]]:
         """Ids and maskable of each dialogue; its last reply is trained on, or with True all of the assistant's."""
         for (messages, every), contents in zip(asked, self._contents([m for m, _ in asked]), strict=True):
-            frames = self._frames(tuple(m["role"] for m in messages), False)
-            ids, maskable = list(frames[0]), bytes(len(frames[0]))
-            for i, (content, frame) in enumerate(zip(contents, frames[1:], strict=True)):
-                last = i == len(messages) - 1
-                trained = last or (every and messages[i]["role"] == "assistant")
-                closing = (len(frame) if last else self._closing(frame)) if trained else 0
+            head, plan = self._plan(tuple([m["role"] for m in messages]), every)
+            ids, maskable = list(head), bytes(len(head))
+            for content, (flag, frame, flags) in zip(contents, plan, strict=True):
                 ids += content
                 ids += frame
-                maskable += _FLAGS[trained] * len(content) + b"\1" * closing + bytes(len(frame) - closing)
+                maskable += flag * len(content) + flags
             yield ids, maskable
+
+    def _trained(self, roles: tuple[str, ...], every: bool) -> tuple[list[int], list[tuple[bytes, list[int], bytes]]]:
+        """What stands before the first content; then for each content its flag, the frame behind it, that one's flags."""
+        head, *frames = self._frames(roles, False)
+        plan = []
+        for i, frame in enumerate(frames):
+            last = i == len(roles) - 1
+            trained = last or (every and roles[i] == "assistant")
+            closing = (len(frame) if last else self._closing(frame)) if trained else 0
+            plan.append((_FLAGS[trained], frame, b"\1" * closing + bytes(len(frame) - closing)))
+        return head, plan
 
     def prompts(self, asked: Sequence[list[Message]]) -> Iterator[list[int]]:
         """Ids of each dialogue with the generation prompt behind it."""
@@ -139,9 +152,9 @@ class _ChatEncoder:
             yield ids
 
     def _contents(self, asked: Sequence[list[Message]]) -> Iterator[list[list[int]]]:
-        flat = iter(self._tokenizer.encode_batch([m["content"].strip() for messages in asked for m in messages]))
+        flat = self._tokenizer.encode_batch([m["content"].strip() for messages in asked for m in messages])
         for messages in asked:
-            yield [next(flat) for _ in messages]
+            yield list(islice(flat, len(messages)))
 
     def _encode_frames(self, roles: tuple[str, ...], generation_prompt: bool) -> list[list[int]]:
         marks = [f"\ue000{i}\ue001" for i in range(len(roles))]

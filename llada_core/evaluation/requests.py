@@ -110,7 +110,7 @@ def wanted(
     no room for any prompt.
     """
     plain = [text for text, asked in requests if not asked.get("infill")]
-    encoded = iter(tokenizer.encode_batch(plain, user=False) if plain else [])
+    encoded = tokenizer.encode_batch(plain, user=False)
     found, shortened = [], 0
     for text, asked in requests:
         params = sampling_params(settings, tokenizer.special, asked)
@@ -141,7 +141,7 @@ def pairs(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer, prefix: int) -
     """
     moved = [_with_spaces(context, continuation) for context, continuation in texts]
     contexts = list(dict.fromkeys(context for context, _ in moved))
-    ids = dict(zip(contexts, tokenizer.encode_batch(contexts, user=False) if contexts else [], strict=True))
+    ids = dict(zip(contexts, tokenizer.encode_batch(contexts, user=False), strict=True))
     found = []
     for start in range(0, len(moved), CHUNK):
         part = moved[start : start + CHUNK]

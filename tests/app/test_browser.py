@@ -391,8 +391,10 @@ def test_the_panel_says_what_is_approximate_and_what_is_out_of_range(tab):
     tab.wait_for_selector("#exactness :text('Approximate: the prefix cache')")
     tab.get_by_role("radio", name="exact").check()
     tab.wait_for_selector("#exactness :text('Exact: one token per step')")
-    tab.get_by_label("threshold").press_sequentially("2.5")
+    assert tab.get_by_role("radio", name="exact").is_checked(), "setting the values of a preset is not changing them"
+    tab.get_by_label("threshold").press_sequentially("7")  # the first key after a value was set from here counts
     tab.wait_for_selector("#exactness :text('less than or equal to 1')")
+    assert tab.locator("input[type=radio]:checked").count() == 0, "own settings are no preset"
     ask(tab, "hello")
     tab.wait_for_selector("#talk :text('less than or equal to 1')")
 

@@ -80,7 +80,8 @@ class GoldLM(LladaLM):
     def generate_until(self, requests, disable_tqdm=False):
         gold = RENDER.from_string(self.recipe.gold)
         replies = [gold.render(**r.doc) for r in requests]
-        ids = self.tokenizer_.encode_batch([replies[(i + self.shift) % len(replies)] for i in range(len(replies))])
+        shifted = [replies[(i + self.shift) % len(replies)] for i in range(len(replies))]
+        ids = list(self.tokenizer_.encode_batch(shifted))
         length = max(map(len, ids)) + 1
         over = Settings(sampling={"max_new_tokens": length, "block_length": length, "steps": self.steps, "eos": "none"})
         options = replace(self.options, settings=over.over(self.recipe.settings))
