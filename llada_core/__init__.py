@@ -1,12 +1,10 @@
 """The library: masked-diffusion language models of the LLaDA family, from text to tokens to answers.
 
-`import llada_core` makes LLaDA known to transformers' Auto classes and loads nothing heavy before a name is used.
+The names below are fetched when first used, so that importing the package loads nothing heavy.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
-
-from llada_core.autoclasses import register_when_imported
 
 if TYPE_CHECKING:
     from llada_core.families import SpecialTokens
@@ -60,6 +58,3 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-register_when_imported()

@@ -112,11 +112,8 @@ class TrainingParams(Block):
             raise ValueError(
                 f"optimiser muon needs whole matrices on every rank, which {self.distribution.kind} splits; use adamw or ddp"
             )
-        if self.distribution.kind == "zero3":
-            raise ValueError(
-                "distribution zero3 keeps every weight in pieces that our checkpoints and exports would write empty; "
-                "use fsdp, which splits as much and resumes exactly"
-            )
+        if self.distribution.kind == "zero3" and self.lora is not None:
+            raise ValueError("adapters are not put together from the pieces of zero3; use zero2, ddp or fsdp with lora")
         if self.distribution.kind == "fsdp" and self.lora is not None and self.lora.merge:
             raise ValueError("adapters of a sharded model are not merged; set lora.merge to false and merge afterwards")
         by_groups = isinstance(self, GRPOParams)  # its rows come in groups of `generations`
@@ -202,10 +199,10 @@ class GRPOParams(TrainingParams):
             raise ValueError(
                 "sync_every mixes the policy into a copy; with LoRA the reference is the adapter switched off"
             )
-        if self.distribution.kind == "fsdp" and (self.sampling.stop_at_eos or self.sampling.parallel):
+        if self.distribution.kind in ("fsdp", "zero3") and (self.sampling.stop_at_eos or self.sampling.parallel):
             raise ValueError(
                 "sharded ranks must run equally many forwards: sampling with stop_at_eos, threshold, factor or "
-                "entropy_bound does not go with distribution fsdp; use ddp or fixed steps"
+                f"entropy_bound does not go with distribution {self.distribution.kind}; use ddp or fixed steps"
             )
         _no_sharded_copy(self, self.beta)
         return self
@@ -232,5 +229,5 @@ class PreferenceParams(TrainingParams):
 
 
 def _no_sharded_copy(params: TrainingParams, beta: float) -> None:
-    if beta > 0 and params.lora is None and params.distribution.kind == "fsdp":
+    if beta > 0 and params.lora is None and params.distribution.kind in ("fsdp", "zero3"):
         raise ValueError("a reference copy is not sharded; use LoRA (the adapter is switched off) or beta 0")

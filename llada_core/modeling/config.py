@@ -7,7 +7,7 @@ import functools
 from importlib import import_module
 from typing import Any, ClassVar, Self
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from llada_core.modeling.architecture import TOKEN_KEYS, Architecture, dense_architecture, moe_architecture
 
@@ -84,3 +84,6 @@ class LLaDAMoEConfig(LLaDAConfig):
 
     def architecture(self) -> Architecture:
         return moe_architecture(self.published())
+
+
+AutoConfig.register("llada", LLaDAConfig, exist_ok=True)  # importing this is enough for the Auto classes

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,18 @@ class Checkpoints:
         self.folder, self.ranks, self.keep, self.milestone_every = folder, ranks, keep, milestone_every
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, also_keep: int | None = None
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        *,
+        also_keep: int | None = None,
+        beside: Callable[[str], object] | None = None,
     ) -> bool:
         """Write one checkpoint; False (and nothing changed) when a rank could not write, for example on a full disk.
 
-        Of older ones the last `keep`, the milestones and that of step `also_keep` stay.
+        Of older ones the last `keep`, the milestones and that of step `also_keep` stay. `beside` is called on every
+        rank with the folder and may write folders of its own into it.
         """
         target = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-step-{step:08d}"
@@ -46,7 +53,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True, exist_ok=True)
         self.ranks.barrier()
-        written = self.ranks.all(self._write_shard(partial, tensors))
+        written = self.ranks.all(self._write_shard(partial, tensors, beside))
         if written and self.ranks.first:
             written = self._publish(partial, target, {**state, "step": step})
             if written:
@@ -65,13 +72,17 @@ class Checkpoints:
             _log.warning("checkpoint %s is damaged (%s); using an older one", folder.name, damage)
         return None
 
-    def _write_shard(self, partial: Path, tensors: Mapping[str, Tensor]) -> bool:
+    def _write_shard(
+        self, partial: Path, tensors: Mapping[str, Tensor], beside: Callable[[str], object] | None
+    ) -> bool:
         mine = {name: t for name, t in ((n, self._rows_here(t)) for n, t in tensors.items()) if t is not None}
         path = partial / f"shard-{self.ranks.index:05d}-of-{self.ranks.count:05d}.safetensors"
         try:
             save_file(mine, path)
             _sync(path)
             _write(path.with_suffix(".sha256"), _sha256(path))
+            if beside is not None:
+                beside(str(partial))
         except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own RuntimeError subclass
             _log.error("checkpoint %s not written: %s", path, error)
             return False
@@ -89,6 +100,9 @@ class Checkpoints:
             for path in partial.glob("*.sha256"):
                 hashes[path.with_suffix(".safetensors").name] = path.read_text(encoding="utf-8")
                 path.unlink()
+            for path in (path for path in sorted(partial.glob("*/**/*")) if path.is_file()):
+                _sync(path)
+                hashes[str(path.relative_to(partial))] = _sha256(path)
             _write(partial / _MANIFEST, json.dumps(hashes, sort_keys=True, indent=1))
             if target.exists():
                 shutil.rmtree(target)

@@ -3,6 +3,7 @@
 Knows sharded parameters and adapters; does not know steps, losses or checkpoints.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -51,7 +52,8 @@ def export(
 
 def _plain(model: MaskPredictor) -> MaskPredictor:
     """The model, or while it is sharded (which changes its class, and with it the names it saves) an empty one like it."""
-    if not any(isinstance(p, DTensor) for p in model.parameters()) or not isinstance(model, LLaDAModelLM):
+    split = any(isinstance(p, DTensor) or _split_by_zero(p) for p in model.parameters())
+    if not split or not isinstance(model, LLaDAModelLM):
         return model
     with torch.device("meta"):
         return (LLaDAMoEModelLM if isinstance(model, LLaDAMoEModelLM) else LLaDAModelLM)(model.config)  # type: ignore[arg-type]
@@ -61,8 +63,22 @@ def whole_weights(model: MaskPredictor, dtype: torch.dtype, ranks: Ranks) -> dic
     """Every stored tensor of the network, put together from its shards, on the first rank's CPU (empty elsewhere)."""
     network = model.backbone if isinstance(model, MaskedLM) else model
     weights = {}
-    for name, tensor in network.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if ranks.first:
-            weights[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype)
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        with _gathered(tensor):
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if ranks.first:
+                weights[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype, copy=True)
     return weights
+
+
+def _split_by_zero(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def _gathered(parameter: Tensor) -> AbstractContextManager[object]:
+    """While it lasts the parameter is whole, also under DeepSpeed's ZeRO-3."""
+    if not _split_by_zero(parameter):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters  # type: ignore[import-not-found]
+
+    return GatheredParameters([parameter])

@@ -3,7 +3,6 @@
 Uses CPU tensors, so that agreeing never waits for an accelerator. Knows nothing of models.
 """
 
-import logging
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -14,8 +13,6 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, InitProcessG
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from llada_core.config.training import TrainingParams
-
-_log = logging.getLogger(__name__)
 
 
 class Ranks:
@@ -82,12 +79,11 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
             cpu_offload=wanted.offload,
             mixed_precision_policy=_precision(params),
         )
-    if wanted.kind == "zero2":
-        _log.warning("zero2 keeps moments to itself: a resumed run starts them anew; fsdp and ddp resume exactly")
+    if wanted.kind in ("zero2", "zero3"):
         from accelerate import DeepSpeedPlugin
 
         deepspeed = DeepSpeedPlugin(
-            zero_stage=2,
+            zero_stage=int(wanted.kind[-1]),
             gradient_clipping=params.clip,
             offload_optimizer_device="cpu" if wanted.offload else "none",
         )
@@ -119,6 +115,7 @@ def _assert_distribution(params: TrainingParams, engine: Accelerator) -> None:
         "ddp": ("MULTI_CPU", "MULTI_GPU"),
         "fsdp": ("FSDP",),
         "zero2": ("DEEPSPEED",),
+        "zero3": ("DEEPSPEED",),
     }[wanted.kind]
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if runs not in allowed or engine.num_processes != launched:

@@ -1,9 +1,12 @@
 """Everything a run needs to go on, as named tensors: trainable weights, AdamW moments, the objective's own state.
 
-Knows how model, optimiser and objective are laid out; does not know files (`checkpoint.py`) or the loop.
+Knows how model, optimiser and objective are laid out; does not know files (`checkpoint.py`) or the loop. What DeepSpeed
+splits it writes and reads itself, in a folder of its own within ours.
 """
 
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from llada_core.training.checkpoint import Checkpoints, Stored, damaged, read_st
 from llada_core.training.objectives import Objective
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+_ZERO = "zero"
 _WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
@@ -34,19 +38,22 @@ class Snapshot:
 
     def save(self, step: int, state: Mapping[str, Any], *, also_keep: int | None = None) -> bool:
         """Write a checkpoint and keep that of step `also_keep` too; False when it could not be written."""
-        tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self._trainable().items()}
+        tensors: dict[str, Tensor] = {f"objective.{name}": t for name, t in self._objective.state().items()}
+        state = {**state, "updates": 0, "fingerprint": self._fingerprint}
+        if self._zero is not None:
+            write = partial(self._zero.save_checkpoint, tag=_ZERO, save_latest=False, exclude_frozen_parameters=True)
+            return self._checkpoints.save(step, tensors, state, also_keep=also_keep, beside=write)
         for name, parameter in self._trainable().items():
             slots = self._optimiser.state.get(parameter, {})
+            tensors[f"model.{name}"] = parameter
             tensors |= {f"optimiser.{moment}.{name}": slots[moment] for moment in _MOMENTS if moment in slots}
-        tensors |= {f"objective.{name}": tensor for name, tensor in self._objective.state().items()}
-        return self._checkpoints.save(
-            step, tensors, {**state, "updates": self._updates(), "fingerprint": self._fingerprint}, also_keep=also_keep
-        )
+        return self._checkpoints.save(step, tensors, {**state, "updates": self._updates()}, also_keep=also_keep)
 
     def restore(self) -> dict[str, Any] | None:
         """Go back to the newest valid checkpoint and return its state; None when there is none.
 
-        Raises ValueError when it belongs to a run of another configuration or to another model.
+        Raises ValueError when it belongs to a run of another configuration, to another model, or DeepSpeed wrote it and
+        does not run now (or the other way round).
         """
         folder = self._newest()
         if folder is None:
@@ -54,8 +61,9 @@ class Snapshot:
         state = read_state(folder)
         self._check(state["fingerprint"], folder.parent.parent.name)
         stored = Stored(folder)
-        self._copy_weights(stored)
-        self._restore_moments(stored, state["updates"])
+        if not self._load_zero(folder):
+            self._copy_weights(stored)
+            self._restore_moments(stored, state["updates"])
         prefix = "objective."
         self._objective.load_state({name.removeprefix(prefix): stored.full(name) for name in stored.names(prefix)})
         return state
@@ -69,13 +77,31 @@ class Snapshot:
                 f"{folder}, the best step by validation, is damaged ({damage}); remove the checkpoints from this one on "
                 "and run again: what they held is trained anew"
             )
-        self._copy_weights(Stored(folder))
+        if not self._load_zero(folder, load_module_only=True):
+            self._copy_weights(Stored(folder))
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's engine, where it is what trains."""
+        return self._model if hasattr(self._model, "zero_optimization_stage") else None
+
+    def _load_zero(self, folder: Path, *, load_module_only: bool = False) -> bool:
+        """Whether DeepSpeed has read its part of a checkpoint; raises ValueError when only one of the two is there."""
+        if (self._zero is not None) != (folder / _ZERO).is_dir():
+            raise ValueError(
+                f"{folder} was {'not ' if self._zero else ''}written by DeepSpeed: go on with the distribution.kind that "
+                "began the run, or start a new one from its weights with init_from"
+            )
+        if self._zero is not None:
+            only = {"load_module_only": True} if load_module_only else {"load_lr_scheduler_states": False}
+            self._zero.load_checkpoint(str(folder), tag=_ZERO, load_module_strict=False, **only)
+        return self._zero is not None
 
     def _copy_weights(self, stored: Stored) -> None:
         for name, parameter in self._trainable().items():
             stored.copy_into(f"model.{name}", parameter.data)
 
-    def _newest(self) -> Any:
+    def _newest(self) -> Path | None:
         """The first rank looks and hashes; the others are told the step."""
         ranks = self._checkpoints.ranks
         mine = self._checkpoints.newest() if ranks.first else None

@@ -17,7 +17,6 @@ PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 PLUMBING = {
     *(
         "llada_core/__init__.py",
-        "llada_core/autoclasses.py",
         "llada_core/config/base.py",
         "llada_core/config/params.py",
     ),

@@ -120,7 +120,7 @@ def test_what_cannot_fit_is_refused_with_what_would_help() -> None:
 @pytest.mark.parametrize(
     ("profile", "overrides", "told"),
     [
-        ("llada-sft-alpaca", "sft.distribution.kind=zero3", "in pieces .* use fsdp"),
+        ("llada-sft-alpaca", "sft.distribution.kind=zero3 sft.lora.r=8", "pieces of zero3; use zero2"),
         ("llada-sft-alpaca", "sft.lora.r=8", "set lora.merge to false"),
         ("llada-sft-alpaca", "sft.batch_size=12", "batch_size 12 does not divide into 8 ranks"),
         ("llada-grpo-gsm8k-lora", "grpo.prompts=12", "prompts 12 does not divide over 8 ranks; use a multiple"),

@@ -203,7 +203,7 @@ def test_the_job_runs_the_code_and_the_accelerate_file_that_were_submitted(proje
     assert (project / "models/pretrain/weights").read_text() == "hello pretrain 4 first"
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero2", "zero3"])
 def test_the_accelerate_file_of_a_distribution_is_the_snapshots(project: Path, kind: str) -> None:
     run = open_toy(project, f"pretrain.distribution.kind={kind}", "launch.processes=2")
     launch = Params.parse(run.request["all_params"], "").launch

@@ -1,0 +1,60 @@
+"""A checkpoint in which another engine writes its own part, as DeepSpeed does under ZeRO."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from llada_core.training.checkpoint import Checkpoints
+from llada_core.training.ranks import Ranks
+from llada_core.training.snapshot import Snapshot
+
+
+class Splitting(nn.Linear):
+    """Says of itself what DeepSpeed's engine does, and keeps its weights in a file."""
+
+    def zero_optimization_stage(self):
+        return 3
+
+    def save_checkpoint(self, folder, tag, save_latest, exclude_frozen_parameters):
+        (place := self.place(folder, tag)).parent.mkdir()
+        torch.save(self.state_dict(), place)
+
+    def load_checkpoint(self, folder, tag, load_module_strict, load_module_only=False, load_lr_scheduler_states=True):
+        self.load_state_dict(torch.load(self.place(folder, tag)))
+
+    def place(self, folder, tag):
+        return Path(folder) / tag / "weights.pt"
+
+
+def snapshot(folder, model):
+    objective = SimpleNamespace(state=lambda: {"seen": torch.ones(1)}, load_state=lambda state: None)
+    checkpoints = Checkpoints(folder / "run/checkpoints", Ranks(), keep=3)
+    return Snapshot(checkpoints, model, torch.optim.AdamW(model.parameters()), objective, {})
+
+
+def test_what_an_engine_writes_beside_is_hashed_and_read_back(tmp_path):
+    model = Splitting(2, 2)
+    kept = snapshot(tmp_path, model)
+    for step in (1, 2):
+        nn.init.constant_(model.weight, step)
+        assert kept.save(step, {})
+    nn.init.zeros_(model.weight)
+    assert kept.restore()["step"] == 2
+    assert model.weight.eq(2).all()
+    kept.restore_weights(1)
+    assert model.weight.eq(1).all()
+    whole = next(tmp_path.rglob("step-00000002/zero/weights.pt"))
+    whole.write_bytes(whole.read_bytes()[:-1] + b"?")
+    assert kept.restore()["step"] == 1
+
+
+def test_a_run_does_not_change_between_such_an_engine_and_ours(tmp_path):
+    snapshot(tmp_path / "a", Splitting(2, 2)).save(1, {})
+    with pytest.raises(ValueError, match=r"was written by DeepSpeed: go on with the distribution\.kind"):
+        snapshot(tmp_path / "a", nn.Linear(2, 2)).restore()
+    snapshot(tmp_path / "b", nn.Linear(2, 2)).save(1, {})
+    with pytest.raises(ValueError, match="was not written by DeepSpeed"):
+        snapshot(tmp_path / "b", Splitting(2, 2)).restore()
