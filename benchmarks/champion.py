@@ -40,8 +40,9 @@ def params_of(mode: dict[str, object], length: int) -> SamplingParams:
     """The champion's recipe (two blocks, a step per token, stop at EOS) with a mode's changes."""
     values = dict(mode)
     blocks, share = int(values.pop("blocks", 2)), float(values.pop("steps", 1))
+    block = length // blocks
     return SamplingParams(
-        max_new_tokens=length, block_length=length // blocks, steps=int(length * share), stop_at_eos=True, **values
+        max_new_tokens=length, block_length=block, steps=blocks * int(block * share), stop_at_eos=True, **values
     )
 
 

@@ -1,10 +1,13 @@
 """What may happen to a run on a real Slurm cluster, and what must come of it: the same weights, one job at a time."""
 
 import contextlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,8 @@ from tasks.launch_slurm import refused
 from tasks.runs import RunFolder
 from tests.slurm.cluster import Cluster
 from tests.slurm.recovery import Recovery
+from tests.tasks.conftest import REPOSITORY
+from tests.tasks.test_cli_runs import free_ports, page
 from tests.tasks.test_runs import at_step, finish, program, steps, the_run
 from tests.waiting import PATIENCE, says, wait_for
 
@@ -244,6 +249,58 @@ def test_cancelling_ends_the_job_and_the_next_goes_on(slurm: Cluster, project: P
     finish(program("tasks.pretrain"))
     recovery.next_step(run)
     undisturbed(project, starts=2, jobs=2)
+
+
+def test_a_cancelled_flow_run_cancels_its_job(
+    slurm: Cluster, project: Path, cost: Cost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recovery = cost("a cancelled flow run (prefect flow-run cancel)", "its job has saved itself and ended")
+    shutil.copytree(REPOSITORY / "flows", project / "flows")
+    shutil.copy(REPOSITORY / "prefect.yaml", project)
+    [port] = free_ports(1)
+    api = f"http://127.0.0.1:{port}/api"
+    monkeypatch.setenv("PREFECT_HOME", str(project.parent / "prefect"))
+    monkeypatch.setenv("PREFECT_API_URL", api)
+    monkeypatch.setenv("PWD", str(project))  # which prefect.yaml names, and a shell would set
+    (project / "wait-pretrain-2").touch()
+    with contextlib.ExitStack() as running:
+        running.callback(end, background("prefect", "server", "start", "--port", port))
+        wait_for("Prefect's server", lambda: "<html" in page(port))
+        for words in ("work-pool create lladaflow --type process", "--no-prompt deploy --name pipeline"):
+            finish(program("prefect", *words.split()))
+        running.callback(end, background("prefect", "worker", "start", "--pool", "lladaflow"))
+        finish(
+            program("prefect", *["deployment", "run", "pipeline/pipeline", "-p", "upto=pretrain", "-p", "own=false"])
+        )
+        at_step(project, 2)
+        [flow_run] = [run for run in asked(f"{api}/flow_runs/filter") if run["deployment_id"]]
+        recovery.struck()
+        finish(program("prefect", "flow-run", "cancel", flow_run["id"]))
+        wait_for("the job to end", lambda: not slurm.ask("squeue", "-h").strip())
+        recovery.over()
+        wait_for("the state", lambda: asked(f"{api}/flow_runs/filter")[0]["state_type"] == "CANCELLED")
+    assert steps(the_run(project)) == [1, 2]
+    (project / "wait-pretrain-2").unlink()
+    finish(program("tasks.pretrain"))
+    undisturbed(project, starts=2, jobs=2)
+
+
+def background(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def end(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=PATIENCE)
+
+
+def asked(url: str) -> list[dict]:
+    """What Prefect's server answers to an empty filter."""
+    request = urllib.request.Request(url, data=b"{}", headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
 
 
 def test_a_waiting_job_runs_what_was_submitted(slurm: Cluster, project: Path) -> None:
