@@ -27,7 +27,7 @@ from tasks.pipeline import environment
 from tasks.runs import RunFolder, all_runs
 from tests.slurm.cluster import Cluster, missing
 
-SECONDS = 30
+SECONDS = 90  # the first sending compiles what the others use
 WRITER = """
 import json, sys, time
 for step in range({seconds}):

@@ -3,6 +3,7 @@
 A trained model is needed because parallel decoding commits what it is sure of; random weights are sure of nothing.
 """
 
+import os
 import random
 from pathlib import Path
 
@@ -57,7 +58,12 @@ def texts(count: int, seed: int, length: int = PROMPT + NEW) -> Tensor:
 def trained_model() -> MaskPredictor:
     """The cached model in float32; trained first if it is not there."""
     if not (FOLDER / "config.json").exists():
-        save_model(_train(), FOLDER)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or 1)  # what is timed has one
+        try:
+            save_model(_train(), FOLDER)
+        finally:
+            torch.set_num_threads(threads)
     return load_model(FOLDER, special_tokens=SPECIAL)
 
 
