@@ -87,7 +87,6 @@ def shot(page: Page, name: str) -> None:
 def chat(browser: Browser, url: str) -> None:
     """Chat while it writes and afterwards, dark, narrow."""
     page = opened(browser, url)
-    page.get_by_label("block_length").fill("8")
     page.get_by_label("Show guesses").check()
     page.get_by_label("number input for Steps shown a second").fill("1")
     page.keyboard.press("Tab")
@@ -97,8 +96,6 @@ def chat(browser: Browser, url: str) -> None:
     page.get_by_label("number input for Steps shown a second").fill("0")
     page.keyboard.press("Tab")
     done(page)
-    page.get_by_label("recommended").check()
-    page.wait_for_function("() => document.querySelector('[aria-label=block_length]').value == '24'")
     page.click("#new")
     page.wait_for_selector("#talk .empty")
     ask(page, "Reach 21 with 8, 4, 9")
