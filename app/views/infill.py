@@ -24,7 +24,6 @@ PUZZLES = (
     ("Solve the sudoku 1030340020030001", "0:1234, 12:4321"),
     ("Seat these people anew: 438597612", "0:7, 8:4"),
     ("Make 13 from 8, 3, 8", "0:8"),
-    ("The sudoku 1030340020030001 has the solution [[16]].", ""),
 )
 HELP = """Ask something and pin words of its answer at positions: `0:Once, 12:end`. Or write a text with gaps: `[[5]]` is
 room for five tokens, also at its end. Text with gaps is not a question: the model goes by what it read in pretraining."""
