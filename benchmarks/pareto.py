@@ -27,12 +27,12 @@ from tasks.evaluate import answering, below, quiet_lm_eval
 SHARES = (1, 2, 4)  # of the length: steps and blocks
 RULES: dict[str, dict[str, Any]] = {
     "threshold 0.9": {"threshold": 0.9},
-    "threshold 0.7": {"threshold": 0.7},
+    "threshold 0.99": {"threshold": 0.99},
     "factor 0.5": {"factor": 0.5},
     "entropy bound 0.1": {"remasking": "entropy", "entropy_bound": 0.1},
 }
 CACHES = ("none", "prefix", "dual")
-PUZZLES = Settings(sampling={"max_new_tokens": 24, "block_length": 24, "steps": 24, "stop_at_eos": True})
+PUZZLES = Settings(sampling={"max_new_tokens": 34, "block_length": 17, "steps": 34, "stop_at_eos": True})
 COLOURS = {"none": "#1b6ca8", "prefix": "#d1761b", "dual": "#3d8b4f"}
 
 

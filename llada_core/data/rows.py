@@ -1,9 +1,10 @@
 """Token rows on disk: their columns, and a writer that packs, counts and hashes what it writes.
 
-The folders are those of `datasets.save_to_disk`. Knows nothing of where rows come from.
+The folders are those that `datasets.load_from_disk` reads. Knows nothing of where rows come from.
 """
 
 import hashlib
+import json
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -64,16 +65,17 @@ class Packer:
 
     def __init__(self, params: PretrainData) -> None:
         self.params = params
-        self._ids = np.zeros(0, np.int64)
+        self._ids = np.zeros(0, np.uint8)
         self._documents = np.zeros(0, np.int64)
         self._seen = 0
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> dict[str, list[np.ndarray]]:
         """The rows completed by documents of these lengths whose ids stand one after another in `ids`."""
-        numbers = np.repeat(np.arange(self._seen, self._seen + len(lengths)), lengths)
-        self._seen += len(lengths)
         self._ids = np.concatenate([self._ids, ids])
-        self._documents = np.concatenate([self._documents, numbers])
+        if self.params.documents:
+            numbers = np.repeat(np.arange(self._seen, self._seen + len(lengths)), lengths)
+            self._documents = np.concatenate([self._documents, numbers])
+        self._seen += len(lengths)
         return self._take(len(self._ids) // self.params.length * self.params.length)
 
     def rest(self) -> dict[str, list[np.ndarray]]:
@@ -131,11 +133,14 @@ class RowFile:
         self._sink.close()
         with self._path.open("rb") as data:
             digest = hashlib.file_digest(data, "sha256").hexdigest()
-        # The library would invent a fingerprint from the time of writing, and nothing downstream would be cached.
-        datasets.disable_progress_bars()
-        stored = datasets.Dataset.from_file(str(self._path))
-        datasets.Dataset(stored.data, info=stored.info, fingerprint=digest[:16]).save_to_disk(str(self._folder))
-        self._path.unlink()
+        self._folder.mkdir()
+        whole = self._path.rename(self._folder / "data-00000-of-00001.arrow")
+        features = datasets.Features.from_arrow_schema(self._schema)
+        datasets.DatasetInfo(features=features).write_to_directory(str(self._folder))
+        # The library would write every row once more, and invent a fingerprint, so that nothing downstream is cached.
+        state: dict[str, Any] = {"_data_files": [{"filename": whole.name}], "_fingerprint": digest[:16], "_split": None}
+        state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
+        (self._folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         card: dict[str, Any] = {"rows": self._rows, "tokens": self._tokens, "longest": self._longest, "hash": digest}
         card["lengths"] = {str(bound): count for bound, count in sorted(self._lengths.items())}
         return {**card, "maskable": self._maskable} if "maskable" in self._schema.names else card

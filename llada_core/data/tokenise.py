@@ -65,13 +65,14 @@ def dialogues(rows: Sequence[Row], tokenizer: Tokenizer, params: SFTData) -> Enc
             asked.append((messages[: ends[-1]], params.turns == "all"))
     chat = _ChatEncoder(tokenizer)
     encoded = Encoded({"input_ids": [], "maskable": []}, counts)
+    add_ids, add_maskable = (column.append for column in encoded.columns.values())
     for ids, maskable in chat.encode(asked):
         if not params.mask_prompt:
             maskable = b"\1" * len(ids)
         fitted = _fit(ids, maskable, params.length, params.truncation, counts)
         if fitted is not None:
-            encoded.columns["input_ids"].append(array("i", fitted[0]))
-            encoded.columns["maskable"].append(fitted[1])
+            add_ids(fitted[0])
+            add_maskable(fitted[1])
     return encoded
 
 
@@ -120,18 +121,20 @@ class _ChatEncoder:
         self._tokenizer = tokenizer
         self._frames, self._plan = cache(self._encode_frames), cache(self._trained)
 
-    def encode(self, asked: Sequence[tuple[list[Message], bool]]) -> Iterator[tuple[list[int], bytes]]:
+    def encode(self, asked: Sequence[tuple[list[Message], bool]]) -> Iterator[tuple["array[int]", bytes]]:
         """Ids and maskable of each dialogue; its last reply is trained on, or with True all of the assistant's."""
         for (messages, every), contents in zip(asked, self._contents([m for m, _ in asked]), strict=True):
             head, plan = self._plan(tuple([m["role"] for m in messages]), every)
-            ids, maskable = list(head), bytes(len(head))
+            ids, maskable = head[:], bytes(len(head))
             for content, (flag, frame, flags) in zip(contents, plan, strict=True):
-                ids += content
+                ids.fromlist(content)
                 ids += frame
                 maskable += flag * len(content) + flags
             yield ids, maskable
 
-    def _trained(self, roles: tuple[str, ...], every: bool) -> tuple[list[int], list[tuple[bytes, list[int], bytes]]]:
+    def _trained(
+        self, roles: tuple[str, ...], every: bool
+    ) -> tuple["array[int]", list[tuple[bytes, "array[int]", bytes]]]:
         """What stands before the first content; then for each content its flag, the frame behind it, that one's flags."""
         head, *frames = self._frames(roles, False)
         plan = []
@@ -139,8 +142,8 @@ class _ChatEncoder:
             last = i == len(roles) - 1
             trained = last or (every and roles[i] == "assistant")
             closing = (len(frame) if last else self._closing(frame)) if trained else 0
-            plan.append((_FLAGS[trained], frame, b"\1" * closing + bytes(len(frame) - closing)))
-        return head, plan
+            plan.append((_FLAGS[trained], array("i", frame), b"\1" * closing + bytes(len(frame) - closing)))
+        return array("i", head), plan
 
     def prompts(self, asked: Sequence[list[Message]]) -> Iterator[list[int]]:
         """Ids of each dialogue with the generation prompt behind it."""
@@ -176,8 +179,8 @@ class _ChatEncoder:
 
 
 def _fit(
-    ids: list[int], maskable: bytes, length: int, truncation: str, counts: Counter[str]
-) -> tuple[list[int], bytes] | None:
+    ids: "array[int]", maskable: bytes, length: int, truncation: str, counts: Counter[str]
+) -> tuple["array[int]", bytes] | None:
     if len(ids) <= length:
         return ids, maskable
     if truncation == "filter":
@@ -222,8 +225,8 @@ def _as_messages(prompt: Any) -> list[Message]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     for message in prompt:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, str):
+        fields = message if isinstance(message, dict) else {}
+        if type(fields.get("role")) is not str or type(fields.get("content")) is not str:
             raise DataError(f"expected messages with the texts 'role' and 'content', got {str(message)[:80]!r}")
     return list(prompt)
 

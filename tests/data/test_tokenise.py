@@ -111,7 +111,9 @@ def test_pairs_share_their_prompt():
     tokenizer = tiny_tokenizer()
     row = {"prompt": "What?", "chosen": "12", "rejected": "34 and 56"}
     encoded = tokenise.pairs([row, {**row, "chosen": ""}, {**row, "prompt": "x" * 500}], tokenizer, PreferenceData())
-    assert encoded.columns["prompt_ids"] == [tokenizer.chat_ids([{"role": "user", "content": "What?"}])]
+    assert [p.tolist() for p in encoded.columns["prompt_ids"]] == [
+        tokenizer.chat_ids([{"role": "user", "content": "What?"}])
+    ]
     assert tokenizer.answer_text(encoded.columns["chosen_ids"][0]) == "12"
     assert tokenizer.answer_text(encoded.columns["rejected_ids"][0]) == "34 and 56"
     assert sum(encoded.counts.values()) == 3  # an empty reply; and a prompt that is too long in both halves
