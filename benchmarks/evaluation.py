@@ -1,7 +1,8 @@
 """How fast evaluation is beside what the reference evaluators do: one request per forward batch, fixed length, no stop.
 
 The same questions of the default run's puzzles, the same weights; answers must be the same texts. Ours goes through
-lm-eval's model with batches of 8 and stops at the end token.
+lm-eval's model with batches of 8 and stops at the end token. Likelihoods: sudokus with four answers each, three of them
+with digits replaced; ours takes as many looks as err no more than the oracle's 128 samples (`benchmarks.likelihood`).
 
 `python -m benchmarks.evaluation [MODEL_FOLDER]`
 """
@@ -9,6 +10,7 @@ lm-eval's model with batches of 8 and stops at the end token.
 import contextlib
 import io
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from benchmarks import oracle
+from benchmarks.likelihood import SAMPLES, looks_as_good
 from benchmarks.timing import interleaved, table
 from llada_core.config.evaluation import Settings
 from llada_core.evaluation.answering import Answerer, Options
@@ -24,6 +27,7 @@ from llada_core.modeling import load_model
 from llada_core.tokenizer import Tokenizer
 
 PUZZLES, QUESTIONS, ROUNDS = ("sudoku", "countdown", "seats"), 24, 3
+OPTIONS, TIMED = 200, 10  # questions for the error of likelihoods, and for their rate
 SETTINGS: tuple[tuple[int, int, float | None], ...] = (  # length and block of both sides, threshold of ours
     (34, 17, None),  # the default run's
     (64, 8, None),  # a long room in short blocks, as LLaDA 1.5 is evaluated
@@ -49,7 +53,44 @@ def main(folder: Path) -> None:
             lines.append([*told, *compared(model, reference, tokenizer, texts, shape)])
             print(" ".join(lines[-1]), file=sys.stderr, flush=True)
     header = ["puzzles", "length", "block", "mode", "oracle answers/s", "ours answers/s", "times", "same texts"]
-    print(f"\n{folder}: {QUESTIONS} questions each, one thread\n\n{table(header, lines)}")
+    print(f"\n{folder}: {QUESTIONS} questions each, one thread\n\n{table(header, lines)}", flush=True)
+    rows = (folder.parents[1] / "data" / "eval" / "sudoku.jsonl").read_text(encoding="utf-8").splitlines()
+    likelihoods(model, reference, tokenizer, [json.loads(row) for row in rows[:OPTIONS]])
+
+
+def likelihoods(model, reference, tokenizer: Tokenizer, rows: list[dict]) -> None:  # noqa: ANN001
+    """Prints the errors, and the rates for whole answers and for their last digit alone."""
+    rng, whole, last = random.Random(5), [], []
+    for row in rows:
+        text, solution = tokenizer.chat_text([{"role": "user", "content": row["prompt"]}]), row["solution"]
+        options = [solution]
+        for _ in range(3):
+            other = list(solution)
+            for place in rng.sample(range(16), 3):
+                other[place] = rng.choice("1234")
+            options.append("".join(other))
+        whole.append((text, options))
+        last.append((text + solution[:-1], list("1234")))
+    ids = [(tokenizer.encode(text, user=False), [tokenizer.encode(o) for o in options]) for text, options in whole]
+    looks, mask = looks_as_good(model, ids), tokenizer.special.mask_id
+    for items, what in ((whole[:TIMED], "whole answers, 16 tokens"), (last[:TIMED], "last digits, one token")):
+        pairs = [(text, option) for text, options in items for option in options]
+
+        def ours(pairs: list[tuple[str, str]] = pairs) -> None:
+            lm = LladaLM(Answerer(model, tokenizer, Options(Settings(samples=looks), batch_size=32)))
+            asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+            with contextlib.redirect_stderr(io.StringIO()):
+                lm.loglikelihood(asked)
+
+        def theirs(pairs: list[tuple[str, str]] = pairs) -> None:
+            for pair in pairs:
+                prompt, answer = (torch.tensor(tokenizer.encode(text, user=False)) for text in pair)
+                oracle.log_likelihood(reference, prompt, answer, samples=SAMPLES, batch=16, mask_id=mask)
+
+        timing = interleaved({"oracle": theirs, "ours": ours}, "oracle", ROUNDS)["ours"]
+        print(
+            f"{what}: ours with {looks} looks {timing.ratio:.1f} times the oracle's rate ({timing.spread})", flush=True
+        )
 
 
 def compared(model, reference, tokenizer: Tokenizer, texts: list[str], sampling: dict) -> list[str]:  # noqa: ANN001

@@ -76,7 +76,7 @@ def main(parts: list[str] | None = None) -> None:
     model = trained_model()
     model.fuse_for_inference()
     given = [int(part) for part in parts or [] if part.isdecimal()]
-    looks = given[0] if given else looks_as_good(model)
+    looks = given[0] if given else looks_as_good(model, questions(QUESTIONS, (20, 40)))
     if parts == ["quality"]:
         return
     print(f"\nlikelihood: {machine()}", flush=True)
@@ -85,9 +85,9 @@ def main(parts: list[str] | None = None) -> None:
     report(model, reference, questions(TIMED_QUESTIONS, 1), "answers of one token", SAMPLES)
 
 
-def looks_as_good(model: MaskPredictor) -> int:
+def looks_as_good(model: MaskPredictor, items: list[Question]) -> int:
     """The fewest of ours whose error and flips are no more than those of the oracle's samples; prints both."""
-    items, joined = questions(QUESTIONS, (20, 40)), SAMPLES // LATTICE
+    joined = SAMPLES // LATTICE
     lattices = estimates(model, items, "stock", LATTICE, joined)
     stock, target, rows = lattices.mean(0), error(lattices) / math.sqrt(joined), []
     for looks in (8, 12, 16, 24, 32, 48, 64, 96, SAMPLES):
@@ -100,7 +100,7 @@ def looks_as_good(model: MaskPredictor) -> int:
         if error(ours) <= target and flips(ours, truth) <= flips(stock, truth):
             break
     rows.insert(0, ["stock", str(SAMPLES), f"{target:.3f}", f"{flips(stock, truth):.3f}", ""])
-    print(f"\n{QUESTIONS} questions of four options\n")
+    print(f"\n{len(items)} questions of four options\n")
     print(table(["estimator", "looks", "error of differences", "flips", "stock's mean above ours"], rows), flush=True)
     return looks
 
