@@ -94,7 +94,9 @@ class Snapshot:
             )
         if self._zero is not None:
             only = {"load_module_only": True} if load_module_only else {"load_lr_scheduler_states": False}
-            self._zero.load_checkpoint(str(folder), tag=_ZERO, load_module_strict=False, **only)
+            read, _ = self._zero.load_checkpoint(str(folder), tag=_ZERO, load_module_strict=False, **only)
+            if read is None:  # DeepSpeed only warns, and would train on with other weights
+                raise OSError(f"{folder}: DeepSpeed could not read its part; go on with as many ranks as wrote it")
         return self._zero is not None
 
     def _copy_weights(self, stored: Stored) -> None:

@@ -24,6 +24,7 @@ class Splitting(nn.Linear):
 
     def load_checkpoint(self, folder, tag, load_module_strict, load_module_only=False, load_lr_scheduler_states=True):
         self.load_state_dict(torch.load(self.place(folder, tag)))
+        return folder, {}
 
     def place(self, folder, tag):
         return Path(folder) / tag / "weights.pt"
@@ -49,6 +50,14 @@ def test_what_an_engine_writes_beside_is_hashed_and_read_back(tmp_path):
     whole = next(tmp_path.rglob("step-00000002/zero/weights.pt"))
     whole.write_bytes(whole.read_bytes()[:-1] + b"?")
     assert kept.restore()["step"] == 1
+
+
+def test_what_such_an_engine_could_not_read_is_an_error(tmp_path, monkeypatch):
+    kept = snapshot(tmp_path, Splitting(2, 2))
+    kept.save(1, {})
+    monkeypatch.setattr(Splitting, "load_checkpoint", lambda *args, **kwargs: (None, {}))
+    with pytest.raises(OSError, match="DeepSpeed could not read its part; go on with as many ranks"):
+        kept.restore()
 
 
 def test_a_run_does_not_change_between_such_an_engine_and_ours(tmp_path):
