@@ -67,7 +67,9 @@ def whole_weights(model: MaskPredictor, dtype: torch.dtype, ranks: Ranks) -> dic
         with _gathered(tensor):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if ranks.first:
-                weights[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype, copy=True)
+                weights[name] = whole.detach().to(
+                    "cpu", dtype if whole.is_floating_point() else whole.dtype, copy=_split_by_zero(tensor)
+                )
     return weights
 
 
