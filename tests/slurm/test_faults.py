@@ -261,7 +261,6 @@ def test_a_cancelled_flow_run_cancels_its_job(
     api = f"http://127.0.0.1:{port}/api"
     monkeypatch.setenv("PREFECT_HOME", str(project.parent / "prefect"))
     monkeypatch.setenv("PREFECT_API_URL", api)
-    monkeypatch.setenv("PWD", str(project))  # which prefect.yaml names, and a shell would set
     (project / "wait-pretrain-2").touch()
     with contextlib.ExitStack() as running:
         running.callback(end, background("prefect", "server", "start", "--port", port))
