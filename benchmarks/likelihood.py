@@ -24,7 +24,7 @@ from llada_core.estimators import Estimator
 from llada_core.likelihood import Likelihood
 from llada_core.modeling.predictor import MaskPredictor
 
-QUESTIONS, TIMED_QUESTIONS = 200, 2  # the quality of 200 takes half an hour
+QUESTIONS, TIMED_QUESTIONS = 200, 2  # 200 should take about half an hour, by what 40 took
 SAMPLES, LATTICE, REPEATS = 128, 16, 4
 Question = tuple[list[int], list[list[int]]]
 
