@@ -109,12 +109,10 @@ def build(desk: Desk) -> Panel:
         except Exception as error:  # noqa: BLE001 - shown to the person, the page lives on
             return [*[gr.skip()] * len(panel.knobs), gr.skip(), notice(sentence(error), "bad")]
 
-    outputs = [*panel.knobs.values(), preset, exact]
-    gr.on([preset.input, model.change], choose, {preset, model, *panel.knobs.values()}, outputs, **QUICK)
+    outputs, read = [*panel.knobs.values(), preset, exact], {preset, model, *panel.knobs.values()}
+    gr.on([preset.input, model.change], choose, read, outputs, **QUICK)
     changed = [knob.change for knob in panel.knobs.values()]  # `input` misses the first key after a value was set
-    gr.on(
-        changed, describe, {preset, model, *panel.knobs.values()}, [preset, exact], trigger_mode="always_last", **QUICK
-    )
+    gr.on(changed, describe, read, [preset, exact], trigger_mode="always_last", **QUICK)
     return panel
 
 

@@ -43,9 +43,7 @@ def documents(rows: Sequence[Row], tokenizer: Tokenizer, params: PretrainData) -
         if params.insert_eos:
             ids.append(tokenizer.special.eos_id)
         documents.append(array("i", ids))
-    return Encoded(
-        {"input_ids": documents}, Counter({"empty": len(texts) - len(kept)} if len(kept) < len(texts) else {})
-    )
+    return Encoded({"input_ids": documents}, +Counter({"empty": len(texts) - len(kept)}))
 
 
 def dialogues(rows: Sequence[Row], tokenizer: Tokenizer, params: SFTData) -> Encoded:
