@@ -4,18 +4,20 @@
 
 Ours includes reading JSON, map function, chat template, sides, truncation, packing, hashing and writing. Theirs makes
 encodings that nobody reads; `read` is theirs with each encoding's `.ids` taken, without which no id leaves the library:
-what is the most that ours could be. CPU seconds of one process, best of nine in turn, so that other work counts little.
+what is the most that ours could be. Processor seconds of one process, in turn; the ratio is the median of nine rounds.
 """
 
+import itertools
 import json
+import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
+from benchmarks.timing import interleaved
 from llada_core.config.data import PartParams, PretrainData, SFTData, SourceParams
 from llada_core.data.build import Workers, build, chunks_of, texts_in
 from llada_core.data.sources import find
@@ -28,30 +30,38 @@ def main(root: Path) -> None:
         print(json.dumps({"benchmark": f"tokenise {stage} {name}", **compare(root, stage, name, block)}))
 
 
-def compare(root: Path, stage: str, name: str, block: PartParams) -> dict[str, float]:
-    """Tokens per CPU second of theirs, of theirs read, of ours; and the ratios to theirs."""
+def compare(root: Path, stage: str, name: str, block: PartParams) -> dict[str, float | str]:
+    """Tokens per processor second of theirs and of ours; and how many times theirs ours and theirs read are."""
     source = SourceParams(name=name)
     origin = find(source, stage, [root])
     texts = [text for chunk in chunks_of(source, origin) for text in texts_in(stage, chunk)]
-    rates: dict[str, list[float]] = {"encode_batch_fast": [], "read": [], "ours": []}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder, made = Path(scratch), itertools.count()
         tokenizer = train_tokenizer(texts[:1000], 4096, folder / "tokenizer")
-        for attempt in range(9):
-            for entry, size in (("encode_batch_fast", len), ("read", lambda encoding: len(encoding.ids))):
-                start = time.process_time()
-                tokens = encode_all(tokenizer.fast.backend_tokenizer, texts, size)
-                rates[entry].append(tokens / (time.process_time() - start))
-            start = time.process_time()
+        engine = tokenizer.fast.backend_tokenizer
+
+        def ours() -> int:
+            target = folder / str(next(made))
             with Workers(1) as workers:
-                card = build(
-                    stage, block, folder / "tokenizer", chunks_of(source, origin), workers, folder / str(attempt)
-                )
-            tokens = card["train"]["tokens"] + card["validation"]["tokens"]
-            rates["ours"].append(tokens / (time.process_time() - start))
-    best = {entry: max(found) for entry, found in rates.items()}
-    ratios = {f"{entry} ratio": round(best[entry] / best["encode_batch_fast"], 3) for entry in ("read", "ours")}
-    return {entry: round(rate) for entry, rate in best.items()} | ratios
+                card = build(stage, block, folder / "tokenizer", chunks_of(source, origin), workers, target)
+            return card["train"]["tokens"] + card["validation"]["tokens"]
+
+        entries: dict[str, Callable[[], int]] = {
+            "encode_batch_fast": lambda: encode_all(engine, texts, len),
+            "read": lambda: encode_all(engine, texts, lambda encoding: len(encoding.ids)),
+            "ours": ours,
+        }
+        tokens = {entry: run() for entry, run in entries.items()}
+        timings = interleaved(entries, "encode_batch_fast", 9)
+    base = tokens["encode_batch_fast"]
+    result: dict[str, float | str] = {
+        f"{entry} tokens/s": round(tokens[entry] / statistics.median(timing.seconds))
+        for entry, timing in timings.items()
+    }
+    for entry in ("read", "ours"):
+        low, middle, high = (x * tokens[entry] / base for x in statistics.quantiles(timings[entry].ratios, n=4))
+        result[f"{entry} ratio"] = f"{middle:.3f}, middle half {low:.3f}-{high:.3f}"
+    return result
 
 
 def encode_all(engine: Tokenizer, texts: list[str], size: Callable[[Encoding], int]) -> int:

@@ -33,25 +33,7 @@ _HOMES = {
     "train_tokenizer": "tokenizer",
 }
 
-__all__ = [
-    "Generation",
-    "MaskPredictor",
-    "SamplingParams",
-    "SpecialTokens",
-    "Step",
-    "Tokenizer",
-    "generate",
-    "infill",
-    "load_config",
-    "load_model",
-    "log_likelihood",
-    "log_likelihoods",
-    "new_model",
-    "save_model",
-    "stream",
-    "stream_infill",
-    "train_tokenizer",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> object:

@@ -4,8 +4,9 @@ Knows text and ids; does not know models. A special string inside a user's text 
 share one tokenizer.
 """
 
+import json
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -53,11 +54,17 @@ class Tokenizer:
             raise FileNotFoundError(f"{folder}: no tokenizer.json there")
         if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
             raise FileNotFoundError(f"{folder}: no such folder (a Hub name has the form owner/name)")
-        return cls(AutoTokenizer.from_pretrained(str(folder_or_name)), special_tokens)
+        # Without the last word it would ask on the terminal about the code that an export's auto_map names.
+        return cls(AutoTokenizer.from_pretrained(str(folder_or_name), trust_remote_code=False), special_tokens)
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json, its configuration and the chat template into `folder`."""
-        self.fast.save_pretrained(str(folder))
+        """Writes tokenizer.json and its configuration, chat template included, into `folder`.
+
+        In words that transformers 4.38, which the official code was made for, reads as well.
+        """
+        self.fast.save_pretrained(str(folder), save_jinja_files=False)
+        _rewrite(Path(folder) / "tokenizer_config.json", _older_names)
+        _rewrite(Path(folder) / "tokenizer.json", _older_merges)
 
     @property
     def vocab_size(self) -> int:
@@ -155,7 +162,28 @@ def named_ids(name_or_path: str | Path) -> dict[str, int]:
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.txt").is_file():
         return {}
-    return _ids_of(AutoTokenizer.from_pretrained(str(name_or_path)))
+    return _ids_of(AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False))
+
+
+def _rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    values = json.loads(file.read_text(encoding="utf-8"))
+    change(values)
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _older_names(config: dict[str, Any]) -> None:
+    """What transformers 5 calls otherwise; it reads these too."""
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+
+
+def _older_merges(engine: dict[str, Any]) -> None:
+    """Merges as "a b", where no part has a space of its own."""
+    merges = engine["model"].get("merges")
+    if merges and all(isinstance(merge, list) and not any(" " in part for part in merge) for merge in merges):
+        engine["model"]["merges"] = [" ".join(merge) for merge in merges]
 
 
 def _ids_of(fast: Any) -> dict[str, int]:

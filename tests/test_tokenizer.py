@@ -1,15 +1,19 @@
 """Text to ids and back, LLaDA's chat format, and special strings that stay text in a user's mouth."""
 
+import json
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from transformers import AutoTokenizer, BertTokenizerFast
 
 from llada_core.families import SpecialTokens
+from llada_core.modeling import save_model
 from llada_core.tokenizer import Tokenizer, named_ids, train_tokenizer
 from tests.reference import GOLDEN
-from tests.tiny import TEXTS, tiny_tokenizer
+from tests.tiny import TEXTS, tiny_pair, tiny_tokenizer
 
 TALK = [
     {"role": "system", "content": " Be brief. "},
@@ -45,6 +49,27 @@ def test_special_ids_and_the_stored_copy(tmp_path):
     assert again.vocab_size == tokenizer.vocab_size == 300
     assert again.chat_ids(TALK) == tokenizer.chat_ids(TALK)
     assert named_ids(tmp_path)["mask_id"] == 2
+
+
+def test_a_stored_copy_is_in_words_that_older_libraries_read(tmp_path):
+    """transformers 4.38, which the official modeling code needs, opened such a copy; these are what it stumbled over."""
+    tiny_tokenizer().save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert len(settings["additional_special_tokens"]) == 3
+    assert "extra_special_tokens" not in settings
+    assert "<|eot_id|>" in settings["chat_template"]
+    merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+    assert merges
+    assert all(isinstance(merge, str) for merge in merges)
+
+
+def test_nobody_is_asked_whether_to_run_what_an_auto_map_names(tmp_path):
+    model, tokenizer = tiny_pair()
+    save_model(model, tmp_path / "m", tokenizer)
+    code = f"from llada_core.tokenizer import Tokenizer; Tokenizer.load({str(tmp_path / 'm')!r})"
+    told = subprocess.run([sys.executable, "-c", code], input="", capture_output=True, text=True, check=True)
+    assert "wish to run" not in told.stdout + told.stderr
 
 
 def test_batch_equals_one_by_one():

@@ -20,13 +20,13 @@ def _dialogue(question: str, reply: str) -> Row:
 def alpaca(row: Row) -> Row:
     """{instruction, input, output}: alpaca, instruction sets in its form, and opc-sft without an input."""
     parts = [row["instruction"], row.get("input") or ""]
-    return _dialogue("\n\n".join(part for part in parts if part), row["output"])
+    return _dialogue("\n\n".join(filter(None, parts)), row["output"])
 
 
 def dolly(row: Row) -> Row:
     """{instruction, context, response}."""
     parts = [row.get("context") or "", row["instruction"]]
-    return _dialogue("\n\n".join(part for part in parts if part), row["response"])
+    return _dialogue("\n\n".join(filter(None, parts)), row["response"])
 
 
 def gsm8k_dialogue(row: Row) -> Row:

@@ -50,7 +50,7 @@ def _lists(rows: Sequence[Sequence[int]], kind: pa.DataType) -> pa.ListArray:
     if rows and isinstance(rows[0], np.ndarray):
         flat = np.concatenate(rows).astype(kind.to_pandas_dtype())
     elif rows and isinstance(rows[0], bytes | array):
-        whole = np.frombuffer(b"".join(rows), np.uint8 if isinstance(rows[0], bytes) else np.intc)  # type: ignore[arg-type]
+        whole = np.frombuffer(b"".join(rows), np.uint8 if isinstance(rows[0], bytes) else np.uintc)  # type: ignore[arg-type]
         flat = whole.astype(kind.to_pandas_dtype(), copy=False)
     else:
         flat = np.fromiter(chain.from_iterable(rows), kind.to_pandas_dtype(), int(offsets[-1]))

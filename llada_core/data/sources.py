@@ -99,12 +99,12 @@ def read(source: SourceParams, origin: Origin) -> Iterator[tuple[int, Row]]:
     rows = _read_file(Path(origin.place), source) if origin.kind == "file" else _read_datasets(source, origin)
     if source.contains:
         rows = ((n, row) for n, row in rows if all(text in str(row.get(f, "")) for f, text in source.contains.items()))
-    found = False
-    for row in islice(rows, source.limit):
-        found = True
-        yield row
-    if not found:
+    rows = islice(rows, source.limit)
+    first = next(rows, None)
+    if first is None:
         raise DataError(f"{origin.place}: no rows; expected at least one")
+    yield first
+    yield from rows
 
 
 def shared_with_test(source: SourceParams, origin: Origin) -> int | None:

@@ -42,7 +42,7 @@ def documents(rows: Sequence[Row], tokenizer: Tokenizer, params: PretrainData) -
     for ids in tokenizer.encode_batch(kept):
         if params.insert_eos:
             ids.append(tokenizer.special.eos_id)
-        documents.append(array("i", ids))
+        documents.append(array("I", ids))
     return Encoded({"input_ids": documents}, +Counter({"empty": len(texts) - len(kept)}))
 
 
@@ -67,10 +67,13 @@ def dialogues(rows: Sequence[Row], tokenizer: Tokenizer, params: SFTData) -> Enc
     for ids, maskable in chat.encode(asked):
         if not params.mask_prompt:
             maskable = b"\1" * len(ids)
-        fitted = _fit(ids, maskable, params.length, params.truncation, counts)
-        if fitted is not None:
-            add_ids(fitted[0])
-            add_maskable(fitted[1])
+        if len(ids) > params.length:
+            fitted = _fit(ids, maskable, params.length, params.truncation, counts)
+            if fitted is None:
+                continue
+            ids, maskable = fitted
+        add_ids(ids)
+        add_maskable(maskable)
     return encoded
 
 
@@ -123,12 +126,12 @@ class _ChatEncoder:
         """Ids and maskable of each dialogue; its last reply is trained on, or with True all of the assistant's."""
         for (messages, every), contents in zip(asked, self._contents([m for m, _ in asked]), strict=True):
             head, plan = self._plan(tuple([m["role"] for m in messages]), every)
-            ids, maskable = head[:], bytes(len(head))
-            for content, (flag, frame, flags) in zip(contents, plan, strict=True):
+            ids, flags = head[:], [bytes(len(head))]
+            for content, (flag, frame, behind) in zip(contents, plan, strict=True):
                 ids.fromlist(content)
                 ids += frame
-                maskable += flag * len(content) + flags
-            yield ids, maskable
+                flags += flag * len(content), behind
+            yield ids, b"".join(flags)
 
     def _trained(
         self, roles: tuple[str, ...], every: bool
@@ -140,8 +143,8 @@ class _ChatEncoder:
             last = i == len(roles) - 1
             trained = last or (every and roles[i] == "assistant")
             closing = (len(frame) if last else self._closing(frame)) if trained else 0
-            plan.append((_FLAGS[trained], array("i", frame), b"\1" * closing + bytes(len(frame) - closing)))
-        return array("i", head), plan
+            plan.append((_FLAGS[trained], array("I", frame), b"\1" * closing + bytes(len(frame) - closing)))
+        return array("I", head), plan
 
     def prompts(self, asked: Sequence[list[Message]]) -> Iterator[list[int]]:
         """Ids of each dialogue with the generation prompt behind it."""
@@ -223,8 +226,11 @@ def _as_messages(prompt: Any) -> list[Message]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     for message in prompt:
-        fields = message if isinstance(message, dict) else {}
-        if type(fields.get("role")) is not str or type(fields.get("content")) is not str:
+        try:
+            told = type(message["role"]) is type(message["content"]) is str
+        except (KeyError, TypeError):
+            told = False
+        if not told:
             raise DataError(f"expected messages with the texts 'role' and 'content', got {str(message)[:80]!r}")
     return list(prompt)
 

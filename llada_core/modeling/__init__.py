@@ -34,22 +34,7 @@ _HOMES = {
     "save_model": "save",
 }
 
-__all__ = [
-    "KVCache",
-    "LLaDAConfig",
-    "LLaDAMoEConfig",
-    "LLaDAMoEModelLM",
-    "LLaDAModelLM",
-    "MaskPredictor",
-    "MaskedLM",
-    "Prediction",
-    "add_lora",
-    "load_config",
-    "load_model",
-    "merge_adapter",
-    "new_model",
-    "save_model",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> object:

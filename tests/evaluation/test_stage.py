@@ -144,7 +144,9 @@ def test_a_sweep_goes_on_after_a_failure_and_tells_costs_first(places, data_root
 def test_a_model_without_a_chat_template_is_measured_where_none_is_needed(places, data_root, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     model = places.out.parents[1] / "models" / "sft"
-    (model / "chat_template.jinja").unlink()
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
     params = PARAMS.model_copy(update={"limit": 2, "overrides": {"piqa": Settings(samples=1)}})
     here = Places(data_root, places.puzzles, places.out, places.answers)
     found = sweep(str(model), ["sudoku", "piqa"], params, here, tell=lambda _: None)
