@@ -14,19 +14,22 @@ import torch
 
 from benchmarks import oracle
 from benchmarks.timing import interleaved, machine, table
+from llada_core.config.params import Params
 from llada_core.config.sampling import SamplingParams
 from llada_core.modeling import load_model
 from llada_core.sampling import Generation, generate
 from llada_core.tokenizer import Tokenizer
 from llada_core.verifiers import verify
 
-PUZZLES, BATCH, ROOM = 500, 50, 34
+PUZZLES, BATCH = 500, 50
 MODES: dict[str, dict[str, object]] = {
     "exact": {},
     "exact, one block": {"blocks": 1},
     "half the steps": {"steps": 0.5},
     "dual cache": {"cache": "dual"},
     "prefix cache": {"cache": "prefix"},
+    "dual cache + threshold 0.9": {"cache": "dual", "threshold": 0.9},
+    "dual cache + threshold 0.99": {"cache": "dual", "threshold": 0.99},
     "threshold 0.9": {"threshold": 0.9},
     "threshold 0.99": {"threshold": 0.99},
     "threshold 0.999": {"threshold": 0.999},
@@ -34,6 +37,14 @@ MODES: dict[str, dict[str, object]] = {
     "entropy bound 0.001": {"remasking": "entropy", "entropy_bound": 0.001},
 }
 STOPPING = ("exact", "exact, one block", "threshold 0.999")  # modes timed beside the oracle
+
+
+def recipe() -> SamplingParams:
+    """How the default run's champion is served."""
+    register = Params.load(Path(__file__).parents[1] / "params.yaml").register_
+    assert register is not None
+    assert register.sampling is not None
+    return register.sampling
 
 
 def params_of(mode: dict[str, object], length: int) -> SamplingParams:
@@ -47,11 +58,11 @@ def params_of(mode: dict[str, object], length: int) -> SamplingParams:
 
 
 def puzzles(tokenizer: Tokenizer, file: Path) -> tuple[list[dict], list[list[int]], int]:
-    """The first puzzles of a file, their prompts, and twice the longest answer in tokens (`ROOM` if none is given)."""
+    """The first puzzles of a file, their prompts, and twice the longest answer in tokens (the recipe's room if none is given)."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:PUZZLES]]
     prompts = [tokenizer.chat_ids([{"role": "user", "content": row["prompt"]}]) for row in rows]
     answers = [len(tokenizer.encode(row["solution"])) for row in rows if "solution" in row]
-    return rows, prompts, 2 * (1 + max(answers)) if answers else ROOM
+    return rows, prompts, 2 * (1 + max(answers)) if answers else recipe().max_new_tokens
 
 
 def solved(tokenizer: Tokenizer, model, rows: list[dict], prompts: list[list[int]], params: SamplingParams):  # noqa: ANN001, ANN201

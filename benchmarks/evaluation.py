@@ -18,6 +18,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from benchmarks import oracle
+from benchmarks.champion import recipe
 from benchmarks.likelihood import SAMPLES, looks_as_good
 from benchmarks.timing import interleaved, table
 from llada_core.config.evaluation import Settings
@@ -29,9 +30,9 @@ from llada_core.tokenizer import Tokenizer
 PUZZLES, QUESTIONS, ROUNDS = ("sudoku", "countdown", "seats"), 24, 3
 OPTIONS, TIMED = 200, 10  # questions for the error of likelihoods, and for their rate
 SETTINGS: tuple[tuple[int, int, float | None], ...] = (  # length and block of both sides, threshold of ours
-    (34, 17, None),  # the default run's
+    (recipe().max_new_tokens, recipe().block_length, None),  # the default run's
     (64, 8, None),  # a long room in short blocks, as LLaDA 1.5 is evaluated
-    (34, 17, 0.999),  # approximate
+    (recipe().max_new_tokens, recipe().block_length, 0.999),  # approximate
 )
 
 

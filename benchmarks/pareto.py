@@ -9,12 +9,13 @@ thread are the measure, so that a busy machine tells the same story.
 import itertools
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.champion import recipe
 from benchmarks.timing import table
 from llada_core.config.evaluation import EvaluateParams, Settings
 from llada_core.evaluation.answering import Answerer
@@ -32,7 +33,7 @@ RULES: dict[str, dict[str, Any]] = {
     "entropy bound 0.1": {"remasking": "entropy", "entropy_bound": 0.1},
 }
 CACHES = ("none", "prefix", "dual")
-PUZZLES = Settings(sampling={"max_new_tokens": 34, "block_length": 17, "steps": 34, "stop_at_eos": True})
+PUZZLES = Settings(sampling=asdict(recipe()))
 COLOURS = {"none": "#1b6ca8", "prefix": "#d1761b", "dual": "#3d8b4f"}
 
 

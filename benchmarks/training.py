@@ -56,7 +56,7 @@ def entry(name: str, vocabulary: int, batches: Callable[[], Batch], params: Trai
     special = SpecialTokens(mask_id=vocabulary - 1, eos_id=0, pad_id=0)
     model = new_model(SHAPE, vocabulary, special, SEED).train()
     optimiser = optimiser_for(model, params)
-    objective = DiffusionObjective(None, None, params, mask_id=special.mask_id, seed=SEED)
+    objective = DiffusionObjective(model, None, None, params, seed=SEED)
 
     def noise_of(rows: Batch) -> tuple[Tensor, Tensor]:
         noise = Noise(SEED, 0, rows.numbers, ROWS)

@@ -13,26 +13,14 @@ if TYPE_CHECKING:
     from llada_core.sampling import Generation, SamplingParams, Step, generate, infill, stream, stream_infill
     from llada_core.tokenizer import Tokenizer, train_tokenizer
 
-_HOMES = {
-    "Generation": "sampling",
-    "MaskPredictor": "modeling",
-    "SamplingParams": "sampling",
-    "SpecialTokens": "families",
-    "Step": "sampling",
-    "Tokenizer": "tokenizer",
-    "generate": "sampling",
-    "infill": "sampling",
-    "load_config": "modeling",
-    "load_model": "modeling",
-    "log_likelihood": "likelihood",
-    "log_likelihoods": "likelihood",
-    "new_model": "modeling",
-    "save_model": "modeling",
-    "stream": "sampling",
-    "stream_infill": "sampling",
-    "train_tokenizer": "tokenizer",
+_NAMES = {
+    "families": ("SpecialTokens",),
+    "likelihood": ("log_likelihood", "log_likelihoods"),
+    "modeling": ("MaskPredictor", "load_config", "load_model", "new_model", "save_model"),
+    "sampling": ("Generation", "SamplingParams", "Step", "generate", "infill", "stream", "stream_infill"),
+    "tokenizer": ("Tokenizer", "train_tokenizer"),
 }
-
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 __all__ = [*_HOMES]
 
 

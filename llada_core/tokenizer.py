@@ -6,7 +6,7 @@ share one tokenizer.
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +29,7 @@ from llada_core.families import (
 )
 
 Message = dict[str, str]
+_FILES = ("tokenizer_config.json", "tokenizer.json")
 _AT_ONCE = 128  # texts: an encoding takes a hundred bytes for each of its tokens
 
 
@@ -63,8 +64,7 @@ class Tokenizer:
         In words that transformers 4.38, which the official code was made for, reads as well.
         """
         self.fast.save_pretrained(str(folder), save_jinja_files=False)
-        _rewrite(Path(folder) / "tokenizer_config.json", _older_names)
-        _rewrite(Path(folder) / "tokenizer.json", _older_merges)
+        _in_older_words(Path(folder))
 
     @property
     def vocab_size(self) -> int:
@@ -165,25 +165,18 @@ def named_ids(name_or_path: str | Path) -> dict[str, int]:
     return _ids_of(AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False))
 
 
-def _rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    values = json.loads(file.read_text(encoding="utf-8"))
-    change(values)
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _older_names(config: dict[str, Any]) -> None:
-    """What transformers 5 calls otherwise; it reads these too."""
+def _in_older_words(folder: Path) -> None:
+    """What transformers 5 writes otherwise; it reads these words too. Merges are "a b" where no part has a space."""
+    config, engine = (json.loads((folder / name).read_text(encoding="utf-8")) for name in _FILES)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-
-
-def _older_merges(engine: dict[str, Any]) -> None:
-    """Merges as "a b", where no part has a space of its own."""
     merges = engine["model"].get("merges")
-    if merges and all(isinstance(merge, list) and not any(" " in part for part in merge) for merge in merges):
+    if merges and not any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
         engine["model"]["merges"] = [" ".join(merge) for merge in merges]
+    for name, values in zip(_FILES, (config, engine), strict=True):
+        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _ids_of(fast: Any) -> dict[str, int]:

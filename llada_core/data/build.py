@@ -8,7 +8,6 @@ import functools
 import gc
 import itertools
 import os
-import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -216,18 +215,3 @@ def _encoded(stage: str, params: PartParams, tokenizer: Tokenizer, place: str, r
 @functools.cache
 def _tokenizer(folder: str) -> Tokenizer:
     return Tokenizer.load(folder)
-
-
-def copy_tree(source: Path, target: Path) -> None:
-    """A copy that shares the files' content where the file system can, so that the cache costs nothing."""
-
-    def link(one: str, other: str) -> None:
-        try:
-            os.link(one, other)
-        except OSError:
-            shutil.copy2(one, other)
-
-    shutil.copytree(source, target, copy_function=link)
-
-
-__all__ = ["SIDES", "Chunk", "Coded", "Workers", "build", "chunks_of", "copy_tree", "encode", "generated", "texts_in"]

@@ -17,23 +17,18 @@ if TYPE_CHECKING:
     from llada_core.modeling.predictor import MaskPredictor, Prediction
     from llada_core.modeling.save import save_model
 
-_HOMES = {
-    "KVCache": "cache",
-    "LLaDAConfig": "config",
-    "LLaDAMoEConfig": "config",
-    "LLaDAMoEModelLM": "model",
-    "LLaDAModelLM": "model",
-    "MaskPredictor": "predictor",
-    "MaskedLM": "masked_lm",
-    "Prediction": "predictor",
-    "add_lora": "adapters",
-    "load_config": "load",
-    "load_model": "load",
-    "merge_adapter": "adapters",
-    "new_model": "create",
-    "save_model": "save",
+_NAMES = {
+    "adapters": ("add_lora", "merge_adapter"),
+    "cache": ("KVCache",),
+    "config": ("LLaDAConfig", "LLaDAMoEConfig"),
+    "create": ("new_model",),
+    "load": ("load_config", "load_model"),
+    "masked_lm": ("MaskedLM",),
+    "model": ("LLaDAMoEModelLM", "LLaDAModelLM"),
+    "predictor": ("MaskPredictor", "Prediction"),
+    "save": ("save_model",),
 }
-
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 __all__ = [*_HOMES]
 
 

@@ -137,22 +137,19 @@ def objective_for(
 ) -> Objective:
     """The objective of a stage on the prepared data in `data`."""
     folder = data / _DATA[type(params)]
-    special = model.special_tokens
     if isinstance(params, PretrainParams | SFTParams):
         train_batches, held_out = (
             _batches(
                 _fitting(_table(folder / part, params), model),
                 params,
-                special.eos_id,
+                model.special_tokens.eos_id,
                 seed=seed,
                 held_out=part != "train",
             )
             for part in ("train", "validation")
         )
         assert train_batches is not None
-        return DiffusionObjective(
-            train_batches, held_out, params, mask_id=special.mask_id, seed=seed, routed=_is_routed(model)
-        )
+        return DiffusionObjective(model, train_batches, held_out, params, seed=seed)
     if isinstance(params, GRPOParams):
         tables = [_filled(_table(folder / "train", params)), _table(folder / "validation", params)]
         problems = Problems(tables[0], tables[1], tokenizer, reward_named(params.reward), verify)
@@ -215,10 +212,6 @@ def _batches(table: Dataset, params: TrainingParams, eos_id: int, *, seed: int, 
     padding = params.eos_padding if isinstance(params, SFTParams) else "none"
     cut = params.random_length_ratio if isinstance(params, PretrainParams) and not held_out else 0.0
     return RowBatches(table, order, eos_id=eos_id, padding=padding, random_length=cut)
-
-
-def _is_routed(model: MaskPredictor) -> bool:
-    return any("experts" in name for name, _ in model.named_parameters())
 
 
 def fingerprint_of(params: TrainingParams, data: Path, seed: int) -> dict[str, str]:

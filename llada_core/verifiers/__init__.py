@@ -29,6 +29,3 @@ def verify(task: str, text: str, answer: Answer) -> bool:
     if task not in _VERIFIERS:
         raise ValueError(f"task {task!r} has no verifier{nearest(task, list(_VERIFIERS))}")
     return _VERIFIERS[task](text, answer)
-
-
-__all__ = ["Answer", "verify"]

@@ -39,7 +39,7 @@ def batch(tokens, maskable, attention_mask=None):
 
 def loss_of(model, rows, u_t, uniforms, normalise="token", right_shift=False, **noise):
     params = PretrainParams(max_steps=1, normalise=normalise, right_shift=right_shift, noise=NoiseParams(**noise))
-    objective = DiffusionObjective(None, None, params, mask_id=126, seed=0)
+    objective = DiffusionObjective(model, None, None, params, seed=0)
     t = params.noise.epsilon + (1 - params.noise.epsilon) * u_t
     return objective.noisy_loss(model, rows, t, uniforms).sum / objective.count(rows)
 

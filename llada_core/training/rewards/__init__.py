@@ -29,6 +29,3 @@ def reward_named(name: str) -> Reward:
     if "." not in name:
         raise ConfigError(f"grpo.reward {name!r}{nearest(name, list(NAMED))}, or the dotted path of a function")
     return function_at(name, "grpo.reward")
-
-
-__all__ = ["NAMED", "Reward", "correct", "reward_named"]
