@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -162,9 +163,7 @@ class Session:
     def port(self, named: str) -> str:
         """A free port for the one that the page names."""
         if named not in self.ports:
-            with socket.socket() as found:
-                found.bind(("127.0.0.1", 0))
-                self.ports[named] = str(found.getsockname()[1])
+            self.ports[named] = str(free_port())
         return self.ports[named]
 
     def answers(self, port: int) -> None:

@@ -1,7 +1,6 @@
 """A tiny engine, a folder with a tiny model, and a page served from it."""
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 from app.engine import Engine
 from llada_core.modeling import save_model
+from tests.ports import free_port
 from tests.tiny import tiny_pair
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -27,12 +27,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(model, folder, tokenizer)
     (folder / "training.json").write_text('{"stage": "sft", "steps": 3}')
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

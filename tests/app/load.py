@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gradio_client import Client
 
-from tests.app.conftest import free_port
+from tests.ports import free_port
 
 QUESTIONS = ("Solve the sudoku 1030340020030001", "Make 13 from 8, 3, 8", "hello")
 

@@ -12,8 +12,8 @@ from app.desk import Desk
 from app.engine import Engine
 from app.writing import Refused
 from llada_core.config.sampling import SamplingParams
-from tests.app.conftest import free_port
 from tests.app.oracle import oracle
+from tests.ports import free_port
 
 pytestmark = pytest.mark.browser
 CHROMIUM = Path("/usr/bin/chromium")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from gradio_client import Client
 
-from tests.app.conftest import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 

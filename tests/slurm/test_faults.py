@@ -16,10 +16,11 @@ import pytest
 from tasks.launch_script import job_name
 from tasks.launch_slurm import refused
 from tasks.runs import RunFolder
+from tests.ports import free_port
 from tests.slurm.cluster import Cluster
 from tests.slurm.recovery import Recovery
 from tests.tasks.conftest import REPOSITORY
-from tests.tasks.test_cli_runs import free_ports, page
+from tests.tasks.test_cli_runs import page
 from tests.tasks.test_runs import at_step, finish, program, steps, the_run
 from tests.waiting import PATIENCE, says, wait_for
 
@@ -257,7 +258,7 @@ def test_a_cancelled_flow_run_cancels_its_job(
     recovery = cost("a cancelled flow run (prefect flow-run cancel)", "its job has saved itself and ended")
     shutil.copytree(REPOSITORY / "flows", project / "flows")
     shutil.copy(REPOSITORY / "prefect.yaml", project)
-    [port] = free_ports(1)
+    port = str(free_port())
     api = f"http://127.0.0.1:{port}/api"
     monkeypatch.setenv("PREFECT_HOME", str(project.parent / "prefect"))
     monkeypatch.setenv("PREFECT_API_URL", api)

@@ -1,10 +1,8 @@
 """The commands over runs, called as a person would, on the toy project."""
 
-import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -16,6 +14,7 @@ from typer.testing import CliRunner
 
 from cli.runs import COMMANDS
 from tasks.status import state_of
+from tests.ports import free_ports
 from tests.tasks.test_runs import at_step, finish, program, steps, the_run
 from tests.waiting import PATIENCE, processes, says, wait_for
 
@@ -136,7 +135,7 @@ def test_both_dashboards_are_up_until_ctrl_c_and_leave_nothing(
     project: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(project / "prefect"))
-    ports = free_ports(2)
+    ports = [str(port) for port in free_ports(2)]
     process = program("cli.main", "ui", "--mlflow-port", ports[0], "--prefect-port", ports[1])
     try:
         for port in ports:
@@ -148,14 +147,6 @@ def test_both_dashboards_are_up_until_ctrl_c_and_leave_nothing(
     assert "both end" in text
     assert "Traceback" not in text
     assert not [line for _, line in processes("cmdline") if {port.encode() for port in ports} & set(line)]
-
-
-def free_ports(count: int) -> list[str]:
-    with contextlib.ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [str(probe.getsockname()[1]) for probe in probes]
 
 
 def page(port: str) -> str:

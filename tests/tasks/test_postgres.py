@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import pytest
 
 from tasks.registry import client, resolve
 from tasks.tracking import EXPERIMENT
+from tests.ports import free_port
 from tests.tasks.test_registry import empty_database, root, trained  # noqa: F401  (fixtures)
 
 pytestmark = pytest.mark.faults
@@ -23,9 +23,7 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
+        self.port = free_port()
         shutil.chown(folder, "postgres") if os.getuid() == 0 else None
         self.run("initdb", "-D", f"{folder}/data", "-U", "lladaflow", "-A", "trust", "--no-sync")
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c fsync=off -k {folder}"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from llada_core.modeling import load_model
 from llada_core.training.metrics import read_metrics
+from tests.ports import free_port
 from tests.training.data import write_data
 
 ROOT = Path(__file__).parents[2]
@@ -36,10 +36,7 @@ def scenario(data, run, stage="sft", model="llada", stop=None, **changes):
 def launch(folder, processes, scenarios, succeeds=True):
     file = folder / f"scenarios-{processes}-{len(list(folder.iterdir()))}.json"
     file.write_text(json.dumps(scenarios))
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}",
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={free_port()}",
                "-m", "tests.training.ranks", str(file)]  # fmt: skip
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
