@@ -86,7 +86,8 @@ def main(folder: Path, parts: list[str]) -> None:
     model.fuse_for_inference()
     if "stopping" not in parts:
         accuracy(model, tokenizer, folder.name, data)
-    some = [puzzles(tokenizer, data / "eval" / f"{name}.jsonl")[1:] for name in ("sudoku", "seats", "countdown")]
+    files = [data / "eval" / f"{name}.jsonl" for name in ("sudoku", "seats", "countdown")]
+    some = [puzzles(tokenizer, file)[1:] for file in files if file.is_file()]
     stop_gain(model, tokenizer, [p for prompts, _ in some for p in prompts[:10]], max(length for _, length in some))
 
 
