@@ -55,7 +55,7 @@ class Tokenizer:
             raise FileNotFoundError(f"{folder}: no tokenizer.json there")
         if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
             raise FileNotFoundError(f"{folder}: no such folder (a Hub name has the form owner/name)")
-        # Without the last word it would ask on the terminal about the code that an export's auto_map names.
+        # An export's auto_map names code; unless told not to run it, transformers asks the terminal.
         return cls(AutoTokenizer.from_pretrained(str(folder_or_name), trust_remote_code=False), special_tokens)
 
     def save(self, folder: str | Path) -> None:
