@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
-from llada_core.config.training import GRPOParams, LoraParams, PreferenceParams, SFTParams, TrainingParams
+from llada_core.config.training import GRPOParams, LoraParams, PreferenceParams, TrainingParams
 from tasks.folders import write_json
 from tasks.launch_script import ranks_per_node, render
 from tasks.plan_memory import GIB, memory_of, peak_of, room, shape_of
@@ -112,8 +112,7 @@ def work_of(params: Params, stage: str) -> tuple[int, int, float]:
     if isinstance(block, PreferenceParams):
         rows = 2 * block.batch_size * block.mask_samples
         return rows, part.length, rows * part.length
-    looked = block.cached_prompt if isinstance(block, SFTParams) else 0.0
-    return block.batch_size, part.length, block.batch_size * part.length * looked
+    return block.batch_size, part.length, 0.0
 
 
 def rows_at_once(block: TrainingParams, rows: int, ranks: int) -> int:

@@ -24,4 +24,4 @@ def test_a_file_is_one_small_idea_with_its_purpose_on_top(path: Path) -> None:
 
 def test_the_whole_product_stays_small() -> None:
     lines = sum(len(path.read_text().splitlines()) for path in FILES)
-    assert lines <= 19_540, f"{lines} lines: the aim is under half of that, so delete before adding"
+    assert lines <= 19_450, f"{lines} lines: the aim is under half of that, so delete before adding"

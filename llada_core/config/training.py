@@ -148,8 +148,6 @@ class SFTParams(TrainingParams):
     eos_padding: Literal["longest", "none"] | int = (
         "longest"  # EOS after the answer that is a visible target; n: that many
     )
-    # Share of steps whose answers see the prompt as a cached sampler does, so that caches cost less accuracy.
-    cached_prompt: float = Field(default=0.0, ge=0, le=1)
 
 
 class GRPOParams(TrainingParams):

@@ -12,13 +12,11 @@ from torch import Tensor
 class KVCache:
     """Post-RoPE keys and values, per layer `(B, T, N_kv, H)`, preallocated with zeros and overwritten in place.
 
-    A slot that was never written holds zeros: hide it with the attention mask. Where `kept` (B, T) is true, training
-    (a write with gradients) changes nothing.
+    A slot that was never written holds zeros: hide it with the attention mask.
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
         self.keys, self.values = keys, values
-        self.kept: Tensor | None = None
 
     @classmethod
     def empty(cls, n_layers: int, shape: tuple[int, int, int, int], like: Tensor) -> Self:
@@ -46,14 +44,7 @@ class KVCache:
         if flat_slots is None:
             keys.copy_(key)
             values.copy_(value)
-            return key, value
-        if torch.is_grad_enabled():  # what gradients will want must stay as it is, so nothing is stored
-            return self._replaced(keys, flat_slots, key), self._replaced(values, flat_slots, value)
-        keys.flatten(0, 1).index_copy_(0, flat_slots, key.flatten(0, 1).to(keys.dtype))
-        values.flatten(0, 1).index_copy_(0, flat_slots, value.flatten(0, 1).to(values.dtype))
+        else:
+            keys.flatten(0, 1).index_copy_(0, flat_slots, key.flatten(0, 1).to(keys.dtype))
+            values.flatten(0, 1).index_copy_(0, flat_slots, value.flatten(0, 1).to(values.dtype))
         return keys, values
-
-    def _replaced(self, old: Tensor, flat_slots: Tensor, new: Tensor) -> Tensor:
-        old = old.to(new.dtype)  # autocast computes in less than the cache keeps
-        whole = old.flatten(0, 1).index_copy(0, flat_slots, new.flatten(0, 1)).view_as(old)
-        return whole if self.kept is None else torch.where(self.kept[..., None, None], old, whole)

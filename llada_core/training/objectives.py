@@ -10,11 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from llada_core.config.training import SFTParams, TrainingParams
+from llada_core.config.training import TrainingParams
 from llada_core.data.batches import Batch, RowBatches
 from llada_core.diffusion import MaskedLoss, Noise, alpha, corrupt, loss_weight, masked_nll
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.training.cached import Glance
 
 BUCKETS = 10
 _VALIDATION_STEP = -1
@@ -86,12 +85,9 @@ class DiffusionObjective(Objective):
         *,
         seed: int,
     ) -> None:
-        self.predictor, self.train, self.validation, self.params, self.seed = model, train, validation, params, seed
+        self.train, self.validation, self.params, self.seed = train, validation, params, seed
         self.mask_id = model.special_tokens.mask_id
         self.routed = any("experts" in name for name, _ in model.named_parameters())
-        self.cached_prompt = params.cached_prompt if isinstance(params, SFTParams) else 0.0
-        if self.cached_prompt and (self.routed or not model.supports_cache):
-            raise ValueError("cached_prompt is for dense LLaDA models, which keep keys and values; set it to 0")
 
     def steps_per_epoch(self) -> int:
         return self.train.order.batches_per_epoch
@@ -103,11 +99,7 @@ class DiffusionObjective(Objective):
             for i in range(micros)
         ]
         counts = [self.count(item.batch) for item in batches]
-        looked = sum(item.batch.tokens.numel() for item in batches)
-        if not self._cached(step):
-            return Work(batches, counts, looked)
-        unfed = sum(int(self._starts(item.batch).sum()) for item in batches)
-        return Work(batches, counts, looked - unfed, looked)
+        return Work(batches, counts, sum(item.batch.tokens.numel() for item in batches))
 
     def count(self, batch: Batch) -> float:
         """What a batch adds to the divisor: its scored tokens, or its rows."""
@@ -116,24 +108,7 @@ class DiffusionObjective(Objective):
     def loss(self, model: nn.Module, batch: NoisyBatch) -> Loss:
         rows, step = batch.batch, batch.step
         noise = Noise(self.seed, step, rows.numbers, self.params.batch_size)
-        if self._cached(step):
-            model = self._glance(model, rows)
         return self.noisy_loss(model, rows, noise.times(self.params.noise), noise.uniforms(rows.tokens.shape[1]))
-
-    def _cached(self, step: int) -> bool:
-        """Whether this step's prompts come from a cache: the same on every rank."""
-        draw = Noise(self.seed, step, torch.tensor([-1]), 1)
-        return self.cached_prompt > 0 and bool(draw.uniforms(1, stream=2) < self.cached_prompt)
-
-    def _starts(self, rows: Batch) -> Tensor:
-        """(B,) the first column of each row that is trained on, or from which it is read."""
-        return (rows.maskable.int().argmax(1) - int(self.params.right_shift)).clamp(min=0)
-
-    def _glance(self, model: nn.Module, rows: Batch) -> nn.Module:
-        device, seen = self.predictor.device, visible(rows)
-        canvas = rows.tokens.masked_fill(rows.maskable, self.mask_id).to(device)
-        seen = None if seen is None else seen.to(device)
-        return Glance(model, self.predictor.new_cache, canvas, seen, self._starts(rows))
 
     def noisy_loss(self, model: nn.Module, rows: Batch, t: Tensor, uniforms: Tensor) -> Loss:
         """The sum for given times (B,) and uniforms (B, L)."""

@@ -30,7 +30,7 @@ SAVE_EVERY = 4
 COMMON = {"max_steps": 14, "learning_rate": 3e-3, "log_every": 1, "save_every": SAVE_EVERY, "samples": 0}
 STAGES = {
     "pretrain": lambda: PretrainParams(**COMMON, batch_size=8),
-    "sft": lambda: SFTParams(**COMMON, batch_size=8, optimiser="muon", cached_prompt=0.5),
+    "sft": lambda: SFTParams(**COMMON, batch_size=8, optimiser="muon"),
     "grpo": lambda: GRPOParams(
         **COMMON, prompts=2, generations=3, iterations=3, sampling=SAMPLING, beta=0.04, sync_every=5, validate_every=2,
         reward="tests.training.test_grpo.likes_low_ids",

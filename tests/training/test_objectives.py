@@ -9,12 +9,9 @@ from llada_core.config.sampling import SamplingParams
 from llada_core.config.training import GRPOParams, LoraParams, PreferenceParams, PretrainParams, SFTParams
 from llada_core.data.batches import Batch
 from llada_core.data.rows import RowFile, schema_of
-from llada_core.diffusion import Noise, corrupt
 from llada_core.modeling import load_model, save_model
-from llada_core.sampling.cached import Cached, Window
-from llada_core.sampling.denoiser import Query
 from llada_core.training.metrics import read_metrics
-from llada_core.training.objectives import DiffusionObjective, NoisyBatch
+from llada_core.training.objectives import DiffusionObjective
 from llada_core.training.stages import Place, train
 from tests.tiny import tiny_model, tiny_pair
 from tests.training.data import write_data
@@ -95,96 +92,6 @@ def loss(model, params, tokens, maskable, documents=None):
     batch = Batch(tokens, maskable, None, documents, torch.arange(len(tokens)))
     uniforms = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0))
     return objective.noisy_loss(model, batch, torch.full((len(tokens),), 0.5), uniforms).sum
-
-
-def rows_of_answers():
-    """Two rows whose answers begin in columns 5 and 7, right up to the end."""
-    tokens = torch.randint(0, 110, (2, 12), generator=torch.Generator().manual_seed(0))
-    maskable = torch.arange(12) >= torch.tensor([[5], [7]])
-    return Batch(tokens, maskable, None, None, torch.arange(2))
-
-
-@pytest.mark.parametrize("right_shift", [False, True])
-def test_an_answer_is_trained_on_the_prompt_that_a_cached_sampler_sees(right_shift):
-    model, rows = tiny_model(), rows_of_answers()
-    params = SFTParams(max_steps=1, batch_size=2, cached_prompt=1.0, right_shift=right_shift)
-    objective = DiffusionObjective(model, None, None, params, seed=3)
-    with torch.no_grad():
-        found = objective.loss(model, NoisyBatch(rows, 0)).sum
-
-    noise = Noise(3, 0, rows.numbers, 2)
-    t = noise.times(params.noise)
-    noisy, masked = corrupt(rows.tokens, rows.maskable, t, 126, noise.uniforms(12))
-    wanted = masked.flatten().nonzero()[:, 0]
-    sampler = Cached(model, Window("prefix", block_length=8))
-    firsts_of = [5 - right_shift, 7 - right_shift]
-
-    def logits(tokens, fresh):
-        firsts = firsts_of
-        known = torch.zeros_like(masked)
-        query = Query(tokens, None, known, wanted - int(right_shift), 126, torch.tensor(firsts), firsts, [fresh, fresh])
-        with torch.no_grad():
-            return sampler.logits(query)
-
-    logits(torch.where(rows.maskable, 126, rows.tokens), True)
-    nll = torch.nn.functional.cross_entropy(logits(noisy, False), rows.tokens.flatten()[wanted], reduction="none")
-    weight = 1 / (t * rows.maskable.sum(1))
-    torch.testing.assert_close(found, (nll * weight[wanted // 12]).sum(), atol=1e-4, rtol=1e-4)
-    assert not torch.isclose(found, objective.noisy_loss(model, rows, t, noise.uniforms(12)).sum.detach(), rtol=1e-3)
-
-
-@pytest.mark.parametrize("again", [False, True])
-def test_gradients_of_a_cached_prompt_are_those_of_keys_and_values_that_do_not_change(again):
-    """By finite differences of the weights that only the second look can feel: those behind the last attention."""
-    model, rows = tiny_model().double(), rows_of_answers()
-    if again:
-        model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    params = SFTParams(max_steps=1, batch_size=2, cached_prompt=1.0)
-    objective = DiffusionObjective(model, None, None, params, seed=3)
-    loss = objective.loss(model, NoisyBatch(rows, 0)).sum
-    loss.backward()
-    for name, weight in model.named_parameters():
-        assert weight.grad is not None, name
-    weight = model.model.transformer.blocks[-1].ff_out.weight
-    step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight)
-    with torch.no_grad():
-        weight += 1e-4 * step
-        higher = objective.loss(model, NoisyBatch(rows, 0)).sum
-        weight -= 2e-4 * step
-        lower = objective.loss(model, NoisyBatch(rows, 0)).sum
-    torch.testing.assert_close(
-        (higher - lower) / 2e-4, (weight.grad * step).sum(), atol=1e-3, rtol=1e-3, check_dtype=False
-    )
-
-
-def test_prompts_come_from_the_cache_in_the_share_of_steps_that_was_asked_for_and_cost_less():
-    rows = rows_of_answers()
-    objective = DiffusionObjective(
-        tiny_model(), OneBatch(rows), None, SFTParams(max_steps=1, batch_size=2, cached_prompt=0.3), seed=0
-    )
-    works = [objective.work(None, step, 0, 1) for step in range(400)]
-    cached = [work for work in works if work.inference_tokens]
-    assert 90 < len(cached) < 150
-    assert {(work.tokens, work.inference_tokens) for work in cached} == {(7 + 5, 2 * 12)}
-    assert {work.tokens for work in works if not work.inference_tokens} == {2 * 12}
-
-
-@pytest.mark.parametrize("kind", ["llada_moe", "distilbert"])
-def test_a_cached_prompt_is_refused_where_it_cannot_be(kind):
-    params = SFTParams(max_steps=1, cached_prompt=0.3)
-    with pytest.raises(ValueError, match="cached_prompt is for dense"):
-        DiffusionObjective(tiny_model(kind), None, None, params, seed=0)
-
-
-class OneBatch:
-    """Batches that are always the same."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def batch(self, step, part, parts):
-        return self.rows
 
 
 def test_a_document_does_not_see_its_neighbour():

@@ -26,8 +26,6 @@ def scenario(data, run, stage="sft", model="llada", stop=None, **changes):
     values = {
         "max_steps": 20, "batch_size": 16, "learning_rate": 3e-3, "log_every": 1, "save_every": 10, "warmup": 2, "samples": 0,
     }  # fmt: skip
-    if (stage, model) == ("sft", "llada"):
-        values["cached_prompt"] = 0.4
     return {
         "data": str(data), "run": str(run), "stage": stage, "model": model, "stop": stop, "params": {**values, **changes}
     }  # fmt: skip
