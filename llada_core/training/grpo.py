@@ -6,7 +6,7 @@ the arithmetic is in `policy.py`, sampling and judging in `rollouts.py`.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,9 +29,18 @@ from llada_core.training.policy import (
 )
 from llada_core.training.ranks import Ranks
 from llada_core.training.reference import Reference
-from llada_core.training.rollouts import Prompt, PromptTable, Reward, Sampled, Verifier, judge, prompts_of, sample
-
-_GOLD = 0.6180339887498949  # spreads the mask ratios of a row's samples over updates
+from llada_core.training.rollouts import (
+    Prompt,
+    PromptTable,
+    Reward,
+    Sampled,
+    judge,
+    prompts_of,
+    rewarded,
+    sample,
+    verified,
+)
+from llada_core.verifiers import verifiable
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,6 @@ class Problems:
     validation: PromptTable
     tokenizer: Tokenizer
     reward: Reward
-    verify: Verifier
 
 
 @dataclass(frozen=True)
@@ -59,13 +67,16 @@ class GRPO:
 
     def __init__(self, model: MaskPredictor, problems: Problems, params: GRPOParams, *, seed: int) -> None:
         self.predictor, self.problems, self.params, self.seed = model, problems, params, seed
-        self.best_by, self.patience = "validation_correct" if params.keep_best else None, params.patience
         self.ranks = Ranks()
         self.reference = Reference(model, params)
         self.order = Order(len(problems.train), params.prompts, seed=seed)
         held_out = range(min(len(problems.validation), params.validation_rows))
         tasks = Counter(prompt.task for prompt in prompts_of(problems.validation, held_out))
-        self.held: Mapping[str, int] = {f"validation_correct_{task}": rows for task, rows in sorted(tasks.items())}
+        self.held: Mapping[str, int] = {
+            f"validation_correct_{task}": rows for task, rows in sorted(tasks.items()) if verifiable(task)
+        }
+        judged_by = "validation_correct" if self.held or not tasks else "validation_reward"
+        self.best_by, self.patience = judged_by if params.keep_best else None, params.patience
         self._rollout: Completions | None = None
         self._old: Tensor | None = None
         self._number = -1
@@ -81,13 +92,9 @@ class GRPO:
             notes, inference = self._collect(model, number)
         assert self._rollout is not None
         self.reference.sync(self.predictor, step)
-        kept = self._kept()
-        mine = kept[rank::ranks]
-        micro = self.params.micro_batch_size or max(1, len(kept))
-        shares = math.ceil(math.ceil(len(kept) / ranks) / micro)  # the same number on every rank
-        batches = [self._share(index, step, update) for index in _split(mine, shares)]
-        samples = mask_samples(self.params)
-        tokens = sum(batch.rows.tokens.numel() for batch in batches)
+        kept, samples = self._kept(), mask_samples(self.params)
+        batches = [self._share(index, step, update) for index in self._micro_batches(rank, ranks)]
+        tokens = len(kept[rank::ranks]) * samples * self._rollout.tokens.shape[1]
         inference += tokens if self.params.beta > 0 else 0
         whole = (
             self._rollout.scored.sum().item() * samples if self.params.ratio == "token" else len(self._rollout.scored)
@@ -116,21 +123,32 @@ class GRPO:
         return Loss(result.sum, parts)
 
     def validate(self, model: nn.Module, rank: int, ranks: int) -> dict[str, Tensor]:
-        """Verified correctness on held-out prompts, over all and per task."""
+        """Verified correctness on held-out prompts, over all and per task; the mean reward of tasks that none verifies."""
         table, params = self.problems.validation, self.params
         settings = params.validation or replace(params.sampling, temperature=0.0)
-        parts = {name: torch.zeros(2) for name in ("validation_correct", *self.held)}
+        parts = {name: torch.zeros(2) for name in ("validation_correct", *self.held, "validation_reward")}
         total = min(len(table), params.validation_rows)
-        for start in range(0, -(-total // ranks), params.rollout_batch):
+        # No more at once than a rollout has: what was sampled in training must not run out of memory here.
+        size = min(params.rollout_batch, params.share(ranks) * params.generations)
+        for start in range(0, -(-total // ranks), size):
             # Sharded ranks must run in step: each answers as many prompts, those past the end without being counted.
-            numbers = [n * ranks + rank for n in range(start, min(start + params.rollout_batch, -(-total // ranks)))]
+            numbers = [n * ranks + rank for n in range(start, min(start + size, -(-total // ranks)))]
             prompts = prompts_of(table, [n % total for n in numbers])
             texts = sample(self.predictor, self.problems.tokenizer, prompts, settings).texts
-            for number, prompt, text in zip(numbers, prompts, texts, strict=True):
-                right = torch.tensor([float(self.problems.verify(prompt.task, text, prompt.answer)), 1.0])
-                for name in ("validation_correct", f"validation_correct_{prompt.task}"):
-                    parts[name] += right * (number < total)
+            counted = [(p, t) for n, p, t in zip(numbers, prompts, texts, strict=True) if n < total]
+            for name, value in self._judged(counted):
+                parts[name] += torch.tensor([value, 1.0])
         return parts
+
+    def _judged(self, answers: list[tuple[Prompt, str]]) -> Iterator[tuple[str, float]]:
+        """Which figure each answer adds to, and what: correctness, or where nothing verifies it, the reward."""
+        right = verified([prompt for prompt, _ in answers], [text for _, text in answers]).tolist()
+        for (prompt, text), value in zip(answers, right, strict=True):
+            if not math.isnan(value):
+                yield "validation_correct", value
+                yield f"validation_correct_{prompt.task}", value
+            elif not math.isnan(reward := rewarded(self.problems.reward, prompt, text)):
+                yield "validation_reward", reward
 
     def state(self) -> dict[str, Tensor]:
         tensors = self.reference.state()
@@ -157,14 +175,11 @@ class GRPO:
         own = params.share(ranks.count)
         mine = [p for p in everyone[ranks.index * own : (ranks.index + 1) * own] for _ in range(params.generations)]
         sampled = self._sample(mine, width, seed=hash((self.seed, number)) % 2**31)
-        rewards = torch.tensor(judge(self.problems.reward, mine, sampled.texts), dtype=torch.float64)
-        right = torch.tensor(
-            [float(self.problems.verify(p.task, t, p.answer)) for p, t in zip(mine, sampled.texts, strict=True)]
-        )
+        verdicts = judge(self.problems.reward, mine, sampled.texts)
         start, total = ranks.index * len(mine), len(everyone) * params.generations
         tokens, attention, scored, written, rewards, right = (
             ranks.join(x, start, total)
-            for x in (sampled.tokens, sampled.attention, sampled.scored, sampled.written, rewards, right)
+            for x in (sampled.tokens, sampled.attention, sampled.scored, sampled.written, *vars(verdicts).values())
         )
         valid = ~rewards.isnan()
         shape = (-1, params.generations)
@@ -174,7 +189,6 @@ class GRPO:
         groups = torch.where(valid, rewards, 0.0).view(shape)
         notes = {
             "reward": float(rewards[valid].mean()) if valid.any() else 0.0,
-            "rollout_correct": float(right.mean()),
             "groups_differ": float((groups.amax(1) > groups.amin(1)).double().mean()),
             "rewards_dropped": float((~valid).sum()),
             "completion_tokens": float(scored.sum(1).double().mean()),
@@ -182,6 +196,8 @@ class GRPO:
             / sampled.forwards
             * -(-len(mine) // params.rollout_batch),
         }
+        if not right.isnan().all():
+            notes["rollout_correct"] = float(right.nanmean())
         return notes, inference
 
     def _sample(self, prompts: list[Prompt], width: int, *, seed: int) -> Sampled:
@@ -202,22 +218,36 @@ class GRPO:
         )
 
     def _remember_old(self, model: nn.Module, first: int) -> int:
-        """Log-probabilities of the rollout's policy under the masks of the later updates; the first needs none."""
+        """Log-probabilities of the rollout's policy under the masks of the later updates; the first needs none.
+
+        Each rank scores the rows that it will train on, in the micro-batches of the updates; then all are told all,
+        which lets a run go on with another number of ranks. Returns the positions that this rank fed.
+        """
         self._old = None
-        if self.params.iterations == 1:
+        kept, ranks, samples = self._kept(), self.ranks, mask_samples(self.params)
+        updates = self.params.iterations - 1
+        if updates == 0 or not len(kept):
             return 0
         assert self._rollout is not None
-        samples, mask_id = mask_samples(self.params), self.predictor.special_tokens.mask_id
-        old = []
-        for update in range(1, self.params.iterations):
-            parts = []
-            for index in torch.arange(len(self._rollout.tokens)).split(self.params.rollout_batch):
-                rows, masks = self._masked(index, first + update)
+        shares = [kept[rank :: ranks.count] for rank in range(ranks.count)]
+        mine, width = len(shares[ranks.index]), self._rollout.tokens.shape[1]
+        own = torch.zeros(mine, updates, samples, width)
+        for update in range(updates):
+            done = 0
+            for index in self._micro_batches(ranks.index, ranks.count):
+                share = self._share(index, first + update + 1, 0)
                 with torch.no_grad():
-                    parts.append(_by_row(token_log_probabilities(model, rows, masks, mask_id).cpu(), samples))
-            old.append(torch.cat(parts))
-        self._old = torch.stack(old)
-        return self._old.numel()
+                    values = token_log_probabilities(
+                        model, share.rows, share.masks, self.predictor.special_tokens.mask_id
+                    )
+                # An empty micro-batch was one row that counts nothing.
+                own[done : done + len(index), update] = _by_row(values.cpu(), samples)[: len(index)]
+                done += len(index)
+        start = sum(len(share) for share in shares[: ranks.index])
+        joined = ranks.join(own, start, len(kept)).transpose(0, 1)
+        self._old = torch.zeros(updates, len(self._rollout.tokens), samples, width)
+        self._old[:, torch.cat(shares)] = joined
+        return own.numel()
 
     def _kept(self) -> Tensor:
         """Rows that can change anything: all, or without a KL term those whose advantage is not zero."""
@@ -225,12 +255,30 @@ class GRPO:
         everything = torch.arange(len(self._rollout.tokens))
         return everything if self.params.beta > 0 else everything[self._rollout.advantages != 0]
 
+    def _micro_batches(self, rank: int, ranks: int) -> list[Tensor]:
+        """A rank's kept rows, in parts of at most `micro_batch_size`: equally many on every rank, so some may be empty."""
+        kept = self._kept()
+        most = -(-len(kept) // ranks)  # rows of the rank that has most
+        parts = -(-most // (self.params.micro_batch_size or max(1, most)))
+        return list(torch.tensor_split(kept[rank::ranks], parts)) if parts else []
+
     def _share(self, index: Tensor, step: int, update: int) -> Share:
+        if not len(index):
+            return self._nothing(step)
         rows, masks = self._masked(index, step)
         if update == 0 or self._old is None:
             return Share(rows, masks, None)
         old = self._old[update - 1, index]  # (R, samples, T)
         return Share(rows, masks, old.transpose(0, 1).flatten(0, 1))
+
+    def _nothing(self, step: int) -> Share:
+        """In place of an empty micro-batch: one row that counts nothing.
+
+        Ranks that share their gradients run equally many forwards, and a GPU's attention takes no empty batch.
+        """
+        rows, masks = self._masked(torch.tensor([0]), step)
+        rows = replace(rows, scored=torch.zeros_like(rows.scored), advantages=torch.zeros_like(rows.advantages))
+        return Share(rows, masks, None)
 
     def _masked(self, index: Tensor, step: int) -> tuple[Completions, Masks]:
         """Rows repeated once per mask sample, and the masks of one update; numbers depend on row and step alone."""
@@ -249,7 +297,3 @@ class GRPO:
 def _by_row(values: Tensor, samples: int) -> Tensor:
     """(samples * R, T) to (R, samples, T)."""
     return values.view(samples, -1, values.shape[1]).transpose(0, 1)
-
-
-def _split(index: Tensor, shares: int) -> list[Tensor]:
-    return list(torch.tensor_split(index, shares)) if shares else []

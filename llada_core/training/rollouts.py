@@ -6,21 +6,22 @@ Knows prompts, the sampler and callables that judge; does not know losses or adv
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from llada_core.config.base import ConfigError
 from llada_core.config.sampling import SamplingParams
 from llada_core.modeling import MaskPredictor
 from llada_core.sampling import generate
 from llada_core.tokenizer import Tokenizer
-from llada_core.training.rewards import Reward
+from llada_core.training.rewards import Reward, correct
+from llada_core.verifiers import verifiable, verify_each
 
 _log = logging.getLogger(__name__)
-Verifier = Callable[[str, str, Mapping[str, Any]], bool]
 
 
 class PromptTable(Protocol):
@@ -94,19 +95,54 @@ def sample(
     return Sampled(tokens, attention, scored, written.clone(), texts, generation.forwards, generation.fed)
 
 
-def judge(reward: Reward, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-    """One reward per text; NaN where the function raised or gave no finite number (logged, the run goes on)."""
-    rewards = []
-    for prompt, text in zip(prompts, texts, strict=True):
-        try:
-            value = float(reward(prompt.task, text, prompt.answer))
-        except Exception as error:  # noqa: BLE001 - a person's reward may raise anything; the row is dropped and counted
-            _log.warning(
-                "reward of task %s raised %s: %s; the row is dropped", prompt.task, type(error).__name__, error
+@dataclass(frozen=True)
+class Verdicts:
+    """What each of R completions is worth: rewards (R,) float64, NaN where a row is to be dropped; right (R,) float64,
+    1 or 0, NaN where the task has no verifier.
+    """
+
+    rewards: Tensor
+    right: Tensor
+
+
+def judge(reward: Reward, prompts: Sequence[Prompt], texts: Sequence[str]) -> Verdicts:
+    """Verifier and reward of each completion, each called once; where the reward is the verifier's word, that is asked.
+
+    Verifiers come first and programs side by side, so that a reward which runs the same tests finds them run. Rewards
+    are called one after another: a person's function need not be safe in threads.
+    """
+    right = verified(prompts, texts)
+    if reward is correct:
+        without = sorted({prompt.task for prompt in prompts if not verifiable(prompt.task)})
+        if without:
+            raise ConfigError(
+                f"grpo.reward is the verifier's word, and task {without[0]!r} has none: give the dotted path of a "
+                "function (task, text, answer) -> float"
             )
-            value = math.nan
-        rewards.append(value if math.isfinite(value) else math.nan)
-    return rewards
+        return Verdicts(right, right)
+    values = [rewarded(reward, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    return Verdicts(torch.tensor(values, dtype=torch.float64), right)
+
+
+def verified(prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
+    """1 for a right text, 0 for a wrong one, NaN for a task without a verifier; (R,) float64."""
+    cases = [(prompt.task, text, prompt.answer) for prompt, text in zip(prompts, texts, strict=True)]
+    return torch.tensor([math.nan if r is None else float(r) for r in verify_each(cases)], dtype=torch.float64)
+
+
+def rewarded(reward: Reward, prompt: Prompt, text: str) -> float:
+    """One reward; NaN where the function raised or gave no finite number (logged, the run goes on).
+
+    Raises `ConfigError` as the function does: a setting that is wrong for one row is wrong for all.
+    """
+    try:
+        value = float(reward(prompt.task, text, prompt.answer))
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a person's reward may raise anything; the row is dropped and counted
+        _log.warning("reward of task %s raised %s: %s; the row is dropped", prompt.task, type(error).__name__, error)
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 @dataclass(frozen=True)

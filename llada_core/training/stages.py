@@ -30,7 +30,6 @@ from llada_core.training.preference import Preference
 from llada_core.training.ranks import Ranks, accelerator_for
 from llada_core.training.rewards import reward_named
 from llada_core.training.rollouts import specimens_of, write_samples
-from llada_core.verifiers import verify
 
 _DATA = {PretrainParams: "pretrain", SFTParams: "sft", GRPOParams: "grpo", PreferenceParams: "preference"}
 # What may change between a run and its continuation without changing what the run computes.
@@ -152,7 +151,7 @@ def objective_for(
         return DiffusionObjective(model, train_batches, held_out, params, seed=seed)
     if isinstance(params, GRPOParams):
         tables = [_filled(_table(folder / "train", params)), _table(folder / "validation", params)]
-        problems = Problems(tables[0], tables[1], tokenizer, reward_named(params.reward), verify)
+        problems = Problems(tables[0], tables[1], tokenizer, reward_named(params.reward))
         return GRPO(model, problems, params, seed=seed)
     if isinstance(params, PreferenceParams):
         pairs = [_filled(_table(folder / "train", params)), _table(folder / "validation", params)]

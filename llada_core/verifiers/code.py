@@ -8,9 +8,13 @@ import re
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 from llada_core.sandbox import Limits, run_python
+
+SIDE_BY_SIDE = 2
+"""Tests of one program that run at a time."""
 
 _FENCE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
@@ -27,8 +31,12 @@ def fenced(text: str) -> str | None:
     return found.group(1) if found else None
 
 
+@lru_cache(maxsize=4096)  # a reward and the verifier ask about the same program, one after the other
 def passed_share(program: str, tests: str, limits: Limits | None = None) -> float:
-    """The share of tests that pass, 0.0 when the tests name no function or the program defines none."""
+    """The share of tests that pass, 0.0 when the tests name no function or the program defines none.
+
+    What was found is remembered: the same program with the same tests runs once.
+    """
     wanted = re.search(r"from solution import (\w+)", tests) or re.search(r"assert\s+(\w+)\s*\(", tests)
     defined = re.search(r"^def (\w+)\(", program, re.MULTILINE)
     if wanted is None or defined is None:
@@ -36,7 +44,7 @@ def passed_share(program: str, tests: str, limits: Limits | None = None) -> floa
     if f"def {wanted[1]}(" not in program:
         program = re.sub(rf"\b{defined[1]}\b", wanted[1], program)
     setup, cases = _cases(re.sub(r"from solution import [^\n]*", "", tests))
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with ThreadPoolExecutor(max_workers=SIDE_BY_SIDE) as pool:
         passed = list(pool.map(lambda case: _passes(f"{program}\n\n{setup}", case, limits or Limits()), cases))
     return sum(passed) / len(passed) if passed else 0.0
 

@@ -8,14 +8,15 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 
+from llada_core.config.base import ConfigError
 from llada_core.config.sampling import SamplingParams
 from llada_core.config.training import GRPOParams
+from llada_core.training import grpo
 from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.metrics import read_metrics
-from llada_core.training.policy import divergence
+from llada_core.training.policy import Completions, divergence
 from llada_core.training.progress import Progress
 from llada_core.training.stages import Place, train
-from llada_core.verifiers import verify
 from tests.tiny import tiny_pair
 
 SAMPLING = SamplingParams(max_new_tokens=6, block_length=6, steps=3, temperature=1.0)
@@ -197,7 +198,7 @@ def test_rewards_that_do_not_differ_leave_the_pull_to_the_reference(data):
         model, tokenizer = tiny_pair()
         params = GRPOParams(max_steps=1, prompts=2, generations=2, sampling=SAMPLING, beta=beta)
         table = Dataset.load_from_disk(str(data / "grpo" / "train"))
-        policy = GRPO(model, Problems(table, table, tokenizer, likes_everything, verify), params, seed=0)
+        policy = GRPO(model, Problems(table, table, tokenizer, likes_everything), params, seed=0)
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(1.1)  # away from the reference
         for batch in policy.work(model, 0, 0, 1).batches:
@@ -205,3 +206,100 @@ def test_rewards_that_do_not_differ_leave_the_pull_to_the_reference(data):
         gradients[beta] = sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None)
     assert gradients[0.0] == 0
     assert gradients[0.5] > 0
+
+
+class Alone:
+    """One of several ranks, without the others: what they would add is left out."""
+
+    def __init__(self, index, count):
+        self.index, self.count = index, count
+
+    def join(self, part, start, total):
+        whole = torch.zeros(total, *part.shape[1:])
+        whole[start : start + len(part)] = part
+        return whole
+
+
+def with_rollout(model, advantages, ranks=(0, 1), **changes):
+    """A policy that has collected its first rollout: rows of five tokens, the last three written."""
+    values = {"max_steps": 1, "prompts": 2, "generations": 2, "sampling": SAMPLING, "beta": 0.0, **changes}
+    policy = GRPO(model, Problems([0, 1], [], None, likes_everything), GRPOParams(**values), seed=0)
+    tokens = torch.randint(10, 110, (len(advantages), 5), generator=torch.Generator().manual_seed(1))
+    written = (torch.arange(5) >= 2).expand(tokens.shape)
+    policy._rollout = Completions(tokens, torch.ones_like(tokens), written, written, torch.tensor(advantages))
+    policy._number, policy.ranks = 0, Alone(*ranks)
+    return policy
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The number of rows of every forward, in order."""
+    found, real = [], grpo.token_log_probabilities
+
+    def counted(model, rows, *rest):
+        found.append(len(rows.tokens))
+        return real(model, rows, *rest)
+
+    monkeypatch.setattr(grpo, "token_log_probabilities", counted)
+    return found
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_each_rank_scores_the_old_policy_on_its_own_rows_in_micro_batches(forwards, samples):
+    model, _ = tiny_pair()
+    changes = {"iterations": 3, "likelihood": "elbo", "mask_samples": samples}
+    advantages = [1.0, -1.0, 0.0, 0.5, -0.5, 2.0, 1.0]  # the third can change nothing
+    whole = with_rollout(model, advantages, **changes)
+    fed = whole._remember_old(model, 0)
+    assert forwards == [6 * samples] * 2
+    assert fed == 2 * 6 * samples * 5
+    assert whole._old[:, 2].eq(0).all()
+    parts = []
+    for rank in range(2):
+        forwards.clear()
+        policy = with_rollout(model, advantages, (rank, 2), micro_batch_size=2, **changes)
+        assert policy._remember_old(model, 0) == fed / 2
+        assert forwards == [2 * samples, samples] * 2
+        parts.append(policy._old)
+    torch.testing.assert_close(sum(parts), whole._old)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_rank_without_rows_runs_one_that_counts_nothing(forwards, ratio):
+    model, _ = tiny_pair()
+    changes = {"likelihood": "elbo", "mask_samples": 2, "ratio": ratio, "iterations": 2}
+    policy = with_rollout(model, [0.0, 1.0, 0.0, -1.0, 0.5], (1, 2), micro_batch_size=1, **changes)
+    policy._remember_old(model, 0)
+    assert forwards == [2, 2]
+    for update in range(2):
+        work = policy.work(model, update, 1, 2)
+        assert [len(batch.rows.tokens) for batch in work.batches] == [2, 2]
+        assert work.tokens == 10
+        nothing = policy.loss(model, work.batches[1])
+        nothing.sum.backward()
+        assert all(part.tolist() == [0.0, 0.0] for part in nothing.parts.values())
+        assert sum(float(p.grad.abs().sum()) for p in model.parameters()) == 0
+
+
+def test_validation_samples_no_more_at_once_than_a_rollout(data, tmp_path, monkeypatch):
+    sizes, real = [], grpo.sample
+    monkeypatch.setattr(grpo, "sample", lambda *a, **k: sizes.append(len(a[2])) or real(*a, **k))
+    run(data, tmp_path, max_steps=1, prompts=1, generations=4)
+    assert sizes == [4, 2, 4, 4, 2]  # six held-out prompts, a rollout, and these once more
+
+
+def test_a_task_without_a_verifier_is_judged_by_its_reward(data, tmp_path):
+    for part in ("train", "validation"):
+        table = Dataset.load_from_disk(str(data / "grpo" / part))
+        table = table.remove_columns("task").add_column("task", ["poem"] * len(table))
+        table.save_to_disk(str(tmp_path / "data" / "grpo" / part))
+    receipt, _ = run(tmp_path / "data", tmp_path / "run", max_steps=2, validate_every=1)
+    assert receipt.finished
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert not any("correct" in name for line in lines for name in line)
+    judged_by = [line for line in lines if "validation_reward" in line]
+    assert [line["step"] for line in judged_by] == [0, 1, 2]
+    best = max(judged_by, key=lambda line: line["validation_reward"])
+    assert judged_by[-1]["best_step"] == best["step"]
+    with pytest.raises(ConfigError, match=r"task 'poem' has none: give the dotted path of a function"):
+        run(tmp_path / "data", tmp_path / "other", reward="default")

@@ -13,13 +13,14 @@ from llada_core.modeling import load_model
 from llada_core.training.metrics import read_metrics
 from tests.ports import free_port
 from tests.training.data import write_data
+from tests.training.test_grpo import write_prompts
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
+    return write_prompts(write_data(tmp_path_factory.mktemp("data")))
 
 
 def scenario(data, run, stage="sft", model="llada", stop=None, **changes):
@@ -68,12 +69,23 @@ def plan(data, folder, name, **changes):
     return scenario(data, folder / name, **changes)
 
 
+POLICY = {
+    "stage": "grpo", "max_steps": 6, "prompts": 2, "generations": 3, "iterations": 3, "beta": 0.0, "validate_every": 3,
+    "reward": "tests.training.test_grpo.likes_low_ids",
+    "sampling": {"max_new_tokens": 6, "block_length": 6, "steps": 3, "temperature": 1.0},
+}  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def few(data, tmp_path_factory):
-    """A sparse model on one process and on two that shard it."""
+    """A sparse model on one process and on two that shard it; policy optimisation on one, and on two in small batches."""
     folder = tmp_path_factory.mktemp("few")
-    launch(folder, 1, [plan(data, folder, "alone", model="llada_moe", max_steps=8)])
-    launch(folder, 2, [plan(data, folder, "fsdp", model="llada_moe", max_steps=8, kind="fsdp")])
+    launch(
+        folder, 1, [plan(data, folder, "alone", model="llada_moe", max_steps=8), plan(data, folder, "policy", **POLICY)]
+    )
+    two = plan(data, folder, "policies", **POLICY, kind="ddp")
+    two["params"]["micro_batch_size"] = 1
+    launch(folder, 2, [plan(data, folder, "fsdp", model="llada_moe", max_steps=8, kind="fsdp"), two])
     return folder
 
 
@@ -105,6 +117,10 @@ def really_sharded(folder, kind):
 def test_two_sharding_ranks_are_one(few):
     same(few / "fsdp", few / "alone")
     really_sharded(few / "fsdp", "fsdp")
+
+
+def test_two_ranks_that_sample_judge_and_train_their_own_rows_are_one(few):
+    same(few / "policies", few / "policy")
 
 
 @pytest.mark.faults

@@ -1,12 +1,16 @@
 """Rewards: equal to the published ones, except where those are mistaken, which is written down here."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
+from llada_core import verifiers
 from llada_core.config.base import ConfigError
 from llada_core.training.rewards import published, reward_named
+from llada_core.training.rollouts import Prompt, judge
+from llada_core.verifiers import code
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/rewards.json").read_text())
 # (case, reward) -> ours, where the published value is a mistake.
@@ -81,3 +85,46 @@ def test_rewards_by_name_and_by_dotted_path():
         reward_named("nowhere.f")
     with pytest.raises(ValueError, match="task 'seats' has no published reward"):
         published.reward("seats", "21", {})
+
+
+def test_each_completion_is_verified_and_rewarded_once(monkeypatch):
+    asked = []
+    monkeypatch.setitem(verifiers._VERIFIERS, "gsm8k", lambda text, answer: asked.append(text) or text == "7")
+    prompts = [Prompt([1], task, {}) for task in ("gsm8k", "poem", "gsm8k")]
+    texts = ["7", "a rose", "8"]
+    found = judge(lambda task, text, answer: asked.append(task) or len(text), prompts, texts)
+    assert asked == ["7", "8", "gsm8k", "poem", "gsm8k"]
+    assert found.rewards.tolist() == [1.0, 6.0, 1.0]
+    assert str(found.right.tolist()) == "[1.0, nan, 0.0]"
+    asked.clear()
+    found = judge(reward_named("default"), prompts[::2], texts[::2])
+    assert asked == ["7", "8"]
+    assert found.rewards.tolist() == found.right.tolist() == [1.0, 0.0]
+
+
+def test_the_tests_of_programs_run_once_and_side_by_side(monkeypatch):
+    ran, together, most = [], threading.Barrier(2, timeout=60), 2
+    monkeypatch.setattr(verifiers, "_processors", lambda: 2 * code.SIDE_BY_SIDE)
+
+    def passes(program, case, limits):
+        ran.append(case)
+        if len(ran) <= most and case == "assert add(1, 2) == 3":
+            together.wait()  # until the other program's test runs too
+        return True
+
+    monkeypatch.setattr(code, "_passes", passes)
+    code.passed_share.cache_clear()
+    prompts = [Prompt([1], "code", {"tests": "assert add(1, 2) == 3"})] * 2
+    found = judge(reward_named("published"), prompts, [PROGRAM, PROGRAM.replace("plus", "sum_of")])
+    code.passed_share.cache_clear()  # these verdicts were made up
+    assert ran == ["assert add(1, 2) == 3"] * 2
+    assert found.right.tolist() == [1.0, 1.0]
+    assert found.rewards.tolist() == [1.625, 1.625]
+
+
+def test_a_reward_that_raises_drops_its_row_and_a_wrong_setting_ends_the_run():
+    prompts = [Prompt([1], "gsm8k", {"answer": "1"})] * 2
+    found = judge(lambda task, text, answer: 1.0 / len(text), prompts, ["", "1"])
+    assert str(found.rewards.tolist()) == "[nan, 1.0]"
+    with pytest.raises(ConfigError, match="task 'seats' has no published reward"):
+        judge(reward_named("published"), [Prompt([1], "seats", {"order": "1"})], ["1"])

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from llada_core.config.base import ConfigError
 from llada_core.data.puzzles import solutions
 from llada_core.verifiers import code, math, puzzles
 from llada_core.verifiers.text import tagged
@@ -23,12 +24,12 @@ _SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTA
 
 
 def reward(task: str, text: str, answer: Answer) -> float:
-    """The sum of a task's rewards; raises ValueError for a task without any."""
+    """The sum of a task's rewards; raises `ConfigError` for a task without any."""
     return sum(parts(task, text, answer).values())
 
 
 def parts(task: str, text: str, answer: Answer) -> dict[str, float]:
-    """Each reward of a task by name; raises ValueError for a task without any."""
+    """Each reward of a task by name; raises `ConfigError` for a task without any."""
     match task:
         case "gsm8k":
             return gsm8k(text, answer)
@@ -43,7 +44,7 @@ def parts(task: str, text: str, answer: Answer) -> dict[str, float]:
             return {"sudoku": sudoku_score(text, answer)}
         case "code":
             return {"tests": code_score(text, answer), "xmlcount": xmlcount(text)}
-    raise ValueError(f"task {task!r} has no published reward; use grpo.reward=correct or a function of your own")
+    raise ConfigError(f"task {task!r} has no published reward; use grpo.reward=correct or a function of your own")
 
 
 def gsm8k(text: str, answer: Answer) -> dict[str, float]:
