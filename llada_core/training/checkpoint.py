@@ -25,6 +25,7 @@ from llada_core.training.ranks import Ranks
 _log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
+_NOTE = "note.json"
 
 
 class Checkpoints:
@@ -131,8 +132,21 @@ def damaged(folder: Path) -> str | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The small state stored beside the tensors."""
-    return json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    """The small state stored beside the tensors, with what was noted since."""
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    noted = folder / _NOTE
+    return state | (json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {})
+
+
+def note(folder: Path, state: Mapping[str, Any]) -> None:
+    """New values for parts of a checkpoint's state, which appear by rename; on a full disk the old ones stay."""
+    partial = folder / f".{_NOTE}"
+    try:
+        _write(partial, json.dumps(state, sort_keys=True))
+        os.replace(partial, folder / _NOTE)
+        _sync(folder)
+    except OSError as error:
+        _log.warning("%s: what came after it was not noted (%s), and is found out again on a resume", folder, error)
 
 
 class Stored:

@@ -107,13 +107,18 @@ class Loop:
             self._save()
             self._logged = (0, 0.0, 0.0, time.monotonic())
         else:
-            self._go_on_from(state)
-            self.metrics.write(self.progress.step, {"event": "resumed", "back_to": self.progress.step})
+            self._go_on_from(state, {"event": "resumed"})
 
-    def _go_on_from(self, state: dict[str, Any]) -> None:
+    def _go_on_from(self, state: dict[str, Any], event: dict[str, Any]) -> None:
+        """Take over a checkpoint's counters, and make up for the validation that it was still waiting for."""
         self.progress, self._notes = Progress(**state["progress"]), state["notes"]
         self.meter.load_state(state["meter"], self.ranks)
-        self._logged = (self.progress.step, self.progress.tokens, self.progress.flops, time.monotonic())
+        step, due = self.progress.step, bool(state.get("validation_due"))
+        self.metrics.write(step, event | {"back_to": step} | ({"validates_again": True} if due else {}))
+        if due:
+            self._validate()
+            self._note()
+        self._logged = (step, self.progress.tokens, self.progress.flops, time.monotonic())
 
     def _finished(self) -> bool:
         return self.progress.done or self._share() >= 1.0
@@ -176,9 +181,14 @@ class Loop:
         if (due or saving or step % params.log_every == 0) and not self._log():
             self._roll_back()
             return
-        if due:
-            self._validate()
-        if saving or self.progress.done or self.progress.best_step == step:
+        # A validation may run out of memory, every time anew: what was trained is safe before it begins.
+        saved = saving and self._save(validation_due=due)
+        if not due:
+            return
+        self._validate()
+        if saved:
+            self._note()
+        elif self.progress.done or self.progress.best_step == step:
             self._save()
 
     def _log(self) -> bool:
@@ -225,13 +235,9 @@ class Loop:
                 f"the loss diverged at step {bad} and {self.params.recovery.tries} recoveries did not help; "
                 f"see {self.folder / 'metrics.jsonl'}; lower learning_rate or look at the data of that step"
             )
-        self._go_on_from(state)
-        factor = self.recovery.factor(self.progress.step)
-        _log.warning("diverged at step %d: back to step %d, learning rate x %g", bad, self.progress.step, factor)
-        self.metrics.write(
-            self.progress.step,
-            {"event": "rolled back", "back_to": self.progress.step, "from": bad, "learning_rate_factor": factor},
-        )
+        factor = self.recovery.factor(int(state["step"]))
+        _log.warning("diverged at step %d: back to step %d, learning rate x %g", bad, int(state["step"]), factor)
+        self._go_on_from(state, {"event": "rolled back", "from": bad, "learning_rate_factor": factor})
 
     def _validate(self) -> None:
         self.parts.model.eval()
@@ -249,9 +255,15 @@ class Loop:
                 self.metrics.write(self.progress.step, line, "samples.jsonl")
         self.parts.model.train()
 
-    def _save(self) -> None:
+    def _save(self, *, validation_due: bool = False) -> bool:
+        """Write a checkpoint; False when it could not be written and the run can do without this one."""
         progress = self.progress
-        state = {"progress": asdict(progress), "meter": self.meter.state(self.ranks), "notes": self._notes}
+        state = {
+            "progress": asdict(progress),
+            "meter": self.meter.state(self.ranks),
+            "notes": self._notes,
+            "validation_due": validation_due,
+        }
         saved = self.snapshot.save(progress.step, state, also_keep=progress.best_step)
         if not saved:
             self.metrics.write(progress.step, {"event": "checkpoint failed"})
@@ -260,6 +272,11 @@ class Loop:
                     f"{self.folder}: the checkpoint of step {progress.step} could not be written (disk full?); "
                     "the one before it is intact, free some space and run again"
                 )
+        return saved
+
+    def _note(self) -> None:
+        """Tell this step's checkpoint, which was written before its validation, what that has found."""
+        self.snapshot.note(self.progress.step, {"progress": asdict(self.progress), "validation_due": False})
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

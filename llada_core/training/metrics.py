@@ -51,8 +51,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             continue
         if "back_to" in line:  # one that starts anew was killed before its first checkpoint
             kept = [old for old in kept if old["step"] <= line["back_to"] and line.get("event") != "started"]
+        if line.get("validates_again"):  # the checkpoint did not know yet what its step's validation had found
+            kept = [old for old in kept if old["step"] < line["back_to"] or not _validated(old)]
         kept.append(line)
     return kept
+
+
+def _validated(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("validation_") for name in line)
 
 
 class Meter:

@@ -3,8 +3,8 @@
 Knows batches and noise; does not know optimisers, ranks or files.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -136,20 +136,32 @@ class DiffusionObjective(Objective):
         return (self.params.router_balance * balance + self.params.router_z * z).sum() / self.params.batch_size
 
     def validate(self, model: nn.Module, rank: int, ranks: int) -> dict[str, Tensor]:
-        """The bound per token on held-out rows, at the same times and masks at every call."""
+        """The bound per token on held-out rows, at the same times and masks at every call; in micro-batches, as in training.
+
+        A row's noise depends on its number alone, so the size of a forward changes no figure.
+        """
         if self.validation is None:
             return {}
         parts = {f"validation_{name}": torch.zeros(2, dtype=torch.float64) for name in ("loss", "nll")}
         for number in range(self.validation.order.batches_per_epoch):
-            rows = self.validation.batch(number, part=rank, parts=ranks)  # sharded ranks must run in step
-            noise = Noise(self.seed, _VALIDATION_STEP, rows.numbers, self.validation.order.size)
-            with torch.no_grad():
-                loss = self.noisy_loss(
-                    model, rows, noise.times(self.params.noise), noise.uniforms(rows.tokens.shape[1])
-                )
-            for name in ("loss", "nll"):
-                parts[f"validation_{name}"] += loss.parts[name].cpu()
+            share = self.validation.batch(number, part=rank, parts=ranks)  # sharded ranks must run in step
+            for rows in _in_parts(share, self.params.micro_batch_size):
+                noise = Noise(self.seed, _VALIDATION_STEP, rows.numbers, self.validation.order.size)
+                with torch.no_grad():
+                    loss = self.noisy_loss(
+                        model, rows, noise.times(self.params.noise), noise.uniforms(rows.tokens.shape[1])
+                    )
+                for name in ("loss", "nll"):
+                    parts[f"validation_{name}"] += loss.parts[name].cpu()
         return parts
+
+
+def _in_parts(rows: Batch, size: int | None) -> Iterator[Batch]:
+    """A batch in parts of at most `size` rows, each as wide as the whole."""
+    size = size or len(rows.tokens)
+    for start in range(0, len(rows.tokens), size):
+        part = slice(start, start + size)
+        yield replace(rows, **{name: x[part] for name, x in vars(rows).items() if x is not None})
 
 
 def visible(rows: Batch) -> Tensor | None:

@@ -118,7 +118,7 @@ class Preference(Objective):
         """Loss, margin and share of preferred answers on held-out pairs, at the same masks at every call."""
         total = min(len(self.validation), self.params.validation_rows)
         parts = {f"validation_{name}": torch.zeros(2) for name in ("loss", "margin", "preferred")}
-        size = max(self.params.batch_size // ranks, 1)
+        size = self.params.micro_batch_size or max(self.params.batch_size // ranks, 1)
         for start in range(0, total - total % ranks, size * ranks):  # sharded ranks must run in step
             rows = list(range(start, min(start + size * ranks, total - total % ranks)))[rank::ranks]
             batch = pairs_of(self.validation, rows, rows, self.special.eos_id, _VALIDATION_STEP)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llada_core.training.checkpoint import Checkpoints, Stored, damaged, read_state
+from llada_core.training.checkpoint import Checkpoints, Stored, damaged, note, read_state
 from llada_core.training.objectives import Objective
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -48,6 +48,11 @@ class Snapshot:
             tensors[f"model.{name}"] = parameter
             tensors |= {f"optimiser.{moment}.{name}": slots[moment] for moment in _MOMENTS if moment in slots}
         return self._checkpoints.save(step, tensors, {**state, "updates": self._updates()}, also_keep=also_keep)
+
+    def note(self, step: int, state: Mapping[str, Any]) -> None:
+        """Change parts of the state of a checkpoint that was written; where that fails, the state stays as it was."""
+        if self._checkpoints.ranks.first:
+            note(self._checkpoints.folder / f"step-{step:08d}", state)
 
     def restore(self) -> dict[str, Any] | None:
         """Go back to the newest valid checkpoint and return its state; None when there is none.

@@ -5,20 +5,24 @@ import json
 import pytest
 import torch
 
-from llada_core.config.training import PretrainParams, SFTParams
+from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, SFTParams
 from llada_core.modeling import load_model
-from llada_core.training import loop
+from llada_core.training import loop, objectives, preference
+from llada_core.training.grpo import GRPO
+from llada_core.training.loop import Loop
 from llada_core.training.metrics import read_metrics
 from llada_core.training.stages import Place, train
 from tests.tiny import tiny_pair
 from tests.training.data import write_data
+from tests.training.test_grpo import SAMPLING, by_weights, write_prompts
+from tests.training.test_preference import write_pairs
 
-KINDS = {"pretrain": PretrainParams, "sft": SFTParams}
+KINDS = {"pretrain": PretrainParams, "sft": SFTParams, "preference": PreferenceParams}
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
+    return write_pairs(write_prompts(write_data(tmp_path_factory.mktemp("data"))))
 
 
 def params(stage="pretrain", **changes):
@@ -98,3 +102,110 @@ def test_what_a_run_wrote_before_it_was_started_anew_is_gone(tmp_path):
     lines = [{"step": 0, "event": "started", "back_to": 0}, {"step": 0, "validation_correct": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, *lines]))
     assert read_metrics(tmp_path / "metrics.jsonl") == lines
+
+
+class KilledError(Exception):
+    """In place of SIGKILL: nothing that a run has in memory outlives it."""
+
+
+def policy(data, folder, follow=None):
+    """A policy run that validates at every step and saves at every second one."""
+    model, tokenizer = tiny_pair()
+    params = GRPOParams(
+        max_steps=8, prompts=2, generations=3, iterations=3, sampling=SAMPLING, learning_rate=3e-3, log_every=1, keep=1,
+        save_every=2, validate_every=1, samples=0, beta=0.0, patience=6, reward="tests.training.test_grpo.likes_low_ids",
+    )  # fmt: skip
+    receipt = train(params, model, tokenizer, Place(data, folder), seed=1, follow=follow)
+    return receipt, model.state_dict()
+
+
+def measured(folder):
+    """What a run's metrics say, without what depends on the clock."""
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line.get("event") != "resumed"]
+    clock = ("time", "seconds", "steps_per_second", "tokens_per_second", "flops_per_second", "memory_gb")
+    return [{name: value for name, value in line.items() if name not in clock} for line in lines]
+
+
+def by_seen_weights(policy, model, *_):
+    """A score that goes up and down with the weights, and is best in the middle."""
+    return {"validation_correct": 1 - by_weights(policy, model)["validation_correct"] * torch.tensor([1.0, 0.0])}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(GRPO, "validate", by_seen_weights)
+        receipt, weights = policy(data, folder)
+    assert receipt.steps == 8
+    return measured(folder), weights
+
+
+MOMENTS = [("before it", step) for step in (1, 2, 4, 8)]
+MOMENTS += [("before it is noted", step) for step in (2, 3, 8)] + [("after it is noted", step) for step in (4, 8)]
+
+
+@pytest.mark.parametrize(("moment", "step"), MOMENTS)
+def test_a_kill_around_a_validation_changes_nothing(data, undisturbed, tmp_path, monkeypatch, moment, step):
+    lines, whole = undisturbed
+    print([(line["best_step"], line["validation_correct"]) for line in lines if "best_step" in line])
+    assert 0 < lines[-1]["best_step"] < 8
+    monkeypatch.setattr(GRPO, "validate", by_seen_weights)
+    asked, real = [], Loop._note
+
+    def validates(objective, model, *_):
+        asked.append(1)
+        if moment == "before it" and len(asked) == step + 1:  # the first is that of the weights it begins with
+            raise KilledError
+        return by_seen_weights(objective, model)
+
+    def validated(line):
+        if moment == "before it is noted" and line["step"] == step and "validation_correct" in line:
+            raise KilledError
+
+    def noted(loop):
+        real(loop)
+        if moment == "after it is noted" and loop.progress.step == step:
+            raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GRPO, "validate", validates)
+        patched.setattr(Loop, "_note", noted)
+        with pytest.raises(KilledError):
+            policy(data, tmp_path, validated)
+    saved = tmp_path / "checkpoints" / f"step-{step:08d}"
+    assert saved.exists() == (step % 2 == 0)  # before what could run out of memory
+    receipt, weights = policy(data, tmp_path)
+    assert receipt.finished
+    assert measured(tmp_path) == lines
+    assert all(torch.equal(whole[name], weights[name]) for name in whole)
+
+
+def test_a_resume_does_not_validate_what_was_validated(data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(GRPO, "validate", lambda *a: asked.append(1) or by_weights(*a))
+    policy(data, tmp_path)
+    asked.clear()
+    policy(data, tmp_path)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("stage", "home", "rows"),
+    [("pretrain", objectives, 4), ("sft", objectives, 4), ("preference", preference, 4 * 2 * 3)],
+)
+def test_validation_takes_no_more_rows_at_once_than_training(data, tmp_path, monkeypatch, stage, home, rows):
+    largest, real = [], home.masked_nll
+    monkeypatch.setattr(
+        home, "masked_nll", lambda m, noisy, *a, **k: largest.append(len(noisy)) or real(m, noisy, *a, **k)
+    )
+    figures = {}
+    more = {"mask_samples": 3} if stage == "preference" else {}
+    for micro in (None, 4):
+        largest.clear()
+        run(data, tmp_path / str(micro), stage, max_steps=1, micro_batch_size=micro, validation_rows=7, **more)
+        found = read_metrics(tmp_path / str(micro) / "metrics.jsonl")[-1]
+        figures[micro] = {name: value for name, value in found.items() if "validation" in name}
+    assert max(largest) == rows
+    assert figures[4] == pytest.approx(figures[None], rel=1e-6)
+    assert figures[4]
