@@ -10,7 +10,7 @@ from typing import Any
 from llada_core.config.data import PuzzleCounts, PuzzlesParams, SourceParams
 from llada_core.data import puzzles
 from llada_core.data.puzzles import Part, Puzzle
-from llada_core.data.sources import Row, find, read
+from llada_core.data.sources import Row, find, read, split_file
 
 _PARTS: dict[str, Part] = {"pretrain": "train", "sft": "train", "grpo": "grpo", "preference": "grpo"}
 
@@ -101,7 +101,7 @@ def _benchmark(name: str, drawn: list[Puzzle]) -> Benchmark:
 def _published(task: str, seed: int, roots: list[Path]) -> list[Benchmark]:
     """d1's test set of a task, worded as this run's own puzzles, when a root holds it."""
     name = {"sudoku": "sudoku4x4", "countdown": "countdown"}.get(task)
-    if name is None or not any((root / name / "test.jsonl").is_file() for root in roots):
+    if name is None or not any(split_file(root / name, "test") for root in roots):
         return []
     source = SourceParams(name=name, split="test")
     benchmark = Benchmark(f"{task}_published", [])

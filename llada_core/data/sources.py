@@ -80,7 +80,7 @@ def find(source: SourceParams, stage: str, roots: list[Path]) -> Origin:
         place = root / Path(source.name).expanduser()
         if place.is_dir() and any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return Origin(str(place), "saved", split, config, source.map or own_map, _digest_folder(place))
-        path = place if place.is_file() else _split_file(place, source.split or "train")
+        path = place if place.is_file() else split_file(place, source.split or "train")
         if path is not None:
             return Origin(str(path), "file", split, config, source.map or own_map, _digest_file(path))
     hub = known.hub if source.name in KNOWN else source.name if _looks_like_hub(source.name) else None
@@ -109,7 +109,7 @@ def read(source: SourceParams, origin: Origin) -> Iterator[tuple[int, Row]]:
 
 def shared_with_test(source: SourceParams, origin: Origin) -> int | None:
     """How many rows of a training file occur in the test file beside it as well; None when there is none beside it."""
-    beside = _split_file(Path(origin.place).parent, "test") if origin.kind == "file" else None
+    beside = split_file(Path(origin.place).parent, "test") if origin.kind == "file" else None
     if beside is None or str(beside) == origin.place:
         return None
     tested = {json.dumps(row, sort_keys=True) for _, row in _read_file(beside, source)}
@@ -124,11 +124,12 @@ def _read_file(path: Path, source: SourceParams) -> Iterator[tuple[int, Row]]:
         if not isinstance(rows, list):
             raise DataError(f"{path}: expected a JSON list of objects, got {type(rows).__name__}")
         yield from ((i, _object(row, f"{path}, entry {i}")) for i, row in enumerate(rows, 1))
-    elif path.suffix in (".parquet", ".csv"):
+    elif path.suffix == ".parquet":
         import datasets
 
-        table = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
-        yield from enumerate(table, 1)
+        yield from enumerate(datasets.load_dataset("parquet", data_files=str(path), split="train"), 1)
+    elif path.suffix == ".csv":
+        yield from _read_csv(path)
     elif source.unit == "line":
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -151,6 +152,24 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
                 where = f"{path}, line {number}"  # what is wrong is found out only where something is
                 if text := _text(line, where).strip():
                     yield number, _object(_json(text, where), where)
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
+    """Every cell as the text that stands there: as a number a sudoku would lose the zeros it begins with."""
+    import pandas
+
+    number = 0
+    try:
+        for part in pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=1000):
+            for row in part.to_dict("records"):
+                number += 1
+                yield number, row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
+    except pandas.errors.EmptyDataError:
+        return  # no rows, which the caller tells
+    except pandas.errors.ParserError as error:
+        raise DataError(f"{path}, behind row {number}: not a CSV table ({' '.join(str(error).split())})") from None
 
 
 def _text(data: bytes, where: str) -> str:
@@ -194,7 +213,8 @@ def _read_datasets(source: SourceParams, origin: Origin) -> Iterator[tuple[int, 
     yield from enumerate(table, 1)
 
 
-def _split_file(folder: Path, split: str) -> Path | None:
+def split_file(folder: Path, split: str) -> Path | None:
+    """The file of a split in a folder, whichever of the known formats it has; None where there is none."""
     return next((path for suffix in _SUFFIXES if (path := folder / f"{split}{suffix}").is_file()), None)
 
 

@@ -1,14 +1,19 @@
 """Sources: found by name or path, read with line numbers; a mistake is told with file, line and what was expected."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
 
-from llada_core.config.data import SourceParams
+from llada_core.config.data import PuzzlesParams, SourceParams, SudokuParams
 from llada_core.data import maps, sources
+from llada_core.data.puzzle_rows import benchmarks
 from llada_core.data.sources import DataError, find, read
 from llada_core.training.rewards.published import gsm8k
+
+# What dllm@ca17675 and d1@837888f make of these rows, by their own code.
+PROMPTS = json.loads((Path(__file__).parents[1] / "golden/grpo_prompts.json").read_text(encoding="utf-8"))
 
 
 def rows_of(path, **changes):
@@ -133,6 +138,64 @@ def test_a_stream_needs_an_end():
 def test_every_known_data_set_has_its_map_function():
     for known in sources.KNOWN.values():
         assert all(callable(getattr(maps, name)) for name in known.maps.values())
+
+
+@pytest.mark.parametrize("task", PROMPTS)
+def test_published_prompts_are_those_of_d1_and_dllm_character_by_character(task):
+    for case in PROMPTS[task]:
+        row = vars(maps)[task](case["row"])
+        assert (None if row is None else row["prompt"]) == case["prompt"]
+        if row is not None:
+            assert row["task"] == task
+            assert vars(maps)[f"{task}_terse"](case["row"])["prompt"] != row["prompt"]
+            assert vars(maps)[f"{task}_terse"](case["row"])["answer"] == row["answer"]
+    assert sources.KNOWN[{"sudoku": "sudoku4x4", "code": "kodcode", "math": "math500"}.get(task, task)].maps["grpo"] == task
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "number.jsonl", "parquet"])
+def test_a_sudoku_keeps_its_leading_zeros_however_it_is_stored(tmp_path, suffix):
+    cases = PROMPTS["sudoku"]
+    rows, path = [case["row"] for case in cases], tmp_path / f"puzzles.{suffix}"
+    if suffix == "csv":
+        path.write_text("Puzzle,Solution\n" + "".join(f"{row['Puzzle']},{row['Solution']}\n" for row in rows))
+    elif suffix == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        kind = int if suffix == "number.jsonl" else str
+        path.write_text("".join(json.dumps({k: kind(v) for k, v in row.items()}) + "\n" for row in rows))
+    found = [maps.sudoku(row) for _, row in rows_of(path)]
+    assert [row["prompt"] for row in found] == [case["prompt"] for case in cases]
+    assert [row["answer"]["puzzle"] for row in found] == [row["Puzzle"] for row in rows]
+    assert [row["answer"]["solution"] for row in found] == [row["Solution"] for row in rows]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_published_test_sets_are_measured_in_either_format(tmp_path, suffix):
+    row = PROMPTS["sudoku"][0]["row"]
+    (tmp_path / "sudoku4x4").mkdir()
+    text = json.dumps(row) if suffix == "jsonl" else f"Puzzle,Solution\n{row['Puzzle']},{row['Solution']}"
+    (tmp_path / "sudoku4x4" / f"test.{suffix}").write_text(text + "\n")
+    params = PuzzlesParams(sudoku=SudokuParams(evaluate=1))
+    found = {benchmark.name: benchmark for benchmark in benchmarks(params, 0, [tmp_path])}
+    assert found["sudoku_published"].keys == [f"sudoku:{row['Puzzle']}"]
+
+
+def test_a_csv_holds_text_and_nothing_else(tmp_path):
+    (tmp_path / "a.csv").write_text("\ufeffinstruction,output\n6 x 7?,42\nNothing?,\nName?,NA\n", encoding="utf-8")
+    asked = [maps.alpaca(row)["messages"] for _, row in rows_of(tmp_path / "a.csv")]
+    assert [(one["content"], two["content"]) for one, two in asked] == [
+        ("6 x 7?", "42"),
+        ("Nothing?", ""),
+        ("Name?", "NA"),
+    ]
+    (tmp_path / "b.csv").write_text("a,b\n1,2\n1,2,3\n")
+    with pytest.raises(DataError, match=r"b\.csv, behind row 0: not a CSV table .*line 3"):
+        rows_of(tmp_path / "b.csv")
+    (tmp_path / "c.csv").write_text("")
+    with pytest.raises(DataError, match=r"c\.csv: no rows"):
+        rows_of(tmp_path / "c.csv")
+    with pytest.raises(ValueError, match="Puzzle 'x2' is not 16 digits"):
+        maps.sudoku({"Puzzle": "x2", "Solution": "1"})
 
 
 def test_reasoning_replies_earn_every_published_reward():
