@@ -149,7 +149,10 @@ def test_published_prompts_are_those_of_d1_and_dllm_character_by_character(task)
             assert row["task"] == task
             assert vars(maps)[f"{task}_terse"](case["row"])["prompt"] != row["prompt"]
             assert vars(maps)[f"{task}_terse"](case["row"])["answer"] == row["answer"]
-    assert sources.KNOWN[{"sudoku": "sudoku4x4", "code": "kodcode", "math": "math500"}.get(task, task)].maps["grpo"] == task
+    assert (
+        sources.KNOWN[{"sudoku": "sudoku4x4", "code": "kodcode", "math": "math500"}.get(task, task)].maps["grpo"]
+        == task
+    )
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "number.jsonl", "parquet"])
