@@ -20,4 +20,3 @@ def test_a_file_is_one_small_idea_with_its_purpose_on_top(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= 60, f"{node.name} has {length} lines: a function fits a screen"
-

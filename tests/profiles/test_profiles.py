@@ -5,6 +5,7 @@ of the stage's. accelerate cannot run ZeRO on a CPU: there the command is checke
 """
 
 import json
+import operator
 import os
 import shlex
 import shutil
@@ -15,9 +16,10 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from peft import LoraConfig, inject_adapter_in_model
 
 from llada_core.config.params import TRAINING_STAGES, Params
-from llada_core.modeling import load_model
+from llada_core.modeling import add_lora, load_model
 from llada_core.training.metrics import read_metrics
 from llada_core.training.ranks import accelerator_for
 from llada_core.training.stages import block_classes
@@ -118,6 +120,49 @@ def test_a_zero_profile_is_right_up_to_the_launch(tmp_path: Path, name: str, mon
     assert config["zero_optimization"]["stage"] == 2
     assert config["train_micro_batch_size_per_gpu"] == block.micro_batch_size
     assert config["gradient_clipping"] == block.clip
+
+
+# What dllm@ca17675's commands come to with TRL's and transformers' defaults, and what d1@837888f's train.yaml says.
+DEFAULTS = {
+    "schedule": "linear", "warmup": 0.0, "final_ratio": 0.0, "weight_decay": 0.0, "betas": (0.9, 0.999), "clip": 1.0,
+    "iterations": 1, "mask_prompt": 0.3, "scale_rewards": False, "likelihood": "one_forward", "keep_best": False,
+    "reward": "published", "optimiser": "adamw", "sampling.max_new_tokens": 256, "sampling.block_length": 64,
+    "sampling.steps": 64, "sampling.temperature": 1.0, "lora.dropout": 0.05,
+}  # fmt: skip
+GSM8K = {
+    "llada-grpo-gsm8k": DEFAULTS
+    | {"learning_rate": 1e-6, "epochs": 1, "generations": 8, "prompts": 1, "beta": 0.0, "epsilon": 0.2}
+    | {"lora.r": 16, "lora.alpha": 32},
+    "llada-grpo-gsm8k-lora": DEFAULTS
+    | {"learning_rate": 3e-6, "epochs": 10, "generations": 6, "prompts": 8 * 2, "micro_batch_size": 6}
+    | {"beta": 0.04, "epsilon": 0.5, "lora.r": 128, "lora.alpha": 64},
+    "llada-grpo-gsm8k-d1": DEFAULTS
+    | {"learning_rate": 3e-6, "epochs": 10, "generations": 6, "prompts": 8 * 2, "micro_batch_size": 6}
+    | {"beta": 0.04, "epsilon": 0.5, "lora.r": 128, "lora.alpha": 64, "lora.four_bit": True}
+    | {"schedule": "constant", "warmup": 1e-4, "final_ratio": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.99)}
+    | {"clip": 0.2, "iterations": 12, "mask_prompt": 0.15, "sampling.block_length": 32, "sampling.steps": 128}
+    | {"sampling.temperature": 0.9},
+}
+
+
+@pytest.mark.parametrize("name", [*GSM8K, "llada-moe-grpo-gsm8k", "llada-moe-grpo-gsm8k-lora"])
+def test_a_grpo_profile_says_what_the_original_command_does(name: str) -> None:
+    block = Params.load(PROFILES / f"{name}.yaml").training("grpo")
+    expected = GSM8K[name.replace("-moe", "")]
+    assert {key: operator.attrgetter(key)(block) for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", [*GSM8K])
+def test_adapters_lie_where_peft_puts_those_of_the_original(name: str) -> None:
+    lora = Params.load(PROFILES / f"{name}.yaml").training("grpo").lora
+    assert lora is not None
+    ours, theirs = tiny_model(), tiny_model()
+    add_lora(ours, lora)
+    seven = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
+    inject_adapter_in_model(LoraConfig(r=lora.r, target_modules=seven), theirs)
+    trained = [{n: p.shape for n, p in m.named_parameters() if p.requires_grad} for m in (ours, theirs)]
+    assert trained[0] == trained[1]
+    assert len(trained[0]) == 2 * 2 * 4  # two matrices in each of four layers of two blocks
 
 
 @pytest.mark.parametrize("kind", ["llada", "llada_moe"])
