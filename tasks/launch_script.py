@@ -95,7 +95,7 @@ def _command(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
     training = Params.parse(run.request["all_params"], run.key).training(kind) if kind in TRAINING_STAGES else None
     processes = nodes * ranks_per_node(training, launch, slurm=slurm)
     config = _accelerate_config(run, launch, training)
-    if processes == 1 and not launch.accelerate_config:
+    if processes == 1 and config is None:  # a kind that was asked for by name gets its process group even alone
         command = f"{python} {program}"
         return f"srun --kill-on-bad-exit=1 {_srun(launch)}{command}" if slurm else command
     kinds = f"--config_file {shlex.quote(str(config))}" if config else "--multi_gpu"

@@ -15,6 +15,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from llada_core.config.training import TrainingParams
 
 
+LOCAL_RANK = "LOCAL_RANK"  # set by torchrun and by accelerate's launcher of several ranks: which one of this node
+
+
+def rank_device() -> torch.device:
+    """The device that this rank computes on: the GPU of its place on the node, as accelerate counts them, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get(LOCAL_RANK, "0")) % torch.cuda.device_count())
+
+
 class Ranks:
     """All processes that train together; one process needs no communication at all."""
 
@@ -64,9 +74,11 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
     `block_classes`: names of the module classes that FSDP shards one by one.
     """
     wanted = params.distribution
-    timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=wanted.timeout_minutes))
-    if not cpu:
-        timeout = InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl", timeout=timeout.timeout)
+    group = InitProcessGroupKwargs(timeout=timedelta(minutes=wanted.timeout_minutes))
+    if not cpu and LOCAL_RANK in os.environ:
+        # Ranks agree through CPU tensors, so gloo beside NCCL. Only for launched processes: accelerate makes the group
+        # where a launcher named the rank, but expects one to exist wherever it is given a backend.
+        group = InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl", timeout=group.timeout)
     fsdp = deepspeed = None
     if wanted.kind == "fsdp":
         fsdp = FullyShardedDataParallelPlugin(
@@ -94,7 +106,7 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
         mixed_precision="bf16" if params.precision == "bf16" else "no",
         fsdp_plugin=fsdp,
         deepspeed_plugin=deepspeed,
-        kwargs_handlers=[timeout],
+        kwargs_handlers=[group],
     )
     _assert_distribution(params, engine)
     return engine

@@ -155,3 +155,34 @@ def test_a_rank_that_hangs_ends_the_job_within_its_timeout(data, tmp_path):
     hung["params"]["distribution"]["timeout_minutes"] = 0.7  # also the time that a busy machine may take to start both
     assert "imed out" in launch(tmp_path, 2, [hung | {"hang": True}], succeeds=False)
     assert losses(tmp_path / "hung")
+
+
+LAUNCHERS = {
+    "python": [],
+    "accelerate": ["accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision",
+                   "no", "--dynamo_backend", "no", "--module"],
+    "torchrun of one": ["torch.distributed.run", "--nproc-per-node", "1", "-m"],
+    "torchrun of two": ["torch.distributed.run", "--nproc-per-node", "2", "-m"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("launcher", "kind"), [("python", "auto"), ("accelerate", "auto"), ("torchrun of one", "fsdp"), ("torchrun of two", "auto")]
+)
+def test_a_gpu_machine_trains_however_it_is_started(launcher, kind):
+    how = list(LAUNCHERS[launcher])
+    if "torch.distributed.run" in how:
+        how.insert(1, f"--master-port={free_port()}")
+    start = [sys.executable, *(["-m", *how] if how else ["-m"]), "tests.training.devices", kind]
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        start, cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    ranks = 2 if "two" in launcher else 1
+    grouped = "torchrun" in launcher
+    assert (found["ranks"], found["sum"]) == (ranks, [ranks])
+    assert found["type"] == ("FSDP" if kind == "fsdp" else "MULTI_GPU" if grouped else "NO")
+    assert found["opened"] == (["cpu:gloo,cuda:nccl"] if grouped else [])
+    assert (found["device"], found["loads_to"]) == ("cuda:0" if grouped else "cuda", "cuda:0")
