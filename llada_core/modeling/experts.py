@@ -55,8 +55,11 @@ class Experts(nn.Module):
             low = torch.get_autocast_dtype(x_TD.device.type)
             x_TD, gate_up, down = x_TD.to(low), gate_up.to(low), down.to(low)
         n_tokens, chosen = expert_TK.shape
-        order = expert_TK.flatten().argsort(stable=True)
-        ends = torch.bincount(expert_TK.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
+        sorted_TK, order = expert_TK.flatten().sort(stable=True)
+        # Where each expert's rows end. Not by bincount: it reads its largest value back from a GPU, which has to be
+        # waited for in every sparse layer, and once more where activations are computed again.
+        experts = torch.arange(gate_up.shape[0], device=sorted_TK.device)
+        ends = torch.searchsorted(sorted_TK, experts, right=True, out_int32=True)
         gate, up = F.grouped_mm(x_TD[order // chosen], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
         y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
         y_TKD = torch.empty_like(y).index_copy(0, order, y).view(n_tokens, chosen, down.shape[1])

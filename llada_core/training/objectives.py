@@ -117,12 +117,14 @@ class DiffusionObjective(Objective):
         result = masked_nll(
             model, noisy, rows.tokens, masked, visible(rows), right_shift=params.right_shift, router_losses=self.routed
         )
+        # Not blocking: these copies would wait for the whole forward pass that was queued before them.
         device = result.nll.device
-        lengths = rows.maskable.sum(1).to(device, torch.float32)
-        weight = loss_weight(t, params.noise).to(device)
+        lengths = rows.maskable.sum(1).float().to(device, non_blocking=True)
+        weight = loss_weight(t, params.noise).to(device, non_blocking=True)
+        t = t.to(device, non_blocking=True)
         bound = result.per_row(len(t)) * weight
         total = (bound / lengths.clamp(min=1)).sum() if params.normalise == "sequence" else bound.sum()
-        parts = {"loss": pair(total.detach(), self.count(rows)), **bound_parts(bound.detach(), t.to(device), lengths)}
+        parts = {"loss": pair(total.detach(), self.count(rows)), **bound_parts(bound.detach(), t, lengths)}
         return Loss(total, parts, self._router(result, rows, parts))
 
     def _router(self, result: MaskedLoss, rows: Batch, parts: dict[str, Tensor]) -> Tensor | None:
@@ -130,7 +132,9 @@ class DiffusionObjective(Objective):
         if result.router_losses is None:
             return None
         balance, z_tokens = result.router_losses
-        seen = rows.tokens.shape[1] if rows.attention_mask is None else rows.attention_mask.sum(1).to(z_tokens.device)
+        seen = rows.tokens.shape[1] if rows.attention_mask is None else rows.attention_mask.sum(1)
+        if isinstance(seen, Tensor):
+            seen = seen.to(z_tokens.device, non_blocking=True)
         z = z_tokens.sum(1) / seen
         parts["router_balance"], parts["router_z"] = (pair(x.sum().detach(), len(x)) for x in (balance, z))
         return (self.params.router_balance * balance + self.params.router_z * z).sum() / self.params.batch_size

@@ -1,0 +1,97 @@
+"""What a GPU would wait for: the host synchronisations of a training step and of a sampling step, counted and pinned.
+
+And that no tensor is left on the wrong device: the pretended GPU raises on mixed ones as CUDA does.
+"""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from llada_core.config.sampling import SamplingParams
+from llada_core.config.training import SFTParams
+from llada_core.modeling.experts import Experts
+from llada_core.sampling import generate
+from llada_core.training.loop import Loop, Parts
+from llada_core.training.metrics import MetricsFile
+from llada_core.training.ranks import Ranks
+from llada_core.training.stages import objective_for
+from tests.pretend_gpu import GPU, OnGPU, PretendGPU, moved
+from tests.tiny import tiny_model, tiny_pair
+from tests.training.data import write_data
+
+
+@pytest.fixture(autouse=True)
+def only_pretended(monkeypatch):
+    """What torch itself knows no "meta" device for."""
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _kind=None: False)
+    monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def a_loop(data, folder, kind):
+    model, tokenizer = tiny_pair(kind)
+    params = SFTParams(max_steps=9, batch_size=8, micro_batch_size=4, samples=0, activation_checkpointing=True)
+    moved(model)
+    objective = objective_for(params, model, tokenizer, data, seed=1)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)  # the product's is the fused one: it never waits
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    parts = Parts(Accelerator(cpu=True), model.train(), optimiser, objective, parameters=1)
+    return Loop(parts, params, folder, seed=1, metrics=MetricsFile(folder / "metrics.jsonl", Ranks()))
+
+
+@pytest.mark.parametrize("kind", ["llada", "llada_moe"])
+def test_a_training_step_never_waits_and_a_log_line_waits_once(data, tmp_path, kind):
+    with PretendGPU() as gpu:
+        loop = a_loop(data, tmp_path, kind)
+        loop._step()
+        gpu.waits.clear()
+        loop._step()
+        assert gpu.waits == {}
+        assert loop._log()
+        assert gpu.waits == {"copied out": 1}
+        assert loop.parts.model.get_parameter("model.transformer.ln_f.weight").device == GPU
+
+
+# Waits of one step within a block, of which each mode has the same one: how many positions are open is read.
+@pytest.mark.parametrize("settings", [{}, {"cache": "prefix"}, {"cache": "dual"}, {"threshold": 0.9}], ids=str)
+@pytest.mark.parametrize("kind", ["llada", "llada_moe"])
+def test_a_sampling_step_waits_once(kind, settings):
+    counts = []
+    for new in (8, 16):
+        params = SamplingParams(max_new_tokens=new, block_length=new, **({"steps": new} | settings))
+        with PretendGPU() as gpu:
+            generation = generate(moved(tiny_model(kind)), [[7, 8, 9], [3, 4, 5]], params)
+        counts.append((generation.forwards, gpu.waits.total()))
+    (few, waited), (many, more) = counts
+    assert many > few
+    assert more - waited == many - few
+
+
+def test_a_pretended_gpu_computes_what_the_cpu_does_and_refuses_mixed_devices():
+    model, ids = tiny_model(), torch.arange(10)[None]
+    expected = model(ids).logits
+    with PretendGPU() as gpu:
+        moved(model)
+        logits = model(OnGPU(ids)).logits
+        assert gpu.waits == {}
+        torch.testing.assert_close(logits.cpu(), expected)
+        with pytest.raises(RuntimeError, match="together"):
+            model(ids)
+        with pytest.raises(RuntimeError, match="together"):
+            logits + torch.zeros(136)
+        assert gpu.waits.total() == 1
+
+
+def test_experts_of_a_gpu_count_their_tokens_without_being_asked_for_them():
+    from llada_core.modeling.architecture import ExpertShape  # noqa: F401 - documented shape of the layer below
+
+    model = tiny_model("llada_moe")
+    experts = next(m for m in model.modules() if isinstance(m, Experts))
+    x = torch.randn(7, 32)
+    chosen, weight = torch.tensor([[0, 1], [3, 1], [3, 0], [0, 3], [1, 0], [0, 1], [1, 3]]), torch.rand(7, 2)
+    torch.testing.assert_close(experts(x, chosen, weight), experts.loop(x, chosen, weight))  # expert 2 gets no token
