@@ -3,21 +3,28 @@
 And that no tensor is left on the wrong device: the pretended GPU raises on mixed ones as CUDA does.
 """
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
 
 from llada_core.config.sampling import SamplingParams
-from llada_core.config.training import SFTParams
+from llada_core.config.training import GRPOParams, SFTParams
 from llada_core.modeling.experts import Experts
 from llada_core.sampling import generate
+from llada_core.training.grpo import GRPO, Share
 from llada_core.training.loop import Loop, Parts
 from llada_core.training.metrics import MetricsFile
+from llada_core.training.policy import Completions, Masks
 from llada_core.training.ranks import Ranks
 from llada_core.training.stages import objective_for
 from tests.pretend_gpu import GPU, OnGPU, PretendGPU, moved
 from tests.tiny import tiny_model, tiny_pair
 from tests.training.data import write_data
+from tests.training.test_preference import batch as pairs
+from tests.training.test_preference import objective as preference
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +64,29 @@ def test_a_training_step_never_waits_and_a_log_line_waits_once(data, tmp_path, k
         assert loop.parts.model.get_parameter("model.transformer.ln_f.weight").device == GPU
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_an_update_of_a_policy_never_waits(ratio):
+    params = GRPOParams(max_steps=1, likelihood="elbo", ratio=ratio, mask_samples=2, beta=0.0)
+    model = tiny_model()
+    tokens = torch.arange(48).view(4, 12) + 10
+    scored = (torch.arange(12) > 5).expand(4, 12).clone()
+    rows = Completions(tokens, torch.ones_like(tokens), scored, scored, torch.tensor([1.0, -1.0, 0.5, -0.5]))
+    share = Share(rows, Masks(scored & (tokens % 2 == 0), torch.full((4,), 2.0)), torch.full((4, 12), -3.0))
+    grpo = SimpleNamespace(predictor=model, params=params, reference=None)
+    with PretendGPU() as gpu:
+        GRPO.loss(grpo, moved(model), share).sum.backward()
+    assert gpu.waits == {}
+
+
+def test_a_preference_never_waits():
+    model = tiny_model()
+    loss = preference(model)
+    loss.reference.active = lambda model: nullcontext(model)
+    with PretendGPU() as gpu:
+        loss.loss(moved(model), pairs(0)).sum.backward()
+    assert gpu.waits == {}
+
+
 # Waits of one step within a block, of which each mode has the same one: how many positions are open is read.
 @pytest.mark.parametrize("settings", [{}, {"cache": "prefix"}, {"cache": "dual"}, {"threshold": 0.9}], ids=str)
 @pytest.mark.parametrize("kind", ["llada", "llada_moe"])
@@ -88,8 +118,6 @@ def test_a_pretended_gpu_computes_what_the_cpu_does_and_refuses_mixed_devices():
 
 
 def test_experts_of_a_gpu_count_their_tokens_without_being_asked_for_them():
-    from llada_core.modeling.architecture import ExpertShape  # noqa: F401 - documented shape of the layer below
-
     model = tiny_model("llada_moe")
     experts = next(m for m in model.modules() if isinstance(m, Experts))
     x = torch.randn(7, 32)

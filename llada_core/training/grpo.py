@@ -105,14 +105,14 @@ class GRPO:
     def loss(self, model: nn.Module, batch: Share) -> Loss:
         mask_id = self.predictor.special_tokens.mask_id
         now = token_log_probabilities(model, batch.rows, batch.masks, mask_id)
-        old = now.detach() if batch.old is None else batch.old.to(now.device)
+        old = now.detach() if batch.old is None else batch.old.to(now.device, non_blocking=True)
         reference = None
         if self.params.beta > 0:
             with torch.no_grad(), self.reference.active(model) as frozen:
                 reference = token_log_probabilities(frozen, batch.rows, batch.masks, mask_id)
         result = policy_loss(self.params, now, old, reference, batch.rows, batch.masks)
         counted = result.counted
-        chosen = (batch.rows.scored & batch.masks.masked).sum().to(now.device)
+        chosen = (batch.rows.scored & batch.masks.masked).sum().to(now.device, non_blocking=True)
         parts = {
             "loss": torch.stack([result.sum.detach(), counted]),
             "clipped": torch.stack([result.clipped, counted]),

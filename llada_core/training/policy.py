@@ -54,7 +54,7 @@ def token_log_probabilities(model: nn.Module, rows: Completions, masks: Masks, m
     noisy = torch.where(masks.masked, mask_id, rows.tokens)
     chosen = rows.scored & masks.masked
     nll = masked_nll(model, noisy, rows.tokens, chosen, rows.attention).nll
-    index = chosen.flatten().nonzero()[:, 0].to(nll.device)
+    index = chosen.flatten().nonzero()[:, 0].to(nll.device, non_blocking=True)
     empty = torch.zeros(chosen.numel(), dtype=nll.dtype, device=nll.device)
     return empty.index_copy(0, index, -nll).view(chosen.shape)
 
@@ -93,13 +93,14 @@ def policy_loss(
     completion, one after another, whose bounds are averaged first. KL: `divergence`.
     """
     device = now.device
-    weight = (masks.weight[:, None] * (rows.scored & masks.masked)).to(device)
-    advantages, gap = rows.advantages.to(device)[:, None], None if reference is None else reference - now
+    weight = (masks.weight[:, None] * (rows.scored & masks.masked)).to(device, non_blocking=True)
+    advantages = rows.advantages.to(device, non_blocking=True)[:, None]
+    gap = None if reference is None else reference - now
     kl = torch.zeros_like(now) if gap is None else divergence(gap) * weight
     difference = now - old
     if params.ratio == "sequence":
         samples = mask_samples(params)
-        lengths = rows.scored.sum(1, keepdim=True).to(device).clamp(min=1)
+        lengths = rows.scored.sum(1, keepdim=True).clamp(min=1).to(device, non_blocking=True)
         difference, kl, advantages = (
             x.sum(1).view(samples, -1).mean(0) for x in (difference * weight / lengths, kl / lengths, advantages)
         )

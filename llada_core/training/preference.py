@@ -111,7 +111,7 @@ class Preference(Objective):
         uniforms = noise.uniforms(tokens.shape[1], stream + 1)
         noisy, masked = corrupt(tokens, answer, hidden, self.special.mask_id, uniforms)
         nll = masked_nll(model, noisy, tokens, masked, batch.attention.repeat(samples, 1)).per_row(len(t))
-        weight = loss_weight(t, params.noise).to(nll.device)
+        weight = loss_weight(t, params.noise).to(nll.device, non_blocking=True)
         return -(nll * weight).view(samples, -1).mean(0)
 
     def validate(self, model: nn.Module, rank: int, ranks: int) -> dict[str, Tensor]:
