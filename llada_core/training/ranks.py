@@ -14,7 +14,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from llada_core.config.training import TrainingParams
 
-
 LOCAL_RANK = "LOCAL_RANK"  # set by torchrun and by accelerate's launcher of several ranks: which one of this node
 
 

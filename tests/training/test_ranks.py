@@ -167,7 +167,8 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize(
-    ("launcher", "kind"), [("python", "auto"), ("accelerate", "auto"), ("torchrun of one", "fsdp"), ("torchrun of two", "auto")]
+    ("launcher", "kind"),
+    [("python", "auto"), ("accelerate", "auto"), ("torchrun of one", "fsdp"), ("torchrun of two", "auto")],
 )
 def test_a_gpu_machine_trains_however_it_is_started(launcher, kind):
     how = list(LAUNCHERS[launcher])
