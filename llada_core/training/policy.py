@@ -104,9 +104,8 @@ def policy_loss(
         difference, kl, advantages = (
             x.sum(1).view(samples, -1).mean(0) for x in (difference * weight / lengths, kl / lengths, advantages)
         )
-        weight = (
-            rows.scored.any(1).view(samples, -1)[0].to(difference)
-        )  # a row that nothing of is scored counts nowhere
+        counts = rows.scored.any(1).view(samples, -1)[0]  # a row that nothing of is scored counts nowhere
+        weight = counts.to(difference, non_blocking=True)
     ratio = difference.exp()
     low, high = 1 - params.epsilon, 1 + params.epsilon
     losses = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages) * weight
