@@ -10,7 +10,8 @@ from typing import Any
 
 from llada_core.config.base import ConfigError, nearest
 from tasks.folders import read_json, safe
-from tasks.runs import differences, find_run
+from tasks.request import differences
+from tasks.runs import find_run
 
 RESULTS = Path("reports/eval")
 SHOWN = 8  # questions named for each direction
@@ -88,4 +89,4 @@ def _code(one: Path, other: Path, root: Path) -> list[str]:
         old, new = (find_run(root, key) for key in keys)
     except ConfigError:
         return [f"run {keys[0]} -> {keys[1]}"]
-    return differences(new, old)
+    return differences(new.request, old.request)

@@ -17,6 +17,14 @@ from typing import Any
 IGNORED = frozenset({"__pycache__", ".DS_Store"})
 
 
+def home(root: Path) -> Path:
+    """The folder that holds runs/, store/ and mlflow.db: the checkout, also for its workspaces (`LLADAFLOW_HOME`)."""
+    if given := os.environ.get("LLADAFLOW_HOME"):
+        return Path(given)
+    note = root / "workspace.json"
+    return Path(read_json(note)["home"]) if note.exists() else root.resolve()
+
+
 def files_in(path: Path) -> list[Path]:
     """Every file below a folder (or the file itself), sorted by name; caches of Python are left out."""
     if path.is_file():

@@ -57,10 +57,13 @@ def load_stage(root: Path, name: str, params: dict[str, Any]) -> Stage:
     )
 
 
-def chosen(params: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    """The values of dotted `keys`; `init_from` is left out, for the content of that folder stands for it."""
-    values = {key: lookup(params, key) for key in keys}
-    return {key: _without_source(value) for key, value in values.items() if not key.endswith(".init_from")}
+def chosen(params: dict[str, Any], stage: Stage) -> dict[str, Any]:
+    """The values of the keys that `stage` reads; of `evaluate.overrides` an instance reads only its benchmark's."""
+    values = {key: lookup(params, key) for key in stage.params}
+    item = stage.name.partition("@")[2]
+    if item and (overrides := values.get("evaluate.overrides")):
+        values["evaluate.overrides"] = {name: value for name, value in overrides.items() if name == item}
+    return values
 
 
 def lookup(params: dict[str, Any], key: str) -> Any:
@@ -197,7 +200,3 @@ def _path(entry: Any) -> str:
 
 def _under(path: str, roots: list[str]) -> bool:
     return any(path == root or path.startswith(f"{root}/") for root in roots if "${" not in root)
-
-
-def _without_source(value: Any) -> Any:
-    return {k: v for k, v in value.items() if k != "init_from"} if isinstance(value, dict) else value

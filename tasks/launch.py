@@ -14,11 +14,13 @@ from types import FrameType
 
 from filelock import FileLock
 
+from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams
 from tasks.errors import StageError
 from tasks.launch_local import LocalLauncher
 from tasks.launch_slurm import SlurmLauncher
-from tasks.runs import RunFolder
+from tasks.request import Request, changed_settings
+from tasks.runs import RunFolder, take_settings
 
 Launcher = LocalLauncher | SlurmLauncher  # each verb (submit, state, cancel) acts on the job that a run folder names
 
@@ -36,6 +38,32 @@ def launcher_of(run: RunFolder, launch: LaunchParams) -> Launcher:
     """The launcher of the job that `run` already has, else the one asked for."""
     job = run.job
     return launcher_for(job["launcher"] if job else launch.kind, launch)
+
+
+def settle(run: RunFolder, asked: Request, launch: LaunchParams, *, again: bool = False) -> None:
+    """Let an unfinished run (`again`: any) that nobody is at go on with the free settings that are asked for.
+
+    Raises `ConfigError` that names them while a job of this run is waiting or at work: it has read the others.
+    """
+    with FileLock(run.path / ".lock"):
+        known = run.request
+        changed = changed_settings(asked, known)
+        if (run.succeeded and not again) or (not changed and asked["all_params"] == known["all_params"]):
+            return
+        launcher = launcher_of(run, launch)
+        while (state := launcher.state(run)) == "unknown":
+            time.sleep(launcher.poll_seconds)
+        with run.alone() as alone:
+            if state == "gone" and alone:
+                take_settings(run, asked)
+            elif changed:
+                end = (
+                    f"`llada cancel {run.key}` saves and ends it"
+                    if run.job
+                    else "Ctrl-C where it runs saves and ends it"
+                )
+                told = f"{run.key} ({run.job_name}) is at it with other settings ({', '.join(changed)})"
+                raise ConfigError(f"{told}: {end}, and the same command goes on with the new ones")
 
 
 def attach_or_submit(run: RunFolder, launch: LaunchParams, *, again: bool = False) -> Launcher:

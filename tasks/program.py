@@ -5,22 +5,21 @@ work, in the run's snapshot), and by hand under `accelerate launch` (does the wo
 """
 
 import contextlib
-import fcntl
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams
 from llada_core.config.params import TRAINING_STAGES, Params
 from tasks.errors import StageError, one_line_errors
 from tasks.graph import load_stage, with_sources
-from tasks.launch import attach_or_submit, follow
-from tasks.runs import RunFolder, differences, open_run, previous_run, stage_params
+from tasks.launch import attach_or_submit, follow, settle
+from tasks.request import differences, request_of
+from tasks.runs import RunFolder, open_run, previous_run, stage_params
 from tasks.shards import shared
 
 
@@ -61,7 +60,8 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
     params = with_sources(stage_params(root, overrides), root)
     stage = load_stage(root, name, params)
     launch = Params.parse(params, "params.yaml").launch.of(stage.kind)
-    run = open_run(root, stage, params)
+    asked = request_of(root, stage, params)
+    run = open_run(root, stage, params, asked)
     again = stage.kind in OPEN_ENDED and not _inside_ranks()
     from tasks import tracking
 
@@ -70,6 +70,7 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
             print(f"{run.key}: already made, its outputs are put in place", flush=True)
         elif _inside_ranks() or launch.kind == "inline":
             confirm_cost(root, run, launch)
+            settle(run, asked, launch, again=again)
             run_inline(run, function, again=again)
         else:
             confirm_cost(root, run, launch)
@@ -77,6 +78,7 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
                 from tasks.plan import refuse
 
                 refuse(Params.parse(params, "params.yaml"), stage.kind, launch.gpu)
+            settle(run, asked, launch, again=again)
             with shared(run, launch) as own:
                 follow(run, attach_or_submit(run, own, again=again), own)
     if rank() == 0:
@@ -97,7 +99,7 @@ def do_work(run: RunFolder, function: Function) -> None:
     """Call the stage's function in the snapshot; success is noted last. Every rank calls this."""
     started = time.monotonic()
     stage = run.stage
-    params = Params.load("params.yaml")
+    params = Params.parse(run.request["all_params"], run.key)
     cost = function(Work(params, run, stage, stage.partition("@")[2] or None))
     if rank() == 0:
         run.succeed(time.monotonic() - started if cost is None else cost)
@@ -110,7 +112,11 @@ def confirm_cost(root: Path, run: RunFolder, launch: LaunchParams) -> None:
     begun = (run.path / "checkpoints").exists() or run.job is not None
     if old is None or begun or hours <= launch.confirm_hours or os.environ.get("LLADAFLOW_YES"):
         return
-    print(f"{run.stage} took {hours:.1f} h the last time; since then changed:", *differences(run, old), sep="\n  ")
+    print(
+        f"{run.stage} took {hours:.1f} h the last time; since then changed:",
+        *differences(run.request, old.request),
+        sep="\n  ",
+    )
     if sys.stdin.isatty() and input("do it again? [y/N] ").strip().lower() in ("y", "yes"):
         return
     old.publish(root)
@@ -128,14 +134,12 @@ def rank() -> int:
 
 
 @contextlib.contextmanager
-def _sole_worker(run: RunFolder) -> Iterator[Any]:
+def _sole_worker(run: RunFolder) -> Iterator[None]:
     """Hold the lock that a job's script holds as well; other ranks of this launch share the first one's."""
     if rank() != 0:
-        yield None
+        yield
         return
-    with (run.path / "running.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{run.key} is being worked on by another process; see `llada status`") from None
-        yield lock
+    with run.alone() as alone:
+        if not alone:
+            raise ConfigError(f"{run.key} is being worked on by another process; see `llada status`")
+        yield

@@ -1,7 +1,8 @@
 """The run folder: the only state of a launched stage, named by a fingerprint of what determines its result.
 
     runs/<stage>-<fingerprint>/
-      request.json   what is to be made (stage, parameters, hashes of code and inputs); written once
+      request.json   what is to be made (stage, settings, hashes of code and inputs); written once, but for settings that
+                     are free to change until it has succeeded
       tree/          the snapshot that the job runs in: its own copy of the code, params.yaml, hard links to the inputs;
                      outputs are made here and published when they are complete
       job.json       who is at it: launcher, id; log.txt, exit, STOP (a wish to save and end), CANCELLED
@@ -11,12 +12,15 @@
 Knows neither how a job is started nor what a stage does.
 """
 
+import fcntl
 import json
+import math
 import os
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +28,14 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from llada_core.config.base import ConfigError, flat, read_yaml, with_overrides
+from llada_core.config.base import ConfigError, read_yaml, with_overrides
 from llada_core.config.params import Params
-from tasks.folders import content_hash, files_in, hash_of, link_into, read_json, write_json, write_text
-from tasks.graph import CODE, Stage, chosen
+from tasks.folders import home, link_into, read_json, write_json, write_text
+from tasks.graph import CODE, Stage
+from tasks.request import Request, changed_settings, fingerprint, request_of, training_block, with_block
 
-FINGERPRINT_DIGITS = 16
+PAST = ("metrics.jsonl", "samples.jsonl", "recovery.json")  # beside checkpoints, what a run that goes on starts with
 MADE = ("data/", "models/", "reports/")  # made by stages, which replace and never change
-
-
-def home(root: Path) -> Path:
-    """The folder that holds runs/, store/ and mlflow.db: the checkout, also for its workspaces (`LLADAFLOW_HOME`)."""
-    if given := os.environ.get("LLADAFLOW_HOME"):
-        return Path(given)
-    note = root / "workspace.json"
-    return Path(read_json(note)["home"]) if note.exists() else root.resolve()
 
 
 def commit_of(root: Path) -> str:
@@ -109,6 +106,22 @@ class RunFolder:
         """What the run cost, as its program measured; None before success."""
         return read_json(self.path / "SUCCESS")["seconds"] if self.succeeded else None
 
+    @property
+    def saved_step(self) -> int:
+        """The step of the newest checkpoint; 0 without one."""
+        return max((int(folder.name[5:]) for folder in (self.path / "checkpoints").glob("step-*")), default=0)
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Hold the lock that a job's script holds as well; False (and nothing held) while somebody else works here."""
+        with (self.path / "running.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
     def succeed(self, seconds: float) -> None:
         """The program's last act: what it wrote stays for good."""
         write_json(self.path / "SUCCESS", {"seconds": round(seconds, 1), "time": time.time()})
@@ -134,33 +147,77 @@ class RunFolder:
                 link_into(self.tree / out, root / out)
 
 
-def material(root: Path, stage: Stage, params: dict[str, Any]) -> dict[str, Any]:
-    """What determines the result of a stage: hashes of the code that runs and of the inputs, the parameters read."""
-    files = [file for path in stage.code for file in files_in(root / path)]
-    code = {file.relative_to(root).as_posix(): content_hash(file) for file in files}
-    inputs = {path: content_hash(root / path) for path in stage.inputs}
-    return {"stage": stage.name, "params": chosen(params, stage.params), "code": code, "inputs": inputs}
+def open_run(root: Path, stage: Stage, params: dict[str, Any], request: Request | None = None) -> RunFolder:
+    """The run folder of what `stage` would make now (`request`, if that is known); made, with its snapshot, if need be.
 
-
-def fingerprint(values: dict[str, Any]) -> str:
-    """The name of a result: 16 hex digits. Where an input from outside the project lies does not enter."""
-    inputs = [["" if os.path.isabs(path) else path, digest] for path, digest in sorted(values["inputs"].items())]
-    return hash_of(values | {"inputs": sorted(inputs)})[:FINGERPRINT_DIGITS]
-
-
-def open_run(root: Path, stage: Stage, params: dict[str, Any]) -> RunFolder:
-    """The run folder of what `stage` would make now; made, with its snapshot, if there is none."""
-    values = material(root, stage, params)
-    key = f"{stage.name.replace('@', '-')}-{fingerprint(values)}"
-    run = RunFolder(home(root) / "runs" / key)
+    With `extend` a run that is made begins from a shorter one's checkpoints; raises `ConfigError` while that one trains.
+    """
+    request = request_of(root, stage, params) if request is None else request
+    run, shorter = _which(root, request)
     run.path.mkdir(parents=True, exist_ok=True)
     with FileLock(run.path / ".lock"):
         if not (run.path / "request.json").exists():
             _snapshot(root, stage, params, run.tree)
-            origin = {"root": str(root.resolve()), "outs": list(stage.outs), "all_params": params}
-            origin["source"] = hash_of([content_hash(root / package) for package in sorted(CODE)])
-            write_json(run.path / "request.json", values | origin)
+            if shorter is not None:
+                _begin_from(shorter, run)
+                request = request | {"extends": shorter.key}
+            write_json(run.path / "request.json", request)
     return run
+
+
+def _which(root: Path, request: Request) -> tuple[RunFolder, RunFolder | None]:
+    """The run that is asked for, and the shorter one that it goes on from if it has to be made.
+
+    A run that goes on from another has another result than one of that length from the start (its learning rate has
+    fallen before), so it has another name. Where there is nothing to go on from, or one of just this length has ended,
+    `extend` changes nothing.
+    """
+
+    def folder_of(values: Request) -> RunFolder:
+        return RunFolder(home(root) / "runs" / f"{values['stage'].replace('@', '-')}-{fingerprint(values)}")
+
+    block = training_block(request)
+    if block is None:
+        return folder_of(request), None
+    plain, extended = (folder_of(with_block(request, block | {"extend": value})) for value in (False, True))
+    if block["extend"] and (extended.path / "request.json").exists():
+        return extended, None
+    if (plain.path / "request.json").exists() and (plain.succeeded or not block["extend"]):
+        return plain, None
+    others = [r for r in all_runs(root) if r.request.get("any_length") == request["any_length"] and r.key != plain.key]
+    furthest = max(others, key=lambda run: run.saved_step, default=None)
+    shorter = [run for run in others if 0 < run.saved_step < (block["max_steps"] or math.inf)]
+    if block["extend"] and shorter:
+        return extended, max(shorter, key=lambda run: run.saved_step)
+    if furthest is not None:
+        there = f"{furthest.key}, the same at another length, has saved step {furthest.saved_step}"
+        way = "which is no shorter" if block["extend"] else f"{request['stage']}.extend: true goes on from there"
+        print(f"{plain.key}: from the beginning; {there}: {way}", flush=True)
+    return plain, None
+
+
+def _begin_from(shorter: RunFolder, run: RunFolder) -> None:
+    """Give a new run another's past: links to its checkpoints, which never change, and copies of what is appended to."""
+    with shorter.alone() as alone:
+        if not alone:
+            ways = f"wait for its end, or `llada cancel {shorter.key}` saves and ends it; then the same command goes on"
+            raise ConfigError(f"{shorter.key}, which {shorter.stage}.extend goes on from, is still training: {ways}")
+        link_into(shorter.path / "checkpoints", run.path / "checkpoints")
+        for name in PAST:
+            if (shorter.path / name).exists():
+                write_text(run.path / name, (shorter.path / name).read_text(encoding="utf-8"))
+    print(f"{run.key}: goes on from step {run.saved_step} of {shorter.key}", flush=True)
+
+
+def take_settings(run: RunFolder, asked: Request) -> None:
+    """Let a run that nobody is at, and whose lock the caller holds, go on with the free settings that are asked for."""
+    old = run.request
+    new = old | {key: asked[key] for key in ("params", "free", "inputs", "all_params")}
+    for line in changed_settings(new, old):
+        print(f"{run.key}: {line}", flush=True)
+    if new != old:
+        write_json(run.path / "request.json", new)
+        write_text(run.tree / "params.yaml", _params_file(new["all_params"]))  # to be read; the request is what counts
 
 
 def _snapshot(root: Path, stage: Stage, params: dict[str, Any], tree: Path) -> None:
@@ -177,8 +234,12 @@ def _snapshot(root: Path, stage: Stage, params: dict[str, Any], tree: Path) -> N
             copy = shutil.copytree if (root / path).is_dir() else shutil.copy2
             (fresh / path).parent.mkdir(parents=True, exist_ok=True)
             copy(root / path, fresh / path)
-    write_text(fresh / "params.yaml", yaml.safe_dump(params, sort_keys=False, allow_unicode=True))
+    write_text(fresh / "params.yaml", _params_file(params))
     os.replace(fresh, tree)
+
+
+def _params_file(params: dict[str, Any]) -> str:
+    return yaml.safe_dump(params, sort_keys=False, allow_unicode=True)
 
 
 def all_runs(root: Path) -> Iterator[RunFolder]:
@@ -205,18 +266,6 @@ def previous_run(root: Path, run: RunFolder) -> RunFolder | None:
     stage, here = run.stage, str(root.resolve())
     others = (r for r in all_runs(root) if r.key != run.key and r.succeeded)
     return next((r for r in others if r.stage == stage and r.request["root"] == here), None)
-
-
-def differences(new: RunFolder, old: RunFolder) -> list[str]:
-    """What determines `new` and is not as it was for `old`, a short line each."""
-    lines = []
-    for part in ("params", "code", "inputs"):
-        now, then = flat(new.request[part]), flat(old.request[part])
-        for key in sorted(now.keys() | then.keys()):
-            if now.get(key) != then.get(key):
-                values = f": {then.get(key)} -> {now.get(key)}" if part == "params" else ""
-                lines.append(f"{part[:-1] if part != 'code' else part} {key}{values}")
-    return lines
 
 
 def stage_params(root: Path, overrides: list[str]) -> dict[str, Any]:

@@ -52,5 +52,5 @@ def _share(run: RunFolder, number: int, count: int) -> RunFolder:
     share.path.mkdir(parents=True, exist_ok=True)
     if not share.tree.is_symlink():
         share.tree.symlink_to("../../tree")
-        write_json(share.path / "request.json", run.request)
+    write_json(share.path / "request.json", run.request)
     return share

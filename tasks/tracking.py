@@ -183,7 +183,7 @@ class Sender:
 
     def _parent(self) -> str:
         params = {k: v for k, v in self.request["all_params"].items() if k != "launch"}
-        key = hash_of([params, self.request["source"]])[:16]
+        key = self.request.get("pipeline") or hash_of([params, self.request["source"]])[:16]
         found = self.find(f"tags.`lladaflow.pipeline` = '{key}'")
         return found or self.create(params["name"], {"lladaflow.pipeline": key, "lladaflow.root": self.request["root"]})
 

@@ -18,10 +18,23 @@ class ConfigError(ValueError):
     """A user's mistake in a configuration, told in one line."""
 
 
+class _Free:
+    """What `FREE` is."""
+
+
+# Marks a setting (`Annotated[int, FREE]`) that says how fast, where or how often, and never what is computed (beyond the
+# order of sums). A run may go on with another value, and a result does not have another name for it.
+FREE = _Free()
+
+
 class Block(BaseModel):
     """A frozen set of named values; unknown keys are refused with the nearest valid one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def determining(self) -> dict[str, Any]:
+        """The values, as JSON, that a result depends on: defaults filled in, settings marked `FREE` left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude=free_settings(type(self)))
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -30,6 +43,18 @@ class Block(BaseModel):
             return cls.model_validate(values, strict=False)
         except ValidationError as error:
             raise ConfigError("; ".join(f"{where}: {_explain(cls, e)}" for e in error.errors())) from None
+
+
+def free_settings(block: type[BaseModel]) -> dict[str, Any]:
+    """The settings marked `FREE`, as pydantic's `exclude` names them: name -> True, or those of the block below."""
+    found: dict[str, Any] = {}
+    for name, field in block.__pydantic_fields__.items():
+        inner = _block_in(field.annotation)
+        if FREE in field.metadata:
+            found[name] = True
+        elif isinstance(inner, type) and issubclass(inner, BaseModel) and (below := free_settings(inner)):
+            found[name] = below
+    return found
 
 
 def _explain(block: type[BaseModel], error: Any) -> str:

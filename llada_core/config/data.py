@@ -3,11 +3,11 @@
 Knows no file format and reads nothing: names are resolved in llada_core/data/sources.py.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.config.base import Block
+from llada_core.config.base import FREE, Block
 
 
 class SourceParams(Block):
@@ -136,8 +136,8 @@ class DataParams(Block):
     """Everything `prepare` reads. `root` is where relative names are looked up; the environment variable
     LLADAFLOW_DATA_ROOT goes before it."""
 
-    root: str | None = None
-    workers: int = Field(default=0, ge=0)  # processes; 0: one per core
+    root: Annotated[str | None, FREE] = None
+    workers: Annotated[int, FREE] = Field(default=0, ge=0)  # processes; 0: one per core
     tokenizer: TokenizerParams = TokenizerParams()
     puzzles: PuzzlesParams = PuzzlesParams()
     pretrain: PretrainData | None = None

@@ -5,11 +5,11 @@ Knows neither lm-eval nor models. A benchmark is the name of a recipe
 """
 
 import dataclasses
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.config.base import Block, nearest
+from llada_core.config.base import FREE, Block, nearest
 from llada_core.config.sampling import SamplingParams
 
 SAMPLER_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
@@ -50,8 +50,9 @@ class EvaluateParams(Block):
 
     benchmarks: tuple[str, ...] = ()
     models: tuple[str, ...] = ("sft", "sft_control", "grpo")
-    root: str | None = None  # folder with benchmark files; None: data.root; with neither, the Hub
-    batch_size: int | Literal["auto"] = 32
+    # Folder with benchmark files; None: data.root; with neither, the Hub.
+    root: Annotated[str | None, FREE] = None
+    batch_size: Annotated[int | Literal["auto"], FREE] = 32
     limit: int | None = Field(default=None, ge=1)  # questions per task; a limited score is marked as a subset
     puzzles: Settings = Settings(sampling={"max_new_tokens": 64, "block_length": 64, "steps": 64, "stop_at_eos": True})
     overrides: dict[str, Settings] = Field(default_factory=dict)  # benchmark -> settings put over those of its recipe

@@ -1,13 +1,14 @@
 """Every number a training stage depends on: one block per stage, all built on `TrainingParams`.
 
-Knows limits and what excludes what; does not know torch, files, or where a stage's data comes from.
+Knows limits and what excludes what, and which settings are free to change while a run lasts; does not know torch, files,
+or where a stage's data comes from.
 """
 
-from typing import Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.config.base import Block
+from llada_core.config.base import FREE, Block
 from llada_core.config.sampling import SamplingParams
 
 
@@ -65,14 +66,20 @@ class RecoveryParams(Block):
 class TrainingParams(Block):
     """What all training stages share. Rows are sequences; a step is one optimiser update."""
 
-    init_from: str | None = None  # nothing, a stage's name, a folder, a registry alias, a Hub name
+    # What says how long a run is: the same run of another length goes on from its checkpoints (`extend`).
+    LENGTH: ClassVar[tuple[str, ...]] = ("max_steps", "epochs", "max_flops", "flops_of")
+
+    # Nothing, a stage's name, a folder, a registry alias, a Hub name. The content of what it names determines the
+    # result, and where that lies does not.
+    init_from: Annotated[str | None, FREE] = None
     max_steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
     max_flops: float | None = Field(default=None, gt=0)
     flops_of: str | None = None  # another stage: its receipt's FLOPs are the limit
     extend: bool = False  # go on with a run that was made for another length
     batch_size: int = Field(default=64, ge=1)  # rows per step, over all ranks
-    micro_batch_size: int | None = Field(default=None, ge=1)  # rows per forward and rank; None: as many as fit the step
+    # Rows per forward and rank; None: as many as fit the step.
+    micro_batch_size: Annotated[int | None, FREE] = Field(default=None, ge=1)
     optimiser: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks, AdamW for the rest
     learning_rate: float = Field(default=4e-4, gt=0)
     schedule: Literal["constant", "cosine", "linear", "wsd", "phases"] = "wsd"
@@ -89,18 +96,18 @@ class TrainingParams(Block):
     right_shift: bool = False  # logits at i-1 predict token i (models converted from autoregressive ones)
     router_balance: float = Field(default=0.01, ge=0)  # mixture of experts: load balance, router z-loss
     router_z: float = Field(default=0.001, ge=0)
-    compile: bool = False
-    activation_checkpointing: bool = False
-    log_every: int = Field(default=10, ge=1)
+    compile: Annotated[bool, FREE] = False
+    activation_checkpointing: Annotated[bool, FREE] = False
+    log_every: Annotated[int, FREE] = Field(default=10, ge=1)
     validate_every: int = Field(default=0, ge=0)  # 0: only at the end
     validation_rows: int = Field(default=128, ge=1)
-    samples: int = Field(default=2, ge=0)  # texts written at every validation
-    save_every: int = Field(default=200, ge=1)
-    keep: int = Field(default=2, ge=1)
-    milestone_every: int = Field(default=0, ge=0)  # checkpoints at these steps are never removed
-    recovery: RecoveryParams = RecoveryParams()
+    samples: Annotated[int, FREE] = Field(default=2, ge=0)  # texts written at every validation
+    save_every: Annotated[int, FREE] = Field(default=200, ge=1)
+    keep: Annotated[int, FREE] = Field(default=2, ge=1)
+    milestone_every: Annotated[int, FREE] = Field(default=0, ge=0)  # checkpoints at these steps are never removed
+    recovery: Annotated[RecoveryParams, FREE] = RecoveryParams()
     lora: LoraParams | None = None
-    distribution: DistributionParams = DistributionParams()
+    distribution: Annotated[DistributionParams, FREE] = DistributionParams()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -171,7 +178,7 @@ class GRPOParams(TrainingParams):
     beta: float = Field(default=0.04, ge=0)  # weight of the KL to the reference; 0: no reference is kept
     scale_rewards: bool = False  # divide advantages by the group's standard deviation
     negative_weight: float = Field(default=1.0, ge=0)  # factor on negative advantages
-    rollout_batch: int = Field(default=256, ge=1)  # completions in one call of the sampler
+    rollout_batch: Annotated[int, FREE] = Field(default=256, ge=1)  # completions in one call of the sampler
     sync_every: int = Field(default=0, ge=0)  # mix the policy into the reference every so many steps
     sync_mix: float = Field(default=0.6, gt=0, le=1)
     reward: str = "default"  # a name in llada_core.training.rewards, or a dotted path to f(task, text, answer) -> float

@@ -32,22 +32,6 @@ from llada_core.training.rewards import reward_named
 from llada_core.training.rollouts import specimens_of, write_samples
 
 _DATA = {PretrainParams: "pretrain", SFTParams: "sft", GRPOParams: "grpo", PreferenceParams: "preference"}
-# What may change between a run and its continuation without changing what the run computes.
-_FREE = {
-    "init_from",
-    "extend",
-    "micro_batch_size",
-    "distribution",
-    "log_every",
-    "save_every",
-    "keep",
-    "milestone_every",
-    "samples",
-    "compile",
-    "activation_checkpointing",
-    "recovery",
-}
-_LENGTH = {"max_steps", "epochs", "max_flops", "flops_of"}
 
 
 @dataclass(frozen=True)
@@ -214,13 +198,16 @@ def _batches(table: Dataset, params: TrainingParams, eos_id: int, *, seed: int, 
 
 
 def fingerprint_of(params: TrainingParams, data: Path, seed: int) -> dict[str, str]:
-    """What must be the same for a checkpoint to be gone on from: configuration, length of the run, data."""
-    values = params.model_dump(mode="json")
-    length = {k: values.pop(k) for k in _LENGTH}
-    fixed: dict[str, Any] = {k: v for k, v in values.items() if k not in _FREE} | {"seed": seed}
-    card = data / "card.json"
-    data_hash = hashlib.sha256(card.read_bytes()).hexdigest()[:16] if card.exists() else "none"
-    return {"configuration": _digest(fixed), "length": _digest(length), "data": data_hash}
+    """What must be the same for a checkpoint to be gone on from: configuration, length of the run, data.
+
+    The data is that of this stage: what `prepare` wrote for another one changes nothing here.
+    """
+    fixed: dict[str, Any] = params.determining() | {"seed": seed}
+    length = {name: fixed.pop(name) for name in params.LENGTH}
+    del fixed["extend"]  # how a run came to its length
+    cards = [data / _DATA[type(params)] / "card.json", data / "tokenizer" / "tokenizer.json"]
+    parts = [hashlib.sha256(card.read_bytes()).hexdigest() if card.exists() else "none" for card in cards]
+    return {"configuration": _digest(fixed), "length": _digest(length), "data": _digest(parts)}
 
 
 def _digest(value: object) -> str:

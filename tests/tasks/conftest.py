@@ -54,15 +54,17 @@ LABEL = "first"
 def work(w: Work) -> float:
     run, asked = w.run.path, Path(w.run.request["root"])
     (run / "checkpoints").mkdir(exist_ok=True)
-    state = run / "checkpoints" / "state.json"
-    step = json.loads(state.read_text()) if state.exists() else 0
+    saved = sorted((run / "checkpoints").glob("step-*"))
+    step = int(saved[-1].name[5:]) if saved else 0
+    print(LABEL, "micro batches of", w.params.training({stage!r}).micro_batch_size, flush=True)
     value = Path(SOURCE).read_text()
     while step < w.params.training({stage!r}).max_steps:
         if (run / "STOP").exists():
             raise StoppedError("stopped")
         step += 1
-        state.with_name("new").write_text(json.dumps(step))
-        os.replace(state.with_name("new"), state)  # it may be killed at any moment
+        (run / "checkpoints/new").mkdir(exist_ok=True)
+        (run / "checkpoints/new/state.json").write_text(json.dumps(step))
+        os.replace(run / "checkpoints/new", run / f"checkpoints/step-{{step:08d}}")  # it may be killed at any moment
         with (run / "metrics.jsonl").open("a") as f:
             f.write(json.dumps({{"step": step, "time": 1000.0 + step, "loss": 1.0 / step}}) + "\\n")
         print(LABEL, "step", step, flush=True)
