@@ -1,6 +1,7 @@
 """Nothing is lost: damage, full disks, NaNs, stop requests, changed configurations, and kills at random moments."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -11,7 +12,7 @@ from llada_core.training.checkpoint import damaged
 from llada_core.training.loop import DivergedError
 from llada_core.training.metrics import read_metrics
 from llada_core.training.objectives import DiffusionObjective, Loss
-from llada_core.training.stages import Place, train
+from llada_core.training.stages import Place, fingerprint_of, train
 from tests.tiny import tiny_pair
 from tests.training.kills import STAGES, prepared, survive
 from tests.training.test_loop import losses, params, run
@@ -139,6 +140,21 @@ def test_another_configuration_never_goes_on_with_a_run(data, tmp_path):
         run(data, tmp_path, max_steps=16)
     receipt, _ = run(data, tmp_path, max_steps=16, extend=True)
     assert receipt.steps == 16
+
+
+def test_free_settings_and_another_stages_data_are_no_other_run_but_its_own_data_is(data, tmp_path):
+    mine = tmp_path / "data"
+    shutil.copytree(data, mine)
+    asked = params(
+        activation_checkpointing=True, micro_batch_size=2, distribution={"kind": "ddp"}, keep=9, init_from="x"
+    )
+    before = fingerprint_of(params(), mine, 1)
+    assert fingerprint_of(asked, mine, 1) == before
+    (mine / "grpo").mkdir(exist_ok=True)
+    (mine / "grpo/card.json").write_text("{}")
+    assert fingerprint_of(params(extend=True), mine, 1) == before
+    (mine / "pretrain/card.json").write_text("{}")
+    assert {k for k, v in fingerprint_of(params(), mine, 1).items() if v != before[k]} == {"data"}
 
 
 def test_a_checkpoint_of_another_model_is_refused(data, tmp_path):
