@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import EvaluateParams
 from llada_core.config.params import Params
+from llada_core.data.overlap import saved_values
 from tasks.folders import read_json, safe, write_json, write_text
 from tasks.program import Work, stage_program
 from tasks.shards import whole
@@ -38,6 +39,7 @@ class Places:
     puzzles: Path
     out: Path
     answers: Path
+    trained: Path | None = None  # the folder with the values of questions that this run's models were trained on
 
 
 def run(work: Work) -> None:
@@ -49,7 +51,8 @@ def run(work: Work) -> None:
     quiet_lm_eval()
     own = whole(work.run).path
     root = data_root(work.params, own.parents[1])
-    places = Places(root, Path("data/eval"), Path("reports/eval"), own / "answers")
+    puzzles = Path("data/eval")
+    places = Places(root, puzzles, Path("reports/eval"), own / "answers", trained=puzzles)
     models = {name: Path("models") / name for name in params.models if (Path("models") / name).is_dir()}
     models |= {label: Path(folder) for label, sign, folder in (name.partition("=") for name in params.models) if sign}
     if not models:
@@ -83,7 +86,8 @@ def measure(name: str, model: str, answerer: "Answerer", params: EvaluateParams,
     if store.shard.rank != 0:
         answer(asked, lm, limit=params.limit)
         return {}
-    result, records = run_benchmark(asked, lm, limit=params.limit)
+    trained = saved_values(places.trained) if places.trained is not None else frozenset()
+    result, records = run_benchmark(asked, lm, limit=params.limit, trained=trained)
     if lm.forwards:
         result["forwards_per_answer"] = round(sum(lm.forwards) / len(lm.forwards), 2)
         result["tokens_per_answer"] = round(sum(lm.new_tokens) / len(lm.new_tokens), 2)

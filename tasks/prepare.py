@@ -13,22 +13,36 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import llada_core.data
+from llada_core.config.base import ConfigError
 from llada_core.config.data import DataParams, TokenizerParams
 from llada_core.config.dotted import function_at
 from llada_core.data.build import Chunk, Workers, build, chunks_of, generated, texts_in
+from llada_core.data.overlap import QUESTIONS, saved_values, value_of
 from llada_core.data.puzzle_rows import as_rows, benchmarks, keys_of, training_puzzles
 from llada_core.data.sources import Origin, find, shared_with_test
 from llada_core.tokenizer import Tokenizer, train_tokenizer
+from tasks.evaluate import data_root, quiet_lm_eval
 from tasks.folders import content_hash, hash_of, link_into, write_json, write_text
 from tasks.program import Work, stage_program
 
 _CODE = Path(llada_core.data.__file__).parent  # a change there makes everything anew
 PARTS = ("pretrain", "sft", "grpo", "preference")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the same run measures: names of benchmarks, and the folder with their files (None: the Hub)."""
+
+    benchmarks: tuple[str, ...]
+    root: Path | None
 
 
 class Part:
@@ -60,9 +74,12 @@ class Part:
             yield from islice(chain.from_iterable(texts_in(self.stage, chunk) for chunk in chunks), documents)
 
 
-def prepare(params: DataParams, *, seed: int, out: Path, home: Path) -> dict[str, Any]:
+def prepare(
+    params: DataParams, *, seed: int, out: Path, home: Path, measured: Measured | None = None
+) -> dict[str, Any]:
     """Writes the folder `out` and returns its card; names of files are relative to `home` or to the data root.
 
+    measured: the benchmarks of the run, whose questions are looked for in the training data.
     Raises `ConfigError`, `DataError` and FileNotFoundError for what a user can mend; `out` is then not there.
     """
     given = [Path(root).expanduser() for root in (os.environ.get("LLADAFLOW_DATA_ROOT"), params.root) if root]
@@ -87,7 +104,9 @@ def prepare(params: DataParams, *, seed: int, out: Path, home: Path) -> dict[str
                 built = _built(part, tokenizer, hash_of([part.key, digest]), kept, workers)
                 link_into(built, folder / part.stage)
                 card["parts"][part.stage] = json.loads((built / "card.json").read_text())
-        card |= _evaluation(params, seed, roots, parts, folder / "eval")
+        card |= _evaluation(params, seed, roots, parts, folder)
+        if measured is not None:
+            card["overlap"] |= _with_recipes(measured, parts, folder)
         write_json(folder / "card.json", card)
         link_into(folder, out)
     return card
@@ -102,6 +121,7 @@ def _built(part: Part, tokenizer: Path, key: str, kept: Path, workers: Workers) 
             card = build(part.stage, part.block, tokenizer, part.chunks(), workers, folder)
             sources = [
                 {"name": source.name, "kind": origin.kind, "split": origin.split, "hash": origin.digest}
+                | ({"test_set": True} if origin.is_test_set else {})
                 for source, origin in part.origins
             ]
             puzzles = {"train": len(part.train), "validation": len(part.validation)}
@@ -141,27 +161,54 @@ def _put(folder: Path, place: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _evaluation(params: DataParams, seed: int, roots: list[Path], parts: list[Part], folder: Path) -> dict[str, Any]:
+def _evaluation(params: DataParams, seed: int, roots: list[Path], parts: list[Part], data: Path) -> dict[str, Any]:
     """Writes the evaluation files; counts, per training stage, the puzzles of each that occur there by value."""
-    shown = {part.stage: keys_of(part.train) for part in parts}
+    folder = data / "eval"
+    shown: dict[str, set[str]] = {part.stage: keys_of(part.train) for part in parts}
+    asked = {part.stage: saved_values(data / part.stage) for part in parts}
     card: dict[str, Any] = {"evaluate": {}, "overlap": {}}
     for benchmark in benchmarks(params.puzzles, seed, roots):
         text = ""
-        for row, key in zip(benchmark.rows, benchmark.keys, strict=True):
-            in_training = any(key in keys for keys in shown.values())
-            text += json.dumps(row | {"in_training": in_training}, sort_keys=True) + "\n"
+        # A source may hold puzzles as well, in words of its own.
+        seen = {
+            stage: [key in keys or value_of(key) in asked[stage] for key in benchmark.keys]
+            for stage, keys in shown.items()
+        }
+        for row, *by_stage in zip(benchmark.rows, *seen.values(), strict=True):
+            text += json.dumps(row | {"in_training": any(by_stage)}, sort_keys=True) + "\n"
         write_text(folder / f"{benchmark.name}.jsonl", text)
         digest = hashlib.sha256(text.encode()).hexdigest()
         card["evaluate"][benchmark.name] = {"rows": len(benchmark.rows), "hash": digest}
-        card["overlap"][benchmark.name] = {
-            stage: sum(key in keys for key in benchmark.keys) for stage, keys in shown.items()
-        }
+        card["overlap"][benchmark.name] = {stage: sum(flags) for stage, flags in seen.items()}
     for part in parts:
         for source, origin in part.origins:
             if (count := shared_with_test(source, origin)) is not None:
                 card["overlap"].setdefault(f"{source.name} test", {})[part.stage] = count
     write_json(folder / "benchmarks.json", card["evaluate"])  # also without puzzles, for DVC takes no empty folder
+    if values := sorted(frozenset[int]().union(*asked.values())):
+        np.save(folder / QUESTIONS, np.array(values, np.uint64))
     return card
+
+
+def _with_recipes(measured: Measured, parts: list[Part], data: Path) -> dict[str, dict[str, int | str]]:
+    """Per recipe that the run measures and training stage, how many of the questions are trained on, by value."""
+    from llada_core.evaluation import recipes
+
+    asked = {part.stage: values for part in parts if (values := saved_values(data / part.stage))}
+    found: dict[str, dict[str, int | str]] = {}
+    for name in measured.benchmarks if asked else ():
+        if (data / "eval" / f"{name}.jsonl").exists() or not recipes.exists(name):
+            continue
+        from llada_core.evaluation import taskset
+
+        quiet_lm_eval()
+        try:
+            questions = taskset.question_values(taskset.tasks_of(recipes.find(name), measured.root))
+        except ConfigError as error:  # the run trains without its benchmarks; the evaluation will say this again
+            found[name] = {"not counted": str(error)}
+        else:
+            found[name] = {stage: sum(q in values for q in questions) for stage, values in asked.items()}
+    return found
 
 
 def _code_of(origin: Origin) -> str | None:
@@ -173,7 +220,9 @@ def run(work: Work) -> None:
     params = work.params.data
     assert params is not None
     home = work.run.path.parents[1]
-    card = prepare(params, seed=work.params.seed, out=Path("data"), home=home)
+    evaluate = work.params.evaluate
+    measured = Measured(evaluate.benchmarks, data_root(work.params, home)) if evaluate is not None else None
+    card = prepare(params, seed=work.params.seed, out=Path("data"), home=home, measured=measured)
     print(*summary(card), sep="\n", file=sys.stderr)
 
 
@@ -182,9 +231,13 @@ def summary(card: dict[str, Any]) -> Iterator[str]:
     for stage, part in card["parts"].items():
         train, held_out = part["train"], part["validation"]
         yield f"{stage}: {train['rows']} rows of {train['tokens']} tokens, {held_out['rows']} held out"
+        for source in part["sources"]:
+            if source.get("test_set"):
+                yield f"{stage}: {source['name']} is a test set and is trained on all the same (train_on_test)"
     for name, counts in card["overlap"].items():
         rows = f", {card['evaluate'][name]['rows']} puzzles" if name in card["evaluate"] else ""
-        yield f"{name}{rows}: in training by value: {counts}"
+        told = f"not counted ({counts['not counted']})" if "not counted" in counts else counts
+        yield f"{name}{rows}: in training by value: {told}"
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class SourceParams(Block):
     unit: Literal["file", "line"] = "file"  # plain text files: what one document is
     contains: dict[str, str] = Field(default_factory=dict)  # keep rows whose field contains this text
     streaming: bool = False  # Hub: read over the network without storing the source; needs `limit`
+    train_on_test: bool = False  # insist on training on what is a test set, which is refused otherwise
 
     @model_validator(mode="after")
     def _streams_end(self) -> Self:

@@ -16,10 +16,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from llada_core.config.data import PartParams, SourceParams
 from llada_core.config.dotted import function_at
+from llada_core.data.overlap import QUESTIONS, joined, values_in
 from llada_core.data.rows import RowFile, schema_of, table_of
 from llada_core.data.sources import DataError, Origin, Row, read
 from llada_core.data.tokenise import ENCODERS, Encoded, content_hash, text_in, text_of
@@ -44,11 +46,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Coded:
-    """One side's rows of a chunk as an Arrow table, and its drops."""
+    """One side's rows of a chunk as an Arrow table, its drops, and the values (uint64) of the questions in it."""
 
     side: Side
     table: pa.Table
     counts: Counter[str]
+    questions: np.ndarray
 
 
 def chunks_of(source: SourceParams, origin: Origin) -> Iterator[Chunk]:
@@ -108,6 +111,7 @@ def build(
 ) -> dict[str, Any]:
     """Writes `folder/{train,validation}` (`datasets.load_from_disk`) and returns the card of what was written.
 
+    `folder/questions.npy` has the values of the questions in training rows of sources, if there are any.
     Raises `DataError` when nothing is left to train on.
     """
     tokenizer = _tokenizer(str(tokenizer_folder))
@@ -116,9 +120,14 @@ def build(
     folder.mkdir(parents=True)
     dropped: Counter[str] = Counter()
     files = {side: RowFile(folder / side, params, schema) for side in SIDES}
+    questions = [joined([])]
     for coded in itertools.chain.from_iterable(workers.each(function, chunks)):
         files[coded.side].add(coded.table)
         dropped += coded.counts
+        if coded.side == "train":
+            questions.append(coded.questions)
+    if len(asked := joined(questions)):
+        np.save(folder / QUESTIONS, asked)
     card: dict[str, Any] = {"dropped": dict(sorted(dropped.items()))}
     for side, file in files.items():
         card[side] = file.close()
@@ -144,9 +153,10 @@ def encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) 
 def _encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) -> list[Coded]:
     sides: dict[Side, list[tuple[int, Row]]] = {"train": [], "validation": []}
     counts: Counter[str] = Counter()
+    asked: list[int] = []
     if chunk.source is None:
         sides[chunk.side] += chunk.rows
-    for number, row in _mapped(stage, chunk) if chunk.source is not None else ():
+    for number, raw, row in _mapped(stage, chunk) if chunk.source is not None else ():
         if row is None:
             counts["map function"] += 1
             continue
@@ -157,30 +167,42 @@ def _encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk)
         else:
             spread = (share - params.validation) / (1 - params.validation)
             weight = chunk.source.weight
-            sides["train"] += [(number, row)] * (int(weight) + (spread < weight % 1))
+            copies = int(weight) + (spread < weight % 1)
+            sides["train"] += [(number, row)] * copies
+            if copies and stage != "pretrain":  # documents ask nothing
+                asked += _questions(raw, row)
     tokenizer = _tokenizer(tokenizer_folder)
     results = []
     for side, rows in sides.items():
         encoded = _encoded(stage, params, tokenizer, chunk.place, rows)
         table = table_of(encoded.columns, schema_of(stage, params, tokenizer.vocab_size, packed=False))
-        results.append(Coded(side, table, counts + encoded.counts))
+        results.append(Coded(side, table, counts + encoded.counts, np.array(asked, np.uint64)))
         counts = Counter()
     return results
 
 
 def texts_in(stage: str, chunk: Chunk) -> Iterator[str]:
     """The text of each row of a chunk, with the names of its speakers, as a tokenizer is trained on it."""
-    rows = chunk.rows if chunk.source is None else _mapped(stage, chunk)
-    yield from (text_in(row) for _, row in rows if row is not None)
+    rows = (row for _, row in chunk.rows) if chunk.source is None else (row for *_, row in _mapped(stage, chunk))
+    yield from (text_in(row) for row in rows if row is not None)
 
 
-def _mapped(stage: str, chunk: Chunk) -> Iterator[tuple[int, Row | None]]:
+def _questions(raw: Row, row: Row) -> list[int]:
+    """The values of a row's questions; none of a row that its encoder will refuse in a moment, with its number."""
+    try:
+        return list(values_in(raw, row))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return []
+
+
+def _mapped(stage: str, chunk: Chunk) -> Iterator[tuple[int, Row, Row | None]]:
+    """Each row's number, the row as published, and what the map function made of it."""
     function = _as_it_is if chunk.map is None else function_at(chunk.map, "map function")
     if chunk.map is None and chunk.source is not None and stage == "pretrain":
         function = functools.partial(_text_alone, chunk.source.text_field)
     for number, raw in chunk.rows:
         try:
-            yield number, function(raw)
+            yield number, raw, function(raw)
         except DataError as error:
             raise DataError(f"{chunk.place}, row {number}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

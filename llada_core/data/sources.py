@@ -5,6 +5,7 @@ Yields rows as their authors wrote them, each with its number, so that an error 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -45,7 +46,7 @@ KNOWN: dict[str, Known] = {
     "dclm": Known("mlfoundations/dclm-baseline-1.0"),
     "gutenberg": Known(),
     "gsm8k": Known("openai/gsm8k", "main", maps={"sft": "gsm8k_dialogue", "grpo": "gsm8k"}),
-    "math500": Known("ankner/math-500", split="test", maps={"grpo": "math"}),
+    "math500": Known("ankner/math-500", maps={"grpo": "math"}),  # its training split: MATH without MATH-500
     "countdown": Known("Jiayi-Pan/Countdown-Tasks-3to4", maps={"grpo": "countdown"}),
     "sudoku4x4": Known(maps={"grpo": "sudoku"}),
     "kodcode": Known("KodCode/KodCode-Light-RL-10K", maps={"grpo": "code"}),
@@ -53,6 +54,13 @@ KNOWN: dict[str, Known] = {
         "HuggingFaceH4/ultrafeedback_binarized", split="train_prefs", maps={"preference": "preference"}
     ),
 }
+# What is measured under another name than test: the last part of a data set's name, and that split.
+_MEASURED = {
+    **dict.fromkeys(("hellaswag", "piqa", "winogrande", "truthful_qa", "truthfulqa"), "validation"),
+    **dict.fromkeys(("gpqa", "ifeval", "instruction-following-eval"), "train"),
+    "ceval-exam": "val",
+}
+_TEST = re.compile(r"(?<![a-z])tests?(?![a-z])")
 _SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".csv")
 
 
@@ -67,12 +75,32 @@ class Origin:
     map: str | None
     digest: str  # of the content for files; of name, configuration and revision on the Hub
 
+    @property
+    def is_test_set(self) -> bool:
+        """Whether its split, or its file's name, says that it is there to be measured on."""
+        folder, _, name = self.place.rpartition("/")
+        split = Path(name).stem.lower() if self.kind == "file" else self.split.lower()
+        measured = _MEASURED.get((folder.rpartition("/")[2] if self.kind == "file" else name).lower())
+        return _TEST.search(split) is not None or split.partition("[")[0] == measured
+
 
 def find(source: SourceParams, stage: str, roots: list[Path]) -> Origin:
     """Where a source's rows are; a short name is looked up below the roots before it is asked of the Hub.
 
-    Raises FileNotFoundError that says where it was looked for.
+    Raises FileNotFoundError that says where it was looked for, and `DataError` for a test set that a stage would train
+    on without `train_on_test`.
     """
+    origin = _found(source, stage, roots)
+    if stage != "evaluate" and origin.is_test_set and not source.train_on_test:
+        what = origin.place if origin.kind == "file" else f"split {origin.split!r} of {origin.place}"
+        raise DataError(
+            f"data source {source.name!r} of {stage}: {what} is a test set; what was trained on it is measured nowhere."
+            " Name another split, or insist with train_on_test: true"
+        )
+    return origin
+
+
+def _found(source: SourceParams, stage: str, roots: list[Path]) -> Origin:
     known = KNOWN.get(source.name) or next((k for k in KNOWN.values() if k.hub == source.name), Known())
     own_map = f"llada_core.data.maps.{known.maps[stage]}" if stage in known.maps else None
     split, config = source.split or known.split, source.config or known.config

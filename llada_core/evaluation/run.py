@@ -5,7 +5,7 @@ Knows recipes, puzzle files and lm-eval's evaluator; does not know stages, regis
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -116,8 +116,13 @@ def cost_of(asked: Benchmark, answerer: Answerer, *, limit: int | None = None) -
     return lm.cost
 
 
-def run(asked: Benchmark, lm: LM, *, limit: int | None = None) -> tuple[Result, list[Result]]:
-    """The result of a benchmark (JSON values, equal for equal inputs) and one record per question."""
+def run(
+    asked: Benchmark, lm: LM, *, limit: int | None = None, trained: Collection[int] = ()
+) -> tuple[Result, list[Result]]:
+    """The result of a benchmark (JSON values, equal for equal inputs) and one record per question.
+
+    trained: values of the questions that the run trained on (llada_core.data.overlap); a question among them is marked.
+    """
     recipe = asked.recipe
     if asked.absent:
         return {"absent": asked.absent, "recipe": recipe.name}, []
@@ -139,6 +144,10 @@ def run(asked: Benchmark, lm: LM, *, limit: int | None = None) -> tuple[Result, 
     if recipe.definition == "puzzles":
         for record, row in zip(records, rows, strict=True):
             record |= {"id": row["doc"]["id"], "in_training": row["doc"]["in_training"]}
+    elif trained:
+        for record, (task, row) in zip(records, told, strict=True):
+            value = taskset.question_value(asked.tasks["tasks"][task], row["doc"])
+            record["in_training"] = value in trained
     in_all = sum(n["original"] for n in outcome["n-samples"].values())
     part = f"{len(rows)} of {in_all} questions" if len(rows) < in_all else ""
     subset = "; ".join(filter(None, [asked.subset, part]))

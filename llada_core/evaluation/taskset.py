@@ -24,6 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import env as templates
 
 from llada_core.config.base import ConfigError
+from llada_core.data.overlap import question_in, value_of
 from llada_core.evaluation.recipes import Recipe
 from llada_core.verifiers import verify
 
@@ -57,6 +58,18 @@ def tasks_of(recipe: Recipe, root: Path | None = None) -> Tasks:
             raise ConfigError(f"{recipe.name}: {_first_line(error)}") from error
     _check_version(recipe, loaded)
     return _prepared(dict(loaded), recipe.shots)
+
+
+def question_value(task: Any, document: Mapping[str, Any]) -> int:
+    """The value of what a task's document asks, to be looked up among the values of training questions."""
+    text = task.doc_to_text(document)
+    return value_of(question_in(document, text if isinstance(text, str) else None) or str(text))
+
+
+def question_values(tasks: Tasks) -> list[int]:
+    """The value of every question that these tasks measure."""
+    with compiled_once():
+        return [question_value(task, document) for task in tasks["tasks"].values() for document in task.eval_docs]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ PROMPTS = json.loads((Path(__file__).parents[1] / "golden/grpo_prompts.json").re
 
 def rows_of(path, **changes):
     source = SourceParams(name=str(path), **changes)
-    return list(read(source, find(source, "pretrain", [path.parent])))
+    return list(read(source, find(source, "evaluate", [path.parent])))
 
 
 def test_text_and_json_files(tmp_path):
@@ -126,8 +126,47 @@ def test_rows_that_are_test_rows_too_are_counted(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"n": 1, "text": "a"}\n')
     source = SourceParams(name=str(tmp_path / "train.jsonl"))
     assert sources.shared_with_test(source, find(source, "pretrain", [tmp_path])) == 2
-    itself = SourceParams(name=str(tmp_path / "test.jsonl"))
+    itself = SourceParams(name=str(tmp_path / "test.jsonl"), train_on_test=True)
     assert sources.shared_with_test(itself, find(itself, "pretrain", [tmp_path])) is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"name": "math500", "split": "test"},
+        {"name": "owner/data", "split": "test_sft"},
+        {"name": "openai/gsm8k", "split": "test[:50%]"},
+        {"name": "HuggingFaceH4/MATH-500", "split": "test"},
+        {"name": "google/IFEval"},
+        {"name": "Rowan/hellaswag", "split": "validation"},
+        {"name": "piqa", "split": "validation"},
+        {"name": "gsm8k", "split": "test"},
+        {"name": "gsm8k/test.jsonl"},
+        {"name": "gsm8k/my_test.jsonl"},
+        {"name": "saved", "split": "test"},
+    ],
+)
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo", "preference"])
+def test_a_test_set_is_refused_for_training_unless_one_insists(tmp_path, asked, stage):
+    for name in ("gsm8k/test", "gsm8k/my_test", "piqa/validation"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    table = datasets.Dataset.from_list([{"text": "a"}])
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match=rf"of {stage}: .* is a test set; .*insist with train_on_test: true$"):
+        find(SourceParams(**asked), stage, [tmp_path])
+    assert find(SourceParams(**asked, train_on_test=True), stage, [tmp_path]).is_test_set
+    assert find(SourceParams(**asked), "evaluate", [tmp_path]).is_test_set
+
+
+def test_training_splits_are_no_test_sets(tmp_path):
+    assert find(SourceParams(name="math500"), "grpo", [tmp_path]).split == "train"
+    for known in set(sources.KNOWN) - {"gutenberg", "sudoku4x4"}:
+        assert not find(SourceParams(name=known), "sft", [tmp_path]).is_test_set
+    for name in ("latest.jsonl", "attested.txt", "contest/train.jsonl", "train.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+        assert not find(SourceParams(name=name), "sft", [tmp_path]).is_test_set
 
 
 def test_a_stream_needs_an_end():
@@ -227,4 +266,4 @@ def test_maps_of_the_data_root(data_root):
         assert all(map(check, mapped))
     for name, function in (("sudoku4x4", maps.sudoku), ("countdown", maps.countdown), ("math500", maps.math)):
         source = SourceParams(name=name, split="test", limit=20)
-        assert all(json.dumps(function(row)) for _, row in read(source, find(source, "grpo", [data_root])))
+        assert all(json.dumps(function(row)) for _, row in read(source, find(source, "evaluate", [data_root])))

@@ -6,14 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llada_core.config.base import ConfigError
-from llada_core.config.evaluation import EvaluateParams, Settings
+from llada_core.config.evaluation import EvaluateParams, ReportParams, Settings
+from llada_core.data.overlap import QUESTIONS, value_of
 from llada_core.evaluation.answering import Answerer
 from llada_core.modeling import save_model
 from tasks.evaluate import Places, answering, measure
 from tasks.folders import safe
+from tasks.report import write_report
 from tasks.sweep import sweep
 from tests.tiny import tiny_pair
 
@@ -152,6 +155,22 @@ def test_a_model_without_a_chat_template_is_measured_where_none_is_needed(places
     found = sweep(str(model), ["sudoku", "piqa"], params, here, tell=lambda _: None)
     assert "no chat template" in found["sudoku"]["error"]
     assert found["piqa"]["n"] == 2
+
+
+def test_questions_that_the_run_trained_on_are_marked_and_told(places, data_root, tmp_path):
+    rows = [json.loads(line) for line in (data_root / "piqa/validation.jsonl").open()][:3]
+    np.save(tmp_path / QUESTIONS, np.array([value_of(f" {rows[1]['goal'].upper()}"), 7], np.uint64))
+    params = PARAMS.model_copy(update={"limit": 3, "overrides": {"piqa": Settings(samples=1)}})
+    here = Places(data_root, places.puzzles, places.out, places.answers, trained=tmp_path)
+    with answering(places.out.parents[1] / "models" / "sft", params) as answerer:
+        measure("piqa", "sft", answerer, params, here)
+    result = json.loads((places.out / "piqa.json").read_text())["models"]["sft"]
+    assert result["in_training"] == 1
+    records = [json.loads(text) for text in (places.out / "piqa" / "sft.samples.jsonl").read_text().splitlines()]
+    assert [record["in_training"] for record in records] == [False, True, False]
+    assert result["score_unseen"] == pytest.approx((records[0]["score"] + records[2]["score"]) / 2)
+    table = write_report(places.out, ["piqa"], ReportParams(), tmp_path / "report")
+    assert any("1 questions occur in training by value" in remark for remark in table["remarks"])
 
 
 def test_lm_evals_command_line_on_two_processes(places, tmp_path):
