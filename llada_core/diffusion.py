@@ -15,7 +15,7 @@ from llada_core.config.training import NoiseParams
 
 _WEIGHT_EPSILON = 1e-6  # dllm's guard in -alpha' / (1 - alpha), kept so that losses compare
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, splitmix64's increment
-_STRIDE = 1 << 32
+_STRIDE = 1 << 32  # rows and draws are told apart in the upper half of a key, columns are added to the lower one
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,33 @@ class Noise:
 
     def uniforms(self, width: int, stream: int = 0) -> Tensor:
         """(B, width) float32 in [0, 1); column j is the same for every width above j."""
-        columns = torch.arange(width, dtype=torch.int64, device=self.rows.device)
-        return _to_unit(_mix((self._keys(stream)[:, None] + columns + 1) * _GOLDEN))
+        return ((hashed(self._keys(stream), width) >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
     def times(self, params: NoiseParams, stream: int = 1) -> Tensor:
         """(B,) float32 in [epsilon, 1]; stratified times share one offset and are spread evenly over the global batch."""
         if params.stratified:
             offset = Noise(self.seed, self.step, torch.full_like(self.rows[:1], -1), 1).uniforms(1, stream)[:, 0]
-            u = (offset + self.rows / self.total) % 1.0
+            # Whole numbers first: a running row number divided in float32 loses its last digits within a few thousand
+            # steps, and with them all but a handful of the strata.
+            u = (offset + (self.rows % self.total) / self.total) % 1.0
         else:
             u = self.uniforms(1, stream)[:, 0]
         return params.epsilon + (1 - params.epsilon) * u
 
     def _keys(self, stream: int) -> Tensor:
         key = torch.tensor(self.seed * 1_000_003 + stream, dtype=torch.int64, device=self.rows.device)
-        key = _mix(_mix(key * _GOLDEN) + self.step)
-        return _mix(key + (self.rows + 1) * _STRIDE)
+        return keyed(_mix(_mix(key * _GOLDEN) + self.step), self.rows)
+
+
+def keyed(keys: Tensor, numbers: Tensor) -> Tensor:
+    """int64 keys, one for each pair of a key and a number from 0; both broadcast."""
+    return _mix(keys + (numbers + 1) * _STRIDE)
+
+
+def hashed(keys: Tensor, width: int) -> Tensor:
+    """(R, width) int64, all 64 bits random: column j of row i hashes keys[i] (R,) and j, on any device to the same bits."""
+    columns = torch.arange(width, dtype=torch.int64, device=keys.device)
+    return _mix((keys[:, None] + columns + 1) * _GOLDEN)
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -55,10 +66,6 @@ def _mix(z: Tensor) -> Tensor:
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
-
-
-def _to_unit(bits: Tensor) -> Tensor:
-    return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
 def alpha(t: Tensor, schedule: str) -> Tensor:

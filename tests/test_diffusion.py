@@ -60,6 +60,17 @@ def test_stratified_times_cover_the_interval_evenly_and_are_unbiased():
     assert times[:, 3].mean() == pytest.approx(0.5, abs=0.06)
 
 
+@pytest.mark.parametrize(("total", "step"), [(16, 0), (4096, 10**6), (3072, 20_000), (1280, 440_000)])
+def test_stratified_times_stay_stratified_in_long_runs(total, step):
+    """Step 10^6 of 4,096 rows is row four billion: every stratum still has exactly one row."""
+    numbers = torch.arange(step * total, (step + 1) * total)
+    times = Noise(0, step, numbers, total).times(NoiseParams(epsilon=1e-9)).double()
+    strata = (times * total - times.min() * total).round().long().sort().values
+    assert torch.equal(strata, torch.arange(total))
+    uniforms = Noise(0, step, numbers, total).uniforms(4)
+    assert len(uniforms[:, 0].unique()) > 0.99 * total
+
+
 def test_only_maskable_tokens_are_hidden_and_at_the_asked_rate():
     tokens, maskable = torch.arange(400).repeat(100, 1) % 90, torch.arange(400).repeat(100, 1) >= 40
     noise = Noise(0, 0, torch.arange(100), 100)

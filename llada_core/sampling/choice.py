@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llada_core.config.sampling import SamplingParams
-from llada_core.sampling.confidence import CONFIDENCES, Confidence, probability
+from llada_core.sampling.confidence import CONFIDENCES, Confidence, Score, probability
 from llada_core.sampling.draw import RowNoise, gumbel_argmax
 from llada_core.sampling.unmask import Rule, rule_of
 
@@ -21,7 +21,7 @@ CHUNK = 1 << 28
 class Choice:
     """Everything that turns logits into committed tokens."""
 
-    score: Confidence
+    score: Score
     rule: Rule
     temperature: float
     never: Tensor
@@ -46,8 +46,8 @@ class Choice:
             needs_chance=params.remasking == "random",
         )
 
-    def propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Tokens (P,) and scores (P,) float64 from logits (P, V), `counts` of which belong to each row in turn.
+    def propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Confidence]:
+        """Tokens (P,) and their confidences (P,) from logits (P, V), `counts` of which belong to each row in turn.
 
         Without noise the likeliest tokens. MASK is never proposed, yet its probability counts against the proposal, as
         in the references.
@@ -55,14 +55,14 @@ class Choice:
         if noise is None or logits.numel() <= CHUNK:
             return self._propose(logits, noise, counts)
         parts, at = [], 0
-        for row, count in enumerate(counts):  # a row's numbers come from its own generator, so rows may be taken apart
+        for row, count in enumerate(counts):  # a row's numbers are its own, so rows may be taken apart
             only = [count if i == row else 0 for i in range(len(counts))]
             parts.append(self._propose(logits[at : at + count], noise, only))
             at += count
-        tokens, scores = zip(*parts, strict=True)
-        return torch.cat(tokens), torch.cat(scores)
+        tokens, found = zip(*parts, strict=True)
+        return torch.cat(tokens), Confidence(torch.cat([c.value for c in found]), torch.cat([c.key for c in found]))
 
-    def _propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Tensor]:
+    def _propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Confidence]:
         logits = logits.float()
         if len(self.forbidden):
             logits = logits.index_fill(-1, self.forbidden, -torch.inf)
@@ -75,7 +75,7 @@ class Choice:
         score = probability if self.needs_chance and uniforms is None else self.score
         if len(self.deferred):
             logits = logits.index_fill(-1, self.deferred, -torch.inf)
-        scores = score(logits, tokens, uniforms)
+        confidence = score(logits, tokens, uniforms)
         if len(self.deferred):
-            scores = scores.masked_fill(torch.isin(tokens, self.deferred), 0.0)
-        return tokens, scores
+            confidence = confidence.lowest_where(torch.isin(tokens, self.deferred))
+        return tokens, confidence

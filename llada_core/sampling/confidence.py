@@ -1,55 +1,110 @@
-"""How sure the model is of each proposal: logits and proposed tokens -> a number between 0 and 1.
+"""How sure the model is of each proposal: logits and proposed tokens -> a number between 0 and 1, and its order.
 
-Does not know positions, blocks or what is done with the number.
+Near certainty numbers between 0 and 1 run out long before logits do: 1 - 1e-17 is 1, also in float64. So each
+confidence has a second form that never does, its log-odds or what plays their part; who is surest is asked of that one,
+thresholds and people are given the first. Does not know positions, blocks or what is done with the numbers.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
-
-# (P, V) float32 logits, (P,) proposed tokens, (P,) uniforms in [0, 1) -> (P,) float64, higher is surer
-Confidence = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+from torch.nn import functional as F
 
 
-def probability(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None) -> Tensor:
-    """The probability of the proposed token.
+@dataclass(frozen=True)
+class Confidence:
+    """Of some proposals, or laid out on a canvas: `value` in [0, 1], and `key`, which grows strictly with the exact value.
 
-    Taken from its odds against all others, in float64: near 1, where float32 knows no difference, the order still
-    holds.
+    float64 where the device has it. A place where nothing may be committed has -inf as both; no proposal has.
     """
-    weight_PV = (logits_PV - logits_PV.amax(-1, keepdim=True)).exp_()
-    own = weight_PV.gather(1, tokens_P[:, None])
-    others = weight_PV.scatter_(1, tokens_P[:, None], 0.0).sum(-1).double()
-    own = own[:, 0].double()
-    return own / (own + others)
+
+    value: Tensor
+    key: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor, key: Tensor) -> Self:
+        """Both in float64 (float32 on mps), the keys finite."""
+        dtype = torch.float32 if key.device.type == "mps" else torch.float64
+        limits = torch.finfo(dtype)
+        return cls(value.to(dtype), key.to(dtype).clamp(limits.min, limits.max))
+
+    def lowest_where(self, deferred: Tensor) -> Self:
+        """Confidence 0, below all others, where `deferred` says so."""
+        return type(self)(
+            self.value.masked_fill(deferred, 0.0), self.key.masked_fill(deferred, torch.finfo(self.key.dtype).min)
+        )
+
+    def laid_out(self, shape: torch.Size, places: Tensor) -> Self:
+        """On a canvas of `shape`, at flat `places` (P,); -inf elsewhere."""
+        closed = torch.full((shape.numel(),), -torch.inf, dtype=self.key.dtype, device=self.key.device)
+        return type(self)(
+            closed.index_copy(0, places, self.value).view(shape), closed.index_copy(0, places, self.key).view(shape)
+        )
 
 
-def margin(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None) -> Tensor:
-    """The lead of the likeliest token over the next one, in probability (Dream's margin)."""
-    first, second = logits_PV.softmax(-1).topk(2, dim=-1).values.unbind(-1)
-    return (first - second).double()
+# (P, V) float32 logits, (P,) proposed tokens, (P,) uniforms in [0, 1) -> (P,) confidences, higher is surer
+Score = Callable[[Tensor, Tensor, Tensor | None], Confidence]
 
 
-def certainty(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None) -> Tensor:
-    """exp(-entropy): 1 for one certain token, 1/V for none."""
-    return (-entropy(logits_PV)).exp()
+def probability(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None) -> Confidence:
+    """The probability of the proposed token; its key is the log-odds, taken from the others without the token itself."""
+    own_P1 = logits_PV.gather(1, tokens_P[:, None])
+    others_P = logits_PV.scatter(1, tokens_P[:, None], -torch.inf).logsumexp(-1)
+    odds = (own_P1[:, 0] - others_P).to(_wide(logits_PV))
+    return Confidence.of(odds.sigmoid(), odds)
 
 
-def entropy(logits_PV: Tensor) -> Tensor:
-    """(P,) float64, in nats."""
-    log_p = logits_PV.log_softmax(-1)
-    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1).double()
+def margin(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None) -> Confidence:
+    """The lead of the likeliest token over the next one, in probability (Dream's margin).
+
+    Of p1 - p2 the odds are (p1 - p2) / (rest + 2 p2): each part is taken by itself, as 1 - (p1 - p2) would round away.
+    """
+    (first, second), (best, _) = (x.unbind(-1) for x in logits_PV.topk(2, dim=-1))
+    others = logits_PV.scatter(1, best[:, None], -torch.inf).logsumexp(-1)  # the next one included
+    lead = (-torch.expm1(second.to(_wide(logits_PV)) - first)).log()  # of p1 - p2 over p1
+    odds = lead - (torch.logaddexp(others, second) - first)
+    return Confidence.of(odds.sigmoid(), odds)
 
 
-def chance(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None) -> Tensor:
+def certainty(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None) -> Confidence:
+    """exp(-entropy): 1 for one certain token, 1/V for none; its key is minus the logarithm of the entropy."""
+    log_entropy = _log_entropy(logits_PV)
+    return Confidence.of((-log_entropy.exp()).exp(), -log_entropy)
+
+
+def _log_entropy(logits_PV: Tensor) -> Tensor:
+    """(P,), of the entropy in nats.
+
+    With gaps g_j = max logit - logit_j and O the sum of the others' exp(-g_j), the entropy is
+    log(1 + O) + sum of g_j exp(-g_j) / (1 + O): no difference of large numbers in it, so it is as exact near 0 as far
+    from it, and both terms can be had as logarithms where exp(-g_j) would underflow.
+    """
+    top = logits_PV.max(-1, keepdim=True)
+    others = logits_PV.scatter(1, top.indices, -torch.inf).logsumexp(-1)
+    log_o = (others - top.values[:, 0]).to(_wide(logits_PV))
+    log_z = F.softplus(log_o)  # log(1 + O)
+    # softplus underflows with O, while its logarithm is then that of O.
+    first = torch.where(log_o < -30.0, log_o, log_z.log())
+    gaps = top.values - logits_PV
+    terms = torch.where(gaps < torch.inf, gaps.log() - gaps, -torch.inf)  # a forbidden token has no share
+    return torch.logaddexp(first, terms.logsumexp(-1) - log_z)
+
+
+def chance(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None) -> Confidence:
     """No confidence at all: the given uniforms, so that positions are chosen at random."""
     if uniforms_P is None:
         raise ValueError("random remasking needs uniforms")
-    return uniforms_P
+    return Confidence.of(uniforms_P, uniforms_P)
 
 
-CONFIDENCES: dict[str, Confidence] = {
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+CONFIDENCES: dict[str, Score] = {
     "low_confidence": probability,
     "margin": margin,
     "entropy": certainty,

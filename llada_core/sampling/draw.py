@@ -1,62 +1,73 @@
 """How a token is drawn from logits: the likeliest, or a Gumbel-max sample with noise of the row's own.
 
-Every row has a private generator, seeded by (seed, prompt, how many equal prompts precede it in the batch): the same
-seed gives the same answer whatever else is in the batch, and equal prompts get different answers. Does not know
-models.
+Noise is counter-based as in `diffusion`: a number is a hash of (seed, prompt, how many equal prompts precede it in the
+batch), of how many numbers the row has drawn, and of the column. So the same seed gives the same answer whatever else
+is in the batch and on whatever device, equal prompts get different answers, and there is no generator to keep in step.
+Does not know models.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from llada_core.diffusion import hashed, keyed
 
 
 def gumbel_argmax(logits_PV: Tensor, temperature: float, uniforms_PV: Tensor) -> Tensor:
     """Samples softmax(logits / temperature) by argmax of exp(logit) / (-ln u)^temperature, taken as its logarithm.
 
-    In float64, as arXiv:2409.02908 shows that low precision distorts the distribution. Overwrites `uniforms_PV`.
+    In the precision of `uniforms_PV`, float64 where the device has it, as arXiv:2409.02908 shows that low precision
+    distorts the distribution. Overwrites `uniforms_PV`.
     """
     noise = uniforms_PV.log_().neg_().log_().mul_(temperature)
-    return (logits_PV.double() - noise).argmax(-1)
+    return (logits_PV.to(noise.dtype) - noise).argmax(-1)
 
 
 @dataclass
 class RowNoise:
-    """One generator per active row."""
+    """The random numbers of the active rows: `keys` (A,) int64, and how many rows of numbers each has drawn so far."""
 
-    generators: list[torch.Generator]
+    keys: Tensor
+    drawn: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.drawn = [0] * len(self.keys)
 
     @classmethod
     def of_prompts(cls, prompts: Sequence[Tensor], seed: int | None, device: torch.device) -> "RowNoise":
-        """Generators that depend on nothing but `seed`, the row's prompt and its number among equal prompts.
+        """Keys that depend on nothing but `seed`, the row's prompt and its number among equal prompts.
 
         Without a seed one is drawn from torch's global generator.
         """
         base = int(torch.randint(2**62, ()).item()) if seed is None else seed
         seen: dict[bytes, int] = {}
-        generators = []
+        keys = []
         for prompt in prompts:
             text = prompt.cpu().numpy().tobytes()
             number = seen[text] = seen.get(text, -1) + 1
             digest = hashlib.blake2b(f"{base} {number} ".encode() + text, digest_size=8).digest()
-            generator = torch.Generator(device=device)
-            generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-            generators.append(generator)
-        return cls(generators)
+            keys.append(int.from_bytes(digest, "little", signed=True))
+        return cls(torch.tensor(keys, dtype=torch.int64, device=device))
 
     def uniforms(self, counts: Sequence[int], width: int) -> Tensor:
-        """(sum of counts, width) float64 in [0, 1): the next `counts[i]` rows of numbers of row i."""
-        device = self.generators[0].device
-        result = torch.empty(sum(counts), width, dtype=torch.float64, device=device)
-        place = 0
-        for generator, count in zip(self.generators, counts, strict=True):
-            if count:
-                torch.rand(count, width, dtype=torch.float64, generator=generator, out=result[place : place + count])
-            place += count
-        return result
+        """(sum of counts, width) float64 in [0, 1), all 53 bits: the next `counts[i]` rows of numbers of row i.
+
+        float32 of 24 bits on devices without float64 (mps).
+        """
+        device = self.keys.device
+        numbers = [first + i for first, count in zip(self.drawn, counts, strict=True) for i in range(count)]
+        rows = [row for row, count in enumerate(counts) for _ in range(count)]
+        self.drawn = [first + count for first, count in zip(self.drawn, counts, strict=True)]
+        row, number = torch.tensor([rows, numbers], dtype=torch.int64).to(device, non_blocking=True)
+        bits = hashed(keyed(self.keys[row], number), width)
+        if device.type == "mps":
+            return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+        return ((bits >> 11) & 0x1FFFFFFFFFFFFF).to(torch.float64) * 2.0**-53
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only these of the active rows go on."""
-        self.generators = [self.generators[i] for i in rows]
+        self.keys = self.keys[torch.tensor(rows, dtype=torch.int64, device=self.keys.device)]
+        self.drawn = [self.drawn[i] for i in rows]

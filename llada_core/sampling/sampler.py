@@ -73,21 +73,20 @@ class Sampler:
         if self.look_ahead:
             asked = torch.cat([mine, (canvas.open & ~blocks.open).flatten().nonzero()[:, 0]])
         logits = self.denoiser.logits(Query.of(canvas, blocks, asked))
-        proposals, scores = self.choice.propose(logits[: len(mine)], self.noise, blocks.counts)
+        proposals, confidence = self.choice.propose(logits[: len(mine)], self.noise, blocks.counts)
         quota = None if self.pace is None else self.pace.next(blocks, self.noise)
 
-        ranked = torch.full(blocks.open.shape, -torch.inf, dtype=torch.float64, device=mine.device)
-        ranked.view(-1)[mine] = scores
-        commit = self.choice.rule(ranked, quota).view(-1)[mine]
+        commit = self.choice.rule(confidence.laid_out(blocks.open.shape, mine), quota).view(-1)[mine]
         tokens = canvas.tokens.clone()
         tokens.view(-1)[mine] = torch.where(commit, proposals, canvas.mask_id)
         if self.stop is not None:
             tokens = self.stop.close(tokens, canvas)
         canvas = canvas.written(tokens)
 
+        values = confidence.value
         if self.look_ahead:
             beyond, sure = self.choice.propose(logits[len(mine) :], None, [])
-            proposals, scores = torch.cat([proposals, beyond]), torch.cat([scores, sure])
+            proposals, values = torch.cat([proposals, beyond]), torch.cat([values, sure.value])
         step = Step(
             tokens=canvas.shown(board),
             before=board,
@@ -97,7 +96,7 @@ class Sampler:
             bounds=torch.stack([blocks.first, blocks.last], 1) + canvas.shift[:, None],
             asked=canvas.places[asked],
             proposals=proposals,
-            scores=scores,
+            confidences=values,
         )
         return canvas, step
 

@@ -14,7 +14,7 @@ class Step:
     """One step. B rows, T columns, A rows that took part, Q positions that the model was asked about.
 
     `tokens` (B, T) int64 after the step, `before` it; `rows` (A,) the rows that took part; `bounds` (A, 2) their
-    blocks; `asked` (Q,) indices into the B*T flattened positions, `proposals` (Q,) and `scores` (Q,) what came back;
+    blocks; `asked` (Q,) indices into the B*T flattened positions, `proposals` (Q,) and `confidences` (Q,) what came back;
     `forwards` of the model so far.
     """
 
@@ -26,7 +26,7 @@ class Step:
     bounds: Tensor = field(repr=False)
     asked: Tensor = field(repr=False)
     proposals: Tensor = field(repr=False)
-    scores: Tensor = field(repr=False)
+    confidences: Tensor = field(repr=False)
 
     @property
     def open(self) -> Tensor:
@@ -45,9 +45,9 @@ class Step:
 
     @property
     def confidence(self) -> Tensor:
-        """(B, T) float64 in [0, 1], of the proposals; nan elsewhere."""
-        unknown = torch.full((self.tokens.numel(),), torch.nan, dtype=torch.float64, device=self.tokens.device)
-        return unknown.index_copy(0, self.asked, self.scores).view_as(self.tokens)
+        """(B, T) in [0, 1], of the proposals; nan elsewhere."""
+        unknown = self.confidences.new_full((self.tokens.numel(),), torch.nan)
+        return unknown.index_copy(0, self.asked, self.confidences).view_as(self.tokens)
 
     @property
     def block(self) -> Tensor:

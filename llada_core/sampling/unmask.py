@@ -1,6 +1,7 @@
 """Which proposals are committed: schedules say how many, rules say which.
 
-A schedule is a function (open positions, steps) -> counts; a rule is a function (scores, quota) -> positions to commit.
+A schedule is a function (open positions, steps) -> counts; a rule is a function (confidence, quota) -> positions to
+commit: keys say who comes first, values whether that is sure enough.
 Neither knows tokens, models or blocks. Adding one is one function, one line in `rule_of` or `SCHEDULES`, and one test.
 """
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from llada_core.config.sampling import SamplingParams
+from llada_core.sampling.confidence import Confidence
 
 Schedule = Callable[[Tensor, Tensor], Tensor]  # open positions (A,), steps (A,) -> counts (A, S)
-# scores (A, T), -inf where nothing can be committed; quota (A,), None without a schedule -> commit (A, T) bool
-Rule = Callable[[Tensor, Tensor | None], Tensor]
+# (A, T), -inf where nothing can be committed; quota (A,), None without a schedule -> commit (A, T) bool
+Rule = Callable[[Confidence, Tensor | None], Tensor]
 
 
 def even_quotas(open_A: Tensor, steps_A: Tensor) -> Tensor:
@@ -77,33 +79,33 @@ def without_zeros(counts_AS: Tensor) -> Tensor:
     return counts_AS.gather(1, order)
 
 
-def top_quota(scores: Tensor, quota: Tensor | None) -> Tensor:
-    """The `quota` highest scores of each row; of equal ones the leftmost."""
+def top_quota(confidence: Confidence, quota: Tensor | None) -> Tensor:
+    """The `quota` surest of each row; of equal ones the leftmost."""
     if quota is None:
         raise ValueError("top_quota needs a schedule")
-    return (ranks(scores) < quota[:, None]) & (scores > -torch.inf)
+    return (ranks(confidence.key) < quota[:, None]) & (confidence.key > -torch.inf)
 
 
-def above(scores: Tensor, quota: Tensor | None, *, threshold: float) -> Tensor:
-    """Every score of at least `threshold`, and the best one in any case (Fast-dLLM)."""
-    return ((scores >= threshold) | (ranks(scores) == 0)) & (scores > -torch.inf)
+def above(confidence: Confidence, quota: Tensor | None, *, threshold: float) -> Tensor:
+    """Every value of at least `threshold`, and the surest one in any case (Fast-dLLM)."""
+    return ((confidence.value >= threshold) | (ranks(confidence.key) == 0)) & (confidence.key > -torch.inf)
 
 
-def within_factor(scores: Tensor, quota: Tensor | None, *, factor: float) -> Tensor:
-    """The r-th best score if it is 1 - factor/(r + 1) or more, and the best in any case (Fast-dLLM's factor)."""
-    rank = ranks(scores)
-    return ((rank == 0) | (scores >= 1 - factor / (rank + 2))) & (scores > -torch.inf)
+def within_factor(confidence: Confidence, quota: Tensor | None, *, factor: float) -> Tensor:
+    """The r-th surest if its value is 1 - factor/(r + 1) or more, and the surest in any case (Fast-dLLM's factor)."""
+    rank = ranks(confidence.key)
+    return ((rank == 0) | (confidence.value >= 1 - factor / (rank + 2))) & (confidence.key > -torch.inf)
 
 
-def within_entropy(scores: Tensor, quota: Tensor | None, *, bound: float) -> Tensor:
+def within_entropy(confidence: Confidence, quota: Tensor | None, *, bound: float) -> Tensor:
     """The longest run of lowest entropies whose sum without the largest is within `bound` (arXiv:2505.24857).
 
-    `scores` are exp(-entropy).
+    `confidence` is that of `certainty`: keys are minus the logarithms of the entropies.
     """
-    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    before = (-ordered.clamp(min=torch.finfo(scores.dtype).tiny).log()).cumsum(-1).roll(1, dims=-1)
+    ordered, order = confidence.key.sort(dim=-1, descending=True, stable=True)
+    before = (-ordered).exp().cumsum(-1).roll(1, dims=-1)
     before[:, 0] = 0.0
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, before <= bound) & (scores > -torch.inf)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, before <= bound) & (confidence.key > -torch.inf)
 
 
 def ranks(scores: Tensor) -> Tensor:

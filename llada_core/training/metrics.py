@@ -68,9 +68,13 @@ class Meter:
         self._totals: dict[str, Tensor] = {}
 
     def add(self, parts: Mapping[str, Tensor]) -> None:
-        """Each part is (2,) or (2, K): sums and counts."""
+        """Each part is (2,) or (2, K): sums and counts, added up in float64 (float32 on mps, which has no other).
+
+        Between two lines of a large run lie more tokens than float32 counts one by one.
+        """
         for name, part in parts.items():
-            self._totals[name] = self._totals[name].to(part) + part if name in self._totals else part
+            wide = part if part.device.type == "mps" else part.to(torch.float64)
+            self._totals[name] = self._totals[name].to(wide) + wide if name in self._totals else wide
 
     def take(self, ranks: Ranks) -> dict[str, float | list[float | None]]:
         """The ratios since the last call (None where nothing was counted); every rank must hold the same names."""

@@ -53,7 +53,8 @@ def assert_valid_choice(model, params: SamplingParams, before, after, first: int
     block = torch.arange(first, last)
     open_here = block[before[0, block] == model.special_tokens.mask_id]
     with torch.no_grad():
-        proposals, scores = choice.propose(model(before, positions=open_here).logits, None, [])
+        proposals, confidence = choice.propose(model(before, positions=open_here).logits, None, [])
+    scores = confidence.value
     taken = after[0, open_here] != model.special_tokens.mask_id
     assert torch.equal(after[0, open_here][taken], proposals[taken])
     assert taken.all() or scores[taken].min() >= scores[~taken].max() - 1e-6

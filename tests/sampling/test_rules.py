@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from llada_core.config.sampling import SamplingParams
-from llada_core.sampling.confidence import certainty, entropy, margin, probability
+from llada_core.sampling.confidence import CONFIDENCES, Confidence, certainty, margin, probability
+from llada_core.sampling.draw import RowNoise
 from llada_core.sampling.unmask import (
     above,
     cosine_noise,
@@ -22,7 +23,8 @@ CLOSED = -torch.inf
 
 
 def scores(*rows):
-    return torch.tensor(rows, dtype=torch.float64)
+    values = torch.tensor(rows, dtype=torch.float64)
+    return Confidence(values, values)
 
 
 def places(commit):
@@ -51,9 +53,10 @@ def test_factor_asks_more_of_each_further_position():
 
 def test_entropy_bound_adds_up_all_entropies_but_the_largest():
     nats = torch.tensor([[0.3, 0.1, 0.2, 5.0], [2.0, 3.0, 4.0, torch.inf]], dtype=torch.float64)
-    assert places(within_entropy((-nats).exp(), None, bound=0.31)) == [[0, 1, 2], [0]]
-    assert places(within_entropy((-nats).exp(), None, bound=0.59)) == [[0, 1, 2], [0]]
-    assert places(within_entropy((-nats).exp(), None, bound=0.61)) == [[0, 1, 2, 3], [0]]
+    confidence = Confidence((-nats).exp(), torch.where(nats < torch.inf, -nats.log(), CLOSED))
+    assert places(within_entropy(confidence, None, bound=0.31)) == [[0, 1, 2], [0]]
+    assert places(within_entropy(confidence, None, bound=0.59)) == [[0, 1, 2], [0]]
+    assert places(within_entropy(confidence, None, bound=0.61)) == [[0, 1, 2, 3], [0]]
 
 
 def test_every_rule_commits_one_position_even_of_confidence_zero():
@@ -63,7 +66,7 @@ def test_every_rule_commits_one_position_even_of_confidence_zero():
 
 
 def test_ranks_are_a_permutation_that_keeps_ties_in_order():
-    assert ranks(scores([0.2, 0.9, 0.2, CLOSED])).tolist() == [[1, 0, 2, 3]]
+    assert ranks(scores([0.2, 0.9, 0.2, CLOSED]).key).tolist() == [[1, 0, 2, 3]]
 
 
 def test_even_quotas_of_rows_with_budgets_of_their_own():
@@ -94,22 +97,74 @@ def test_drawn_quotas_count_what_they_drew():
     assert drawn_quotas(uniforms, torch.tensor([4]), noise=linear_noise).tolist() == [[1, 2, 1, 0]]
 
 
-def test_probability_orders_what_float32_cannot_tell_apart():
+def test_probability_is_that_of_the_softmax():
     logits = torch.tensor([[30.0, 0.0, 0.0], [31.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    p = probability(logits, logits.argmax(-1))
+    p = probability(logits, logits.argmax(-1)).value
     assert torch.allclose(p, logits.double().softmax(-1).amax(-1), atol=1e-12)
     assert p[1] > p[0]
     assert logits.softmax(-1)[0, 0] == logits.softmax(-1)[1, 0] == 1
 
 
+@pytest.mark.parametrize("name", ["low_confidence", "margin", "entropy"])
+def test_keys_order_what_is_sure_beyond_the_numbers_between_0_and_1(name):
+    """Gaps of 10 to 600 nats: the probability of the first is 1 in float64 from 37, the margin in float32 from 18."""
+    gaps = torch.arange(10.0, 600.0, 0.5)
+    logits = torch.stack([gaps, torch.zeros_like(gaps), torch.full_like(gaps, -1.0)], 1)
+    found = CONFIDENCES[name](logits, logits.argmax(-1), None)
+    assert (found.key.diff() > 0).all()
+    assert (found.value.diff() >= 0).all()
+    assert found.value[-1] == 1
+    commit = top_quota(Confidence(found.value[None], found.key[None]), torch.tensor([3]))
+    assert places(commit) == [[len(gaps) - 3, len(gaps) - 2, len(gaps) - 1]]
+
+
+def test_keys_grow_with_the_values_where_those_tell_apart():
+    logits = torch.randn(500, 7, generator=torch.Generator().manual_seed(0)) * 4
+    for name in ("low_confidence", "margin", "entropy"):
+        found = CONFIDENCES[name](logits, logits.argmax(-1), None)
+        order = found.key.argsort()
+        assert (found.value[order].diff() >= 0).all(), name
+
+
 def test_margin_and_entropy():
     logits = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25]]))
     tokens = torch.tensor([0, 0])
-    assert torch.allclose(margin(logits, tokens), torch.tensor([0.5, 0.05], dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(margin(logits, tokens).value, torch.tensor([0.5, 0.05], dtype=torch.float64), atol=1e-6)
     expected = torch.distributions.Categorical(logits=logits).entropy().double()
-    assert torch.allclose(entropy(logits), expected, atol=1e-6)
-    assert torch.allclose(certainty(logits, tokens), (-expected).exp(), atol=1e-6)
+    assert torch.allclose(certainty(logits, tokens).value, (-expected).exp(), atol=1e-6)
+    assert torch.allclose(certainty(logits, tokens).key, -expected.log(), atol=1e-6)
 
 
 def test_entropy_of_forbidden_tokens_is_finite():
-    assert entropy(torch.tensor([[0.0, -torch.inf, 0.0]])).item() == pytest.approx(0.6931, abs=1e-4)
+    found = certainty(torch.tensor([[0.0, -torch.inf, 0.0], [0.0, -torch.inf, -torch.inf]]), torch.tensor([0, 0]))
+    assert found.value.tolist() == pytest.approx([0.5, 1.0])
+    assert found.key.isfinite().all()
+
+
+def test_equal_tokens_have_no_margin_and_stay_open_to_be_committed():
+    found = margin(torch.zeros(1, 3), torch.tensor([0]))
+    assert found.value.item() == 0
+    assert found.key.item() > CLOSED
+
+
+def test_a_rows_draws_are_its_own_whatever_shares_the_batch():
+    prompts = [torch.tensor(ids) for ids in ([5, 6], [7], [5, 6])]
+    together = RowNoise.of_prompts(prompts, 3, torch.device("cpu"))
+    alone = RowNoise.of_prompts(prompts[:1], 3, torch.device("cpu"))
+    first, both = alone.uniforms([2], 40), together.uniforms([2, 3, 1], 40)
+    assert torch.equal(first, both[:2])
+    assert not torch.isclose(both[:1], both[5:]).any(1).all(), "equal prompts draw numbers of their own"
+    together.keep([0, 2])
+    assert torch.equal(alone.uniforms([1], 60)[:, :40], together.uniforms([1, 1], 40)[:1])
+    assert not torch.isclose(first, both[2:4]).all()
+
+
+def test_draws_have_53_bits_and_are_uniform():
+    noise = RowNoise.of_prompts([torch.tensor([1]), torch.tensor([2])], 0, torch.device("cpu"))
+    u = noise.uniforms([300, 300], 500)
+    assert u.dtype == torch.float64
+    assert ((u * 2.0**53) % 2 == 1).double().mean().item() == pytest.approx(0.5, abs=0.01)
+    share = torch.histc(u, 20, 0, 1) / u.numel()
+    assert share.sub(0.05).abs().max() < 6 * (0.05 * 0.95 / u.numel()) ** 0.5
+    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1]), (u[:300], u[300:])):
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 5 / a.numel() ** 0.5
