@@ -1,12 +1,14 @@
 """What the approximate modes cost the champion: held-out puzzles solved, paired with the exact mode; and what stopping
-at EOS saves. An approximate mode counts as a speed-up only where accuracy stays within one point of exact.
+at EOS saves; and whether a second, third or fourth question is answered as well as a first. An approximate mode counts
+as a speed-up only where accuracy stays within one point of exact.
 
-`python -m benchmarks.champion [MODEL_FOLDER] [stopping]`, the last for that alone; the data are those that the default
-run prepared.
+`python -m benchmarks.champion [MODEL_FOLDER] [stopping | dialogues]`, the last for that part alone; the data are those
+that the default run prepared.
 """
 
 import json
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -36,6 +38,7 @@ MODES: dict[str, dict[str, object]] = {
     "factor 0.02": {"factor": 0.02},
     "entropy bound 0.001": {"remasking": "entropy", "entropy_bound": 0.001},
 }
+DIALOGUES, TURNS = 1000, 4
 STOPPING = ("exact", "exact, one block", "threshold 0.999")  # modes timed beside the oracle
 
 
@@ -84,6 +87,9 @@ def main(folder: Path, parts: list[str]) -> None:
     data = folder.parents[1] / "data"
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
     model.fuse_for_inference()
+    if "dialogues" in parts:
+        later_questions(model, tokenizer, folder.name, data)
+        return
     if "stopping" not in parts:
         accuracy(model, tokenizer, folder.name, data)
     files = [data / "eval" / f"{name}.jsonl" for name in ("sudoku", "seats", "countdown")]
@@ -108,6 +114,42 @@ def accuracy(model, tokenizer: Tokenizer, name_of_model: str, data: Path) -> Non
             )  # fmt: skip
     header = ["puzzles", "mode", "solved", "points beside exact", "forwards", "tokens/forward", "counts"]
     print(f"\n{name_of_model}: up to {PUZZLES} puzzles each, {machine()}\n\n{table(header, lines)}", flush=True)
+
+
+def later_questions(model, tokenizer: Tokenizer, name_of_model: str, data: Path) -> None:  # noqa: ANN001
+    """Prints what is solved by the place of a question in a dialogue, paired: every question is asked once at each place.
+
+    The questions stand in a circle in mixed order; dialogue i asks number i, i + 1, i + 2 and i + 3, and its history is
+    what the model has replied itself.
+    """
+    files = [data / "eval" / f"{name}.jsonl" for name in ("sudoku", "seats", "countdown")]
+    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    random.Random(0).shuffle(rows)
+    rows = rows[:DIALOGUES]
+    dialogues: list[list[dict[str, str]]] = [[] for _ in rows]
+    places, params = [], recipe()
+    for turn in range(TURNS):
+        asked = rows[turn:] + rows[:turn]
+        for messages, row in zip(dialogues, asked, strict=True):
+            messages.append({"role": "user", "content": row["prompt"]})
+        prompts, right = [tokenizer.chat_ids(messages) for messages in dialogues], []
+        for at in range(0, len(asked), BATCH):
+            result = generate(model, prompts[at : at + BATCH], params)
+            for row, messages, answer in zip(asked[at:], dialogues[at:], result.answers, strict=False):
+                text = tokenizer.answer_text(answer.tolist())
+                messages.append({"role": "assistant", "content": text})
+                right.append(verify(row["task"], text, row["answer"]))
+        places.append(torch.tensor(right, dtype=torch.float64).roll(turn))  # back to the order of the questions
+    lines = []
+    for task in ("all", "sudoku", "seats", "countdown"):
+        mine = torch.tensor([task in ("all", row["task"]) for row in rows])
+        for turn, place in enumerate(places, 1):
+            gain = (place - places[0])[mine]
+            interval = 1.96 * gain.std().item() / math.sqrt(len(gain))
+            beside = f"{100 * gain.mean():+.1f} ± {100 * interval:.1f}" if turn > 1 else ""
+            lines.append([task, str(len(gain)), str(turn), f"{place[mine].mean():.1%}", beside])
+    header = ["puzzles", "questions", "asked as number", "solved", "points beside the first"]
+    print(f"\n{name_of_model}: {len(rows)} dialogues of {TURNS}, {machine()}\n\n{table(header, lines)}", flush=True)
 
 
 def stop_gain(model, tokenizer: Tokenizer, ids: list[list[int]], length: int) -> None:  # noqa: ANN001

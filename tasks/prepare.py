@@ -55,20 +55,21 @@ class Part:
         self.stage, self.block = stage, found
         self.origins = [(source, find(source, stage, roots)) for source in found.sources]
         self.train, self.validation = training_puzzles(stage, params.puzzles, seed)
-        drawn = hashlib.sha256(repr([self.train, self.validation]).encode()).hexdigest()
+        self.dialogues = params.puzzles.dialogues
+        drawn = hashlib.sha256(repr([self.train, self.validation, self.dialogues]).encode()).hexdigest()
         sources = [[origin.digest, _code_of(origin)] for _, origin in self.origins]
         self.key = hash_of([stage, found.model_dump(mode="json"), drawn, sources, content_hash(_CODE)])
 
     def chunks(self) -> Iterator[Chunk]:
         """All rows: puzzles first, then source after source."""
-        yield from generated(as_rows(self.stage, self.train), "puzzles", "train")
-        yield from generated(as_rows(self.stage, self.validation), "puzzles", "validation")
+        yield from generated(as_rows(self.stage, self.train, self.dialogues), "puzzles", "train")
+        yield from generated(as_rows(self.stage, self.validation, self.dialogues), "puzzles", "validation")
         for source, origin in self.origins:
             yield from chunks_of(source, origin)
 
     def texts(self, documents: int) -> Iterator[str]:
         """Training text of each source for a tokenizer."""
-        starts = [generated(as_rows(self.stage, self.train), "puzzles", "train")]
+        starts = [generated(as_rows(self.stage, self.train, self.dialogues), "puzzles", "train")]
         starts += [chunks_of(source, origin) for source, origin in self.origins]
         for chunks in starts:
             yield from islice(chain.from_iterable(texts_in(self.stage, chunk) for chunk in chunks), documents)

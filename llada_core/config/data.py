@@ -3,6 +3,7 @@
 Knows no file format and reads nothing: names are resolved in llada_core/data/sources.py.
 """
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -118,11 +119,23 @@ class SeatsParams(PuzzleCounts):
 
 
 class PuzzlesParams(Block):
-    """Generated puzzles, drawn from the run's seed."""
+    """Generated puzzles, drawn from the run's seed.
 
+    `dialogues` are the shares of dialogues with 1, 2, ... questions in fine-tuning and GRPO: a model that was only ever asked
+    once answers a second question wrongly.
+    """
+
+    dialogues: tuple[float, ...] = (1.0,)
     sudoku: SudokuParams = SudokuParams()
     countdown: CountdownParams = CountdownParams()
     seats: SeatsParams = SeatsParams()
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if not math.isclose(sum(self.dialogues), 1.0, abs_tol=1e-6) or min(self.dialogues) < 0:
+            shares = "give the shares of dialogues with 1, 2, ... questions, 1 in all"
+            raise ValueError(f"dialogues {list(self.dialogues)}: {shares}")
+        return self
 
 
 class TokenizerParams(Block):

@@ -1,7 +1,7 @@
 """Generated puzzles as rows of the training stages and as evaluation files. Knows no tokens."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,18 +39,42 @@ def training_puzzles(stage: str, params: PuzzlesParams, seed: int) -> tuple[list
     return train, validation
 
 
-def as_rows(stage: str, drawn: list[Puzzle]) -> Iterator[Row]:
-    """What each stage's encoder reads of a puzzle."""
+def as_rows(stage: str, drawn: list[Puzzle], dialogues: Sequence[float] = (1.0,)) -> Iterator[Row]:
+    """What each stage's encoder reads: of a puzzle, or in `sft` and `grpo` of a dialogue.
+
+    `dialogues[n - 1]` is the share of those with n questions. Fine-tuning shows each puzzle once, in the dialogues that the list is cut into. GRPO asks each puzzle once, behind
+    the solved ones that precede it in the list (of the first ones, those that end it).
+    """
+    rng = random.Random(f"dialogues of {len(drawn)}")
+
+    def questions() -> int:
+        return rng.choices(range(1, len(dialogues) + 1), dialogues)[0]
+
+    if stage == "sft":
+        start = 0
+        while start < len(drawn):
+            end = start + questions()
+            yield {"messages": [m for puzzle in drawn[start:end] for m in _asked(puzzle, puzzle.shown)]}
+            start = end
+        return
     for number, puzzle in enumerate(drawn):
         if stage == "pretrain":
             yield {"text": puzzle.text}
-        elif stage == "sft":
-            reply = {"role": "assistant", "content": puzzle.shown or puzzle.solution}
-            yield {"messages": [{"role": "user", "content": puzzle.prompt}, reply]}
         elif stage == "grpo":
-            yield {"prompt": puzzle.prompt, "task": puzzle.task, "answer": puzzle.answer}
+            history = [drawn[number - back] for back in range(questions() - 1, 0, -1)]
+            messages = [m for earlier in history for m in _asked(earlier)]
+            prompt = [*messages, {"role": "user", "content": puzzle.prompt}] if messages else puzzle.prompt
+            yield {"prompt": prompt, "task": puzzle.task, "answer": puzzle.answer}
         else:
             yield {"prompt": puzzle.prompt, "chosen": puzzle.solution, "rejected": _wrong(puzzle, number)}
+
+
+def _asked(puzzle: Puzzle, reply: str = "") -> list[dict[str, str]]:
+    """One turn of a dialogue; the reply is the solution unless another one is given."""
+    return [
+        {"role": "user", "content": puzzle.prompt},
+        {"role": "assistant", "content": reply or puzzle.solution},
+    ]
 
 
 def keys_of(drawn: list[Puzzle]) -> set[str]:
