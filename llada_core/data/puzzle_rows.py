@@ -42,8 +42,9 @@ def training_puzzles(stage: str, params: PuzzlesParams, seed: int) -> tuple[list
 def as_rows(stage: str, drawn: list[Puzzle], dialogues: Sequence[float] = (1.0,)) -> Iterator[Row]:
     """What each stage's encoder reads: of a puzzle, or in `sft` and `grpo` of a dialogue.
 
-    `dialogues[n - 1]` is the share of those with n questions. Fine-tuning shows each puzzle once, in the dialogues that the list is cut into. GRPO asks each puzzle once, behind
-    the solved ones that precede it in the list (of the first ones, those that end it).
+    `dialogues[n - 1]` is the share of those with n questions. Fine-tuning shows each puzzle once, in the dialogues that
+    the list is cut into. GRPO asks each puzzle once, behind the solved ones that precede it in the list (of the first
+    ones, those that end it).
     """
     rng = random.Random(f"dialogues of {len(drawn)}")
 
