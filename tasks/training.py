@@ -3,6 +3,7 @@
 The working directory is the run's snapshot. Knows neither launchers nor the objective of a stage.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def _with_limit(work: Work) -> TrainingParams:
 
 
 def _verify_inputs(work: Work) -> None:
-    """Folders outside the snapshot may have changed while the job waited."""
+    """Folders outside the snapshot may have changed while the job waited; the first rank of each node looks."""
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        return
     for path, digest in work.run.request["inputs"].items():
         if Path(path).is_absolute() and content_hash(Path(path)) != digest:
             raise ConfigError(f"{path} has changed since this job was submitted; run the same command again")
