@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llada_core.modeling import load_model
 from llada_core.training.metrics import read_metrics
@@ -85,8 +86,22 @@ def few(data, tmp_path_factory):
     )
     two = plan(data, folder, "policies", **POLICY, kind="ddp")
     two["params"]["micro_batch_size"] = 1
-    launch(folder, 2, [plan(data, folder, "fsdp", model="llada_moe", max_steps=8, kind="fsdp"), two])
+    cut = plan(data, folder, "cut", model="llada_moe", max_steps=8, kind="fsdp")
+    sharded = [plan(data, folder, "fsdp", model="llada_moe", max_steps=8, kind="fsdp"), cut | {"stop": 4}]
+    launch(folder, 2, [*sharded, two, cut | {"count": True}])
     return folder
+
+
+def test_two_ranks_read_a_checkpoint_once_between_them(few):
+    same(few / "cut", few / "alone")
+    checkpoint = few / "cut/checkpoints/step-00000004"
+    counts = [json.loads((few / f"cut/reads-{rank}.json").read_text()) for rank in range(2)]
+    hashed = [name for count in counts for name in count["hashed"]]
+    assert sorted(hashed) == sorted(json.loads((checkpoint / "manifest.json").read_text()))
+    assert all(f"shard-0000{rank}-of-00002.safetensors" in counts[rank]["hashed"] for rank in range(2))
+    stored = [load_file(shard) for shard in checkpoint.glob("shard-*.safetensors")]
+    held = [sum(t.nbytes for n, t in part.items() if not n.startswith("objective.")) for part in stored]
+    assert sorted(count["read"] for count in counts) == sorted(held)
 
 
 @pytest.fixture(scope="session")
