@@ -223,13 +223,13 @@ def _text_alone(name: str, row: Row) -> Row:
 def _encoded(stage: str, params: PartParams, tokenizer: Tokenizer, place: str, rows: list[tuple[int, Row]]) -> Encoded:
     try:
         return ENCODERS[stage]([row for _, row in rows], tokenizer, params)
-    except (DataError, KeyError):
+    except (ValueError, KeyError):
         for number, row in rows:  # again one by one, to say which row it was
             try:
                 ENCODERS[stage]([row], tokenizer, params)
             except KeyError as error:
                 raise DataError(f"{place}, row {number}: the field {error} is missing") from None
-            except DataError as error:
+            except ValueError as error:
                 raise DataError(f"{place}, row {number}: {error}") from None
         raise
 
