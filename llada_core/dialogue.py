@@ -64,7 +64,7 @@ class ChatTemplate:
         """The dialogue (`answered`: up to its last reply; else with the prompt for the next) cut where replies start.
 
         The template writes every dialogue that it could see something in. Where it cannot, what it writes for the same
-        roles is kept and filled, which is twenty times faster: a template can only look for what it names, so that
+        roles is kept and filled, which is several times faster: a template can only look for what it names, so that
         contents which hold none of its strings are to it like any others.
         """
         contents = [message["content"] for message in messages]
