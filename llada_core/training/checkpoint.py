@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -43,11 +43,26 @@ class Checkpoints:
         also_keep: int | None = None,
         beside: Callable[[str], object] | None = None,
     ) -> bool:
-        """Write one checkpoint; False (and nothing changed) when a rank could not write, for example on a full disk.
+        """Write one checkpoint; False when a rank could not write, for example on a full disk, though room was made.
 
         Of older ones the last `keep`, the milestones and that of step `also_keep` stay. `beside` is called on every
         rank with the folder and may write folders of its own into it.
         """
+        written = self._try(step, tensors, state, beside)
+        # On a full disk this one is worth more than those that the newest has replaced.
+        if not written and self.ranks.any(self.ranks.first and self._made_room(also_keep)):
+            written = self._try(step, tensors, state, beside)
+        if written and self.ranks.first:
+            self._prune(also_keep, self.keep)
+        return written
+
+    def _try(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        beside: Callable[[str], object] | None,
+    ) -> bool:
         target = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-step-{step:08d}"
         if self.ranks.first:
@@ -57,12 +72,17 @@ class Checkpoints:
         written = self.ranks.all(self._write_shard(partial, tensors, beside))
         if written and self.ranks.first:
             written = self._publish(partial, target, {**state, "step": step})
-            if written:
-                self._prune(also_keep)
         written = self.ranks.all(written)
         if not written and self.ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
         return written
+
+    def _made_room(self, also_keep: int | None) -> bool:
+        """Whether checkpoints before the newest could go; none goes unless the newest is whole."""
+        before = sorted(self.folder.glob("step-*"))
+        if len(before) > 1 and damaged(before[-1]) is None:
+            self._prune(also_keep, 1)
+        return len(list(self.folder.glob("step-*"))) < len(before)
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose files all match their hashes; damaged ones are reported and passed over.
@@ -101,7 +121,7 @@ class Checkpoints:
             _write(path.with_suffix(".sha256"), _sha256(path))
             if beside is not None:
                 beside(str(partial))
-        except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own RuntimeError subclass
+        except (OSError, RuntimeError, SafetensorError) as error:  # the last is how safetensors reports a full disk
             _log.error("checkpoint %s not written: %s", path, error)
             return False
         return True
@@ -131,8 +151,8 @@ class Checkpoints:
             return False
         return True
 
-    def _prune(self, also_keep: int | None) -> None:
-        for folder in sorted(self.folder.glob("step-*"))[: -self.keep]:
+    def _prune(self, also_keep: int | None, keep: int) -> None:
+        for folder in sorted(self.folder.glob("step-*"))[:-keep]:
             step = int(folder.name[5:])
             if step != also_keep and not (self.milestone_every and step % self.milestone_every == 0):
                 shutil.rmtree(folder)

@@ -125,12 +125,57 @@ def test_merging_keeps_logits_and_published_keys(kind):
     assert model.state_dict().keys() == keys
 
 
-def test_a_merge_that_moves_the_logits_is_refused(monkeypatch):
+def test_merging_is_checked_in_fp32_whatever_autocast_says():
+    """As after training with precision bf16, whose autocast is around the model's forward."""
+    model = adapted()
+    before = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert merge_adapter(model) < 1e-5
+    assert_close(logits(model), before, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-1])
+def test_weights_in_bf16_are_rounded_once(scale):
+    """From fp32 to the stored dtype; rounding the adapter before it is added costs another half bit."""
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+        elif "lora_B" in name:
+            parameter.data *= scale
+    layer = model.get_submodule("model.transformer.blocks.1.q_proj")
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    exact = layer.base_layer.weight.float() + layer.scaling["default"] * (b @ a)
+    lost = merge_adapter(model)
+    merged = model.get_submodule("model.transformer.blocks.1.q_proj").weight
+    assert merged.dtype == torch.bfloat16
+    assert torch.equal(merged, exact.bfloat16())
+    assert (lost > 0.3) == (scale == 1e-3)
+
+
+def test_an_adapter_too_small_for_bf16_is_told(caplog):
+    model = adapted().bfloat16()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = parameter.data.float() * 1e-6
+    assert merge_adapter(model) == pytest.approx(1.0, abs=1e-3)
+    assert "rounded to bfloat16, the merged weights miss 100 % of what the adapter changes" in caplog.text
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_a_merge_that_is_not_the_adapter_is_refused(monkeypatch, size):
+    """Also where the adapter adds so little that the logits hardly move."""
     from peft.tuners.lora.layer import Linear
 
-    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: torch.ones_like(self.weight))
-    with pytest.raises(ArithmeticError, match="moved the logits"):
-        merge_adapter(adapted())
+    model, right = adapted().bfloat16(), Linear.get_delta_weight
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= size
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 1.1 * right(self, name))
+    with pytest.raises(
+        ValueError, match=r"merging the adapter changes what model\.transformer\.blocks\.0\.\w+ computes"
+    ):
+        merge_adapter(model)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):

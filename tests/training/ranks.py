@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 import llada_core.training.checkpoint as checkpoint_module
 from llada_core.config.training import GRPOParams, PretrainParams, SFTParams
 from llada_core.training.checkpoint import Stored
+from llada_core.modeling import save_model
 from llada_core.training.loop import Loop
 from llada_core.training.stages import Place, train
 from tests.tiny import tiny_pair
@@ -97,7 +98,9 @@ def main(path):
         if scenario.get("count"):
             counts = {"hashed": [], "read": 0}
             counting_reads(counts)
-        place = Place(Path(scenario["data"]), folder, folder / "model")
+        if params.lora is not None and state.process_index == 0:
+            save_model(model, folder / "base")
+        place = Place(Path(scenario["data"]), folder, folder / "model", base="../base")
         train(params, model, tokenizer, place, seed=1, follow=stopping(folder, scenario.get("stop")))
         if scenario.get("count"):
             (folder / f"reads-{state.process_index}.json").write_text(json.dumps(counts))
