@@ -6,7 +6,6 @@ Stored adapters have peft's own format and the published parameter names.
 
 import contextlib
 import copy
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ from llada_core.modeling.predictor import MaskPredictor
 from llada_core.modeling.save import SavesItself, written_whole
 
 _log = logging.getLogger(__name__)
-_CONFIG, _WEIGHTS, _PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+_WEIGHTS, _PREFIX = "adapter_model.safetensors", "base_model.model."
 # Rounding errors of that share of the changes: the typical change is then smaller than one unit in the last place.
 _NOTABLE = 0.3
 
@@ -39,6 +38,7 @@ def add_lora(model: MaskPredictor, params: LoraParams, seed: int = 0) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     network = _network(model)
+    _require_bare(network)
     config = LoraConfig(
         r=params.r,
         lora_alpha=params.alpha,
@@ -85,7 +85,7 @@ def save_adapter(
     *,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes the adapter, and the name of the model it belongs to; `folder` appears, or is replaced, when complete.
+    """Writes the adapter and the name of its base (see `bases`); `folder` appears, or is replaced, when complete.
 
     `weights`: whole tensors under the network's own names, for a model whose parameters are sharded over ranks.
     """
@@ -97,7 +97,8 @@ def save_adapter(
     if isinstance(model, LLaDAMoEModelLM):
         stored = {published_name(k): v for k, v in stored.items()}
     config = network.peft_config["default"]
-    config.base_model_name_or_path = str(base)
+    name, _, revision = str(base).partition("@")
+    config.base_model_name_or_path, config.revision = name, revision or None
     config.inference_mode = True
     with written_whole(Path(folder)) as staging:
         save_file({_PREFIX + k: v.contiguous() for k, v in stored.items()}, staging / _WEIGHTS, {"format": "pt"})
@@ -106,24 +107,12 @@ def save_adapter(
             tokenizer.save(staging)
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter rather than a model."""
-    return (folder / _CONFIG).is_file()
-
-
-def base_of(folder: Path) -> str:
-    """The folder or Hub name of the model that an adapter belongs to; a relative path counts from the adapter."""
-    base = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{folder / _CONFIG}: base_model_name_or_path is missing, so the adapter has no model")
-    return str(folder / base) if (folder / base).is_dir() else str(base)
-
-
 def load_adapter(model: MaskPredictor, folder: str | Path) -> None:
     """Puts the adapter of `folder` into its base model; `ValueError` unless every one of its weights has a place."""
     from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 
     network, folder = _network(model), Path(folder)
+    _require_bare(network)
     if not (folder / _WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder}: no {_WEIGHTS} there")
     config = PeftConfig.from_pretrained(str(folder))
@@ -133,7 +122,9 @@ def load_adapter(model: MaskPredictor, folder: str | Path) -> None:
     weights = {k.removeprefix(_PREFIX): v for k, v in load_file(folder / _WEIGHTS).items()}
     inject_adapter_in_model(config, network)
     named = {own_name(k): v for k, v in weights.items()} if sparse else weights
-    places = {name: weight.shape for name, weight in get_peft_model_state_dict(network).items()}
+    places = {
+        name: weight.shape for name, weight in get_peft_model_state_dict(network, save_embedding_layers=False).items()
+    }
     wrong = sorted(n for n in named.keys() | places.keys() if n not in named or places.get(n) != named[n].shape)
     if wrong:
         where = f"in {len(wrong)} places: {wrong[0]}"
@@ -227,6 +218,15 @@ def _adapted(network: nn.Module) -> list[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [(name, module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _require_bare(network: nn.Module) -> None:
+    """peft would put a second adapter in the place of the first."""
+    if _adapted(network):
+        raise ValueError(
+            "the model has an adapter already, which four or eight bits cannot take in; make a model of both with "
+            "`llada export FOLDER --merge` and start from that"
+        )
 
 
 def _network(model: MaskPredictor) -> Any:
