@@ -167,17 +167,22 @@ def _unaltered(place: Path) -> None:
         raise ConfigError(f"{place} was altered: its files no longer have the registered hash; remove it and run again")
 
 
-def lasting_name(root: Path, folder: Path, digest: str, *, copy: bool = True) -> str:
-    """What an adapter trained on `folder` calls it: a Hub repository at its commit, else its content, kept in the store.
-
-    digest: the folder's content hash. copy: keep it also where the store is on another disk, at the cost of its size.
-    """
+def lasting_name(folder: Path, digest: str) -> str:
+    """What an adapter of the model in `folder` calls it: a Hub repository at its commit, else its content hash."""
     if found := CACHED.search(folder.resolve().as_posix()):
         return f"{found[1]}/{found[2]}@{found[3]}"
-    place = store_folder(root, digest)
-    if not place.is_dir() and (copy or folder.stat().st_dev == home(root).stat().st_dev):
-        link_into(folder, place)
     return CONTENT + digest
+
+
+def keep_base(root: Path, folder: Path, name: str, *, copy: bool = True) -> None:
+    """Link a model that is named by its content into the store, unless it is there.
+
+    copy: also where the store is on another disk, at the cost of the model's size.
+    """
+    place = store_folder(root, name.removeprefix(CONTENT))
+    wanted = name.startswith(CONTENT) and not place.is_dir()
+    if wanted and (copy or folder.stat().st_dev == home(root).stat().st_dev):
+        link_into(folder, place)
 
 
 def hold_base(root: Path, folder: Path) -> None:

@@ -14,7 +14,7 @@ from tasks.errors import StageError, StoppedError
 from tasks.folders import content_hash, read_json, write_json
 from tasks.program import Work, rank
 from tasks.progress import TrainingProgress
-from tasks.registry import lasting_name
+from tasks.registry import keep_base, lasting_name
 
 # What differs from machine to machine, and so must not be in an output that DVC hashes.
 TIMINGS = ("_per_second", "seconds", "time", "memory_gb", "mfu", "step", "tokens", "flops", "share")
@@ -86,8 +86,11 @@ def _base(work: Work, params: TrainingParams) -> str:
     if params.init_from is None:
         raise ConfigError(f"{work.stage}.lora adapts a model, and {work.stage}.init_from names none")
     source = _source(params.init_from)
-    digest = work.run.request["inputs"][str(source)]
-    return lasting_name(work.run.path.parents[1], source, digest, copy=not params.lora.merge)
+    name = lasting_name(source, work.run.request["inputs"][str(source)])
+    if rank() == 0:
+        # A merged model needs its base no more; the adapter beside it is only for a merge that failed.
+        keep_base(work.run.path.parents[1], source, name, copy=not params.lora.merge)
+    return name
 
 
 def _write_receipts(work: Work, spent: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from tasks.errors import StageError
 from tasks.folders import content_hash
 from tasks.program import run_stage
 from tasks.register import register
-from tasks.registry import hold_base, keep, lasting_name, resolve, store_folder, verified
+from tasks.registry import hold_base, keep, keep_base, lasting_name, resolve, store_folder, verified
 from tests.tiny import tiny_pair
 from tests.training.data import write_data
 
@@ -124,7 +124,9 @@ def test_receipts_that_fail_are_written_by_the_same_command_without_training(roo
 def test_a_model_of_the_hub_goes_by_its_name_and_commit(tmp_path):
     cached = tmp_path / "hub/models--GSAI-ML--LLaDA-8B-Base/snapshots" / ("0" * 39 + "a")
     cached.mkdir(parents=True)
-    assert lasting_name(tmp_path, cached, "digest") == f"GSAI-ML/LLaDA-8B-Base@{'0' * 39}a"
+    name = lasting_name(cached, "digest")
+    assert name == f"GSAI-ML/LLaDA-8B-Base@{'0' * 39}a"
+    keep_base(tmp_path, cached, name)
     assert not (tmp_path / "store").exists()
     hold_base(tmp_path, cached)
 
