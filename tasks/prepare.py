@@ -72,7 +72,7 @@ class Part:
         starts = [generated(as_rows(self.stage, self.train, self.dialogues), "puzzles", "train")]
         starts += [chunks_of(source, origin) for source, origin in self.origins]
         for chunks in starts:
-            yield from islice(chain.from_iterable(texts_in(self.stage, chunk) for chunk in chunks), documents)
+            yield from islice(chain.from_iterable(texts_in(self.block, chunk) for chunk in chunks), documents)
 
 
 def prepare(

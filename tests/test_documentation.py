@@ -4,8 +4,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from llada_core.config.base import _block_in
+from llada_core.config.params import Params
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -86,3 +90,52 @@ def test_modules_named_with_dash_m_exist() -> None:
         m for m in named if not any((ROOT / (m.replace(".", "/") + end)).exists() for end in (".py", "/__main__.py"))
     ]
     assert not missing, f"no such modules: {missing}"
+
+
+# The fields of dllm@ca17675's dataclasses (ModelArguments, DataArguments, TrainingArguments and those of the LLaDA, BERT and
+# GRPO examples, tools and samplers), of TRL 0.21's GRPOConfig and ModelConfig, and what d1 and the official scripts take.
+FLAGS = """
+model_name_or_path dtype load_in_4bit attn_implementation lora target_modules r lora_alpha lora_dropout bias
+modules_to_save dataset_args num_proc disable_caching max_length truncation load_preprocessed_data mask_prompt_loss
+text_field streaming drop_tail insert_eos random_length_ratio output_dir report_to overwrite_output_dir seed
+num_train_epochs learning_rate lr_scheduler_type per_device_train_batch_size per_device_eval_batch_size
+gradient_accumulation_steps warmup_ratio bf16 logging_steps eval_on_start eval_strategy eval_steps save_steps
+save_only_model group_by_length max_steps run_name time_epsilon loss_weight_type loss_norm_type right_shift_logits
+block_size steps cfg_scale remasking p_mask_prompt scale_rewards dataset verbose_reward sft_map_fn_path remove_columns
+max_new_tokens temperature stochastic_transfer cfg_keep_tokens suppress_tokens begin_suppress_tokens return_dict
+use_cache threshold factor visualize chat_template pretrained batch_size mc_num is_check_greedy device
+model_init_kwargs disable_dropout remove_unused_columns max_prompt_length num_generations max_completion_length
+ds3_gather_for_generation shuffle_dataset generation_batch_size steps_per_generation top_p top_k min_p
+generation_kwargs repetition_penalty use_transformers_paged cache_implementation use_vllm vllm_mode beta num_iterations
+epsilon delta epsilon_high importance_sampling_level reward_weights loss_type mask_truncated_completions sync_ref_model
+ref_model_mixup_alpha ref_model_sync_steps top_entropy_quantile use_liger_loss log_completions num_completions_to_print
+wandb_log_unique_prompts model_revision torch_dtype trust_remote_code use_peft lora_r lora_target_modules
+lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora load_in_8bit bnb_4bit_quant_type
+use_bnb_nested_quant model_path diffusion_steps block_length mask_id random_masking max_grad_norm adam_beta1 adam_beta2
+weight_decay gen_length cfg logits_eos_inf confidence_eos_eot_inf dual_cache SUDOKU_DATA_PATH BASE_MODELS_DIR
+BASE_DATASETS_DIR --t_steps --n_tokens --sampling --instruct --num_gpu --type --eos_inf --accelerate_config --script_path
+"""
+TABLE = ROOT / "docs" / "from-other-projects.md"
+
+
+def test_every_flag_of_other_projects_has_a_row() -> None:
+    named = {word for code in _code(TEXT[TABLE]) for word in re.findall(r"[-\w]+", code)}
+    missing = [flag for flag in FLAGS.split() if flag not in named]
+    assert not missing, f"no row names {missing}"
+
+
+def test_settings_that_the_tables_name_exist() -> None:
+    blocks = "|".join(name for name in Params.__pydantic_fields__ if name not in ("name", "seed", "stages"))
+    named = {m for text in TEXT.values() for code in _code(text) for m in re.findall(rf"^((?:{blocks})\.[\w.]+)", code)}
+    missing = sorted(key for key in named if not key.endswith((".py", ".yaml")) and not _is_setting(key))
+    assert not missing, f"no such settings: {missing}"
+
+
+def _is_setting(key: str) -> bool:
+    block: Any = Params
+    for part in key.split("."):
+        fields = getattr(block, "__pydantic_fields__", None)
+        if fields is None or part not in fields:
+            return fields is None  # below a mapping or a list, anything may be named
+        block = _block_in(fields[part].annotation)
+    return True

@@ -152,9 +152,18 @@ class SFTParams(TrainingParams):
     """Supervised fine-tuning: prompts are never noised; the loss is per answer length, as in LLaDA's guideline."""
 
     normalise: Literal["token", "sequence", "batch"] = "sequence"
-    eos_padding: Literal["longest", "none"] | int = (
-        "longest"  # EOS after the answer that is a visible target; n: that many
-    )
+    # EOS behind the answer that is a visible target, up to the longest row of the batch; n: that many. micro_batch: to
+    # the longest row of a micro-batch, as dllm, so that the loss depends on ranks and on micro_batch_size.
+    eos_padding: Literal["longest", "micro_batch", "none"] | int = "longest"
+    group_by_length: bool = True  # batches of rows of similar length, which wastes less on padding
+
+    @model_validator(mode="after")
+    def _padded_by_what_is_said(self) -> Self:
+        if self.eos_padding == "micro_batch" and self.micro_batch_size is None:
+            raise ValueError(
+                "eos_padding micro_batch trains on what a micro-batch is padded with: set micro_batch_size"
+            )
+        return self
 
 
 class GRPOParams(TrainingParams):

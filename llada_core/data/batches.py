@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-Padding = Literal["longest", "none"] | int
+Padding = Literal["longest", "micro_batch", "none"] | int
 
 
 class Rows(Protocol):
@@ -82,15 +82,19 @@ class RowBatches:
     """Batches of a table with `input_ids` and perhaps `maskable` (absent: all) and `document_ids`.
 
     `padding` of unequal rows: "longest" fills with EOS up to the longest row of the whole batch, visible and trained
-    on, as LLaDA does; a number adds that many such EOS and hides the rest; "none" hides all padding. `random_length` is
-    the share of batches cut to a length drawn from 1 to L (LLaDA pretraining: 0.01).
+    on, as LLaDA does; "micro_batch" does so up to the longest row of the share that is asked for, as dllm's collator
+    does (how many EOS are trained on then depends on ranks and micro-batches); a number adds that many such EOS and
+    hides the rest; "none" hides all padding. `random_length` is the share of batches cut to a length drawn from 1 to L
+    (LLaDA pretraining: 0.01).
     """
 
     def __init__(
         self, table: Rows, order: Order, *, eos_id: int, padding: Padding = "none", random_length: float = 0.0
     ) -> None:
         if isinstance(padding, int) and padding < 0:
-            raise ValueError(f"padding {padding}: use 'longest', 'none' or a number of EOS tokens from 0")
+            raise ValueError(
+                f"padding {padding}: use 'longest', 'micro_batch', 'none' or a number of EOS tokens from 0"
+            )
         self.table, self.order, self.eos_id = table, order, eos_id
         self.padding, self.random_length = padding, random_length
 
@@ -105,7 +109,8 @@ class RowBatches:
         rows = self.order.rows(step)
         share = slice(part * size // parts, (part + 1) * size // parts)
         numbers = np.arange(step * size, (step + 1) * size)[share]
-        # The padded width is that of the whole batch: with EOS padding it is part of the loss.
+        # The padded width is that of the whole batch: with EOS padding it is part of the loss, and the loss must not
+        # depend on how many ranks share a batch. Only `micro_batch` gives this up, for those who compare with dllm.
         wanted = rows if self.padding == "longest" else rows[share]
         columns = self.table[[int(row) for row in wanted]]
         width = max(map(len, columns["input_ids"]))
@@ -116,9 +121,11 @@ class RowBatches:
     def _pad(self, columns: dict[str, list[Sequence[int]]], width: int, numbers: torch.Tensor) -> Batch:
         ids = columns["input_ids"]
         lengths = np.array([len(row) for row in ids])
-        extra = 0 if self.padding == "none" else width if self.padding == "longest" else self.padding
-        if self.padding != "longest":
+        if isinstance(self.padding, int):
+            extra = self.padding
             width += extra
+        else:
+            extra = 0 if self.padding == "none" else width
         seen = np.minimum(lengths + extra, width)
         tokens = np.full((len(ids), width), self.eos_id, dtype=np.int64)
         maskable = np.arange(width) < seen[:, None]

@@ -6,6 +6,7 @@ What is written depends on the sources' content and the block alone, not on the 
 
 import functools
 import gc
+import inspect
 import itertools
 import os
 from collections import Counter, deque
@@ -19,9 +20,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from llada_core.config.data import PartParams, SourceParams
+from llada_core.config.data import PartParams, PretrainData, SourceParams
 from llada_core.config.dotted import function_at
 from llada_core.data.overlap import QUESTIONS, joined, values_in
+from llada_core.data.preprocessed import asking, has_ids
+from llada_core.data.preprocessed import encode as encode_ids
 from llada_core.data.rows import RowFile, schema_of, table_of
 from llada_core.data.sources import DataError, Origin, Row, read
 from llada_core.data.tokenise import ENCODERS, Encoded, content_hash, text_in, text_of
@@ -156,7 +159,8 @@ def _encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk)
     asked: list[int] = []
     if chunk.source is None:
         sides[chunk.side] += chunk.rows
-    for number, raw, row in _mapped(stage, chunk) if chunk.source is not None else ():
+    tokenizer = _tokenizer(tokenizer_folder)
+    for number, raw, row in _mapped(chunk, params, tokenizer) if chunk.source is not None else ():
         if row is None:
             counts["map function"] += 1
             continue
@@ -171,7 +175,6 @@ def _encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk)
             sides["train"] += [(number, row)] * copies
             if copies and stage != "pretrain":  # documents ask nothing
                 asked += _questions(raw, row)
-    tokenizer = _tokenizer(tokenizer_folder)
     results = []
     for side, rows in sides.items():
         encoded = _encoded(stage, params, tokenizer, chunk.place, rows)
@@ -181,10 +184,17 @@ def _encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk)
     return results
 
 
-def texts_in(stage: str, chunk: Chunk) -> Iterator[str]:
+def texts_in(params: PartParams, chunk: Chunk) -> Iterator[str]:
     """The text of each row of a chunk, with the names of its speakers, as a tokenizer is trained on it."""
-    rows = (row for _, row in chunk.rows) if chunk.source is None else (row for *_, row in _mapped(stage, chunk))
-    yield from (text_in(row) for row in rows if row is not None)
+    if chunk.source is None:
+        yield from (text_in(row) for _, row in chunk.rows)
+        return
+    for number, _, row in _mapped(chunk, params, None):
+        if row is not None and has_ids(row):
+            made = "ids were made with a tokenizer, so none can be trained on them; name it (data.tokenizer.name)"
+            raise DataError(f"{chunk.place}, row {number}: {made}")
+        if row is not None:
+            yield text_in(row)
 
 
 def _questions(raw: Row, row: Row) -> list[int]:
@@ -195,11 +205,17 @@ def _questions(raw: Row, row: Row) -> list[int]:
         return []
 
 
-def _mapped(stage: str, chunk: Chunk) -> Iterator[tuple[int, Row, Row | None]]:
+def _mapped(chunk: Chunk, params: PartParams, tokenizer: Tokenizer | None) -> Iterator[tuple[int, Row, Row | None]]:
     """Each row's number, the row as published, and what the map function made of it."""
     function = _as_it_is if chunk.map is None else function_at(chunk.map, "map function")
-    if chunk.map is None and chunk.source is not None and stage == "pretrain":
+    if chunk.map is None and chunk.source is not None and isinstance(params, PretrainData):
         function = functools.partial(_text_alone, chunk.source.text_field)
+    parameters = inspect.signature(function).parameters
+    if "tokenizer" in parameters:
+        if tokenizer is None:
+            needs = "asks for the tokenizer, so none can be trained on its rows; name one (data.tokenizer.name)"
+            raise DataError(f"{chunk.place}: the map function {chunk.map} {needs}")
+        function = functools.partial(function, **asking(parameters, tokenizer, params))
     for number, raw in chunk.rows:
         try:
             yield number, raw, function(raw)
@@ -217,21 +233,34 @@ def _as_it_is(row: Row) -> Row:
 
 
 def _text_alone(name: str, row: Row) -> Row:
-    return {"text": text_of(row, name)}
+    return {"input_ids": row["input_ids"]} if has_ids(row) else {"text": text_of(row, name)}
 
 
 def _encoded(stage: str, params: PartParams, tokenizer: Tokenizer, place: str, rows: list[tuple[int, Row]]) -> Encoded:
+    if any(has_ids(row) for _, row in rows):
+        return _given_ids(params, tokenizer, place, rows)
     try:
         return ENCODERS[stage]([row for _, row in rows], tokenizer, params)
-    except (ValueError, KeyError):
+    except (DataError, KeyError):
         for number, row in rows:  # again one by one, to say which row it was
             try:
                 ENCODERS[stage]([row], tokenizer, params)
             except KeyError as error:
                 raise DataError(f"{place}, row {number}: the field {error} is missing") from None
-            except ValueError as error:
+            except DataError as error:
                 raise DataError(f"{place}, row {number}: {error}") from None
         raise
+
+
+def _given_ids(params: PartParams, tokenizer: Tokenizer, place: str, rows: list[tuple[int, Row]]) -> Encoded:
+    parts = []
+    for number, row in rows:
+        try:
+            parts.append(encode_ids([row], tokenizer, params))
+        except (DataError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{place}, row {number}: {error}") from None
+    columns = {name: [value for part in parts for value in part.columns[name]] for name in parts[0].columns}
+    return Encoded(columns, sum((part.counts for part in parts), Counter()))
 
 
 @functools.cache

@@ -35,10 +35,12 @@ def question_in(row: Mapping[str, Any], prompt: str | None) -> str | None:
 def values_in(raw: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[int]:
     """The values of what a training row asks: each of its prompts whole, and the question inside the last one.
 
-    raw: the row as published. row: what the map function made of it, with `messages` or `prompt`; of a generated kind
-    of puzzle (`task`) the value of the puzzle as well, which is the same in all wordings.
+    raw: the row as published. row: what the map function made of it, with `messages` or `prompt` (of ids alone, those
+    that the published row has); of a generated kind of puzzle (`task`) the value of the puzzle as well, which is the
+    same in all wordings.
     """
-    messages = row["messages"] if "messages" in row else row.get("prompt", ())
+    told = row if "messages" in row or "prompt" in row else raw
+    messages = told["messages"] if "messages" in told else told.get("prompt", ())
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     prompts = [message["content"] for message in messages if message["role"] == "user"]

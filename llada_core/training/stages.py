@@ -19,7 +19,7 @@ from llada_core.data.batches import Order, RowBatches
 from llada_core.modeling import MaskPredictor
 from llada_core.modeling.masked_lm import MaskedLM
 from llada_core.tokenizer import Tokenizer
-from llada_core.training.export import Place, export, prepare_weights
+from llada_core.training.export import export, prepare_weights
 from llada_core.training.flops import active_parameters
 from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.loop import Loop, Parts
@@ -47,6 +47,15 @@ class Receipt:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run reads and writes."""
+
+    data: Path
+    run: Path
+    export: Path | None = None  # the trained model, in the published layout
+
+
 def train(
     params: TrainingParams,
     model: MaskPredictor,
@@ -59,9 +68,8 @@ def train(
     """Train in the run folder, or go on where it stopped; export when finished.
 
     `follow` is called with every line of metrics.jsonl. Raises ValueError for data or a run folder that do not fit,
-    `DivergedError` when the loss cannot be saved, OSError when the last checkpoint or the export cannot be written.
+    `DivergedError` when the loss cannot be saved, OSError when the last checkpoint cannot be written.
     """
-    place.check(params)
     place.run.mkdir(parents=True, exist_ok=True)
     cpu = not torch.cuda.is_available()
     engine = accelerator_for(params, cpu=cpu, block_classes=block_classes(model))
@@ -85,7 +93,7 @@ def train(
         parts.fingerprint["configuration"],
     )
     if finished and place.export is not None:
-        export(model, place, tokenizer, params, ranks, dtype=stored)
+        export(model, place.export, tokenizer, params, ranks, dtype=stored)
     ranks.barrier()
     return receipt
 
@@ -179,7 +187,7 @@ def _batches(table: Dataset, params: TrainingParams, eos_id: int, *, seed: int, 
     table = table.select(range(min(len(table), params.validation_rows))) if held_out else _filled(table)
     if not len(table):
         return None
-    lengths = _lengths(table) if isinstance(params, SFTParams) else None
+    lengths = _lengths(table) if isinstance(params, SFTParams) and params.group_by_length else None
     size, ranks = params.batch_size, Ranks().count
     if held_out:
         size = max(min(size, len(table)) // ranks, 1) * ranks

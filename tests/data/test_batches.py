@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from llada_core.config.training import SFTParams
 from llada_core.data.batches import Order, RowBatches
 
 EOS = 9
@@ -77,6 +78,24 @@ def test_padding_longest_is_visible_and_trained_on():
     short = batch.tokens[:, 3:].eq(EOS).all(1).int().argmax()
     assert batch.attention_mask is None
     assert batch.maskable[short].tolist() == [False, True, True, True, True, True]
+
+
+def test_padding_by_micro_batch_is_visible_and_trained_on_up_to_its_own_longest_row():
+    table, order = Table([3, 8, 5, 2, 7, 4, 6, 3]), Order(8, 4, seed=3)
+    batches = RowBatches(table, order, eos_id=EOS, padding="micro_batch")
+    widths = []
+    for part in range(2):
+        share, rows = batches.batch(0, part=part, parts=2), order.rows(0)[part * 2 : part * 2 + 2]
+        lengths = [len(table.rows["input_ids"][row]) for row in rows]
+        assert share.tokens.shape[1] == max(lengths)
+        assert share.attention_mask is None
+        for row, length in enumerate(lengths):
+            assert share.tokens[row, length:].eq(EOS).all()
+            assert share.maskable[row, 1:].all()
+        widths.append(max(lengths))
+    assert len(set(widths)) == 2  # "longest" would pad both to the wider one
+    with pytest.raises(ValueError, match="set micro_batch_size"):
+        SFTParams(max_steps=1, eos_padding="micro_batch")
 
 
 def test_padding_none_and_a_number_hide_the_rest():
