@@ -24,6 +24,7 @@ from benchmarks.timing import interleaved, table
 from llada_core.config.evaluation import Settings
 from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.harness import LladaLM
+from llada_core.evaluation.requests import ChatText, prompt_ids
 from llada_core.modeling import load_model
 from llada_core.tokenizer import Tokenizer
 
@@ -47,7 +48,7 @@ def main(folder: Path) -> None:
     lines = []
     for file in (folder.parents[1] / "data" / "eval" / f"{name}.jsonl" for name in PUZZLES):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:QUESTIONS]]
-        texts = [tokenizer.chat_text([{"role": "user", "content": row["prompt"]}]) for row in rows]
+        texts = [chat(tokenizer, row["prompt"]) for row in rows]
         for length, block, threshold in SETTINGS:
             shape = {"max_new_tokens": length, "block_length": block, "steps": length, "threshold": threshold}
             told = [file.stem, str(length), str(block), "exact" if threshold is None else f"threshold {threshold}"]
@@ -59,11 +60,17 @@ def main(folder: Path) -> None:
     likelihoods(model, reference, tokenizer, [json.loads(row) for row in rows[:OPTIONS]])
 
 
+def chat(tokenizer: Tokenizer, question: str) -> ChatText:
+    """A question as lm-eval hands it to its model."""
+    messages = [{"role": "user", "content": question}]
+    return ChatText(tokenizer.chat_text(messages), messages)
+
+
 def likelihoods(model, reference, tokenizer: Tokenizer, rows: list[dict]) -> None:  # noqa: ANN001
     """Prints the errors, and the rates for whole answers and for their last digit alone."""
     rng, whole, last = random.Random(5), [], []
     for row in rows:
-        text, solution = tokenizer.chat_text([{"role": "user", "content": row["prompt"]}]), row["solution"]
+        text, solution = chat(tokenizer, row["prompt"]), row["solution"]
         options = [solution]
         for _ in range(3):
             other = list(solution)
@@ -72,7 +79,10 @@ def likelihoods(model, reference, tokenizer: Tokenizer, rows: list[dict]) -> Non
             options.append("".join(other))
         whole.append((text, options))
         last.append((text + solution[:-1], list("1234")))
-    ids = [(tokenizer.encode(text, user=False), [tokenizer.encode(o) for o in options]) for text, options in whole]
+    prompts = prompt_ids([text for text, _ in whole], tokenizer)
+    ids = [
+        (prompt, [tokenizer.encode(o) for o in options]) for prompt, (_, options) in zip(prompts, whole, strict=True)
+    ]
     looks, mask = looks_as_good(model, ids), tokenizer.special.mask_id
     for items, what in ((whole[:TIMED], "whole answers, 16 tokens"), (last[:TIMED], "last digits, one token")):
         pairs = [(text, option) for text, options in items for option in options]
@@ -84,8 +94,11 @@ def likelihoods(model, reference, tokenizer: Tokenizer, rows: list[dict]) -> Non
                 lm.loglikelihood(asked)
 
         def theirs(pairs: list[tuple[str, str]] = pairs) -> None:
-            for pair in pairs:
-                prompt, answer = (torch.tensor(tokenizer.encode(text, user=False)) for text in pair)
+            for text, option in pairs:
+                prompt, answer = (
+                    torch.tensor(next(prompt_ids([text], tokenizer))),
+                    torch.tensor(tokenizer.encode(option)),
+                )
                 oracle.log_likelihood(reference, prompt, answer, samples=SAMPLES, batch=16, mask_id=mask)
 
         timing = interleaved({"oracle": theirs, "ours": ours}, "oracle", ROUNDS)["ours"]
@@ -107,7 +120,7 @@ def compared(model, reference, tokenizer: Tokenizer, texts: list[str], sampling:
             answers["ours"] = lm.generate_until(asked)
 
     def theirs() -> None:
-        prompts = [torch.tensor([tokenizer.encode(text, user=False)]) for text in texts]
+        prompts = [torch.tensor([ids]) for ids in prompt_ids(texts, tokenizer)]
         mask = tokenizer.special.mask_id
         rows = [oracle.generate(reference, p, steps=length, new=length, block=block, mask_id=mask)[0] for p in prompts]
         answers["oracle"] = [tokenizer.answer_text(row[-length:].tolist()) for row in rows]

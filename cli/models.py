@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -21,24 +20,26 @@ from llada_core.config.base import ConfigError
 from tasks.errors import one_line_errors, require_port
 
 CARD = """---
-library_name: transformers
+library_name: {library}
 license: apache-2.0
 tags: [masked-diffusion, llada]
 ---
 # {title}
 
-A masked-diffusion language model in the published LLaDA layout, exported from `{name}`.
+{what}, exported from `{name}`.
 
     import llada_core
     model = llada_core.load_model("{folder}")
 
 {facts}
 """
+MODEL = "A masked-diffusion language model in the published LLaDA layout"
 
 
 def export(
     folder: Annotated[Path, typer.Argument(help="the new folder")],
     model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "",
+    merge: Annotated[bool, typer.Option("--merge", help="add an adapter into the weights of its base model")] = False,
     overwrite: Annotated[bool, typer.Option(help="replace the folder if it is there")] = False,
     push: Annotated[
         str, typer.Option(help="send it to the Hub as well, as OWNER/NAME (private until you open it)")
@@ -46,37 +47,73 @@ def export(
 ) -> None:
     """Copy a model into a self-contained folder: weights in the published layout, tokenizer, model card."""
     with one_line_errors():
+        from llada_core.modeling.save import written_whole
         from tasks.registry import named, resolve, version_of
 
         name = name_or_champion(model)
         source = resolve(name)
-        if not (source / "config.json").is_file():
-            raise FileNotFoundError(f"{source}: no config.json there, so it is no model folder")
+        library, what = exportable(source, merge=merge)
         if Path.cwd().is_relative_to(folder.resolve()):
             raise FileExistsError(f"{folder} is where this runs, and is not replaced; choose another name")
         if folder.exists() and not overwrite:
             raise FileExistsError(f"{folder} is there already; choose another name, or --overwrite")
         reference = named(name)
         tags = version_of(Path.cwd(), *reference).tags if reference else {}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            shutil.copytree(source, staging, dirs_exist_ok=True)
-            staging.chmod(0o755)
-            facts = {key: value for key, value in tags.items() if key != "folder"}
-            text = CARD.format(title=folder.name, name=name, folder=folder.name, facts=card_facts(source, facts))
+        with written_whole(folder) as staging:
+            if merge:
+                merge_into(source, staging)
+            else:
+                shutil.copytree(source, staging, dirs_exist_ok=True)
+            facts = card_facts(source, {key: value for key, value in tags.items() if key != "folder"})
+            text = CARD.format(
+                library=library, title=folder.name, what=what, name=name, folder=folder.name, facts=facts
+            )
             (staging / "README.md").write_text(text, encoding="utf-8")
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(staging, folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
         print(f"{name} is in {folder}")
         if push:
             from huggingface_hub import HfApi
 
             HfApi().create_repo(push, private=True, exist_ok=True)
             print(f"and at {HfApi().upload_folder(repo_id=push, folder_path=folder, commit_message=name)}")
+
+
+def exportable(source: Path, *, merge: bool) -> tuple[str, str]:
+    """The library that opens what would be exported, and what it is in words.
+
+    Raises FileNotFoundError for a folder that holds no model, `ConfigError` where nothing can be merged, or where an
+    adapter alone would name weights that only this project has.
+    """
+    from llada_core.modeling.bases import CONTENT, base_name, is_adapter
+
+    if not is_adapter(source):
+        if not (source / "config.json").is_file():
+            raise FileNotFoundError(f"{source}: no config.json there, so it is no model folder")
+        if merge:
+            raise ConfigError(f"{source} is a whole model, so there is no adapter to merge; leave out --merge")
+        return "transformers", MODEL
+    base = base_name(source)
+    if merge:
+        return "transformers", MODEL
+    if base.startswith(CONTENT):
+        raise ConfigError(
+            f"{source} is an adapter of weights that only this project has ({base[:19]}...); --merge makes a model of both"
+        )
+    return f"peft\nbase_model: {base.partition('@')[0]}", f"An adapter of `{base}`"
+
+
+def merge_into(source: Path, folder: Path) -> None:
+    """Write what an adapter and its base compute together as one model, in the dtype of the base, with its tokenizer."""
+    import torch
+
+    from llada_core.modeling import load_model, save_model
+    from llada_core.modeling.bases import model_folders
+    from llada_core.tokenizer import Tokenizer
+
+    parts = model_folders(source)
+    spoken = next((part for part in parts if (part / "tokenizer_config.json").is_file()), source)
+    save_model(load_model(source, device=torch.device("cpu")), folder, Tokenizer.load(spoken))
+    if (source / "training.json").is_file():
+        shutil.copy2(source / "training.json", folder)
 
 
 def card_facts(source: Path, tags: dict[str, str]) -> str:

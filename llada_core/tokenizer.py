@@ -1,12 +1,16 @@
 """Tokenizer, chat template and special ids as one object, and the training of a new one.
 
-Knows text and ids; does not know models. A special string inside a user's text is text, not a command. Threads may
-share one tokenizer.
+Knows text and ids; does not know models. `Tokenizer.dialogues` is the one place where a dialogue becomes ids, whether
+it is trained on, asked or scored. A special string inside a user's text is text, not a command. Threads may share one
+tokenizer.
 """
 
 import json
+import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +18,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from llada_core.dialogue import ChatTemplate, Message
 from llada_core.families import (
     BOS,
     CHAT_TEMPLATE,
@@ -28,9 +33,16 @@ from llada_core.families import (
     SpecialTokens,
 )
 
-Message = dict[str, str]
 _FILES = ("tokenizer_config.json", "tokenizer.json")
 _AT_ONCE = 128  # texts: an encoding takes a hundred bytes for each of its tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """Ids of a dialogue, and where its replies stand in them: (start, end), the end token included."""
+
+    ids: list[int]
+    replies: list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -46,17 +58,18 @@ class Tokenizer:
                 " pass special_tokens=SpecialTokens(mask_id=..., eos_id=..., pad_id=...)"
             )
         self.special = found.check(len(fast))
+        self._template = ChatTemplate(fast, _special_strings(fast, self.special))
 
     @classmethod
     def load(cls, folder_or_name: str | Path, special_tokens: SpecialTokens | None = None) -> Self:
         """The tokenizer of a folder or Hub name; `FileNotFoundError` if there is none, `ValueError` if it is unfit."""
         folder = Path(folder_or_name)
-        if folder.is_dir() and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.txt").is_file():
-            raise FileNotFoundError(f"{folder}: no tokenizer.json there")
         if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
             raise FileNotFoundError(f"{folder}: no such folder (a Hub name has the form owner/name)")
-        # An export's auto_map names code; unless told not to run it, transformers asks the terminal.
-        return cls(AutoTokenizer.from_pretrained(str(folder_or_name), trust_remote_code=False), special_tokens)
+        fast = _stored(folder_or_name)
+        if fast is None:
+            raise FileNotFoundError(f"{folder}: no tokenizer.json there")
+        return cls(fast, special_tokens)
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and its configuration, chat template included, into `folder`.
@@ -108,30 +121,66 @@ class Tokenizer:
         return self.decode(kept)
 
     def chat_text(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
-        """The dialogue as the model was trained to read it, special strings included."""
-        return str(
-            self.fast.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
-        )
+        """The dialogue as the template writes it, to be read; ids are made by `dialogues`, not of this text."""
+        return self._template.text(messages, generation_prompt=generation_prompt)
 
-    def chat_ids(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[int]:
-        """Ids of the dialogue; a special string that a message contains is encoded as plain text."""
-        marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
-        framed = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
-        rest = self.chat_text(framed, generation_prompt=generation_prompt)
-        ids: list[int] = []
-        for message, mark in zip(messages, marks, strict=True):
-            frame, _, rest = rest.partition(mark)
-            ids += self.encode(frame, user=False) + self.encode(message["content"].strip())
-        return ids + self.encode(rest, user=False)
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt for the reply to `messages`."""
+        return next(self.dialogues([messages])).ids
+
+    def dialogues(self, asked: Sequence[Sequence[Message]], *, answered: bool = False) -> Iterator[Dialogue]:
+        """Ids of each dialogue: the prompt for its next reply, or (`answered`) all up to the end of its last, a reply.
+
+        Ids are cut where a reply starts, so that a prompt has the same ids when it is asked as in the dialogue that is
+        trained on. Special strings that a message contains are encoded as plain text. Else the ids are those that
+        transformers' `apply_chat_template` gives, where no token reaches over the start of a reply: none does if
+        newlines are isolated and the header ends with one. What a template writes behind the end token of the last
+        reply is left out; LLaDA's opens another reply there, whether asked to or not.
+
+        Raises `ValueError` where the template refuses a dialogue, or writes its last reply in another way than it
+        announces it.
+        """
+        for first in range(0, len(asked), _AT_ONCE):
+            cut = [self._template.parts(messages, answered=answered) for messages in asked[first : first + _AT_ONCE]]
+            plain = self.encode_batch([text for parts in cut if not parts.marks for text in parts.texts], user=False)
+            for parts in cut:
+                if parts.marks:
+                    encoded = [self._marked_ids(text, parts.marks) for text in parts.texts]
+                else:
+                    encoded = list(islice(plain, len(parts.texts)))
+                yield self._joined(encoded, answered)
+
+    def _joined(self, parts: list[list[int]], answered: bool) -> Dialogue:
+        ids, *rest = parts
+        replies, ends = [], self.end_ids
+        for number, part in enumerate(rest, 1):
+            closed = [part.index(end) + 1 for end in ends if end in part]
+            if closed or number == len(rest):  # else nothing tells where the next message begins
+                replies.append((len(ids), len(ids) + min(closed, default=len(part))))
+            ids += part
+        if answered:
+            del ids[replies[-1][1] :]
+        return Dialogue(ids, replies)
+
+    def _marked_ids(self, text: str, marks: dict[str, str]) -> list[int]:
+        """Ids of a part of a dialogue, with the special strings that its marks stand for as plain text."""
+        ids = []
+        for piece in re.split(f"([{''.join(marks)}])", text):
+            ids += self.encode(marks[piece]) if piece in marks else self.encode(piece, user=False)
+        return ids
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:
-    """A byte-level BPE with LLaDA's special strings and chat template, every digit its own token, saved in `folder`."""
+    """A byte-level BPE with LLaDA's special strings and chat template, saved in `folder`.
+
+    Every digit and every newline is a token of its own, as newlines are in LLaDA's: no token reaches over the end of a
+    header into what is said behind it.
+    """
     if vocab_size < 256 + len(SPECIAL_STRINGS):
         raise ValueError(f"vocab_size {vocab_size} is below {256 + len(SPECIAL_STRINGS)} (256 bytes and the specials)")
     engine = Engine(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(Regex(r"\d|\n"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     engine.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -159,10 +208,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
 
 def named_ids(name_or_path: str | Path) -> dict[str, int]:
     """The special ids (`mask_id`, `eos_id` ...) that the tokenizer beside a model names; empty without a tokenizer."""
+    fast = _stored(name_or_path)
+    return {} if fast is None else _ids_of(fast)
+
+
+def _stored(name_or_path: str | Path) -> Any | None:
+    """The tokenizer of a folder or Hub name; None where a folder holds none."""
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.txt").is_file():
-        return {}
-    return _ids_of(AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False))
+        return None
+    # An export's auto_map names code; unless told not to run it, transformers asks the terminal.
+    return AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
 
 
 def _in_older_words(folder: Path) -> None:
@@ -200,3 +256,11 @@ def _special_tokens(fast: Any) -> SpecialTokens | None:
     if not {"mask_id", "eos_id"} <= ids.keys():
         return None
     return SpecialTokens(**{"pad_id": ids["eos_id"], **ids})
+
+
+def _special_strings(fast: Any, special: SpecialTokens) -> re.Pattern[str]:
+    """Finds what the engine reads as special tokens, the longest first, as it does; ours are, whatever a file says."""
+    ids, added = set(vars(special).values()), fast.added_tokens_decoder
+    strings = [token.content for number, token in added.items() if token.special or number in ids]
+    fast.backend_tokenizer.add_special_tokens(strings)  # adds none: the engine is told that all of these are special
+    return re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or r"(?!)")

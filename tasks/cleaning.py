@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from llada_core.modeling.bases import CONTENT, base_name, is_adapter
 from tasks.errors import StageError
 from tasks.folders import read_json, size_of
 from tasks.registry import client
@@ -31,7 +32,7 @@ def candidates(root: Path) -> list[Candidate]:
     busy = {run.request["root"] for run in all_runs(root) if state_of(run) in ("running", "unknown")}
     spaces = [path.parent for path in sorted((home(root) / "workspaces").glob("*/workspace.json"))]
     found += [(path, f"workspace of {_profile(path)}") for path in spaces if str(path) not in busy]
-    found += [(path, "no registered version points to it") for path in _orphans(root)]
+    found += [(path, "no registered version and no adapter points to it") for path in _orphans(root)]
     return [Candidate(path, why, size_of([path]) / 2**30) for path, why in found]
 
 
@@ -59,4 +60,13 @@ def _orphans(root: Path) -> list[Path]:
         used = {version.tags.get("content_hash") for version in client(root).search_model_versions(max_results=10_000)}
     except OSError as error:
         raise StageError(f"MLflow does not answer, so nobody knows which weights are in use: {error}") from None
+    adapters = [store for store in stored if store.name in used]
+    made = ("models/*", "workspaces/*/models/*", "runs/*/tree/models/*", "runs/*/adapter")
+    adapters += [path for pattern in made for path in home(root).glob(pattern)]
+    for folder in adapters:  # grows: a base may be an adapter itself
+        if is_adapter(folder) and (name := base_name(folder)).startswith(CONTENT):
+            base = home(root) / "store" / name.removeprefix(CONTENT)
+            if base.name not in used:
+                used.add(base.name)
+                adapters.append(base)
     return [path for path in stored if path.name not in used]

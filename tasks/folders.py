@@ -1,20 +1,25 @@
 """Folders as values: their content hash, hard-linked copies of them, and files written all at once.
 
-Knows nothing of stages, runs or models.
+Large files are read for their hash once and then known by what the file system says of them. Knows where a project keeps
+what it makes; knows nothing of stages, runs or models.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 IGNORED = frozenset({"__pycache__", ".DS_Store"})
+REMEMBERED = 1 << 23  # bytes from which on a hash is kept: a smaller file is read as fast as a note on it
+SETTLED = 3_000_000_000  # ns since its last change, so that another one gets another time on any file system
 
 
 def home(root: Path) -> Path:
@@ -37,16 +42,45 @@ def files_in(path: Path) -> list[Path]:
 
 def content_hash(path: Path) -> str:
     """SHA-256 (64 hex digits) of names and contents below `path`; moving or touching a file changes nothing."""
-
-    def digest(file: Path) -> str:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-
-    files = files_in(path)
+    files, notes = files_in(path), _notes(Path.cwd())
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(digest, files))
+        digests = list(pool.map(lambda file: _digest(file, notes), files))
     names = ("" if file == path else file.relative_to(path).as_posix() for file in files)
     return hash_of([[name, value] for name, value in zip(names, digests, strict=True)])
+
+
+def _notes(start: Path) -> Path | None:
+    """Where the project that `start` lies in keeps hashes of large files; None outside of any."""
+    if "LLADAFLOW_HOME" in os.environ:
+        return home(start) / ".cache" / "hashes"
+    project = next((folder for folder in (start, *start.parents) if (folder / ".dvc").is_dir()), None)
+    return home(project) / ".cache" / "hashes" if project else None
+
+
+def _digest(file: Path, notes: Path | None) -> str:
+    """SHA-256 of a file's content.
+
+    That of a large file is kept in a file of its own, named by inode, size and time of the last change (ns): hard links,
+    such as those in snapshots and in the store, share it, other machines on a shared disk find it, and whoever writes it
+    at the same time writes the same. A change in place changes the time; one that came so soon after the last that it
+    might not is waited out: such a file is read again.
+    """
+    with file.open("rb") as stream:
+        now, before = time.time_ns(), os.fstat(stream.fileno())
+        if notes is None or before.st_size < REMEMBERED:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        note = notes / f"{before.st_ino:x}-{before.st_size:x}-{before.st_mtime_ns:x}"
+        with contextlib.suppress(OSError):
+            known = note.read_text(encoding="ascii")
+            if len(known) == 64:  # less after a power failure
+                return known
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+        after = os.fstat(stream.fileno())
+    unchanged = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+    if unchanged and now - before.st_mtime_ns > SETTLED:
+        with contextlib.suppress(OSError):  # a full or read-only disk: it is read again next time
+            write_text(note, found)
+    return found
 
 
 def hash_of(value: Any) -> str:

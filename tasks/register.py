@@ -19,7 +19,7 @@ from tasks import tracking
 from tasks.errors import one_line_errors
 from tasks.folders import content_hash, hash_of, read_json, write_json
 from tasks.gate import Decision, decide
-from tasks.registry import Version, client, keep, receipts, scores_of, store_folder, versions, write_receipt
+from tasks.registry import Version, client, hold_base, keep, receipts, scores_of, store_folder, versions, write_receipt
 from tasks.report import scores_of as answered
 from tasks.runs import RunFolder, commit_of, home, stage_params
 
@@ -33,6 +33,7 @@ def register(root: Path, params: Params) -> dict[str, Any]:
     if spec is None:
         raise ConfigError("params.yaml has no block 'register'")
     digest = keep(root, root / "models" / spec.model)
+    hold_base(root, store_folder(root, digest))  # a champion whose base is nowhere could not be loaded
     answers = (root / "reports" / "eval").glob(f"*/{spec.model}.samples.jsonl")
     write_json(store_folder(root, digest).with_suffix(".scores.json"), {p.parent.name: answered(p) for p in answers})
     tracking.send_pending(root)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
 from llada_core.config.sampling import SamplingParams
+from llada_core.modeling.bases import CONTENT, base_name, base_of, is_adapter
 from tasks.databases import require
 from tasks.folders import content_hash, link_into, read_json
 from tasks.runs import home
@@ -23,6 +24,8 @@ from tasks.runs import home
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+# A repository's snapshot in the Hub's cache. Its folder is somewhere else on every machine, its name and commit are not.
+CACHED = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
 NAME = r"[A-Za-z0-9][\w.-]*"
 REFERENCE = re.compile(rf"models:/({NAME})(?:@([\w.-]+)|/(\d+))|({NAME})@([\w.-]+)")
 
@@ -49,6 +52,7 @@ def resolve(name: str, root: Path | None = None) -> Path:
     place = Path.cwd() if root is None else root
     folder = place / Path(name).expanduser()
     if folder.is_dir():
+        hold_base(place, folder)
         return folder.resolve()
     if reference := named(name):
         return verified(place, version_of(place, *reference).hash)
@@ -149,13 +153,58 @@ def keep(root: Path, folder: Path) -> str:
 
 
 def verified(root: Path, digest: str) -> Path:
-    """The folder with this content hash; raises `ConfigError` when it is missing or its files were altered."""
+    """The folder with this content hash; raises `ConfigError` when it, or what it adapts, is missing or was altered."""
     place = store_folder(root, digest)
     if not place.is_dir():
         raise ConfigError(f"{place} is gone, but a registered version points to it; run the pipeline again")
-    if content_hash(place) != digest:
-        raise ConfigError(f"{place} was altered: its files no longer have the registered hash; remove it and run again")
+    _unaltered(place)
+    hold_base(root, place)
     return place
+
+
+def _unaltered(place: Path) -> None:
+    if content_hash(place) != place.name:
+        raise ConfigError(f"{place} was altered: its files no longer have the registered hash; remove it and run again")
+
+
+def lasting_name(folder: Path, digest: str) -> str:
+    """What an adapter of the model in `folder` calls it: a Hub repository at its commit, else its content hash."""
+    if found := CACHED.search(folder.resolve().as_posix()):
+        return f"{found[1]}/{found[2]}@{found[3]}"
+    return CONTENT + digest
+
+
+def keep_base(root: Path, folder: Path, name: str, *, copy: bool = True) -> None:
+    """Link a model that is named by its content into the store, unless it is there.
+
+    copy: also where the store is on another disk, at the cost of the model's size.
+    """
+    place = store_folder(root, name.removeprefix(CONTENT))
+    wanted = name.startswith(CONTENT) and not place.is_dir()
+    if wanted and (copy or folder.stat().st_dev == home(root).stat().st_dev):
+        link_into(folder, place)
+
+
+def hold_base(root: Path, folder: Path) -> None:
+    """See that the weights an adapter changes are in a store, and unaltered; nothing for other folders.
+
+    Where `models/` has them and the store does not (a clone after `dvc pull`), they are kept there now. Raises
+    `ConfigError` where they are nowhere.
+    """
+    if not is_adapter(folder) or not (name := base_name(folder)).startswith(CONTENT):
+        return
+    digest = name.removeprefix(CONTENT)
+    try:
+        base = Path(base_of(folder))
+    except FileNotFoundError as error:
+        made = (path for path in sorted((root / "models").glob("*")) if path.is_dir())
+        found = next((path for path in made if content_hash(path) == digest), None)
+        if found is None:
+            raise ConfigError(str(error)) from None
+        base = store_folder(root, digest)
+        link_into(found, base)
+    _unaltered(base)
+    hold_base(root, base)
 
 
 def scores_of(root: Path, digest: str) -> dict[str, dict[str, float]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import EvaluateParams, ReportParams
+from llada_core.modeling.bases import is_adapter, model_folders
 from tasks.evaluate import Places, answering, as_asked, below, measure, quiet_lm_eval
 from tasks.folders import content_hash, hash_of, read_json, safe
 from tasks.registry import resolve
@@ -88,9 +89,11 @@ def sweep_places(model: str, params: EvaluateParams, home: Path, root: Path | No
     import llada_core
 
     folder = resolve(model)
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise ConfigError(f"{folder}: no config.json there, so it is no model folder")
     settings = params.model_dump(mode="json", exclude={"benchmarks", "models", "root", "limit"})
-    key = hash_of([content_hash(folder), content_hash(Path(llada_core.__file__).parent), settings])[:16]
+    # An adapter made elsewhere may name its base by its place, where other weights may lie tomorrow.
+    weights = [content_hash(part) for part in model_folders(folder)]
+    key = hash_of([weights, content_hash(Path(llada_core.__file__).parent), settings])[:16]
     root = root or below(home, params.root)
     return Places(root, home / "data" / "eval", out, home / "runs" / f"answers-{key}")

@@ -3,16 +3,18 @@
 The working directory is the run's snapshot. Knows neither launchers nor the objective of a stage.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 from llada_core.config.base import ConfigError
 from llada_core.config.params import TRAINING_STAGES
 from llada_core.config.training import TrainingParams
-from tasks.errors import StoppedError
+from tasks.errors import StageError, StoppedError
 from tasks.folders import content_hash, read_json, write_json
 from tasks.program import Work, rank
 from tasks.progress import TrainingProgress
+from tasks.registry import keep_base, lasting_name
 
 # What differs from machine to machine, and so must not be in an output that DVC hashes.
 TIMINGS = ("_per_second", "seconds", "time", "memory_gb", "mfu", "step", "tokens", "flops", "share")
@@ -27,13 +29,20 @@ def train_stage(work: Work) -> float:
     _verify_inputs(work)
     tokenizer = Tokenizer.load(Path("data/tokenizer"))
     model = _model(work, params, tokenizer)
-    place = Place(data=Path("data"), run=work.run.path, export=Path("models") / work.stage)
+    base = "" if params.lora is None else _base(work, params)
+    place = Place(data=Path("data"), run=work.run.path, export=Path("models") / work.stage, base=base)
     follow = TrainingProgress(work.stage)
     receipt = train(params, model, tokenizer, place, seed=work.params.seed, follow=follow)
     if not receipt.finished:
         raise StoppedError(f"{work.stage}: stopped at step {receipt.steps}, saved; the same command goes on from there")
     if rank() == 0:
-        _write_receipts(work, {"steps": receipt.steps, "tokens": receipt.tokens, "flops": receipt.flops})
+        try:
+            _write_receipts(work, {"steps": receipt.steps, "tokens": receipt.tokens, "flops": receipt.flops})
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            raise StageError(
+                f"{work.stage}: trained and exported, but its receipts failed: {' '.join(str(error).split())}; the same "
+                "command writes them without training again"
+            ) from error
     return receipt.seconds
 
 
@@ -47,7 +56,9 @@ def _with_limit(work: Work) -> TrainingParams:
 
 
 def _verify_inputs(work: Work) -> None:
-    """Folders outside the snapshot may have changed while the job waited."""
+    """Folders outside the snapshot may have changed while the job waited; the first rank of each node looks."""
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        return
     for path, digest in work.run.request["inputs"].items():
         if Path(path).is_absolute() and content_hash(Path(path)) != digest:
             raise ConfigError(f"{path} has changed since this job was submitted; run the same command again")
@@ -56,13 +67,30 @@ def _verify_inputs(work: Work) -> None:
 def _model(work: Work, params: TrainingParams, tokenizer: Any) -> Any:
     from llada_core.modeling import load_model, new_model
 
-    source = params.init_from
-    if source is not None:
-        folder = Path("models") / source if source in TRAINING_STAGES else source
+    if params.init_from is not None:
+        folder = _source(params.init_from)
         return load_model(folder, bits=4 if params.lora is not None and params.lora.four_bit else None)
     if work.params.model is None:
         raise ConfigError(f"{work.stage}.init_from is empty and params.yaml has no block 'model'")
     return new_model(work.params.model, tokenizer.vocab_size, tokenizer.special, work.params.seed)
+
+
+def _source(init_from: str) -> Path:
+    """The folder that training starts from: another stage's output, or one from outside."""
+    return Path("models") / init_from if init_from in TRAINING_STAGES else Path(init_from)
+
+
+def _base(work: Work, params: TrainingParams) -> str:
+    """How the adapter names what it starts from; kept before training, so that nothing is missing after it."""
+    assert params.lora is not None
+    if params.init_from is None:
+        raise ConfigError(f"{work.stage}.lora adapts a model, and {work.stage}.init_from names none")
+    source = _source(params.init_from)
+    name = lasting_name(source, work.run.request["inputs"][str(source)])
+    if rank() == 0:
+        # A merged model needs its base no more; the adapter beside it is only for a merge that failed.
+        keep_base(work.run.path.parents[1], source, name, copy=not params.lora.merge)
+    return name
 
 
 def _write_receipts(work: Work, spent: dict[str, Any]) -> None:
@@ -72,8 +100,7 @@ def _write_receipts(work: Work, spent: dict[str, Any]) -> None:
     lines = read_metrics(work.run.path / "metrics.jsonl")
     last = {key: value for line in lines for key, value in line.items() if _is_result(key, value)}
     if source := work.params.training(work.stage).init_from:
-        folder = Path("models") / source if source in TRAINING_STAGES else Path(source)
-        last["weight_change"] = weight_distance(folder, Path("models") / work.stage)
+        last["weight_change"] = weight_distance(_source(source), Path("models") / work.stage)
     if differ := [line["groups_differ"] for line in lines if "groups_differ" in line]:
         last["groups_differ"] = sum(differ) / len(differ)  # of the whole training, not of its last rollout
     origin = {"stage": work.stage, "run": work.run.key, "inputs": work.run.request["inputs"]}

@@ -7,7 +7,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from transformers import AutoTokenizer, BertTokenizerFast
+from tokenizers import Tokenizer as Engine
+from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
 from llada_core.families import SpecialTokens
 from llada_core.modeling import save_model
@@ -105,6 +106,25 @@ def test_a_special_string_of_a_user_is_text():
     harmless = tokenizer.chat_ids([{"role": "user", "content": "x"}])
     attacked = tokenizer.chat_ids([{"role": "user", "content": attack}])
     assert [i for i in attacked if i in specials] == [i for i in harmless if i in specials]
+
+
+def test_an_end_token_is_special_whatever_its_file_says(tmp_path):
+    tiny_tokenizer().save(tmp_path)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in stored["added_tokens"]:
+        token["special"] = token["content"] != "<|eot_id|>"
+    names = {"eos_token": "<|endoftext|>", "mask_token": "<|mdm_mask|>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=Engine.from_str(json.dumps(stored)), **names)
+    tokenizer = Tokenizer(fast)
+    assert tokenizer.special.eot_id == 5
+    assert 5 not in tokenizer.encode("a<|eot_id|>")
+    assert tokenizer.encode("a<|eot_id|>", user=False)[-1] == 5
+
+
+def test_every_newline_is_a_token_of_its_own(tmp_path):
+    tokenizer = train_tokenizer(["a\n\nb\n \n\n\tc"] * 50, 320, tmp_path)
+    (newline,) = tokenizer.encode("\n")
+    assert tokenizer.encode("a\n\n\n \nb").count(newline) == 4
 
 
 def test_answer_text_ends_at_the_first_end_token():

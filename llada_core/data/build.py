@@ -241,13 +241,13 @@ def _encoded(stage: str, params: PartParams, tokenizer: Tokenizer, place: str, r
         return _given_ids(params, tokenizer, place, rows)
     try:
         return ENCODERS[stage]([row for _, row in rows], tokenizer, params)
-    except (DataError, KeyError):
+    except (ValueError, KeyError):
         for number, row in rows:  # again one by one, to say which row it was
             try:
                 ENCODERS[stage]([row], tokenizer, params)
             except KeyError as error:
                 raise DataError(f"{place}, row {number}: the field {error} is missing") from None
-            except DataError as error:
+            except ValueError as error:
                 raise DataError(f"{place}, row {number}: {error}") from None
         raise
 

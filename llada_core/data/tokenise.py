@@ -8,10 +8,8 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import islice
 from typing import Any
 
 from llada_core.config.data import GRPOData, PreferenceData, PretrainData, SFTData
@@ -19,7 +17,6 @@ from llada_core.data.sources import DataError, Row
 from llada_core.tokenizer import Message, Tokenizer
 
 Columns = dict[str, list[Any]]
-_FLAGS = (b"\0", b"\1")
 _JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -52,7 +49,7 @@ def dialogues(rows: Sequence[Row], tokenizer: Tokenizer, params: SFTData) -> Enc
     asked: list[tuple[list[Message], bool]] = []
     for row in rows:
         messages = _messages(row)
-        ends = [i + 1 for i, m in enumerate(messages) if m["role"] == "assistant" and m["content"].strip()]
+        ends = [i + 1 for i, m in enumerate(messages) if i and m["role"] == "assistant" and m["content"].strip()]
         if not ends:
             counts["no answer"] += 1
         elif params.turns == "each":
@@ -61,12 +58,15 @@ def dialogues(rows: Sequence[Row], tokenizer: Tokenizer, params: SFTData) -> Enc
             asked.append((messages[: ends[content_hash(row) % len(ends)]], False))
         else:
             asked.append((messages[: ends[-1]], params.turns == "all"))
-    chat = _ChatEncoder(tokenizer)
     encoded = Encoded({"input_ids": [], "maskable": []}, counts)
     add_ids, add_maskable = (column.append for column in encoded.columns.values())
-    for ids, maskable in chat.encode(asked):
-        if not params.mask_prompt:
-            maskable = b"\1" * len(ids)
+    for (messages, every), dialogue in zip(
+        asked, tokenizer.dialogues([m for m, _ in asked], answered=True), strict=True
+    ):
+        trained = dialogue.replies if every else dialogue.replies[-1:]
+        if every and len(trained) < sum(m["role"] == "assistant" for m in messages[1:]):
+            raise DataError("the chat template does not tell where each reply starts and ends; turns: each trains them")
+        ids, maskable = array("I", dialogue.ids), _flags(len(dialogue.ids), trained if params.mask_prompt else None)
         if len(ids) > params.length:
             fitted = _fit(ids, maskable, params.length, params.truncation, counts)
             if fitted is None:
@@ -80,9 +80,9 @@ def dialogues(rows: Sequence[Row], tokenizer: Tokenizer, params: SFTData) -> Enc
 def prompts(rows: Sequence[Row], tokenizer: Tokenizer, params: GRPOData) -> Encoded:
     """`prompt_ids` with the generation prompt, and `prompt`, `task`, `answer` (canonical JSON) as given."""
     encoded = Encoded({"prompt_ids": [], "prompt": [], "task": [], "answer": []})
-    chat = _ChatEncoder(tokenizer)
     asked = [_as_messages(row["prompt"]) for row in rows]
-    for row, messages, ids in zip(rows, asked, chat.prompts(asked), strict=True):
+    for row, messages, dialogue in zip(rows, asked, tokenizer.dialogues(asked), strict=True):
+        ids = dialogue.ids
         if len(ids) > params.length:
             encoded.counts["prompt too long"] += 1
             continue
@@ -95,88 +95,36 @@ def prompts(rows: Sequence[Row], tokenizer: Tokenizer, params: GRPOData) -> Enco
 def pairs(rows: Sequence[Row], tokenizer: Tokenizer, params: PreferenceData) -> Encoded:
     """`prompt_ids`, `chosen_ids`, `rejected_ids` (replies with their end token) of `prompt`, `chosen`, `rejected`."""
     encoded = Encoded({"prompt_ids": [], "chosen_ids": [], "rejected_ids": []})
-    chat = _ChatEncoder(tokenizer)
     kept = [row for row in rows if text_of(row, "chosen").strip() and text_of(row, "rejected").strip()]
     encoded.counts["no answer"] += len(rows) - len(kept)
     asked = []
     for row in kept:
         for name in ("chosen", "rejected"):
-            asked.append(([*_as_messages(row["prompt"]), {"role": "assistant", "content": row[name]}], False))
-    both = chat.encode(asked)
-    for chosen in both:
-        rejected = next(both)
-        fitted = [_fit(*row, params.length, params.truncation, encoded.counts) for row in (chosen, rejected)]
+            asked.append([*_as_messages(row["prompt"]), {"role": "assistant", "content": row[name]}])
+    both = tokenizer.dialogues(asked, answered=True)
+    for pair in zip(both, both, strict=True):
+        ids = [array("I", dialogue.ids) for dialogue in pair]
+        start = pair[0].replies[-1][0]
+        fitted = [
+            _fit(row, _flags(len(row), [(start, len(row))]), params.length, params.truncation, encoded.counts)
+            for row in ids
+        ]
         if fitted[0] is None or fitted[1] is None:
             continue
-        start = chosen[1].index(1)
-        values = (chosen[0][:start], fitted[0][0][start:], fitted[1][0][start:])
+        values = (ids[0][:start], fitted[0][0][start:], fitted[1][0][start:])
         for column, value in zip(encoded.columns.values(), values, strict=True):
             column.append(value)
     return encoded
 
 
-class _ChatEncoder:
-    """Dialogues to ids: what the template writes around the contents is encoded once for each sequence of roles."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._frames, self._plan = cache(self._encode_frames), cache(self._trained)
-
-    def encode(self, asked: Sequence[tuple[list[Message], bool]]) -> Iterator[tuple["array[int]", bytes]]:
-        """Ids and maskable of each dialogue; its last reply is trained on, or with True all of the assistant's."""
-        for (messages, every), contents in zip(asked, self._contents([m for m, _ in asked]), strict=True):
-            head, plan = self._plan(tuple([m["role"] for m in messages]), every)
-            ids, flags = head[:], [bytes(len(head))]
-            for content, (flag, frame, behind) in zip(contents, plan, strict=True):
-                ids.fromlist(content)
-                ids += frame
-                flags += flag * len(content), behind
-            yield ids, b"".join(flags)
-
-    def _trained(
-        self, roles: tuple[str, ...], every: bool
-    ) -> tuple["array[int]", list[tuple[bytes, "array[int]", bytes]]]:
-        """What stands before the first content; then for each content its flag, the frame behind it, that one's flags."""
-        head, *frames = self._frames(roles, False)
-        plan = []
-        for i, frame in enumerate(frames):
-            last = i == len(roles) - 1
-            trained = last or (every and roles[i] == "assistant")
-            closing = (len(frame) if last else self._closing(frame)) if trained else 0
-            plan.append((_FLAGS[trained], array("I", frame), b"\1" * closing + bytes(len(frame) - closing)))
-        return array("I", head), plan
-
-    def prompts(self, asked: Sequence[list[Message]]) -> Iterator[list[int]]:
-        """Ids of each dialogue with the generation prompt behind it."""
-        for messages, contents in zip(asked, self._contents(asked), strict=True):
-            frames = self._frames(tuple(m["role"] for m in messages), True)
-            ids = list(frames[0])
-            for content, frame in zip(contents, frames[1:], strict=True):
-                ids += [*content, *frame]
-            yield ids
-
-    def _contents(self, asked: Sequence[list[Message]]) -> Iterator[list[list[int]]]:
-        flat = self._tokenizer.encode_batch([m["content"].strip() for messages in asked for m in messages])
-        for messages in asked:
-            yield list(islice(flat, len(messages)))
-
-    def _encode_frames(self, roles: tuple[str, ...], generation_prompt: bool) -> list[list[int]]:
-        marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
-        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-        rest = self._tokenizer.chat_text(messages, generation_prompt=generation_prompt)
-        if not generation_prompt and len(roles) > 1:
-            prompt = self._tokenizer.chat_text(messages[:-1], generation_prompt=True)
-            if not rest.startswith(prompt + marks[-1]):
-                raise DataError("the chat template writes a reply in another way than its generation prompt announces")
-        frames = []
-        for mark in marks:
-            frame, _, rest = rest.partition(mark)
-            frames.append(frame)
-        return [self._tokenizer.encode(frame, user=False) for frame in [*frames, rest]]
-
-    def _closing(self, frame: list[int]) -> int:
-        """How many tokens of a frame still belong to the message before it: those up to its end token."""
-        return next((i + 1 for i, token in enumerate(frame) if token in self._tokenizer.end_ids), 0)
+def _flags(count: int, trained: Sequence[tuple[int, int]] | None) -> bytes:
+    """One byte per id: 1 where replies are trained on, or (None) everywhere."""
+    if trained is None:
+        return b"\1" * count
+    flags = bytearray(count)
+    for start, end in trained:
+        flags[start:end] = b"\1" * (end - start)
+    return bytes(flags)
 
 
 def _fit(

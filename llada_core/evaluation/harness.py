@@ -17,7 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from llada_core.config.base import ConfigError
 from llada_core.evaluation.answering import Answerer
 from llada_core.evaluation.arguments import from_arguments
-from llada_core.evaluation.requests import batches, cut, pairs, wanted
+from llada_core.evaluation.requests import ChatText, batches, cut, pairs, wanted
 from llada_core.evaluation.worklist import Answer, AnswerStore, Work, keys_of, work_off
 from llada_core.tokenizer import Message
 
@@ -71,12 +71,12 @@ class LladaLM(TemplateLM):
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self._template() if chat_template else None
 
-    def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> ChatText:
         """The dialogue as text; without a generation prompt the last message is one that the reply continues."""
         self._template()
-        if add_generation_prompt:
-            return self.tokenizer_.chat_text(chat_history)
-        return self.tokenizer_.chat_text(chat_history[:-1]) + chat_history[-1]["content"]
+        begun = "" if add_generation_prompt else chat_history[-1]["content"]
+        asked = chat_history if add_generation_prompt else chat_history[:-1]
+        return ChatText(self.tokenizer_.chat_text(asked), asked) + begun
 
     def _template(self) -> str:
         template = self.tokenizer_.fast.chat_template

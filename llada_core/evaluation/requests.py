@@ -4,9 +4,9 @@ Knows a tokenizer and a model's limits; does not know how an answer is produced.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from pydantic import ValidationError
 
@@ -14,7 +14,7 @@ from llada_core.config.base import ConfigError, nearest
 from llada_core.config.evaluation import SAMPLER_FIELDS, Settings
 from llada_core.config.sampling import SamplingParams
 from llada_core.families import SpecialTokens
-from llada_core.tokenizer import Tokenizer
+from llada_core.tokenizer import Message, Tokenizer
 
 log = logging.getLogger(__name__)
 DEFAULT_LENGTH = 256
@@ -30,6 +30,26 @@ OTHER_NAMES = {
 }
 TOKEN_LISTS = ("forbid_tokens", "defer_tokens", "cfg_keep_tokens")
 _IGNORED = {"until", "do_sample", "infill", "max_gen_toks", "temperature"}
+
+
+class ChatText(str):
+    """A rendered dialogue that remembers what was said, and what the reply begins with.
+
+    lm-eval carries prompts about as texts. Ids are made of the messages: in the text, a special string that somebody
+    wrote looks like the template's own, and where the reply starts is not to be seen.
+    """
+
+    messages: tuple[Message, ...]
+    begun: str
+
+    def __new__(cls, text: str, messages: Sequence[Message] = (), begun: str = "") -> Self:
+        chat = super().__new__(cls, text)
+        chat.messages, chat.begun = tuple(messages), begun
+        return chat
+
+    def __add__(self, more: str) -> "ChatText":
+        """What is put behind the text belongs to the reply."""
+        return ChatText(str(self) + more, self.messages, self.begun + more)
 
 
 @dataclass(frozen=True)
@@ -110,7 +130,7 @@ def wanted(
     no room for any prompt.
     """
     plain = [text for text, asked in requests if not asked.get("infill")]
-    encoded = tokenizer.encode_batch(plain, user=False)
+    encoded = prompt_ids(plain, tokenizer)
     found, shortened = [], 0
     for text, asked in requests:
         params = sampling_params(settings, tokenizer.special, asked)
@@ -130,24 +150,58 @@ def wanted(
     return found
 
 
+def prompt_ids(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Ids of what is to be continued: of dialogues as everywhere, of other texts with special strings as tokens."""
+    chats = [text for text in texts if isinstance(text, ChatText)]
+    asked, begun = tokenizer.dialogues([c.messages for c in chats]), tokenizer.encode_batch([c.begun for c in chats])
+    plain = tokenizer.encode_batch([text for text in texts if not isinstance(text, ChatText)], user=False)
+    for text in texts:
+        yield next(asked).ids + next(begun) if isinstance(text, ChatText) else next(plain)
+
+
 def _template(parts: list[str], params: SamplingParams, until: tuple[str, ...], tokenizer: Tokenizer) -> Wanted:
     before, reference, after = tokenizer.encode_batch(parts, user=False)
     return Wanted(tuple(before), params, until, tuple(after), max(1, len(reference)))
 
 
 def pairs(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer, prefix: int) -> list[tuple[list[int], list[int]]]:
-    """Ids of contexts and continuations: spaces that end a context open its continuation, both are encoded as one text,
-    and the context's own length says where it ends (lm-eval, LLaDA). An empty context is the token `prefix`.
+    """Ids of contexts and continuations.
+
+    Spaces that end a context open its continuation, both are encoded as one text, and the context's own length says
+    where it ends (lm-eval, LLaDA). Of a dialogue, that holds for the reply alone: its prompt stays as it is, and ends
+    where the reply starts. An empty context is the token `prefix`.
     """
+    chats = {id(context): context for context, _ in texts if isinstance(context, ChatText)}
+    asked = tokenizer.dialogues([chat.messages for chat in chats.values()])
+    prompts = {key: dialogue.ids for key, dialogue in zip(chats, asked, strict=True)}
+    replies = [(c.begun if isinstance(c, ChatText) else c, continuation) for c, continuation in texts]
+    kinds = [isinstance(c, ChatText) for c, _ in texts]
+    split = {
+        user: _split([reply for reply, kind in zip(replies, kinds, strict=True) if kind is user], tokenizer, user=user)
+        for user in (False, True)
+    }
+    joined: dict[tuple[int, str], list[int]] = {}  # the options of a question share their context
+    found = []
+    for (context, _), user in zip(texts, kinds, strict=True):
+        before, ids, continuation = next(split[user])
+        if user:
+            prompt = prompts[id(context)]
+            ids = joined.setdefault((id(context), before), prompt + ids) if ids else prompt
+        found.append((ids or [prefix], continuation))
+    return found
+
+
+def _split(
+    texts: Sequence[tuple[str, str]], tokenizer: Tokenizer, *, user: bool
+) -> Iterator[tuple[str, list[int], list[int]]]:
     moved = [_with_spaces(context, continuation) for context, continuation in texts]
     contexts = list(dict.fromkeys(context for context, _ in moved))
-    ids = dict(zip(contexts, tokenizer.encode_batch(contexts, user=False), strict=True))
-    found = []
+    ids = dict(zip(contexts, tokenizer.encode_batch(contexts, user=user), strict=True))
     for start in range(0, len(moved), CHUNK):
         part = moved[start : start + CHUNK]
-        wholes = tokenizer.encode_batch([context + continuation for context, continuation in part], user=False)
-        found += [(ids[c] or [prefix], whole[len(ids[c]) :]) for (c, _), whole in zip(part, wholes, strict=True)]
-    return found
+        wholes = tokenizer.encode_batch([context + continuation for context, continuation in part], user=user)
+        for (context, _), whole in zip(part, wholes, strict=True):
+            yield context, ids[context], whole[len(ids[context]) :]
 
 
 def _with_spaces(context: str, continuation: str) -> tuple[str, str]:

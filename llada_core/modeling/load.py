@@ -13,7 +13,8 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig
 
 from llada_core.families import SpecialTokens
-from llada_core.modeling.adapters import base_of, is_adapter, load_adapter, merge_adapter
+from llada_core.modeling.adapters import load_adapter, merge_adapter
+from llada_core.modeling.bases import base_of, is_adapter
 from llada_core.modeling.config import LLaDAConfig
 from llada_core.modeling.masked_lm import MaskedLM
 from llada_core.modeling.predictor import MaskPredictor
@@ -37,11 +38,16 @@ def load_config(name_or_path: str | Path) -> Any:
 
 
 def _folder(name_or_path: str | Path) -> Path:
-    """The folder itself, or the local copy of a Hub repository (fetched or cached), without pickles or code."""
+    """The folder itself, or the local copy of a Hub repository (fetched or cached), without pickles or code.
+
+    A commit, branch or tag of a repository stands behind "@".
+    """
     path = Path(name_or_path)
     if path.is_dir() or path.is_absolute() or str(path).startswith(".") or len(path.parts) != 2:
         return path
-    return Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    name, _, revision = str(name_or_path).partition("@")
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
 
 
 def load_model(

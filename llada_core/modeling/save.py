@@ -5,6 +5,8 @@ Knows the order of writing; does not know which names the weights have (the mode
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,14 +35,20 @@ def save_model(
 
     `weights`: whole tensors under the network's own names, for a model whose parameters are sharded over ranks.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with written_whole(Path(folder)) as staging:
         network: Any = model.backbone if isinstance(model, MaskedLM) else model
         network.save_pretrained(staging, max_shard_size=max_shard_size, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save(staging)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which becomes `folder` if all went well; what was there stays until then."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield staging
         staging.chmod(0o755)
         _replace(staging, folder)
     finally:

@@ -1,7 +1,7 @@
 """Checkpoints that cannot be half-written: a folder per step, appearing by rename, each file hashed in its manifest.
 
 Every rank writes the rows it holds (safetensors, sharded along the first dimension), so that a run resumes on any other
-number of ranks. No pickle. This file does not know what a model, an optimiser or an objective is: it stores named tensors
+number of ranks; it reads the rows that it will hold and no others. No pickle. This file does not know what a model, an optimiser or an objective is: it stores named tensors
 and a small state.
 """
 
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from llada_core.training.ranks import Ranks
 
@@ -43,11 +43,26 @@ class Checkpoints:
         also_keep: int | None = None,
         beside: Callable[[str], object] | None = None,
     ) -> bool:
-        """Write one checkpoint; False (and nothing changed) when a rank could not write, for example on a full disk.
+        """Write one checkpoint; False when a rank could not write, for example on a full disk, though room was made.
 
         Of older ones the last `keep`, the milestones and that of step `also_keep` stay. `beside` is called on every
         rank with the folder and may write folders of its own into it.
         """
+        written = self._try(step, tensors, state, beside)
+        # On a full disk this one is worth more than those that the newest has replaced.
+        if not written and self.ranks.any(self.ranks.first and self._made_room(also_keep)):
+            written = self._try(step, tensors, state, beside)
+        if written and self.ranks.first:
+            self._prune(also_keep, self.keep)
+        return written
+
+    def _try(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        beside: Callable[[str], object] | None,
+    ) -> bool:
         target = self.folder / f"step-{step:08d}"
         partial = self.folder / f".partial-step-{step:08d}"
         if self.ranks.first:
@@ -57,21 +72,43 @@ class Checkpoints:
         written = self.ranks.all(self._write_shard(partial, tensors, beside))
         if written and self.ranks.first:
             written = self._publish(partial, target, {**state, "step": step})
-            if written:
-                self._prune(also_keep)
         written = self.ranks.all(written)
         if not written and self.ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
         return written
 
+    def _made_room(self, also_keep: int | None) -> bool:
+        """Whether checkpoints before the newest could go; none goes unless the newest is whole."""
+        before = sorted(self.folder.glob("step-*"))
+        if len(before) > 1 and damaged(before[-1]) is None:
+            self._prune(also_keep, 1)
+        return len(list(self.folder.glob("step-*"))) < len(before)
+
     def newest(self) -> Path | None:
-        """The newest checkpoint whose files all match their hashes; damaged ones are reported and passed over."""
-        for folder in sorted(self.folder.glob("step-*"), reverse=True):
-            damage = damaged(folder)
+        """The newest checkpoint whose files all match their hashes; damaged ones are reported and passed over.
+
+        All ranks call this at once and get the same: the first says which there are, each hashes its share of the files.
+        """
+        first = self.ranks.first
+        steps = sorted(float(folder.name[5:]) for folder in self.folder.glob("step-*")) if first else []
+        while True:
+            mine = 0.0 if not first else steps.pop() if steps else -1.0
+            step = int(self.ranks.sum([mine])[0])
+            if step < 0:
+                return None
+            folder = self.folder / f"step-{step:08d}"
+            damage = self.damage(folder)
             if damage is None:
                 return folder
             _log.warning("checkpoint %s is damaged (%s); using an older one", folder.name, damage)
-        return None
+
+    def damage(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint, None when nothing is. All ranks call this at once, and each file is read once.
+
+        A rank hashes the shard of its own number, most of which it then reads from its node's memory.
+        """
+        found = damaged(folder, self.ranks.index, self.ranks.count)
+        return (found or "another rank found it so") if self.ranks.any(found is not None) else None
 
     def _write_shard(
         self, partial: Path, tensors: Mapping[str, Tensor], beside: Callable[[str], object] | None
@@ -84,7 +121,7 @@ class Checkpoints:
             _write(path.with_suffix(".sha256"), _sha256(path))
             if beside is not None:
                 beside(str(partial))
-        except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own RuntimeError subclass
+        except (OSError, RuntimeError, SafetensorError) as error:  # the last is how safetensors reports a full disk
             _log.error("checkpoint %s not written: %s", path, error)
             return False
         return True
@@ -114,18 +151,18 @@ class Checkpoints:
             return False
         return True
 
-    def _prune(self, also_keep: int | None) -> None:
-        for folder in sorted(self.folder.glob("step-*"))[: -self.keep]:
+    def _prune(self, also_keep: int | None, keep: int) -> None:
+        for folder in sorted(self.folder.glob("step-*"))[:-keep]:
             step = int(folder.name[5:])
             if step != also_keep and not (self.milestone_every and step % self.milestone_every == 0):
                 shutil.rmtree(folder)
 
 
-def damaged(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder; None when every file matches its hash."""
+def damaged(folder: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with a checkpoint folder; None when every file (of one of several shares) matches its hash."""
     try:
         hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        wrong = [name for name, digest in hashes.items() if _sha256(folder / name) != digest]
+        wrong = [name for name in sorted(hashes)[share::shares] if _sha256(folder / name) != hashes[name]]
     except (OSError, ValueError) as error:
         return str(error)
     return f"wrong hash: {', '.join(wrong)}" if wrong else None
@@ -150,7 +187,10 @@ def note(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 class Stored:
-    """The tensors of one checkpoint, put together from all its shards one at a time."""
+    """The tensors of one checkpoint, put together from all its shards one at a time.
+
+    Shards are mapped, not read: what several ranks of a node need comes from the disk once.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._files = [safe_open(path, framework="pt") for path in sorted(folder.glob("shard-*.safetensors"))]
@@ -175,17 +215,50 @@ class Stored:
         """Fill `target` (whole or sharded) with a stored tensor; raises ValueError when the shapes differ."""
         if name not in self:
             raise ValueError(f"the checkpoint has no {name!r}: it belongs to another model")
-        full = self.full(name)
-        if full.shape != target.shape:
-            raise ValueError(f"{name}: {tuple(full.shape)} in the checkpoint, {tuple(target.shape)} in this model")
+        shape = self._shape(name)
+        if shape != tuple(target.shape):
+            raise ValueError(f"{name}: {shape} in the checkpoint, {tuple(target.shape)} in this model")
+        rows = rows_held(target)
         with torch.no_grad():
-            if isinstance(target, DTensor):
-                shard = distribute_tensor(
-                    full.to(target.device), target.device_mesh, target.placements, src_data_rank=None
-                )
+            if rows is not None:
+                local = target.to_local() if isinstance(target, DTensor) else target
+                for place, part in self._parts(name, *rows):
+                    local[place : place + len(part)].copy_(part)
+            elif isinstance(target, DTensor):
+                full = self.full(name).to(target.device)
+                shard = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
                 target.to_local().copy_(shard.to_local())
             else:
-                target.copy_(full)
+                target.copy_(self.full(name))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shapes = [self._files[number].get_slice(name).get_shape() for number in self._where[name]]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+
+    def _parts(self, name: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """Rows `start` to `stop` as the shards hold them, each part with its place among these rows."""
+        first = 0
+        for number in self._where[name]:
+            shard = self._files[number].get_slice(name)
+            count = shard.get_shape()[0]
+            low, high = max(start - first, 0), min(stop - first, count)
+            if low < high:
+                yield first + low - start, shard[low:high]
+            first += count
+
+
+def rows_held(tensor: Tensor) -> tuple[int, int] | None:
+    """The first row of `tensor` that this rank holds and the one behind its last; None where that is no run of rows."""
+    if not isinstance(tensor, DTensor):
+        return (0, len(tensor)) if tensor.ndim else None
+    split = [(axis, p) for axis, p in enumerate(tensor.placements) if not p.is_replicate()]
+    if len(split) != 1 or type(split[0][1]) is not Shard or split[0][1].dim != 0:
+        return None
+    axis, rows = split[0][0], tensor.shape[0]
+    each = -(-rows // tensor.device_mesh.size(axis))  # as torch.chunk cuts, the last ranks may have fewer, or none
+    start = min(tensor.device_mesh.get_local_rank(axis) * each, rows)
+    stop = min(start + each, rows)
+    return (start, stop) if stop - start == tensor.to_local().shape[0] else None
 
 
 def _write(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llada_core.training.checkpoint import Checkpoints, Stored, damaged, note, read_state
+from llada_core.training.checkpoint import Checkpoints, Stored, note, read_state
 from llada_core.training.objectives import Objective
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -60,7 +60,7 @@ class Snapshot:
         Raises ValueError when it belongs to a run of another configuration, to another model, or DeepSpeed wrote it and
         does not run now (or the other way round).
         """
-        folder = self._newest()
+        folder = self._checkpoints.newest()
         if folder is None:
             return None
         state = read_state(folder)
@@ -75,9 +75,9 @@ class Snapshot:
 
     def restore_weights(self, step: int) -> None:
         """The weights of one kept step and nothing else; raises OSError when its checkpoint is damaged."""
-        folder, ranks = self._checkpoints.folder / f"step-{step:08d}", self._checkpoints.ranks
-        damage = damaged(folder) if ranks.first else None
-        if ranks.any(damage is not None):
+        folder = self._checkpoints.folder / f"step-{step:08d}"
+        damage = self._checkpoints.damage(folder)
+        if damage is not None:
             raise OSError(
                 f"{folder}, the best step by validation, is damaged ({damage}); remove the checkpoints from this one on "
                 "and run again: what they held is trained anew"
@@ -107,13 +107,6 @@ class Snapshot:
     def _copy_weights(self, stored: Stored) -> None:
         for name, parameter in self._trainable().items():
             stored.copy_into(f"model.{name}", parameter.data)
-
-    def _newest(self) -> Path | None:
-        """The first rank looks and hashes; the others are told the step."""
-        ranks = self._checkpoints.ranks
-        mine = self._checkpoints.newest() if ranks.first else None
-        step = int(ranks.sum([float(mine.name[5:]) if mine is not None else -1.0 if ranks.first else 0.0])[0])
-        return None if step < 0 else self._checkpoints.folder / f"step-{step:08d}"
 
     def _restore_moments(self, stored: Stored, updates: int) -> None:
         for name, parameter in self._trainable().items():

@@ -19,7 +19,7 @@ from llada_core.data.batches import Order, RowBatches
 from llada_core.modeling import MaskPredictor
 from llada_core.modeling.masked_lm import MaskedLM
 from llada_core.tokenizer import Tokenizer
-from llada_core.training.export import export, prepare_weights
+from llada_core.training.export import Place, export, prepare_weights
 from llada_core.training.flops import active_parameters
 from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.loop import Loop, Parts
@@ -47,15 +47,6 @@ class Receipt:
     fingerprint: str
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a run reads and writes."""
-
-    data: Path
-    run: Path
-    export: Path | None = None  # the trained model, in the published layout
-
-
 def train(
     params: TrainingParams,
     model: MaskPredictor,
@@ -68,8 +59,9 @@ def train(
     """Train in the run folder, or go on where it stopped; export when finished.
 
     `follow` is called with every line of metrics.jsonl. Raises ValueError for data or a run folder that do not fit,
-    `DivergedError` when the loss cannot be saved, OSError when the last checkpoint cannot be written.
+    `DivergedError` when the loss cannot be saved, OSError when the last checkpoint or the export cannot be written.
     """
+    place.check(params)
     place.run.mkdir(parents=True, exist_ok=True)
     cpu = not torch.cuda.is_available()
     engine = accelerator_for(params, cpu=cpu, block_classes=block_classes(model))
@@ -93,7 +85,7 @@ def train(
         parts.fingerprint["configuration"],
     )
     if finished and place.export is not None:
-        export(model, place.export, tokenizer, params, ranks, dtype=stored)
+        export(model, place, tokenizer, params, ranks, dtype=stored)
     ranks.barrier()
     return receipt
 

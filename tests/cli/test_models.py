@@ -1,8 +1,66 @@
 """`llada export`: a folder that stands on its own."""
 
+import json
 from pathlib import Path
 
+import pytest
+import torch
+
 import llada_core
+from llada_core.config.training import LoraParams
+from llada_core.modeling import add_lora
+from llada_core.modeling.adapters import save_adapter
+from tasks.folders import content_hash
+from tests.tiny import tiny_tokenizer
+
+NAME = "model.transformer.blocks.0.q_proj.weight"
+
+
+@pytest.fixture
+def adapter(tiny, tmp_path):
+    """An adapter of the tiny model that does something, and names it by a path."""
+    model = llada_core.load_model(tiny)
+    add_lora(model, LoraParams(r=2))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.05
+    save_adapter(model, tmp_path / "adapter", tiny, tiny_tokenizer())
+    (tmp_path / "adapter/training.json").write_text('{"stage": "sft", "steps": 7}')
+    return tmp_path / "adapter"
+
+
+def rename_base(adapter, name):
+    file = adapter / "adapter_config.json"
+    file.write_text(file.read_text().replace(str(json.loads(file.read_text())["base_model_name_or_path"]), name))
+
+
+def test_an_adapter_is_merged_when_asked(call, tiny, adapter):
+    result = call("export", "merged", "--merge", "-m", str(adapter))
+    assert result.exit_code == 0, result.stderr
+    merged, stored = llada_core.load_model("merged"), llada_core.load_model(adapter)
+    assert all(torch.equal(weight, stored.state_dict()[name]) for name, weight in merged.state_dict().items())
+    assert not torch.equal(merged.state_dict()[NAME], llada_core.load_model(tiny).state_dict()[NAME])
+    assert {"tokenizer.json", "training.json", "config.json", "README.md"} <= {p.name for p in Path("merged").iterdir()}
+    assert not list(Path("merged").glob("adapter*"))
+    assert "library_name: transformers" in Path("merged/README.md").read_text()
+    refused = call("export", "again", "--merge", "-m", "merged")
+    assert refused.exit_code == 2
+    assert "no adapter to merge; leave out --merge" in refused.stderr
+
+
+def test_an_adapter_alone_is_exported_where_its_base_can_be_found(call, tiny, adapter):
+    rename_base(adapter, "owner/name")
+    assert call("export", "alone", "-m", str(adapter)).exit_code == 0
+    assert "base_model: owner/name" in Path("alone/README.md").read_text()
+    Path("store").mkdir()
+    Path("store", content_hash(Path(tiny))).symlink_to(tiny)
+    rename_base(adapter, f"sha256:{content_hash(Path(tiny))}")
+    refused = call("export", "other", "-m", str(adapter))
+    assert refused.exit_code == 2
+    assert "an adapter of weights that only this project has" in refused.stderr
+    assert "--merge makes a model of both" in refused.stderr
+    assert not Path("other").exists()
+    assert call("export", "other", "--merge", "-m", str(adapter)).exit_code == 0
 
 
 def test_an_export_is_self_contained_and_loads(call, tiny):

@@ -30,7 +30,7 @@ def test_rows_equal_the_chat_template_and_prompts_its_beginning():
     tokenizer = tiny_tokenizer()
     encoded = sft([THREE])
     ids = encoded.columns["input_ids"][0].tolist()
-    assert ids == tokenizer.chat_ids(THREE["messages"], generation_prompt=False)
+    assert ids == tokenizer.fast.apply_chat_template(THREE["messages"], return_dict=False)
     start = encoded.columns["maskable"][0].index(1)
     assert ids[:start] == tokenizer.chat_ids(THREE["messages"][:3])
     grpo = tokenise.prompts(

@@ -1,10 +1,13 @@
 """Prompts, stop strings and sampler settings as lm-eval's users set them."""
 
+import copy
+import pickle
+
 import pytest
 
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import Settings
-from llada_core.evaluation.requests import batches, cut, pairs, sampling_params, wanted
+from llada_core.evaluation.requests import ChatText, batches, cut, pairs, sampling_params, wanted
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -64,10 +67,31 @@ def test_infilling_leaves_as_many_blanks_as_the_reference_has_tokens():
     assert asked.blanks == len(TOKENIZER.encode("xyz!"))
 
 
-def test_special_strings_of_the_template_are_tokens():
-    turns = [{"role": "user", "content": "hi"}]
-    (asked,) = wanted([(TOKENIZER.chat_text(turns), {})], FULL, TOKENIZER, 1000)
-    assert list(asked.prompt) == TOKENIZER.chat_ids(turns)
+def chat(question, begun=""):
+    turns = [{"role": "user", "content": question}]
+    return ChatText(TOKENIZER.chat_text(turns), turns) + begun
+
+
+def test_a_dialogue_is_asked_with_the_ids_that_it_is_trained_with():
+    for question in ("hi", "<|eot_id|><|mdm_mask|>"):
+        (asked, begun) = wanted([(chat(question), {}), (chat(question) + "So: ", {})], FULL, TOKENIZER, 1000)
+        prompt = TOKENIZER.chat_ids([{"role": "user", "content": question}])
+        assert list(asked.prompt) == prompt
+        assert list(begun.prompt) == prompt + TOKENIZER.encode("So: ")
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(chat("hi", "So: "))))  # as lm-eval keeps requests
+    assert (copied, copied.messages, copied.begun) == (chat("hi", "So: "), chat("hi").messages, "So: ")
+
+
+def test_pairs_of_a_dialogue_keep_its_prompt_whole():
+    prompt = TOKENIZER.chat_ids([{"role": "user", "content": "hi"}])
+    asked, question = chat("hi"), ("hi", "12")
+    found = pairs([(asked, "12"), question, (asked, "<|eot_id|>"), (chat("hi", "So: "), "12")], TOKENIZER, prefix=99)
+    assert found[0] == (prompt, TOKENIZER.encode("12"))
+    assert found[1] == (TOKENIZER.encode("hi"), TOKENIZER.encode("hi12")[len(TOKENIZER.encode("hi")) :])
+    assert found[2] == (prompt, TOKENIZER.encode("<|eot_id|>"))
+    assert found[0][0] is found[2][0]
+    so = TOKENIZER.encode("So:")
+    assert found[3] == (prompt + so, TOKENIZER.encode("So: 12")[len(so) :])
 
 
 def test_cut_at_the_first_of_several_stop_strings():

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from llada_core.config.training import LoraParams
 from llada_core.modeling import add_lora, load_model, merge_adapter, save_model
-from llada_core.modeling.adapters import adapter_off, linear_layers, save_adapter
+from llada_core.modeling.adapters import adapter_off, linear_layers, load_adapter, save_adapter
 from tests.tiny import TINY_BACKBONES, tiny_model
 
 KINDS = ["llada", "llada_moe", *TINY_BACKBONES]
@@ -97,6 +97,65 @@ def test_a_base_may_lie_beside_its_adapter(tmp_path):
     assert_close(logits(load_model(tmp_path / "adapter")), logits(adapted()), atol=2e-5, rtol=1e-4)
 
 
+def test_a_base_named_by_its_content_lies_in_a_store_above_the_adapter(tmp_path, monkeypatch):
+    save_model(tiny_model(n_kv_heads=2), tmp_path / "project/store/0123")
+    for place in ("runs/a/tree/models/sft", "store/4567"):
+        save_adapter(adapted(), tmp_path / "project" / place, "sha256:0123")
+        assert_close(logits(load_model(tmp_path / "project" / place)), logits(adapted()), atol=2e-5, rtol=1e-4)
+    alone = tmp_path / "alone"
+    (tmp_path / "project/store/4567").rename(alone)
+    with pytest.raises(FileNotFoundError, match=r"are in no store above it; copy store/0123 .* LLADAFLOW_HOME"):
+        load_model(alone)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("LLADAFLOW_HOME", str(tmp_path / "project"))
+        load_model(alone)
+    monkeypatch.chdir(tmp_path / "project/runs")
+    load_model(alone)
+
+
+def test_a_base_on_the_hub_is_taken_at_the_commit_that_was_trained_on(tmp_path, monkeypatch):
+    save_model(tiny_model(n_kv_heads=2), tmp_path / "base")
+    asked = []
+    monkeypatch.setattr(
+        "llada_core.modeling.load.snapshot_download",
+        lambda name, revision, allow_patterns: asked.append((name, revision)) or str(tmp_path / "base"),
+    )
+    for name in ("owner/name@0a1b", "owner/name"):
+        save_adapter(adapted(), tmp_path / "a", name)
+        load_model(tmp_path / "a")
+    assert asked == [("owner/name", "0a1b"), ("owner/name", None)]
+    assert json.loads((tmp_path / "a/adapter_config.json").read_text())["base_model_name_or_path"] == "owner/name"
+
+
+def test_an_adapter_of_an_adapter(tmp_path):
+    """The first one is merged; where it cannot be, in four bits, the second would take its place without a word."""
+    save_model(tiny_model(n_kv_heads=2), tmp_path / "base")
+    save_adapter(adapted(), tmp_path / "first", "../base")
+    model = load_model(tmp_path / "first")
+    add_lora(model, LoraParams(r=2))
+    save_adapter(model, tmp_path / "second", "../first")
+    assert_close(logits(load_model(tmp_path / "second")), logits(adapted()), atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="has an adapter already"):
+        load_adapter(load_model(tmp_path / "first", merge=False), tmp_path / "second")
+    with pytest.raises(ValueError, match="has an adapter already"):
+        add_lora(load_model(tmp_path / "first", merge=False), LoraParams(r=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stored_adapter_is_merged_into_what_it_was_merged_into_when_it_was_trained(tmp_path, dtype):
+    model = tiny_model(n_kv_heads=2)
+    model.to(dtype)
+    save_model(model, tmp_path / "base")
+    add_lora(model, LoraParams(r=4))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:  # as it trains
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    save_adapter(model, tmp_path / "a", "../base")
+    merge_adapter(model)
+    found = load_model(tmp_path / "a").state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in model.state_dict().items())
+
+
 def test_stored_adapters_open_with_peft_and_published_names(tmp_path):
     from peft import PeftModel
 
@@ -125,12 +184,57 @@ def test_merging_keeps_logits_and_published_keys(kind):
     assert model.state_dict().keys() == keys
 
 
-def test_a_merge_that_moves_the_logits_is_refused(monkeypatch):
+def test_merging_is_checked_in_fp32_whatever_autocast_says():
+    """As after training with precision bf16, whose autocast is around the model's forward."""
+    model = adapted()
+    before = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert merge_adapter(model) < 1e-5
+    assert_close(logits(model), before, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-1])
+def test_weights_in_bf16_are_rounded_once(scale):
+    """From fp32 to the stored dtype; rounding the adapter before it is added costs another half bit."""
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+        elif "lora_B" in name:
+            parameter.data *= scale
+    layer = model.get_submodule("model.transformer.blocks.1.q_proj")
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    exact = layer.base_layer.weight.float() + layer.scaling["default"] * (b @ a)
+    lost = merge_adapter(model)
+    merged = model.get_submodule("model.transformer.blocks.1.q_proj").weight
+    assert merged.dtype == torch.bfloat16
+    assert torch.equal(merged, exact.bfloat16())
+    assert (lost > 0.3) == (scale == 1e-3)
+
+
+def test_an_adapter_too_small_for_bf16_is_told(caplog):
+    model = adapted().bfloat16()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = parameter.data.float() * 1e-6
+    assert merge_adapter(model) == pytest.approx(1.0, abs=1e-3)
+    assert "rounded to bfloat16, the merged weights miss 100 % of what the adapter changes" in caplog.text
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_a_merge_that_is_not_the_adapter_is_refused(monkeypatch, size):
+    """Also where the adapter adds so little that the logits hardly move."""
     from peft.tuners.lora.layer import Linear
 
-    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: torch.ones_like(self.weight))
-    with pytest.raises(ArithmeticError, match="moved the logits"):
-        merge_adapter(adapted())
+    model, right = adapted().bfloat16(), Linear.get_delta_weight
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= size
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 1.1 * right(self, name))
+    with pytest.raises(
+        ValueError, match=r"merging the adapter changes what model\.transformer\.blocks\.0\.\w+ computes"
+    ):
+        merge_adapter(model)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):

@@ -21,6 +21,7 @@ PLUMBING = {
         "llada_core/config/params.py",
     ),
     *("llada_core/config/launch.py", "llada_core/config/registry.py", "llada_core/config/dotted.py"),
+    *("llada_core/modeling/__init__.py", "llada_core/modeling/bases.py"),
     *(
         f"tasks/{n}.py"
         for n in (

@@ -15,7 +15,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
+import llada_core.training.checkpoint as checkpoint_module
 from llada_core.config.training import GRPOParams, PretrainParams, SFTParams
+from llada_core.modeling import save_model
+from llada_core.training.checkpoint import Stored
 from llada_core.training.loop import Loop
 from llada_core.training.stages import Place, train
 from tests.tiny import tiny_pair
@@ -58,6 +61,23 @@ def hanging(run):
     return wrapped
 
 
+def counting_reads(counts):
+    """Notes which files of a checkpoint this rank hashes, and how many bytes of which tensors it reads."""
+    hash_of, parts = checkpoint_module._sha256, Stored._parts
+
+    def hashed(path):
+        if path.parent.name.startswith("step-"):  # not one that is being written
+            counts["hashed"].append(path.name)
+        return hash_of(path)
+
+    def read(stored, name, start, stop):
+        for place, part in parts(stored, name, start, stop):
+            counts["read"] += part.nbytes
+            yield place, part
+
+    checkpoint_module._sha256, Stored._parts = hashed, read
+
+
 def main(path):
     torch.set_num_threads(1)
     Loop.run = note_sharding(Loop.run)
@@ -75,8 +95,15 @@ def main(path):
         folder = Path(scenario["run"])
         if scenario.get("hang"):
             Loop._step = hanging(Loop._step)
-        place = Place(Path(scenario["data"]), folder, folder / "model")
+        if scenario.get("count"):
+            counts = {"hashed": [], "read": 0}
+            counting_reads(counts)
+        if params.lora is not None and state.process_index == 0:
+            save_model(model, folder / "base")
+        place = Place(Path(scenario["data"]), folder, folder / "model", base="../base")
         train(params, model, tokenizer, place, seed=1, follow=stopping(folder, scenario.get("stop")))
+        if scenario.get("count"):
+            (folder / f"reads-{state.process_index}.json").write_text(json.dumps(counts))
         if state.process_index == 0:
             (folder / "sharding.json").write_text(json.dumps(SHARDED))
     PartialState().destroy_process_group()

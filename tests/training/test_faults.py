@@ -1,13 +1,18 @@
 """Nothing is lost: damage, full disks, NaNs, stop requests, changed configurations, and kills at random moments."""
 
 import os
+import resource
 import shutil
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import llada_core.training.checkpoint as checkpoint_module
+import llada_core.training.export as export_module
+from llada_core.config.training import LoraParams
+from llada_core.modeling import load_model
 from llada_core.training.checkpoint import damaged
 from llada_core.training.loop import DivergedError
 from llada_core.training.metrics import read_metrics
@@ -103,14 +108,26 @@ def test_recovery_gives_up_and_says_where_to_look(data, tmp_path, monkeypatch):
     assert sum(line["event"] == "diverged" for line in events(tmp_path)) == 1
 
 
+@contextmanager
+def full_disk(size=10_000):
+    """No file may grow beyond `size` bytes: the system's own error, in the libraries' own words."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_full_disk_costs_a_checkpoint_not_the_run(data, tmp_path, monkeypatch):
     real, calls = checkpoint_module.save_file, []
 
     def full_once(tensors, path):
         calls.append(path)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        real(tensors, path)
+        if len(calls) != 2:
+            return real(tensors, path)
+        with full_disk():
+            return real(tensors, path)
 
     monkeypatch.setattr(checkpoint_module, "save_file", full_once)
     receipt, _ = run(data, tmp_path)
@@ -130,6 +147,73 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_last_checkpoint_intact(dat
     with pytest.raises(OSError, match=r"could not be written \(disk full\?\)"):
         run(data, tmp_path)
     assert damaged(tmp_path / "checkpoints" / "step-00000004") is None
+
+
+def test_on_a_full_disk_older_checkpoints_make_room_for_the_newest(data, tmp_path, monkeypatch):
+    real, left = checkpoint_module.save_file, []
+
+    def full_beside_three(tensors, path):
+        left.append(sorted(folder.name[-2:] for folder in (tmp_path / "checkpoints").glob("step-*")))
+        if len(left[-1]) > 1:
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint_module, "save_file", full_beside_three)
+    receipt, _ = run(data, tmp_path)
+    assert receipt.finished
+    assert left == [[], ["00"], ["00", "04"], ["04"], ["04", "08"], ["08"]]
+    assert not [line for line in events(tmp_path) if line["event"] == "checkpoint failed"]
+
+
+def not_merging(model):
+    raise ValueError("merging the adapter changes what blocks.0.q_proj computes")
+
+
+def on_a_full_disk(write):
+    def full(*given, **named):
+        with full_disk():
+            write(*given, **named)
+
+    return full
+
+
+ADAPTER = LoraParams(r=4)
+AFTER_TRAINING = [
+    (None, "save_model"),
+    (ADAPTER, "save_adapter"),
+    (ADAPTER, "merge_adapter"),
+    (ADAPTER, "save_model"),
+    (ADAPTER.model_copy(update={"merge": False}), "save_adapter"),
+]
+
+
+@pytest.mark.parametrize(("lora", "fails"), AFTER_TRAINING)
+def test_what_fails_after_the_last_step_costs_no_training(data, tmp_path, monkeypatch, lora, fails):
+    def trained(folder):
+        model, tokenizer = tiny_pair()
+        model.save_pretrained(tmp_path / "base")
+        place = Place(data, folder, folder / "model", base=str(tmp_path / "base"))
+        return train(params("sft", lora=lora), model, tokenizer, place, seed=1)
+
+    def exported(name):
+        return load_model(tmp_path / name).state_dict()
+
+    trained(tmp_path / "whole")
+    whole = exported("whole/model")
+    with monkeypatch.context() as patched:
+        broken = not_merging if fails == "merge_adapter" else on_a_full_disk(getattr(export_module, fails))
+        patched.setattr(export_module, fails, broken)
+        with pytest.raises(OSError, match=r"trained to the end, .* same command") as told:
+            trained(tmp_path / "cut")
+    assert not list((tmp_path / "cut").glob("model*"))
+    if lora and fails != "save_adapter":
+        assert f"{tmp_path / 'cut' / 'adapter'} (`llada export FOLDER --merge" in str(told.value)
+        rescued = exported("cut/adapter")
+        assert all(torch.equal(whole[name], rescued[name]) for name in whole)
+    monkeypatch.setattr(DiffusionObjective, "work", None)  # no step is taken
+    trained(tmp_path / "cut")
+    again = exported("cut/model")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_another_configuration_never_goes_on_with_a_run(data, tmp_path):

@@ -60,10 +60,9 @@ def test_adapters_in_every_objective(data, tmp_path, stage, merge):
     model, tokenizer = tiny_pair()
     save_model(model, tmp_path / "base", tokenizer)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    params = STAGES[stage].model_copy(
-        update={"lora": LoraParams(r=4, merge=merge), "init_from": str(tmp_path / "base")}
-    )
-    train(params, model, tokenizer, Place(data, tmp_path, tmp_path / "model"), seed=1)
+    params = STAGES[stage].model_copy(update={"lora": LoraParams(r=4, merge=merge)})
+    place = Place(data, tmp_path, tmp_path / "model", base=str(tmp_path / "base"))
+    train(params, model, tokenizer, place, seed=1)
     frozen = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}
     changed = {name for name, p in before.items() if not torch.equal(p, frozen[name])}
     assert (len(changed) == 14) if merge else not changed

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llada_core.modeling import load_model
 from llada_core.training.metrics import read_metrics
@@ -78,15 +79,30 @@ POLICY = {
 
 @pytest.fixture(scope="session")
 def few(data, tmp_path_factory):
-    """A sparse model on one process and on two that shard it; policy optimisation on one, and on two in small batches."""
+    """A sparse model, an adapter and policy optimisation on one process and on two: sharded, or in small batches."""
     folder = tmp_path_factory.mktemp("few")
-    launch(
-        folder, 1, [plan(data, folder, "alone", model="llada_moe", max_steps=8), plan(data, folder, "policy", **POLICY)]
-    )
+    sparse, adapter = {"model": "llada_moe", "max_steps": 8}, {"max_steps": 8, "lora": {"r": 4, "merge": False}}
+    alone = [("alone", sparse), ("adapter-alone", adapter), ("policy", POLICY)]
+    launch(folder, 1, [plan(data, folder, name, **changes) for name, changes in alone])
     two = plan(data, folder, "policies", **POLICY, kind="ddp")
     two["params"]["micro_batch_size"] = 1
-    launch(folder, 2, [plan(data, folder, "fsdp", model="llada_moe", max_steps=8, kind="fsdp"), two])
+    cut = plan(data, folder, "cut", kind="fsdp", **sparse)
+    sharded = [("fsdp", sparse), ("adapter-fsdp", adapter)]
+    twice = [*(plan(data, folder, name, kind="fsdp", **changes) for name, changes in sharded), cut | {"stop": 4}]
+    launch(folder, 2, [*twice, two, cut | {"count": True}])
     return folder
+
+
+def test_two_ranks_read_a_checkpoint_once_between_them(few):
+    same(few / "cut", few / "alone")
+    checkpoint = few / "cut/checkpoints/step-00000004"
+    counts = [json.loads((few / f"cut/reads-{rank}.json").read_text()) for rank in range(2)]
+    hashed = [name for count in counts for name in count["hashed"]]
+    assert sorted(hashed) == sorted(json.loads((checkpoint / "manifest.json").read_text()))
+    assert all(f"shard-0000{rank}-of-00002.safetensors" in counts[rank]["hashed"] for rank in range(2))
+    stored = [load_file(shard) for shard in checkpoint.glob("shard-*.safetensors")]
+    held = [sum(t.nbytes for n, t in part.items() if not n.startswith("objective.")) for part in stored]
+    assert sorted(count["read"] for count in counts) == sorted(held)
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +137,11 @@ def test_two_sharding_ranks_are_one(few):
 
 def test_two_ranks_that_sample_judge_and_train_their_own_rows_are_one(few):
     same(few / "policies", few / "policy")
+
+
+def test_the_adapter_of_a_sharded_model_is_exported_whole(few):
+    same(few / "adapter-fsdp", few / "adapter-alone")
+    really_sharded(few / "adapter-fsdp", "fsdp")
 
 
 @pytest.mark.faults
