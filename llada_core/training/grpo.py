@@ -93,8 +93,9 @@ class GRPO:
         assert self._rollout is not None
         self.reference.sync(self.predictor, step)
         kept, samples = self._kept(), mask_samples(self.params)
-        batches = [self._share(index, step, update) for index in self._micro_batches(rank, ranks)]
-        tokens = len(kept[rank::ranks]) * samples * self._rollout.tokens.shape[1]
+        parts = self._micro_batches(rank, ranks)
+        batches = [self._share(index, step, update) for index in parts]
+        tokens = sum(batch.rows.tokens.numel() for batch, index in zip(batches, parts, strict=True) if len(index))
         inference += tokens if self.params.beta > 0 else 0
         whole = (
             self._rollout.scored.sum().item() * samples if self.params.ratio == "token" else len(self._rollout.scored)
@@ -229,9 +230,9 @@ class GRPO:
         if updates == 0 or not len(kept):
             return 0
         assert self._rollout is not None
-        shares = [kept[rank :: ranks.count] for rank in range(ranks.count)]
+        shares = [self._own(rank, ranks.count) for rank in range(ranks.count)]
         mine, width = len(shares[ranks.index]), self._rollout.tokens.shape[1]
-        own = torch.zeros(mine, updates, samples, width)
+        own, fed = torch.zeros(mine, updates, samples, width), 0
         for update in range(updates):
             done = 0
             for index in self._micro_batches(ranks.index, ranks.count):
@@ -240,14 +241,16 @@ class GRPO:
                     values = token_log_probabilities(
                         model, share.rows, share.masks, self.predictor.special_tokens.mask_id
                     )
+                fed += share.rows.tokens.numel()
                 # An empty micro-batch was one row that counts nothing.
-                own[done : done + len(index), update] = _by_row(values.cpu(), samples)[: len(index)]
+                values = _by_row(values.cpu(), samples)[: len(index)]
+                own[done : done + len(index), update, :, width - values.shape[-1] :] = values
                 done += len(index)
         start = sum(len(share) for share in shares[: ranks.index])
         joined = ranks.join(own, start, len(kept)).transpose(0, 1)
         self._old = torch.zeros(updates, len(self._rollout.tokens), samples, width)
         self._old[:, torch.cat(shares)] = joined
-        return own.numel()
+        return fed
 
     def _kept(self) -> Tensor:
         """Rows that can change anything: all, or without a KL term those whose advantage is not zero."""
@@ -255,12 +258,18 @@ class GRPO:
         everything = torch.arange(len(self._rollout.tokens))
         return everything if self.params.beta > 0 else everything[self._rollout.advantages != 0]
 
+    def _own(self, rank: int, ranks: int) -> Tensor:
+        """A rank's kept rows, the longest last: rows of one micro-batch share its width, so little of it is padding."""
+        assert self._rollout is not None
+        own = self._kept()[rank::ranks]
+        return own[self._rollout.attention[own].sum(1).argsort(stable=True)]
+
     def _micro_batches(self, rank: int, ranks: int) -> list[Tensor]:
-        """A rank's kept rows, in parts of at most `micro_batch_size`: equally many on every rank, so some may be empty."""
+        """A rank's rows, in parts of at most `micro_batch_size`: equally many on every rank, so some may be empty."""
         kept = self._kept()
         most = -(-len(kept) // ranks)  # rows of the rank that has most
         parts = -(-most // (self.params.micro_batch_size or max(1, most)))
-        return list(torch.tensor_split(kept[rank::ranks], parts)) if parts else []
+        return list(torch.tensor_split(self._own(rank, ranks), parts)) if parts else []
 
     def _share(self, index: Tensor, step: int, update: int) -> Share:
         if not len(index):
@@ -268,7 +277,7 @@ class GRPO:
         rows, masks = self._masked(index, step)
         if update == 0 or self._old is None:
             return Share(rows, masks, None)
-        old = self._old[update - 1, index]  # (R, samples, T)
+        old = self._old[update - 1, index][..., -rows.tokens.shape[1] :]  # (R, samples, T)
         return Share(rows, masks, old.transpose(0, 1).flatten(0, 1))
 
     def _nothing(self, step: int) -> Share:
@@ -281,7 +290,10 @@ class GRPO:
         return Share(rows, masks, None)
 
     def _masked(self, index: Tensor, step: int) -> tuple[Completions, Masks]:
-        """Rows repeated once per mask sample, and the masks of one update; numbers depend on row and step alone."""
+        """Rows repeated once per mask sample, and the masks of one update; numbers depend on row and step alone.
+
+        Without the columns on the left that are padding in all of these rows.
+        """
         assert self._rollout is not None
         samples = mask_samples(self.params)
         rows = self._rollout.rows(index.repeat(samples))
@@ -291,7 +303,9 @@ class GRPO:
         offset = Noise(self.seed, step, index.repeat(samples), 1).uniforms(1, stream=3)[:, 0]
         low, high = self.params.mask_ratios
         ratio = low + (high - low) * ((offset + sample_number / samples) % 1.0)
-        return rows, masks_for(self.params, rows, noise.uniforms(rows.tokens.shape[1], stream=2), ratio)
+        masks = masks_for(self.params, rows, noise.uniforms(rows.tokens.shape[1], stream=2), ratio)
+        first = int(rows.attention.any(0).to(torch.uint8).argmax())
+        return rows.columns_from(first), replace(masks, masked=masks.masked[:, first:])
 
 
 def _by_row(values: Tensor, samples: int) -> Tensor:

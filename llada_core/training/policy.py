@@ -28,6 +28,10 @@ class Completions:
         """Some of the rows."""
         return Completions(*(x[index] for x in vars(self).values()))
 
+    def columns_from(self, first: int) -> "Completions":
+        """Without the first columns."""
+        return Completions(*(x[:, first:] if x.ndim == 2 else x for x in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class Masks:

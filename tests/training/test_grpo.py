@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -262,6 +263,34 @@ def test_each_rank_scores_the_old_policy_on_its_own_rows_in_micro_batches(forwar
         assert forwards == [2 * samples, samples] * 2
         parts.append(policy._old)
     torch.testing.assert_close(sum(parts), whole._old)
+
+
+@pytest.mark.parametrize("likelihood", ["elbo", "one_forward"])
+def test_micro_batches_hold_rows_of_like_length_without_their_padding(likelihood):
+    """Prompts of 0 to 4 tokens behind padding: the sum of the parts is that of the whole, with fewer positions."""
+    model, _ = tiny_pair()
+    found = {}
+    for micro in (None, 2):
+        policy = with_rollout(
+            model, [1.0, -1.0, 0.5, -0.5, 2.0], likelihood=likelihood, iterations=2, beta=0.0, micro_batch_size=micro
+        )
+        rollout = policy._rollout
+        padding = torch.tensor([0, 2, 1, 2, 0])
+        attention = (torch.arange(5) >= padding[:, None]).long()
+        policy._rollout = replace(rollout, attention=attention)
+        policy._remember_old(model, 0)
+        work = policy.work(model, 1, 0, 1)
+        assert (policy._old != 0).any()
+        losses = [policy.loss(model, batch) for batch in work.batches]
+        model.zero_grad()
+        sum(loss.sum for loss in losses).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found[micro] = sum(float(loss.sum.detach()) for loss in losses), gradient, work.tokens, policy._old
+    assert found[None][0] == pytest.approx(found[2][0], rel=1e-5)
+    torch.testing.assert_close(found[None][1], found[2][1], atol=3e-5, rtol=1e-3)
+    torch.testing.assert_close(found[None][3], found[2][3], atol=1e-5, rtol=1e-4)
+    assert found[None][2] == 5 * 5
+    assert found[2][2] == 2 * 3 + 2 * 5 + 5  # two with 2 of padding, 1 and 0, 0
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
