@@ -69,7 +69,9 @@ def _model(work: Work, params: TrainingParams, tokenizer: Any) -> Any:
 
     if params.init_from is not None:
         folder = _source(params.init_from)
-        return load_model(folder, bits=4 if params.lora is not None and params.lora.four_bit else None)
+        quantised = params.lora is not None and params.lora.four_bit
+        double = params.lora is not None and params.lora.double_quant
+        return load_model(folder, bits=4 if quantised else None, double_quant=double)
     if work.params.model is None:
         raise ConfigError(f"{work.stage}.init_from is empty and params.yaml has no block 'model'")
     return new_model(work.params.model, tokenizer.vocab_size, tokenizer.special, work.params.seed)

@@ -1,12 +1,22 @@
-"""Finds a function that a user names by its dotted path, `package.module.function`; does not know what it is for."""
+"""Finds a function that a user names by its dotted path, `package.module.function`, and packages that are optional.
+
+Does not know what they are for.
+"""
 
 import importlib
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from llada_core.config.base import ConfigError, nearest
+
+
+def require_package(name: str, extra: str, what: str) -> None:
+    """Raises `ConfigError` with the command that installs the package `name`, unless it is there; `what` needs it."""
+    if find_spec(name) is None:
+        raise ConfigError(f"{what} needs the package {name}: pip install 'lladaflow[{extra}]'")
 
 
 def function_at(path: str, what: str) -> Callable[..., Any]:

@@ -36,13 +36,18 @@ class LoraParams(Block):
     alpha: int = Field(default=64, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: str | tuple[str, ...] = "all-linear"
+    bias: Literal["none", "all", "lora_only"] = "none"  # biases that train: of the network, or of the adapted layers
+    modules_to_save: tuple[str, ...] = ()  # trained whole beside the adapter, such as wte, ln_f and ff_out (the head)
     four_bit: bool = False  # QLoRA: the frozen weights in nf4 (needs a GPU and bitsandbytes)
+    double_quant: bool = False  # four_bit: its scales in eight bits, 0.4 bit less for each weight
     merge: bool = True  # export the merged model rather than the adapter
 
     @model_validator(mode="after")
     def _four_bits_stay_frozen(self) -> Self:
         if self.four_bit and self.merge:
             raise ValueError("four_bit rounds the weights it freezes, so the adapter is not merged: set merge: false")
+        if self.double_quant and not self.four_bit:
+            raise ValueError("double_quant stores the scales of four_bit in fewer bits: set four_bit: true")
         return self
 
 
@@ -96,6 +101,11 @@ class TrainingParams(Block):
     right_shift: bool = False  # logits at i-1 predict token i (models converted from autoregressive ones)
     router_balance: float = Field(default=0.01, ge=0)  # mixture of experts: load balance, router z-loss
     router_z: float = Field(default=0.001, ge=0)
+    # Of a masked-LM from transformers; None: its own choice. LLaDA's networks know sdpa alone, which takes
+    # FlashAttention where it can.
+    attn_implementation: Annotated[
+        Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None, FREE
+    ] = None
     compile: Annotated[bool, FREE] = False
     activation_checkpointing: Annotated[bool, FREE] = False
     log_every: Annotated[int, FREE] = Field(default=10, ge=1)
@@ -245,5 +255,10 @@ class PreferenceParams(TrainingParams):
 
 
 def _no_sharded_copy(params: TrainingParams, beta: float) -> None:
+    if beta > 0 and params.lora is not None and params.lora.bias != "none":
+        raise ValueError(
+            f"lora.bias {params.lora.bias} trains biases in place, so the reference (the adapter switched off) would train "
+            "as well; use bias: none or beta: 0"
+        )
     if beta > 0 and params.lora is None and params.distribution.kind in ("fsdp", "zero3"):
         raise ValueError("a reference copy is not sharded; use LoRA (the adapter is switched off) or beta 0")

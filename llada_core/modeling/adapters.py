@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llada_core.config.dotted import require_package
 from llada_core.config.training import LoraParams
 from llada_core.modeling.masked_lm import MaskedLM
 from llada_core.modeling.model import LLaDAMoEModelLM
@@ -33,8 +34,10 @@ def add_lora(model: MaskPredictor, params: LoraParams, seed: int = 0) -> None:
     """Puts trainable low-rank adapters, random by `seed` alone, on the target layers and freezes everything else.
 
     targets: "all-linear" (every linear layer of the blocks, never head or router), a regular expression on whole
-    module names, or module names. `ValueError` names a target that matches no linear layer.
+    module names, or module names. modules_to_save: names of modules outside of the adapted layers, which train whole, as
+    copies. `ValueError` names a target or module that matches nothing, or biases that the network does not have.
     """
+    require_package("peft", "train", "an adapter")
     from peft import LoraConfig, inject_adapter_in_model
 
     network = _network(model)
@@ -44,11 +47,19 @@ def add_lora(model: MaskPredictor, params: LoraParams, seed: int = 0) -> None:
         lora_alpha=params.alpha,
         lora_dropout=params.dropout,
         target_modules=_target_pattern(model, params.targets),
+        bias=params.bias,
+        modules_to_save=_whole_modules(model, params) or None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, network)
     network.peft_config = {"default": config}
+    if params.bias != "none" and not any(
+        p.requires_grad and n.endswith(".bias") for n, p in network.named_parameters()
+    ):
+        raise ValueError(
+            f"lora.bias {params.bias}: there are no such biases in {type(network).__name__}; use bias: none"
+        )
 
 
 def linear_layers(model: MaskPredictor) -> list[str]:
@@ -77,6 +88,26 @@ def _target_pattern(model: MaskPredictor, targets: str | tuple[str, ...]) -> str
     return rf"(?=.*\.\d+\.)({'|'.join(patterns)})"
 
 
+def _whole_modules(model: MaskPredictor, params: LoraParams) -> list[str]:
+    """Full names of the modules that train whole; in the blocks `ff_out` is a layer, outside of them it is the head."""
+    network, adapted = _network(model), set(linear_layers(model))
+    others = {name for name, module in network.named_modules() if name and name not in adapted and _own(module)}
+    found: list[str] = []
+    for asked in params.modules_to_save:
+        mine = sorted(name for name in others if name == asked or name.endswith(f".{asked}"))
+        if not mine:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in others}))
+            raise ValueError(
+                f"lora.modules_to_save {asked!r} matches no module beside the adapted layers; they are: {known}"
+            )
+        found += mine
+    return found
+
+
+def _own(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
 def save_adapter(
     model: MaskPredictor,
     folder: str | Path,
@@ -89,11 +120,8 @@ def save_adapter(
 
     `weights`: whole tensors under the network's own names, for a model whose parameters are sharded over ranks.
     """
-    from peft import get_peft_model_state_dict
-
     network = _network(model)
-    own = None if weights is None else dict(weights)
-    stored: dict[str, Tensor] = get_peft_model_state_dict(network, own, save_embedding_layers=False)
+    stored = _adapter_weights(network, weights)
     if isinstance(model, LLaDAMoEModelLM):
         stored = {published_name(k): v for k, v in stored.items()}
     config = network.peft_config["default"]
@@ -109,7 +137,8 @@ def save_adapter(
 
 def load_adapter(model: MaskPredictor, folder: str | Path) -> None:
     """Puts the adapter of `folder` into its base model; `ValueError` unless every one of its weights has a place."""
-    from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+    require_package("peft", "train", "an adapter")
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     network, folder = _network(model), Path(folder)
     _require_bare(network)
@@ -122,9 +151,7 @@ def load_adapter(model: MaskPredictor, folder: str | Path) -> None:
     weights = {k.removeprefix(_PREFIX): v for k, v in load_file(folder / _WEIGHTS).items()}
     inject_adapter_in_model(config, network)
     named = {own_name(k): v for k, v in weights.items()} if sparse else weights
-    places = {
-        name: weight.shape for name, weight in get_peft_model_state_dict(network, save_embedding_layers=False).items()
-    }
+    places = {name: weight.shape for name, weight in _adapter_weights(network).items()}
     wrong = sorted(n for n in named.keys() | places.keys() if n not in named or places.get(n) != named[n].shape)
     if wrong:
         where = f"in {len(wrong)} places: {wrong[0]}"
@@ -136,10 +163,21 @@ def load_adapter(model: MaskPredictor, folder: str | Path) -> None:
     network.peft_config = {"default": config}
 
 
+def _adapter_weights(network: Any, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What is stored of an adapter, by name; `weights` as in `save_adapter`."""
+    from peft import get_peft_model_state_dict
+
+    own = None if weights is None else dict(weights)
+    found = get_peft_model_state_dict(network, own, save_embedding_layers=False)
+    # With bias: all, peft also lists the biases inside of modules that train whole, and of those that these replace.
+    return {n: w for n, w in found.items() if ".modules_to_save." not in n and ".original_module." not in n}
+
+
 @contextlib.contextmanager
 def adapter_off(model: MaskPredictor) -> Iterator[None]:
     """Within, the model computes what it did before its adapter was added."""
-    layers = _adapted(_network(model))
+    network = _network(model)
+    layers = [*_adapted(network), *_replaced(network)]
     for _, layer in layers:
         layer.enable_adapters(False)
     try:
@@ -170,6 +208,9 @@ def merge_adapter(model: MaskPredictor) -> float:
                 added += float((wide - stored.float()).square().sum())
                 stored.data = rounded
             network.set_submodule(name, base)
+    for name, wrapper in _replaced(network):
+        before = next(wrapper.original_module.parameters())
+        network.set_submodule(name, wrapper.modules_to_save["default"].to(before.dtype).requires_grad_(False))
     share = (lost / added) ** 0.5 if added else 0.0
     if share > _NOTABLE:
         _log.warning(
@@ -218,6 +259,13 @@ def _adapted(network: nn.Module) -> list[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [(name, module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _replaced(network: nn.Module) -> list[tuple[str, Any]]:
+    """The modules that train whole: each holds the one before and the one that is trained."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, ModulesToSaveWrapper)]
 
 
 def _require_bare(network: nn.Module) -> None:

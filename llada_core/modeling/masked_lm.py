@@ -100,6 +100,27 @@ class MaskedLM(MaskPredictor):
         return x
 
 
+def choose_attention(model: MaskPredictor, name: str) -> None:
+    """Lets a masked-LM compute attention by transformers' `attn_implementation`; `ValueError` where it cannot.
+
+    LLaDA's networks call torch's scaled_dot_product_attention, so for them there is nothing but "sdpa".
+    """
+    why = "it calls torch's scaled_dot_product_attention, which takes FlashAttention by itself; use sdpa"
+    if isinstance(model, MaskedLM):
+        try:
+            model.backbone.set_attn_implementation(name)
+        except (ImportError, ValueError) as error:
+            why = str(error).strip().splitlines()[0]
+        else:
+            why = f"it does {model.config._attn_implementation} alone"
+        if model.config._attn_implementation == name:
+            return
+    elif name == "sdpa":
+        return
+    network = type(model.backbone if isinstance(model, MaskedLM) else model).__name__
+    raise ValueError(f"attn_implementation {name!r} is none of {network}'s: {why}")
+
+
 def _head_of(backbone: Any) -> list[Callable[[Tensor], Tensor]] | None:
     """The modules after the body, in order; None for a masked-LM not known here, which then projects every position."""
     parts: dict[str, Any] = dict(backbone.named_children())

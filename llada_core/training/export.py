@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from llada_core.config.training import TrainingParams
 from llada_core.modeling import MaskPredictor, merge_adapter, save_model
 from llada_core.modeling.adapters import add_lora, save_adapter
-from llada_core.modeling.masked_lm import MaskedLM
+from llada_core.modeling.masked_lm import MaskedLM, choose_attention
 from llada_core.modeling.model import LLaDAModelLM, LLaDAMoEModelLM
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.ranks import Ranks
@@ -38,7 +38,15 @@ class Place:
 
 def prepare_weights(model: MaskPredictor, params: TrainingParams) -> None:
     """Adapters, if asked for, and fp32 for every weight that trains: in bf16 small updates would round away."""
+    if params.attn_implementation is not None:
+        choose_attention(model, params.attn_implementation)
     if params.lora is not None:
+        whole = params.lora.bias != "none" or params.lora.modules_to_save
+        if whole and model.dtype != torch.float32 and params.precision == "fp32":
+            raise ValueError(
+                "lora.bias and lora.modules_to_save train in fp32 beside frozen weights in "
+                f"{str(model.dtype).removeprefix('torch.')}, which autocast brings together: set precision: bf16"
+            )
         add_lora(model, params.lora)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -46,11 +46,10 @@ def optimiser_for(model: MaskPredictor, params: TrainingParams) -> torch.optim.O
         {"params": matrices, "weight_decay": params.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=params.learning_rate, betas=params.betas, fused=True
-    )
+    groups = [group for group in groups if group["params"]]  # of adapters all weights are matrices inside the blocks
+    adamw = [torch.optim.AdamW(groups, lr=params.learning_rate, betas=params.betas, fused=True)] if groups else []
     if not hidden:
-        return adamw
+        return adamw[0]
     muon = torch.optim.Muon(
         [p for p in trainable if p in hidden],
         lr=params.learning_rate,
@@ -58,7 +57,7 @@ def optimiser_for(model: MaskPredictor, params: TrainingParams) -> torch.optim.O
         momentum=0.95,
         adjust_lr_fn="match_rms_adamw",
     )
-    return MuonAndAdamW([muon, adamw])
+    return MuonAndAdamW([muon, *adamw])
 
 
 def _hidden_matrices(model: MaskPredictor) -> set[nn.Parameter]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from llada_core.config.dotted import require_package
 from llada_core.config.training import TrainingParams
 
 LOCAL_RANK = "LOCAL_RANK"  # set by torchrun and by accelerate's launcher of several ranks: which one of this node
@@ -91,6 +92,7 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
             mixed_precision_policy=_precision(params),
         )
     if wanted.kind in ("zero2", "zero3"):
+        require_package("deepspeed", "zero", f"distribution {wanted.kind}")
         from accelerate import DeepSpeedPlugin
 
         deepspeed = DeepSpeedPlugin(

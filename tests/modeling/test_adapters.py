@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from llada_core.config import dotted
 from llada_core.config.training import LoraParams
 from llada_core.modeling import add_lora, load_model, merge_adapter, save_model
 from llada_core.modeling.adapters import adapter_off, linear_layers, load_adapter, save_adapter
+from llada_core.modeling.masked_lm import choose_attention
 from tests.tiny import TINY_BACKBONES, tiny_model
 
 KINDS = ["llada", "llada_moe", *TINY_BACKBONES]
@@ -263,3 +265,73 @@ def test_an_adapter_without_its_model(tmp_path):
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="base_model_name_or_path is missing"):
         load_model(tmp_path / "a")
+
+
+def trained_a_little(kind, **params):
+    """A model whose trained weights have all moved."""
+    model = tiny_model(kind)
+    add_lora(model, LoraParams(r=2, **params))
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter += torch.linspace(-0.1, 0.1, parameter.numel()).view(parameter.shape)
+    return model
+
+
+WHOLE = [
+    ("llada", ("wte", "ln_f", "ff_out"), "transformer.ff_out.weight"),
+    ("llada_moe", ("wte", "ff_out"), "lm_head.weight"),
+    ("distilbert", ("vocab_projector",), "vocab_projector.weight"),
+]
+
+
+@pytest.mark.parametrize(("kind", "modules", "stored"), WHOLE)
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_modules_and_biases_train_are_stored_and_merged_with_the_adapter(tmp_path, kind, modules, stored, bias):
+    if bias != "none" and kind != "distilbert":
+        with pytest.raises(ValueError, match=r"there are no such biases in LLaDA.*; use bias: none"):
+            trained_a_little(kind, bias=bias)
+        return
+    save_model(tiny_model(kind), tmp_path / "base")
+    model, plain = trained_a_little(kind, modules_to_save=modules, bias=bias), logits(tiny_model(kind))
+    with adapter_off(model):
+        assert torch.equal(logits(model), plain) == (bias == "none")
+    save_adapter(model, tmp_path / "a", "../base")
+    names = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / "a/adapter_model.safetensors")}
+    assert any(name.endswith(stored) for name in names)
+    assert any(name.endswith("base_layer.bias") for name in names) == (bias != "none")
+    assert any(name.endswith("layer_norm.bias") for name in names) == (bias == "all")
+    for merge in (False, True):
+        found = load_model(tmp_path / "a", merge=merge)
+        assert_close(logits(found), logits(model), atol=2e-5, rtol=1e-4)
+    assert found.state_dict().keys() == tiny_model(kind).state_dict().keys()
+    merge_adapter(model)
+    assert all(torch.equal(found.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_a_name_outside_the_blocks_is_not_that_inside():
+    """`ff_out` is a layer of every block, which is adapted, and the head, which trains whole."""
+    model = trained_a_little("llada", modules_to_save=("ff_out",))
+    whole = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
+    assert whole == ["model.transformer.ff_out.modules_to_save.default.weight"]
+    with pytest.raises(ValueError, match=r"modules_to_save 'lm_head' matches no module .* they are: .*wte"):
+        trained_a_little("llada", modules_to_save=("lm_head",))
+
+
+def test_attention_is_computed_as_asked_where_there_is_a_choice(tmp_path):
+    save_model(tiny_model("distilbert"), tmp_path)
+    eager, sdpa = (load_model(tmp_path, attn_implementation=name) for name in ("eager", "sdpa"))
+    assert (eager.config._attn_implementation, sdpa.config._attn_implementation) == ("eager", "sdpa")
+    assert_close(logits(eager), logits(sdpa), atol=2e-5, rtol=1e-4)
+    choose_attention(tiny_model(), "sdpa")
+    with pytest.raises(
+        ValueError, match=r"'eager' is none of LLaDAModelLM's: .* takes FlashAttention by itself; use sdpa"
+    ):
+        choose_attention(tiny_model(), "eager")
+    with pytest.raises(ValueError, match="attn_implementation 'nonsense' is none of DistilBertForMaskedLM's"):
+        choose_attention(eager, "nonsense")
+
+
+def test_without_peft_its_extra_is_named(monkeypatch):
+    monkeypatch.setattr(dotted, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^an adapter needs the package peft: pip install 'lladaflow\[train\]'$"):
+        add_lora(tiny_model(), LoraParams())

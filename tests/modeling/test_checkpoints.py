@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import llada_core
+from llada_core.config import dotted
+from llada_core.config.training import LoraParams
 from llada_core.families import LLADA, LLADA_MOE, SpecialTokens
-from llada_core.modeling import LLaDAModelLM, LLaDAMoEModelLM, load_config, load_model, save_model
+from llada_core.modeling import LLaDAModelLM, LLaDAMoEModelLM, add_lora, load_config, load_model, save_model
+from llada_core.modeling.adapters import save_adapter
 from tests.reference import DENSE, GOLDEN, MOE
 from tests.tiny import tiny_model, tiny_pair
 
@@ -287,9 +290,41 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path):
     assert torch.equal(load_model(tmp_path / "m").state_dict()[FIRST], tiny_model().state_dict()[FIRST])
 
 
-def test_low_bits_need_a_gpu():
-    with pytest.raises(ValueError, match="bits=4 needs"):
+def test_low_bits_need_a_gpu_and_their_package(monkeypatch):
+    with monkeypatch.context() as without:
+        without.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError, match="bits=4 needs a CUDA GPU"):
+            load_model(GOLDEN / "llada_tiny", bits=4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dotted, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^bits=4 needs the package bitsandbytes: pip install 'lladaflow\[4bit\]'$"):
         load_model(GOLDEN / "llada_tiny", bits=4)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_four_bits_are_nf4_with_the_scales_that_were_asked_for(monkeypatch, tmp_path, double_quant):
+    """What transformers is told; the kernels themselves need a GPU."""
+    told = []
+
+    def from_pretrained(folder, **how):
+        told.append(how["quantization_config"])
+        raise ValueError("no GPU here")
+
+    save_model(tiny_model(), tmp_path / "base")
+    save_adapter(lightly_adapted(), tmp_path / "adapter", "../base")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dotted, "find_spec", lambda name: object())
+    monkeypatch.setattr("llada_core.modeling.load.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    for name in ("base", "adapter"):
+        with pytest.raises(ValueError, match="no GPU here"):
+            load_model(tmp_path / name, bits=4, double_quant=double_quant)
+    assert [(q.bnb_4bit_quant_type, q.bnb_4bit_use_double_quant) for q in told] == [("nf4", double_quant)] * 2
+
+
+def lightly_adapted():
+    model = tiny_model()
+    add_lora(model, LoraParams(r=2))
+    return model
 
 
 def test_a_device_that_is_not_there():

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from llada_core.config import dotted
+from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
 from tasks.graph import load_stage
 from tasks.launch_local import start_time
@@ -204,9 +206,18 @@ def test_the_job_runs_the_code_and_the_accelerate_file_that_were_submitted(proje
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero2", "zero3"])
-def test_the_accelerate_file_of_a_distribution_is_the_snapshots(project: Path, kind: str) -> None:
+def test_the_accelerate_file_of_a_distribution_is_the_snapshots(
+    project: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = open_toy(project, f"pretrain.distribution.kind={kind}", "launch.processes=2")
     launch = Params.parse(run.request["all_params"], "").launch
+    if kind.startswith("zero"):  # before a job waits, and not in a traceback of the launcher's
+        monkeypatch.setattr(dotted, "find_spec", lambda name: None)
+        with pytest.raises(
+            ConfigError, match=rf"^distribution {kind} needs .* deepspeed: pip install 'lladaflow\[zero\]'$"
+        ):
+            render(run, launch, slurm=True)
+    monkeypatch.setattr(dotted, "find_spec", lambda name: object())
     (project / "tasks/accelerate" / f"{kind}.yaml").write_text("edited since")
     named = re.search(r"--config_file (\S+)", render(run, launch, slurm=True))
     assert (REPOSITORY / "tasks/accelerate" / f"{kind}.yaml").read_text() == Path(named[1]).read_text()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 
 from llada_core.config.data import SFTData
@@ -152,3 +153,31 @@ def test_compiling_and_recomputing_activations_change_no_number(data, tmp_path, 
     assert len(compiled) == 2
     assert recomputed
     assert all(torch.allclose(weights[True][name], w, atol=1e-6) for name, w in weights[False].items())
+
+
+def test_what_trains_in_fp32_beside_frozen_bf16_asks_for_autocast(data, tmp_path):
+    lora = LoraParams(r=2, modules_to_save=("ff_out",))
+
+    def trained(precision):
+        model, tokenizer = tiny_pair()
+        model.bfloat16()
+        params = STAGES["sft"].model_copy(update={"lora": lora, "precision": precision, "max_steps": 1})
+        AcceleratorState._reset_state()  # of another precision, as a process of its own would have it
+        train(params, model, tokenizer, Place(data, tmp_path, tmp_path / "model"), seed=1)
+
+    with pytest.raises(ValueError, match="set precision: bf16"):
+        trained("fp32")
+    trained("bf16")
+    AcceleratorState._reset_state()
+    assert {weight.dtype for weight in load_model(tmp_path / "model").state_dict().values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("stage", ["grpo", "preference"])
+def test_biases_that_train_leave_no_reference(stage):
+    with pytest.raises(ValueError, match=r"lora.bias all trains biases in place, .* use bias: none or beta: 0"):
+        type(STAGES[stage])(max_steps=1, beta=0.1, lora=LoraParams(bias="all"))
+
+
+def test_double_quantisation_is_of_four_bits():
+    with pytest.raises(ValueError, match="set four_bit: true"):
+        LoraParams(double_quant=True)

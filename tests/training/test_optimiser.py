@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import torch
 
 from llada_core.config.base import ConfigError
-from llada_core.config.training import Phase, TrainingParams
+from llada_core.config.training import LoraParams, Phase, TrainingParams
+from llada_core.modeling import add_lora
 from llada_core.training.optimiser import learning_rate, optimiser_for
 from tests.tiny import tiny_model
 
@@ -64,3 +66,17 @@ def test_every_weight_trains_once_and_vectors_do_not_decay(name):
 def test_mistakes_are_told_in_one_line(values, told):
     with pytest.raises(ConfigError, match="^sft: .*" + told.replace("(", r"\(").replace("?", r"\?")):
         TrainingParams.parse(values, "sft")
+
+
+def test_muon_trains_adapters_which_leave_adamw_nothing():
+    model = tiny_model()
+    add_lora(model, LoraParams(r=2))
+    params = TrainingParams(max_steps=1, optimiser="muon", learning_rate=1e-2)
+    optimiser = optimiser_for(model, params)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    for _ in range(2):  # B is zero at first, and so is the gradient of A
+        model(torch.arange(10, 20)[None]).logits.square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert all(not torch.equal(p, old) for p, old in zip(trained, before, strict=True))

@@ -81,7 +81,10 @@ POLICY = {
 def few(data, tmp_path_factory):
     """A sparse model, an adapter and policy optimisation on one process and on two: sharded, or in small batches."""
     folder = tmp_path_factory.mktemp("few")
-    sparse, adapter = {"model": "llada_moe", "max_steps": 8}, {"max_steps": 8, "lora": {"r": 4, "merge": False}}
+    sparse, adapter = (
+        {"model": "llada_moe", "max_steps": 8},
+        {"max_steps": 8, "lora": {"r": 4, "merge": False, "modules_to_save": ["ff_out"]}},
+    )
     alone = [("alone", sparse), ("adapter-alone", adapter), ("policy", POLICY)]
     launch(folder, 1, [plan(data, folder, name, **changes) for name, changes in alone])
     two = plan(data, folder, "policies", **POLICY, kind="ddp")
