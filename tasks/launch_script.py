@@ -11,7 +11,6 @@ from pathlib import Path
 import jinja2
 
 from llada_core.config.base import ConfigError
-from llada_core.config.dotted import require_package
 from llada_core.config.launch import LaunchParams, SlurmParams
 from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.config.training import GRPOParams, TrainingParams
@@ -129,8 +128,6 @@ def _accelerate_config(run: RunFolder, launch: LaunchParams, training: TrainingP
     if launch.accelerate_config:
         return run.path / OWN_ACCELERATE
     kind = training.distribution.kind if training is not None else "auto"
-    if kind in ("zero2", "zero3"):  # accelerate would say so in a traceback, once the job has waited and begun
-        require_package("deepspeed", "zero", f"distribution {kind}")
     return None if kind in ("auto", "none") else run.tree / "tasks" / "accelerate" / f"{kind}.yaml"
 
 

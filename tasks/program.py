@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llada_core.config.base import ConfigError
+from llada_core.config.dotted import require_package
 from llada_core.config.launch import LaunchParams
 from llada_core.config.params import TRAINING_STAGES, Params
 from tasks.errors import StageError, one_line_errors
@@ -81,12 +82,21 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
                 from tasks.plan import refuse
 
                 refuse(Params.parse(params, "params.yaml"), stage.kind, launch.gpu)
+            require_launcher(params, stage.kind)
             settle(run, asked, launch, again=again)
             with shared(run, launch) as own:
                 follow(run, attach_or_submit(run, own, again=again), own)
     if rank() == 0:
         run.publish(root)
     return run
+
+
+def require_launcher(params: dict[str, Any], kind: str) -> None:
+    """Raises `ConfigError` where DeepSpeed is to be launched and is not there: accelerate tells it in a traceback."""
+    if kind in TRAINING_STAGES:
+        wanted = Params.parse(params, "params.yaml").training(kind).distribution.kind
+        if wanted in ("zero2", "zero3"):
+            require_package("deepspeed", "zero", f"distribution {wanted}")
 
 
 def run_inline(run: RunFolder, function: Function, *, again: bool = False) -> None:

@@ -93,10 +93,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "project"
     for package in ("tasks", "llada_core/config"):
         shutil.copytree(REPOSITORY / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (root / "llada_core/modeling").mkdir()
-    shutil.copy(REPOSITORY / "llada_core/modeling/bases.py", root / "llada_core/modeling/bases.py")
-    for package in ("llada_core", "llada_core/modeling"):
-        (root / package / "__init__.py").touch()
+    (root / "llada_core/__init__.py").touch()
     for stage, source in (("pretrain", "inputs/text"), ("sft", "models/pretrain/weights")):
         (root / "tasks" / f"{stage}.py").write_text(TOY.format(stage=stage, source=source))
     (root / "inputs").mkdir(parents=True)
