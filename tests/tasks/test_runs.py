@@ -16,6 +16,7 @@ from llada_core.config.params import Params
 from tasks.graph import load_stage
 from tasks.launch_local import start_time
 from tasks.launch_script import render
+from tasks.program import run_stage
 from tasks.runs import RunFolder, all_runs, find_run, open_run, stage_params
 from tests.tasks.conftest import REPOSITORY
 from tests.waiting import PATIENCE, says, wait_for
@@ -206,21 +207,19 @@ def test_the_job_runs_the_code_and_the_accelerate_file_that_were_submitted(proje
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero2", "zero3"])
-def test_the_accelerate_file_of_a_distribution_is_the_snapshots(
-    project: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_accelerate_file_of_a_distribution_is_the_snapshots(project: Path, kind: str) -> None:
     run = open_toy(project, f"pretrain.distribution.kind={kind}", "launch.processes=2")
     launch = Params.parse(run.request["all_params"], "").launch
-    if kind.startswith("zero"):  # before a job waits, and not in a traceback of the launcher's
-        monkeypatch.setattr(dotted, "find_spec", lambda name: None)
-        with pytest.raises(
-            ConfigError, match=rf"^distribution {kind} needs .* deepspeed: pip install 'lladaflow\[zero\]'$"
-        ):
-            render(run, launch, slurm=True)
-    monkeypatch.setattr(dotted, "find_spec", lambda name: object())
     (project / "tasks/accelerate" / f"{kind}.yaml").write_text("edited since")
     named = re.search(r"--config_file (\S+)", render(run, launch, slurm=True))
     assert (REPOSITORY / "tasks/accelerate" / f"{kind}.yaml").read_text() == Path(named[1]).read_text()
+
+
+def test_without_deepspeed_nothing_is_submitted(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dotted, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^distribution zero2 needs .* deepspeed: pip install 'lladaflow\[zero\]'$"):
+        run_stage(project, "pretrain", ["pretrain.distribution.kind=zero2"], lambda work: None)
+    assert not list(project.glob("runs/*/job.json"))
 
 
 def test_an_accelerate_file_that_is_not_there_is_told(project: Path) -> None:
