@@ -1,4 +1,5 @@
-"""Names of models resolved to verified folders: a folder, `models:/NAME@alias`, `models:/NAME/3`, a Hub name.
+"""Names of models resolved to verified folders: a folder, `models:/NAME@alias`, `models:/NAME/3`, a Hub name
+(with `@` a commit, branch or tag of it).
 
 Keeps the store: immutable folders named by content hash, which registered versions point to. The receipts beside them
 (`store/receipts.jsonl`) are enough to register everything anew when the database is lost. MLflow is imported only when
@@ -240,8 +241,9 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"there is no folder {name!r} here, and the Hub does not give it: {reason}") from None

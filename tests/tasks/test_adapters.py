@@ -134,3 +134,16 @@ def test_a_model_of_the_hub_goes_by_its_name_and_commit(tmp_path):
 def test_an_adapter_of_nothing_is_refused(root):
     with pytest.raises(ConfigError, match=r"sft.lora adapts a model, and sft.init_from names none"):
         run_stage(root, "sft", ["sft.init_from=null", "model={d_model: 32, n_layers: 1}"], training.train_stage)
+
+
+def test_a_commit_of_a_model_of_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for name in ("owner/name@0a1b", "owner/name"):
+        assert resolve(name, tmp_path) == tmp_path
+    assert asked == [("owner/name", "0a1b"), ("owner/name", None)]
