@@ -36,17 +36,19 @@ class _InPlaceNLL(torch.autograd.Function):
             total = logits.logsumexp(-1, keepdim=True)
             parts.append((total - logits.gather(-1, targets[:, None]))[:, 0])
             logits.sub_(total).exp_()
-        ctx.probabilities = logits_PV
-        ctx.save_for_backward(targets_P)
+        # Saved, not kept as an attribute: what a checkpoint does not see, it cannot drop and compute again. A tensor of its
+        # own, because an input that is saved must not change.
+        ctx.save_for_backward(logits_PV.detach(), targets_P)
+        ctx.taken = False
         return torch.cat(parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_P: Tensor) -> tuple[Tensor, None]:
-        (targets_P,) = ctx.saved_tensors
-        table, ctx.probabilities = ctx.probabilities, None
-        if table is None:
+        if ctx.taken:
             raise RuntimeError("the gradient of a masked loss can be taken once; its logits are gone")
+        ctx.taken = True
+        table, targets_P = ctx.saved_tensors
         table.mul_(gradient_P[:, None])
         table.scatter_add_(-1, targets_P[:, None], -gradient_P[:, None])
         return table, None

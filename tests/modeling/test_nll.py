@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 
 from llada_core.modeling import nll
@@ -44,3 +45,21 @@ def test_a_second_gradient_is_refused():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="can be taken once"):
         loss.backward()
+
+
+def peak(rows, chunk, monkeypatch):
+    """Bytes at the worst moment of a loss and its gradient, weights and inputs left out."""
+    monkeypatch.setattr(nll, "CHUNK_ELEMENTS", chunk)
+    x, weight, targets, factors = parts(rows, vocabulary=4000)
+    with MemTracker() as tracker:
+        (nll.projected_nll(x, lambda y: y @ weight.T, 4000, targets) * factors).sum().backward()
+        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+def test_a_chunked_loss_holds_one_chunk_at_a_time(monkeypatch):
+    chunk = 8 * 4000  # eight rows of logits
+    few, many = peak(16, chunk, monkeypatch), peak(256, chunk, monkeypatch)
+    whole = peak(256, 1 << 28, monkeypatch)
+    print(few, many, whole)
+    assert whole > 256 * 4000 * 4
+    assert many < few + 240 * 600  # hidden rows, targets and losses grow; logits do not
