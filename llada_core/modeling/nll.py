@@ -30,7 +30,8 @@ class _InPlaceNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_PV: Tensor, targets_P: Tensor) -> Tensor:
-        rows = max(1, CACHED_ELEMENTS // logits_PV.shape[1]) if logits_PV.device.type == "cpu" else len(logits_PV)
+        cached = logits_PV.device.type == "cpu" and type(logits_PV) is Tensor  # a pretended tensor stands for a GPU's
+        rows = max(1, CACHED_ELEMENTS // logits_PV.shape[1]) if cached else max(1, len(logits_PV))
         parts = []
         for logits, targets in zip(logits_PV.split(rows), targets_P.split(rows), strict=True):
             total = logits.logsumexp(-1, keepdim=True)

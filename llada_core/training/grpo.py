@@ -105,12 +105,12 @@ class GRPO:
 
     def loss(self, model: nn.Module, batch: Share) -> Loss:
         mask_id = self.predictor.special_tokens.mask_id
-        now = token_log_probabilities(model, batch.rows, batch.masks, mask_id)
-        old = now.detach() if batch.old is None else batch.old.to(now.device, non_blocking=True)
         reference = None
-        if self.params.beta > 0:
+        if self.params.beta > 0:  # before the policy's activations are there
             with torch.no_grad(), self.reference.active(model) as frozen:
                 reference = token_log_probabilities(frozen, batch.rows, batch.masks, mask_id)
+        now = token_log_probabilities(model, batch.rows, batch.masks, mask_id)
+        old = now.detach() if batch.old is None else batch.old.to(now.device, non_blocking=True)
         result = policy_loss(self.params, now, old, reference, batch.rows, batch.masks)
         counted = result.counted
         chosen = (batch.rows.scored & batch.masks.masked).sum().to(now.device, non_blocking=True)

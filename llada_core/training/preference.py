@@ -92,9 +92,9 @@ class Preference(Objective):
 
     def score(self, model: nn.Module, batch: Pairs) -> Tensor:
         """beta times how much more the policy prefers the chosen answer than the reference does, (P,)."""
-        bound = self.bound(model, batch, _POLICY)
-        with torch.no_grad(), self.reference.active(model) as frozen:
+        with torch.no_grad(), self.reference.active(model) as frozen:  # before the policy's activations are there
             base = self.bound(frozen, batch, _POLICY if self.params.shared_masks else _REFERENCE)
+        bound = self.bound(model, batch, _POLICY)
         chosen, rejected = (bound - base).chunk(2)
         return self.params.beta * (chosen - rejected)
 

@@ -89,7 +89,7 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
             state_dict_type="SHARDED_STATE_DICT",
             activation_checkpointing=params.activation_checkpointing,
             cpu_offload=wanted.offload,
-            mixed_precision_policy=_precision(params),
+            mixed_precision_policy=precision_policy(params),
         )
     if wanted.kind in ("zero2", "zero3"):
         require_package("deepspeed", "zero", f"distribution {wanted.kind}")
@@ -113,7 +113,7 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
     return engine
 
 
-def _precision(params: TrainingParams) -> MixedPrecisionPolicy:
+def precision_policy(params: TrainingParams) -> MixedPrecisionPolicy:
     """Autocast's precision: products in bf16, residuals, losses and the sums of gradients in fp32 (accelerate: all bf16)."""
     low = torch.bfloat16 if params.precision == "bf16" else None
     return MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)

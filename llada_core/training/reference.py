@@ -18,18 +18,18 @@ class Reference:
     def __init__(self, model: MaskPredictor, params: GRPOParams | PreferenceParams) -> None:
         self._policy, self._adapter, self._low = model, params.lora is not None, params.precision == "bf16"
         self._every, self._mix = (params.sync_every, params.sync_mix) if isinstance(params, GRPOParams) else (0, 0.0)
-        self._copy = (
+        self.copied = (
             copy.deepcopy(model).requires_grad_(False).eval() if params.beta > 0 and not self._adapter else None
         )
 
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
         """The reference as a model to call; `model` is the policy as the loop wraps it."""
-        if self._copy is not None:
+        if self.copied is not None:
             device = next(model.parameters()).device
-            self._copy.to(device)
+            self.copied.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=self._low):  # as accelerate runs the policy
-                yield self._copy
+                yield self.copied
         else:
             with adapter_off(self._policy):
                 yield model
@@ -37,19 +37,19 @@ class Reference:
     @torch.no_grad()
     def sync(self, policy: nn.Module, step: int) -> None:
         """Every `sync_every` steps: reference = mix * policy + (1 - mix) * reference."""
-        if self._copy is None or not self._every or step == 0 or step % self._every:
+        if self.copied is None or not self._every or step == 0 or step % self._every:
             return
-        for mine, theirs in zip(self._copy.parameters(), policy.parameters(), strict=True):
+        for mine, theirs in zip(self.copied.parameters(), policy.parameters(), strict=True):
             mine.to(theirs.device).lerp_(theirs.detach().to(mine.dtype), self._mix)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold: a copy that moves."""
-        if self._copy is None or not self._every:
+        if self.copied is None or not self._every:
             return {}
-        return {f"reference.{name}": p for name, p in self._copy.named_parameters()}
+        return {f"reference.{name}": p for name, p in self.copied.named_parameters()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Back to a stored copy."""
         if self.state():
-            for name, parameter in self._copy.named_parameters():  # type: ignore[union-attr]
+            for name, parameter in self.copied.named_parameters():  # type: ignore[union-attr]
                 parameter.data.copy_(tensors[f"reference.{name}"])

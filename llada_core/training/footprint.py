@@ -1,0 +1,228 @@
+"""What a GPU holds while it trains: the real training step, run on tensors that have shapes and lifetimes but no memory.
+
+torch's FakeTensorMode runs every operation for its shapes alone, MemTracker adds up what is alive. So this sees what a
+count by hand forgets: what autograd keeps, casts, chunks, gathered shards. Not seen: what a kernel takes for itself, the
+allocator's fragments, CUDA's context. Does not know GPUs, stages' data or models of full depth.
+
+The pretended tensors lie on the CPU, since a build of torch without CUDA cannot even slice pretended CUDA tensors.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import _disable_current_modes
+
+from llada_core.config.training import GRPOParams, PreferenceParams, TrainingParams
+from llada_core.data.batches import Batch
+from llada_core.modeling import MaskPredictor
+from llada_core.modeling.masked_lm import MaskedLM
+from llada_core.modeling.predictor import Prediction
+from llada_core.training.grpo import GRPO, Problems
+from llada_core.training.objectives import DiffusionObjective, Loss
+from llada_core.training.optimiser import optimiser_for
+from llada_core.training.policy import mask_samples
+from llada_core.training.preference import Pairs, Preference
+from llada_core.training.ranks import precision_policy
+
+_NAMES = {
+    "weights": ("Parameter", "Buffer"),
+    "gradients": ("Gradient",),
+    "optimiser": ("Optstate",),
+    "activations": ("Activation",),
+    "temporary": ("Temp", "Other"),
+}
+
+
+def footprint(
+    model: MaskPredictor, params: TrainingParams, rows: int, length: int, *, ranks: int = 1, accumulates: bool = False
+) -> dict[str, dict[str, float]]:
+    """Bytes at the fullest moment of each part of a step (forward, backward, update) of one GPU, by purpose.
+
+    model: on the meta device, weights in the dtypes and with the adapters that they train with; it is changed. rows x
+    length tokens go through a forward, every one of them hidden that can be. `ranks` share the model where
+    `params.distribution` is fsdp. `accumulates`: gradients of an earlier micro-batch are there. Made for the kinds none,
+    ddp (whose buckets are not counted) and fsdp (whose offload is not).
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    sharded = params.distribution.kind == "fsdp"
+    with _pretended_ranks(ranks if sharded else 1):
+        with mode:
+            _give_shapes(model)
+        objective = _objective(model, params, rows, length)
+        pretence = _Pretence(mode, _Tracker())
+        wrapped = _Pretended(model, pretence, low=params.precision == "bf16" and not sharded)
+        frozen = getattr(getattr(objective, "reference", None), "copied", None)
+        if params.activation_checkpointing:
+            network: Any = model.backbone if isinstance(model, MaskedLM) else model
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+        if sharded:
+            _shard(model, params, ranks)
+        with mode:
+            optimiser = optimiser_for(model.train(), params)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+            optimiser.step()  # from here on there are moments
+            if not accumulates:
+                optimiser.zero_grad(set_to_none=True)
+        pretence.tracker.track_external(model, optimiser, *([] if frozen is None else [frozen]))
+        if frozen is not None:
+            objective.reference.copied = _Pretended(frozen, pretence, low=False)
+        found = {}
+        with pretence.shapes_only():
+            # The objective counts and picks hidden positions on the CPU, which takes their values.
+            with _disable_current_modes():
+                loss = _loss(objective, wrapped, rows, length)
+            found["forward"] = _fullest(pretence.tracker)
+            (loss.sum if loss.extra is None else loss.sum + loss.extra).backward()
+            found["backward"] = _fullest(pretence.tracker)
+            if not sharded:  # there it takes little, and DTensor would work out its shapes with whole tensors, all counted
+                torch.nn.utils.clip_grad_norm_(trained, params.clip)
+            optimiser.step()
+            found["update"] = _fullest(pretence.tracker)
+        return found
+
+
+class _Tracker(MemTracker):
+    """One that takes frozen weights too: torch's wants to be told of every weight's gradient."""
+
+    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
+        trains = all(parameter.requires_grad for parameter in module.parameters())  # else each of its parts is asked
+        return super()._track_module_params_and_buffers(module, install_grad_hooks and trains)
+
+
+@dataclass(frozen=True)
+class _Pretence:
+    """The two modes of a pretended step."""
+
+    mode: FakeTensorMode
+    tracker: MemTracker
+
+    @contextmanager
+    def shapes_only(self) -> Iterator[None]:
+        """While it lasts every operation, new tensors included, runs for its shapes alone and is tracked."""
+        with self.mode, self.tracker:  # in this order: the tracker counts what runs in the mode that it found
+            yield
+
+
+class _Pretended(nn.Module):
+    """A model whose forward is given real ids and runs for its shapes alone, in the precision that the loop gives it."""
+
+    def __init__(self, model: nn.Module, pretence: _Pretence, *, low: bool) -> None:
+        super().__init__()
+        self.model, self._pretence, self._low = model, pretence, low
+
+    def to(self, device: torch.device) -> "_Pretended":  # type: ignore[override]
+        """Stays: pretended weights lie nowhere, and torch cannot exchange them in place."""
+        return self
+
+    def __call__(  # not forward, whose hooks the tracker would follow
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        targets: Tensor | None = None,
+        router_losses: bool = False,
+    ) -> Any:
+        """As the model's; no mask, since rows of full length have no padding.
+
+        A reference is not run: without gradients it holds less than the policy, before which it has gone.
+        """
+        if not torch.is_grad_enabled():
+            assert targets is not None
+            return Prediction(nll=self._pretence.mode.from_tensor(torch.zeros(len(targets))))
+        given = [None if x is None else self._pretence.mode.from_tensor(x) for x in (input_ids, positions, targets)]
+        with self._pretence.shapes_only(), torch.autocast("cpu", torch.bfloat16, enabled=self._low):
+            return self.model(given[0], None, positions=given[1], targets=given[2], router_losses=router_losses)
+
+
+def _give_shapes(model: nn.Module) -> None:
+    """Pretended weights in place of meta ones, which no optimiser takes; tied ones stay tied."""
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(
+                    torch.empty_like(parameter, device="cpu"), requires_grad=parameter.requires_grad
+                )
+            module.register_parameter(name, made[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.empty_like(buffer, device="cpu"))
+
+
+def _objective(model: MaskPredictor, params: TrainingParams, rows: int, length: int) -> Any:
+    if isinstance(params, GRPOParams):
+        policy = GRPO(model, Problems([0] * params.prompts, [], None, _no_reward), params, seed=0)  # type: ignore[arg-type]
+        policy.load_state(_rollout(params, rows, length))
+        return policy
+    if isinstance(params, PreferenceParams):
+        return Preference(model, [0] * params.batch_size, [], params, seed=0)  # type: ignore[arg-type]
+    return DiffusionObjective(model, None, None, params, seed=0)  # type: ignore[arg-type]
+
+
+def _no_reward(task: str, text: str, answer: Mapping[str, Any]) -> float:
+    return 0.0
+
+
+def _rollout(params: GRPOParams, rows: int, length: int) -> dict[str, Tensor]:
+    """What a checkpoint would hold: completions that are scored to their end, and old log-probabilities as they are kept."""
+    count = max(1, rows // mask_samples(params))
+    tokens, written = torch.zeros(count, length, dtype=torch.int64), torch.arange(length)
+    late = (written >= length - params.sampling.max_new_tokens).expand(count, length)
+    state = {"tokens": tokens, "attention": tokens + 1, "scored": late, "written": late, "advantages": torch.ones(count)}
+    return {f"rollout.{name}": x for name, x in state.items()} | {"number": torch.tensor([0])}
+
+
+def _loss(objective: Any, model: nn.Module, rows: int, length: int) -> Loss:
+    """The objective's own loss of one micro-batch: fully masked, or under the masks that it draws."""
+    if isinstance(objective, GRPO):
+        return objective.loss(model, objective.work(model, 0, 0, 1).batches[0])
+    if isinstance(objective, Preference):
+        pairs = 2 * max(1, rows // (2 * objective.params.mask_samples))
+        tokens = torch.zeros(pairs, length, dtype=torch.int64)
+        answers = torch.ones_like(tokens, dtype=torch.bool)
+        return objective.loss(model, Pairs(tokens, answers, tokens + 1, torch.arange(pairs), 0))
+    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), None, None, torch.arange(rows))
+    return objective.noisy_loss(model, batch, torch.ones(rows), torch.zeros(rows, length))
+
+
+def _shard(model: MaskPredictor, params: TrainingParams, ranks: int) -> None:
+    """As accelerate does: block by block, then what is around them."""
+    mesh, policy = init_device_mesh("cpu", (ranks,)), precision_policy(params)
+    for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+@contextmanager
+def _pretended_ranks(count: int) -> Iterator[None]:
+    """This process as the first of `count` that answer at once, with nothing."""
+    if count == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _fullest(tracker: MemTracker) -> dict[str, float]:
+    """Bytes by purpose at the fullest moment since the last call."""
+    snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    tracker._peak_mem.clear()  # the tracker itself only knows the fullest moment of all
+    return {name: float(sum(snapshot[kind] for kind in kinds)) for name, kinds in _NAMES.items()}
