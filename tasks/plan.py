@@ -1,6 +1,6 @@
 """What a training stage will need, told before anything starts: memory of a GPU, disk, tokens, time; or a refusal.
 
-All from shapes and settings, with full rows; measures nothing. Does not know launchers.
+All from shapes and settings, with full rows; no model is loaded, no data read. Does not know launchers.
 """
 
 import tempfile
@@ -12,8 +12,10 @@ from llada_core.config.params import Params
 from llada_core.config.training import GRPOParams, LoraParams, PreferenceParams, TrainingParams
 from tasks.folders import write_json
 from tasks.launch_script import ranks_per_node, render
-from tasks.plan_memory import GIB, memory_of, peak_of, room, shape_of
+from tasks.plan_memory import GIB, Asked, estimate, memory_of, peak_of, room, shape_of
 from tasks.runs import RunFolder, home
+
+FSDP = "distribution.kind: fsdp"
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Need:
     parameters: int
     trained: int
     memory: dict[str, float]
+    measured: bool  # the memory: from a step on tensors without memory, not by formula
     checkpoints: float
     exported: float
     host: float
@@ -55,13 +58,15 @@ def need(params: Params, stage: str, ranks: int, per_node: int = 1) -> Need:
         flops = need(params, block.flops_of, ranks, per_node).flops
     elif steps is not None:
         flops = steps * training_flops(active, rows * length, inference)
+    memory, measured = memory_of(asked_of(params, stage, ranks))
     moments = trained * (4 if block.optimiser == "muon" else 8)
     best = isinstance(block, GRPOParams) and block.keep_best
     kept = block.keep + 1 + best + (0 if not (block.milestone_every and steps) else steps // block.milestone_every)
     return Need(
         parameters=total,
         trained=trained,
-        memory=memory_of(model, block, ranks, rows_at_once(block, rows, ranks) * length, stored),
+        memory=memory,
+        measured=measured,
         checkpoints=kept * (4 * trained + moments),
         exported=(trained * 4 if block.lora is not None and not block.lora.merge else total * stored),
         host=per_node * (4 * trained + stored * (total - trained)),
@@ -69,6 +74,13 @@ def need(params: Params, stage: str, ranks: int, per_node: int = 1) -> Need:
         steps=steps,
         flops=flops,
     )
+
+
+def asked_of(params: Params, stage: str, ranks: int) -> Asked:
+    """The step of a stage whose memory is asked for."""
+    rows, length, _ = work_of(params, stage)
+    at_once = rows_at_once(params.training(stage), rows, ranks)
+    return Asked(params.model_dump_json(), params, stage, ranks, at_once, length, accumulates=at_once * ranks < rows)
 
 
 def ranks_of(params: Params, stage: str) -> tuple[int, int]:
@@ -140,11 +152,13 @@ def steps_of(params: Params, stage: str) -> int | None:
 def told(params: Params, stage: str, gpu: str, mfu: float) -> str:
     """The needs in words."""
     ranks, per_node = ranks_of(params, stage)
+    allowed = room(gpu)  # a GPU that is not known is told first
     needs = need(params, stage, ranks, per_node)
-    parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in needs.memory.items() if value)
+    parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in needs.memory.items() if value >= GIB / 20)
+    how = "a training step run on tensors without memory" if needs.measured else "by formula"
     lines = [
         f"{stage}: {needs.parameters:,} parameters, {needs.trained:,} of them trained, on {ranks} x {gpu}",
-        f"  memory of a GPU (GiB): {parts}: {needs.total / GIB:.1f} of {room(gpu) / GIB:.1f}",
+        f"  memory of a GPU (GiB; {how}): {parts}: {needs.total / GIB:.1f} of {allowed / GIB:.1f}",
         f"  disk (GiB): checkpoints {needs.checkpoints / GIB:.1f}, exported model {needs.exported / GIB:.1f};"
         f" memory of a node at start {needs.host / GIB:.1f}",
     ]
@@ -189,14 +203,12 @@ def remedies(params: Params, stage: str, ranks: int, gpu: str) -> list[str]:
         ("lora: {merge: false}", light | {"lora": lora}, ranks),
         ("lora: {four_bit: true, merge: false}", light | {"lora": four}, ranks),
         ("distribution.offload: true", light | {"distribution": far}, ranks),
-        *(
-            (f"distribution.kind: fsdp on {n} GPUs", light | {"distribution": sharded}, n)
-            for n in (2, 4, 8, 16, 32, 64)
-        ),
+        *((f"{FSDP} on {n} GPUs", light | {"distribution": sharded}, n) for n in (2, 4, 8, 16, 32, 64)),
     ]
-    found = []
+    found: list[str] = []
     for text, changes, count in tries:
-        if count < ranks or (block.lora is not None and "lora" in changes and "four_bit" not in text):
+        enough = FSDP in text and any(FSDP in one for one in found)  # more GPUs fit as well
+        if count < ranks or enough or (block.lora is not None and "lora" in changes and "four_bit" not in text):
             continue
         other = block.model_copy(update=changes)
         try:
@@ -204,6 +216,8 @@ def remedies(params: Params, stage: str, ranks: int, gpu: str) -> list[str]:
         except ValueError:  # what would fit, but is refused together with the stage's other settings
             continue
         changed = params.model_copy(update={stage: other})
+        if estimate(asked_of(changed, stage, count)) > room(gpu):
+            continue
         total = need(changed, stage, count).total
         if total <= room(gpu):
             found.append(f"{text} ({total / GIB:.1f} GiB)")

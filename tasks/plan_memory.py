@@ -1,14 +1,18 @@
-"""A model's shape and what one GPU holds while it trains: bytes counted by hand, at their worst (every token masked).
+"""A model's shape and what one GPU holds while it trains, at its worst (rows of full length, every token masked).
 
-Builds no weights and downloads none. Does not know steps, time or disk.
+Taken from the training step itself, run on tensors without memory; what cannot be run so (ZeRO, 4-bit weights, the
+buckets of DDP, offloaded states) is counted by a formula, and told to be. Builds no weights and downloads none. Does
+not know steps, time or disk.
 """
 
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_core.config.base import ConfigError, nearest
 from llada_core.config.params import TRAINING_STAGES, Params
-from llada_core.config.training import GRPOParams, PreferenceParams, TrainingParams
+from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, TrainingParams
 
 if TYPE_CHECKING:
     from llada_core.modeling import MaskPredictor
@@ -19,10 +23,116 @@ RESERVE = 0.1  # of a GPU's memory: context, fragments, buffers of the communica
 FOUR_BIT = 0.5 + 4 / 64  # bytes of a weight: nf4, and one fp32 scale for 64 of them
 # Bytes that the backward pass of one block keeps for each token: by width, and by feed-forward width.
 KEPT = {"fp32": (44, 16), "bf16": (30, 8)}
+# Of the models whose steps are run: from two on, memory is a straight line in the number of layers (one alone would
+# have no neighbour whose weights FSDP gathers in advance).
+LAYERS = (2, 4)
 
 
-def memory_of(model: "MaskPredictor", block: TrainingParams, ranks: int, tokens: int, stored: int) -> dict[str, float]:
-    """Bytes of one GPU; `tokens` go through a forward at once, weights that stay frozen take `stored` bytes."""
+@dataclass(frozen=True)
+class Asked:
+    """A step to be measured: `rows` x `length` tokens in one forward of one of `ranks`; equal steps are measured once."""
+
+    key: str  # the parameters as JSON
+    params: Params = field(compare=False)
+    stage: str
+    ranks: int
+    rows: int
+    length: int
+    accumulates: bool  # gradients of an earlier micro-batch are there
+
+
+def estimate(asked: Asked) -> float:
+    """The same by formula and at once, to see which of several settings are worth measuring."""
+    model, stored = trained_shape(asked.params, asked.stage)
+    block = asked.params.training(asked.stage)
+    return sum(counted(model, block, asked.ranks, asked.rows * asked.length, stored).values())
+
+
+def memory_of(asked: Asked) -> tuple[dict[str, float], bool]:
+    """Bytes of one GPU by purpose, and whether they were measured rather than counted."""
+    block = asked.params.training(asked.stage)
+    if block.distribution.kind in ("zero2", "zero3") or (block.lora is not None and block.lora.four_bit):
+        model, stored = trained_shape(asked.params, asked.stage)
+        return counted(model, block, asked.ranks, asked.rows * asked.length, stored), False
+    return dict(_measured(asked)), True
+
+
+@lru_cache(maxsize=64)
+def _measured(asked: Asked) -> dict[str, float]:
+    """The fullest moment of a step, at the model's depth: each part of the step is a line through what few layers take."""
+    from llada_core.training.footprint import footprint
+
+    block, ranks = asked.params.training(asked.stage), asked.ranks
+    model, stored = trained_shape(asked.params, asked.stage)
+    depth = len(block_shape(model)[0])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+    def of(layers: int) -> dict[str, dict[str, float]]:
+        few = cut(trained_shape(asked.params, asked.stage)[0], layers)
+        return footprint(few, block, asked.rows, asked.length, ranks=ranks, accumulates=asked.accumulates)
+
+    few, more = (min(layers, depth) for layers in LAYERS)
+    high = of(more)
+    low = of(few) if few < more else high
+    further = (depth - more) / max(more - few, 1)
+    parts = {
+        part: {name: max(0.0, value + further * (value - low[part][name])) for name, value in found.items()}
+        for part, found in high.items()
+    }
+    if offloaded := block.distribution.offload and block.distribution.kind == "fsdp":
+        parts.pop("update")  # the processor's
+    memory = max(parts.values(), key=lambda found: sum(found.values()))
+    if offloaded:
+        memory |= {"gradients": 0.0, "optimiser": 0.0}
+        memory["weights"] = max(0.0, memory["weights"] - (4 * trained + stored * frozen) / ranks)
+    if _has_copy(block):
+        memory |= {"reference": 4.0 * (trained + frozen), "weights": memory["weights"] - 4.0 * (trained + frozen)}
+    if ranks > 1 and block.distribution.kind in ("auto", "ddp"):
+        memory["buckets (formula)"] = 4.0 * trained
+    if isinstance(block, PretrainParams) and block.document_mask:  # as bools, in fp32 and in what attention takes
+        memory["document mask (formula)"] = 7.0 * asked.rows * asked.length**2
+    return memory
+
+
+def trained_shape(params: Params, stage: str) -> tuple["MaskPredictor", int]:
+    """`shape_of`, with the adapters and in the dtypes that the stage trains."""
+    import torch
+
+    from llada_core.families import SpecialTokens
+    from llada_core.modeling.model import LLaDAModelLM
+    from llada_core.training.export import prepare_weights
+
+    model, stored = shape_of(params, stage)
+    if stored == 2:
+        model.to(torch.bfloat16)
+    prepare_weights(model, params.training(stage))
+    if isinstance(model, LLaDAModelLM):  # a published shape may not name them, and their numbers do not matter here
+        model.name_special_tokens(SpecialTokens(mask_id=2, eos_id=1, pad_id=1))
+    return model, stored
+
+
+def cut(model: "MaskPredictor", layers: int) -> "MaskPredictor":
+    """The same model with its last `layers` blocks alone; it is changed."""
+    from torch import nn
+
+    from llada_core.modeling.model import LLaDAModelLM
+
+    blocks, _, _ = block_shape(model)
+    where = next(n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and list(m) == blocks)
+    parent, _, name = where.rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.ModuleList(blocks[-layers:]))
+    if isinstance(model, LLaDAModelLM):
+        model.shape = replace(model.shape, n_layers=layers)
+    return model
+
+
+def _has_copy(block: TrainingParams) -> bool:
+    return isinstance(block, GRPOParams | PreferenceParams) and block.beta > 0 and block.lora is None
+
+
+def counted(model: "MaskPredictor", block: TrainingParams, ranks: int, tokens: int, stored: int) -> dict[str, float]:
+    """By formula, bytes of one GPU; `tokens` go through a forward at once, frozen weights take `stored` bytes each."""
     from llada_core.modeling.adapters import linear_layers
     from llada_core.modeling.nll import CHUNK_ELEMENTS
 
@@ -45,10 +155,9 @@ def memory_of(model: "MaskPredictor", block: TrainingParams, ranks: int, tokens:
     by_token, by_inner = KEPT[block.precision]
     one = tokens * (by_token * width + by_inner * inner)
     logits = min(tokens * model.vocab_rows, max(CHUNK_ELEMENTS, model.vocab_rows))
-    reference = isinstance(block, GRPOParams | PreferenceParams) and block.beta > 0 and block.lora is None
     return {
         "weights": on_gpu * (4 * trained / split + frozen_bytes / shards) + copies + gathered,
-        "reference": 4.0 * (trained + frozen) if reference else 0.0,
+        "reference": 4.0 * (trained + frozen) if _has_copy(block) else 0.0,
         "gradients": on_gpu * (8 if kind == "ddp" else low if kind.startswith("zero") else 4) * trained / split,
         "optimiser": 0 if offload and split > 1 else (4 if block.optimiser == "muon" else 8) * trained / split,
         "activations": one + 4 * tokens * width * len(blocks) if block.activation_checkpointing else one * len(blocks),

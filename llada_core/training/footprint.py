@@ -7,6 +7,7 @@ allocator's fragments, CUDA's context. Does not know GPUs, stages' data or model
 The pretended tensors lie on the CPU, since a build of torch without CUDA cannot even slice pretended CUDA tensors.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ def footprint(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     sharded = params.distribution.kind == "fsdp"
-    with _pretended_ranks(ranks if sharded else 1):
+    with _pretended_ranks(ranks if sharded else 1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # copies of pretended tensors, and transformers' next names for what it has
         with mode:
             _give_shapes(model)
         objective = _objective(model, params, rows, length)
@@ -85,7 +87,9 @@ def footprint(
             found["forward"] = _fullest(pretence.tracker)
             (loss.sum if loss.extra is None else loss.sum + loss.extra).backward()
             found["backward"] = _fullest(pretence.tracker)
-            if not sharded:  # there it takes little, and DTensor would work out its shapes with whole tensors, all counted
+            if (
+                not sharded
+            ):  # there it takes little, and DTensor would work out its shapes with whole tensors, all counted
                 torch.nn.utils.clip_grad_norm_(trained, params.clip)
             optimiser.step()
             found["update"] = _fullest(pretence.tracker)
@@ -93,11 +97,17 @@ def footprint(
 
 
 class _Tracker(MemTracker):
-    """One that takes frozen weights too: torch's wants to be told of every weight's gradient."""
+    """One that takes frozen weights too (torch's wants to be told of every weight's gradient)."""
 
     def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
         trains = all(parameter.requires_grad for parameter in module.parameters())  # else each of its parts is asked
         return super()._track_module_params_and_buffers(module, install_grad_hooks and trains)
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        """After every operation, and therefore without the peaks of single modules."""
+        for device, now in self._curr_mem_snap.items():
+            if self._peak_mem.get(device, 0) < now["Total"]:
+                self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,13 @@ def _rollout(params: GRPOParams, rows: int, length: int) -> dict[str, Tensor]:
     count = max(1, rows // mask_samples(params))
     tokens, written = torch.zeros(count, length, dtype=torch.int64), torch.arange(length)
     late = (written >= length - params.sampling.max_new_tokens).expand(count, length)
-    state = {"tokens": tokens, "attention": tokens + 1, "scored": late, "written": late, "advantages": torch.ones(count)}
+    state = {
+        "tokens": tokens,
+        "attention": tokens + 1,
+        "scored": late,
+        "written": late,
+        "advantages": torch.ones(count),
+    }
     return {f"rollout.{name}": x for name, x in state.items()} | {"number": torch.tensor([0])}
 
 

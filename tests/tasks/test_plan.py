@@ -8,6 +8,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import tasks.plan
 from cli.runs import plan
 from llada_core.config.params import Params
 from tasks.plan import GIB, need, ranks_of
@@ -32,19 +33,21 @@ def llada_plan(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_llada_8b_split_over_eight_gpus_by_hand() -> None:
+def test_llada_8b_split_over_eight_gpus() -> None:
     params = load("llada-sft-alpaca")
     needs = need(params, "sft", *ranks_of(params, "sft"))
     assert (needs.parameters, needs.trained) == (DENSE, DENSE) == (8_015_581_184, 8_015_581_184)
-    tokens = 4 * 1024
-    assert needs.memory == {
-        "weights": 4 * DENSE / 8 + 2 * (2 * BLOCK + OUTER),  # fp32 of this rank; two blocks and the tables in bf16
-        "reference": 0,
-        "gradients": 4 * DENSE / 8,
+    assert needs.measured
+    around, block = 2 * 126464 * 4096, BLOCK
+    by_hand = {
+        "weights": 4 * DENSE / 8,  # this rank's part
         "optimiser": 8 * DENSE / 8,
-        "activations": tokens * (30 * 4096 + 8 * 12288) + 32 * tokens * 4 * 4096,  # one block, and every block's input
-        "logits": 6 * 2**28,  # a chunk in bf16 and fp32
     }
+    for name, value in by_hand.items():
+        assert needs.memory[name] == pytest.approx(value, rel=0.05), name
+    assert 4 * DENSE / 8 < needs.memory["gradients"] < 4 * DENSE / 8 + 4 * around  # this rank's sums, and whole tables'
+    gathered = 2 * (block + around)  # a block and the tables in bf16
+    assert needs.total - sum(by_hand.values()) > gathered
     assert needs.checkpoints == 2 * 12 * DENSE
     assert needs.exported == 2 * DENSE
     assert needs.host == 8 * 4 * DENSE
@@ -53,23 +56,25 @@ def test_llada_8b_split_over_eight_gpus_by_hand() -> None:
     assert needs.flops == needs.steps * 6 * (DENSE - 126464 * 4096) * needs.tokens
 
 
-def test_adapters_on_one_gpu_by_hand() -> None:
+def test_adapters_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     params = load("llada-grpo-gsm8k")
     needs = need(params, "grpo", *ranks_of(params, "grpo"))
     adapters = 32 * 16 * (3 * (4096 + 4096) + (4096 + 12288))  # queries, keys, values and up_proj
     assert (needs.trained, needs.parameters) == (adapters, DENSE + adapters)
-    assert needs.memory["weights"] == 2 * DENSE + (4 + 2) * adapters
-    assert needs.memory["optimiser"] == 8 * adapters
+    assert needs.memory["weights"] == pytest.approx(2 * DENSE + 4 * adapters, rel=0.01)
+    assert needs.memory["optimiser"] == pytest.approx(8 * adapters, rel=0.01)
     assert needs.tokens == 8 * (512 + 256)
     rollouts = 8 * 768 * 64  # 64 forwards of the whole canvas
     active = DENSE - 126464 * 4096
     assert needs.flops == needs.steps * (6 * active * 8 * 768 + 2 * active * rollouts)
+    monkeypatch.setattr(tasks.plan, "memory_of", lambda asked: ({}, True))
     params = load("llada-grpo-gsm8k", "grpo.beta=0.04")
     needs, reference = need(params, "grpo", *ranks_of(params, "grpo")), 8 * 768
     assert needs.flops == needs.steps * (6 * active * 8 * 768 + 2 * active * (rollouts + reference))
 
 
-def test_the_sparse_model_counts_its_chosen_experts_alone() -> None:
+def test_the_sparse_model_counts_its_chosen_experts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks.plan, "memory_of", lambda asked: ({}, True))
     params = load("llada-moe-sft-alpaca")
     needs = need(params, "sft", 8)
     expert, layer = 3 * 2048 * 1024, 4 * 2048**2 + 64 * 2048 + 2 * 2048 + 2 * 128
@@ -119,6 +124,13 @@ def test_what_cannot_fit_is_refused_with_what_would_help() -> None:
     assert llada_plan(str(PROFILES / "llada-sft-alpaca.yaml"), "--gpu", "H10")[1].count("did you mean 'H100'?") == 1
 
 
+def test_what_is_measured_and_what_is_counted_by_formula_is_told() -> None:
+    arguments = (str(PROFILES / "llada-sft-alpaca.yaml"), "-S", "launch.processes=8")
+    assert "memory of a GPU (GiB; a training step run on tensors without memory): weights" in llada_plan(*arguments)[1]
+    text = llada_plan(*arguments, "-S", "sft.distribution.kind=zero3")[1]
+    assert "memory of a GPU (GiB; by formula): weights" in text
+
+
 @pytest.mark.parametrize(
     ("profile", "overrides", "told"),
     [
@@ -141,7 +153,13 @@ def test_what_training_would_refuse_is_refused_before_anything_starts(profile: s
     assert re.search(told, " ".join(text.split()))
 
 
-@pytest.mark.parametrize("path", sorted(PROFILES.glob("llada-*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.faults] if re.search("2x8|lora|d1|tulu", path.stem) else [], id=path.stem)
+        for path in sorted(PROFILES.glob("llada-*.yaml"))
+    ],
+)
 def test_every_profile_fits_and_shows_how_it_would_run(path: Path) -> None:
     code, text = llada_plan(str(path))
     assert code == 0, text
