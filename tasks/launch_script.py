@@ -83,8 +83,10 @@ def _environment(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> dict[s
     passed = {} if slurm else {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     origin = run.request["root"]
     own = {"LLADAFLOW_RUN": str(run.path), "PYTHONUNBUFFERED": "1", "PYTHONPATH": f"{run.tree}:{origin}"}
+    # Several processes of one thread each are faster than one of several threads: a small model's products are small.
+    single = {"OMP_NUM_THREADS": "1"} if launch.cpu_processes > 1 and not gpus_of(launch, slurm=slurm) else {}
     threads = {"OMP_NUM_THREADS": str(launch.threads)} if launch.threads else {}
-    return passed | own | threads | launch.env
+    return single | passed | own | threads | launch.env
 
 
 def _command(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
@@ -108,12 +110,21 @@ def _command(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
 
 
 def ranks_per_node(training: TrainingParams | None, launch: LaunchParams, *, slurm: bool) -> int:
-    """`launch.processes`, or for a training stage as many of the visible GPUs as its rows of a step divide over."""
+    """`launch.processes`, or for a training stage as many of the visible GPUs as its rows of a step divide over.
+
+    Without a GPU `launch.cpu_processes` stands in for their number.
+    """
     if launch.processes is not None or training is None:
         return launch.processes or 1
-    nodes, gpus = (launch.slurm.nodes, launch.slurm.gpus_per_node) if slurm else (1, _visible_gpus())
+    nodes = launch.slurm.nodes if slurm else 1
+    most = gpus_of(launch, slurm=slurm) or launch.cpu_processes
     rows = training.prompts if isinstance(training, GRPOParams) else training.batch_size
-    return max((n for n in range(1, gpus + 1) if rows % (n * nodes) == 0), default=1)
+    return max((n for n in range(1, most + 1) if rows % (n * nodes) == 0), default=1)
+
+
+def gpus_of(launch: LaunchParams, *, slurm: bool) -> int:
+    """GPUs of each node that a job will see."""
+    return launch.slurm.gpus_per_node if slurm else _visible_gpus()
 
 
 def _visible_gpus() -> int:
