@@ -124,10 +124,10 @@ def ranks_per_node(training: TrainingParams | None, launch: LaunchParams, *, slu
 
 def gpus_of(launch: LaunchParams, *, slurm: bool) -> int:
     """GPUs of each node that a job will see."""
-    return launch.slurm.gpus_per_node if slurm else _visible_gpus()
+    return launch.slurm.gpus_per_node if slurm else visible_gpus()
 
 
-def _visible_gpus() -> int:
+def visible_gpus() -> int:
     """As CUDA would count them, without the seconds that importing torch takes."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])

@@ -61,7 +61,9 @@ class LaunchParams(Block):
     kind: Literal["inline", "local", "slurm"] = "local"
     # Ranks on each node; None: training takes every visible GPU (on Slurm: gpus_per_node) that its batch divides over.
     processes: int | None = Field(default=None, ge=1)
-    cpu_processes: int = Field(default=1, ge=1)  # what None means where there is no GPU, also to evaluate; a thread each
+    cpu_processes: int = Field(
+        default=1, ge=1
+    )  # what None means where there is no GPU, also to evaluate; a thread each
     shards: int = Field(default=1, ge=1)  # jobs that share one benchmark of the stage evaluate
     accelerate_config: str | None = None  # for `accelerate launch --config_file`; None: that of distribution.kind
     threads: int | None = Field(default=None, ge=1)  # OMP_NUM_THREADS of each rank

@@ -13,6 +13,7 @@ import pytest
 from llada_core.config import dotted
 from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
+from tasks import launch_script
 from tasks.graph import load_stage
 from tasks.launch_local import start_time
 from tasks.launch_script import render
@@ -215,11 +216,34 @@ def test_the_accelerate_file_of_a_distribution_is_the_snapshots(project: Path, k
     assert (REPOSITORY / "tasks/accelerate" / f"{kind}.yaml").read_text() == Path(named[1]).read_text()
 
 
+<<<<<<< HEAD
 def test_without_deepspeed_nothing_is_submitted(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dotted, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^distribution zero2 needs .* deepspeed: pip install 'lladaflow\[zero\]'$"):
         run_stage(project, "pretrain", ["pretrain.distribution.kind=zero2"], lambda work: None)
     assert not list(project.glob("runs/*/job.json"))
+=======
+def test_processes_without_a_gpu_have_a_thread_each_and_give_way_to_gpus(project: Path, monkeypatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def script(gpus: int, *changes: str, slurm: bool = False) -> str:
+        monkeypatch.setattr(launch_script, "visible_gpus", lambda: gpus)
+        launch = Params.parse(stage_params(project, list(changes)), "").launch
+        return render(open_toy(project, "pretrain.batch_size=12"), launch, slurm=slurm)
+
+    assert "--num_processes" not in script(0)
+    two = script(0, "launch.cpu_processes=2")
+    assert "--num_processes 2 " in two
+    assert "OMP_NUM_THREADS=1" in two.replace("'", "")
+    assert "--num_processes 4 " in script(0, "launch.cpu_processes=5")  # 12 rows do not divide over 5
+    assert "--num_processes" not in script(1, "launch.cpu_processes=2")
+    assert "OMP_NUM_THREADS" not in script(4, "launch.cpu_processes=2")
+    assert "--num_processes 4 " in script(4, "launch.cpu_processes=2")
+    assert "--num_processes 8 " in script(0, "launch.cpu_processes=2", "launch.processes=8")
+    gpus = "launch.slurm.gpus_per_node=3"
+    assert "--num_processes 2 " in script(0, "launch.cpu_processes=2", slurm=True)
+    assert "--num_processes 3 " in script(0, "launch.cpu_processes=2", gpus, slurm=True)
+>>>>>>> c8f3db9 (Processes without a GPU: tested, a thread each)
 
 
 def test_an_accelerate_file_that_is_not_there_is_told(project: Path) -> None:
