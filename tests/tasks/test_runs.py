@@ -216,13 +216,13 @@ def test_the_accelerate_file_of_a_distribution_is_the_snapshots(project: Path, k
     assert (REPOSITORY / "tasks/accelerate" / f"{kind}.yaml").read_text() == Path(named[1]).read_text()
 
 
-<<<<<<< HEAD
 def test_without_deepspeed_nothing_is_submitted(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dotted, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^distribution zero2 needs .* deepspeed: pip install 'lladaflow\[zero\]'$"):
         run_stage(project, "pretrain", ["pretrain.distribution.kind=zero2"], lambda work: None)
     assert not list(project.glob("runs/*/job.json"))
-=======
+
+
 def test_processes_without_a_gpu_have_a_thread_each_and_give_way_to_gpus(project: Path, monkeypatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
@@ -243,7 +243,6 @@ def test_processes_without_a_gpu_have_a_thread_each_and_give_way_to_gpus(project
     gpus = "launch.slurm.gpus_per_node=3"
     assert "--num_processes 2 " in script(0, "launch.cpu_processes=2", slurm=True)
     assert "--num_processes 3 " in script(0, "launch.cpu_processes=2", gpus, slurm=True)
->>>>>>> c8f3db9 (Processes without a GPU: tested, a thread each)
 
 
 def test_an_accelerate_file_that_is_not_there_is_told(project: Path) -> None:
