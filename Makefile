@@ -24,7 +24,7 @@ $(STAMP): constraints.txt pyproject.toml
 	  { echo "lladaflow needs Python 3.11 to 3.13; '$(PYTHON)' is not one: call make PYTHON=/path/to/python3.11"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned packages into $(VENV) (about two minutes the first time)"
-	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev]' 2>&1 | { grep -v '^WARNING: Location' || true; }
+	@$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[all,dev]' 2>&1 | { grep -v '^WARNING: Location' || true; }
 	@$(BIN)/python -c 'import torch, llada_core, cli.main' && touch $(STAMP)
 
 run: setup  ## data to a registered model; PROFILE=real-text runs a file of profiles/
