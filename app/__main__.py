@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llada_core.config.launch import DEVICE_SETTING, DEVICES
 from tasks.errors import one_line_errors, require_port
 
 
@@ -23,6 +24,10 @@ def serve(  # noqa: PLR0913 - a command has as many arguments as it has options
     ] = "",
     at_once: Annotated[int, typer.Option(min=1, help="Answers written at the same time; more wait in line.")] = 4,
     seconds: Annotated[float, typer.Option(min=1, help="Longest time that one answer may compute.")] = 120.0,
+    device: Annotated[
+        str, typer.Option(help=f"Where models lie: {DEVICES}; auto: GPUs if there are any.", envvar=DEVICE_SETTING)
+    ] = "auto",
+    bits: Annotated[int | None, typer.Option(help="Weights of 4 or 8 bits, on a CUDA GPU; default: as stored.")] = None,
 ) -> None:
     """Open the page: talk to a model in the browser and watch it write."""
     with one_line_errors():
@@ -32,9 +37,8 @@ def serve(  # noqa: PLR0913 - a command has as many arguments as it has options
         user, _, password = login.partition(":")
         if login and not (user and password):
             raise ValueError("--login wants USER:PASSWORD, both not empty")
-        launch(
-            model, at_once=at_once, seconds=seconds, where=(host, port, share), auth=(user, password) if login else None
-        )
+        auth = (user, password) if login else None
+        launch(model, (device, bits), at_once=at_once, seconds=seconds, where=(host, port, share), auth=auth)
 
 
 def options() -> dict[str, Any]:
@@ -52,20 +56,27 @@ def options() -> dict[str, Any]:
 
 
 def launch(
-    model: str, *, at_once: int, seconds: float, where: tuple[str, int, bool], auth: tuple[str, str] | None
+    model: str,
+    lies: tuple[str, int | None],
+    *,
+    at_once: int,
+    seconds: float,
+    where: tuple[str, int, bool],
+    auth: tuple[str, str] | None,
 ) -> None:
-    """Loads the model, then serves the page until Ctrl-C; without a model the page says what to run."""
+    """Loads the model on a device in so many bits, then serves the page until Ctrl-C; without a model the page says
+    what to run."""
     from tasks.registry import champion_of
 
     name = model or champion_of(Path.cwd())  # first: Gradio takes seconds to import
     from app import page
     from app.catalogue import Catalogue
     from app.desk import Desk
-    from app.engine import Shelf
+    from app.engine import Setting, Shelf
     from app.writing import Refused
 
-    catalogue = Catalogue(Path.cwd())
-    desk = Desk(Shelf(catalogue), catalogue, name, seconds=seconds, at_once=at_once)
+    catalogue, setting = Catalogue(Path.cwd()), Setting.checked(*lies)
+    desk = Desk(Shelf(catalogue, setting=setting), catalogue, name, seconds=seconds, at_once=at_once)
     try:
         desk.engine(name)
         blocks = page.build(desk)

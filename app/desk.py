@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from app.catalogue import Catalogue
-from app.engine import Engine, Shelf, available_memory
+from app.engine import Engine, Shelf
 from app.writing import Refused
+from llada_core.modeling.place import held_bytes
 
 Shown = TypeVar("Shown")
 log = logging.getLogger("lladaflow.app")
@@ -45,11 +46,11 @@ class Desk:
     def bring(self, name: str | None, show: Callable[[str], Shown]) -> Generator[Shown, None, tuple[Engine, str]]:
         """`engine`, with a sentence to `show` every half second while a model is read."""
         loader = ThreadPoolExecutor(1)
-        found, begun, free = loader.submit(self.engine, name), time.monotonic(), available_memory()
+        found, begun, before = loader.submit(self.engine, name), time.monotonic(), held_bytes()
         loader.shutdown(wait=False)
         size = self.catalogue.size(name or self.model)
         while wait([found], 0.5).not_done:
-            taken = max(0, free - available_memory()) / 2**30
+            taken = max(0, held_bytes() - before) / 2**30
             spent = time.monotonic() - begun
             yield show(f"Loading: {taken:.1f} of {size / 2**30:.1f} GB in memory after {spent:.0f} s.")
         return found.result()

@@ -10,15 +10,16 @@ from pathlib import Path
 
 from app.catalogue import Catalogue
 from app.writing import Refused, refusing
+from llada_core.config.launch import Bits
 from llada_core.config.sampling import SamplingParams
-from llada_core.modeling import load_model
+from llada_core.modeling import load_to_answer
+from llada_core.modeling.place import checked_bits
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import Step, stream, stream_infill
 from llada_core.sampling.trace import speller
 from llada_core.tokenizer import Tokenizer
 
 MOST_CONTEXT = 4096
-ROOM = 1.3  # what a model takes in memory over its weights' size on disk
 
 
 @dataclass(frozen=True)
@@ -82,38 +83,27 @@ class Engine:
             yield step
 
 
-def load(name: str, resolve: Callable[[str], Path]) -> Engine:
+@dataclass(frozen=True)
+class Setting:
+    """Where the page's models lie, and with how many bits a weight; as `load_to_answer` takes them."""
+
+    device: str = "auto"
+    bits: Bits | None = None
+
+    @classmethod
+    def checked(cls, device: str, bits: int | None) -> "Setting":
+        """As a person gave it; `ValueError` in one line if this machine has no such thing."""
+        return cls(device, checked_bits(device, bits))
+
+
+def load(name: str, resolve: Callable[[str], Path], setting: Setting = Setting()) -> Engine:
     """Resolves, checks memory and loads; raises Refused with one sentence when any of it fails."""
     try:
         folder = resolve(name)
-        enough_memory(folder)
-        model, tokenizer = load_model(folder), Tokenizer.load(folder)
-    except (ValueError, OSError, KeyError) as error:
+        model, tokenizer = load_to_answer(folder, device=setting.device, bits=setting.bits), Tokenizer.load(folder)
+    except (ValueError, OSError, KeyError, ImportError) as error:
         raise Refused(f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    model.eval()
-    model.fuse_for_inference()
     return Engine(name, folder, model, tokenizer)
-
-
-def enough_memory(folder: Path) -> None:
-    """Raises Refused when the weights will not fit, before they are read."""
-    import torch
-
-    need = ROOM * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    free, where = available_memory(), "memory"
-    if torch.cuda.is_available():
-        free, where = torch.cuda.mem_get_info()[0], "GPU memory"
-    if need > free:
-        raise Refused(f"{folder.name} needs about {need / 2**30:.1f} GB of {where}; {free / 2**30:.1f} GB are free.")
-
-
-def available_memory() -> int:
-    """Bytes of main memory that can be had without swapping (Linux), or a great many where that is not told."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 1 << 60
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 class Shelf:
@@ -122,8 +112,8 @@ class Shelf:
     A name is looked up at every `get`, so that a moved champion is the one that answers next.
     """
 
-    def __init__(self, source: Catalogue, most: int = 2) -> None:
-        self._source, self._most = source, most
+    def __init__(self, source: Catalogue, most: int = 2, setting: Setting = Setting()) -> None:
+        self._source, self._most, self._setting = source, most, setting
         self._engines: dict[str, tuple[str, Engine]] = {}
         self._lock, self._loading = threading.Lock(), threading.Lock()  # who loads waits; who has a model does not
 
@@ -153,7 +143,7 @@ class Shelf:
             same = next((engine for at, engine in self._engines.values() if at == place), None)
             while same is None and len(self._engines.keys() - {name}) >= self._most:
                 del self._engines[next(key for key in self._engines if key != name)]
-        return self._kept(name, place, same or load(name, self._source.resolve))
+        return self._kept(name, place, same or load(name, self._source.resolve, self._setting))
 
     def _kept(self, name: str, place: str, engine: Engine) -> Engine:
         """The engine, now the one asked for last."""

@@ -58,7 +58,7 @@ def trained_model() -> MaskPredictor:
     """The cached model in float32; trained first if it is not there."""
     if not (FOLDER / "config.json").exists():
         save_model(_train(), FOLDER)
-    return load_model(FOLDER, special_tokens=SPECIAL)
+    return load_model(FOLDER, device="cpu", special_tokens=SPECIAL)
 
 
 def _train() -> MaskPredictor:

@@ -3,13 +3,18 @@
 Thin over tasks.evaluate, tasks.fetch, tasks.lm_eval and tasks.diff; heavy packages are imported inside.
 """
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Model, name_or_champion
+from cli.options import Bits, Device, Model, name_or_champion
 from tasks.errors import one_line_errors
+
+if TYPE_CHECKING:
+    from llada_core.config.evaluation import EvaluateParams
+    from tasks.evaluate import Places
 
 
 def evaluate(
@@ -26,6 +31,8 @@ def evaluate(
         str | None, typer.Option(help="folder with benchmark files; none: LLADAFLOW_DATA_ROOT, else the Hub")
     ] = None,
     run_code: Annotated[bool, typer.Option(help="allow benchmarks that run the programs a model writes")] = False,
+    device: Device = "auto",
+    bits: Bits = None,
     out: Annotated[Path | None, typer.Option(help="folder for results; none: reports/checkpoints/MODEL")] = None,
 ) -> None:
     """Measure a model on benchmarks; one that fails does not stop the others.
@@ -33,17 +40,15 @@ def evaluate(
     llada eval sudoku countdown          the champion on its puzzles
     llada eval --table instruct --model GSAI-ML/LLaDA-8B-Instruct
 
+    On a machine with several GPUs each answers its share; a model that is too large for one is spread over all.
     Sampler settings are the recipe's; those of puzzles, overrides and dtype are read from params.yaml here.
     """
     with one_line_errors():
-        import os
-
-        from llada_core.config.evaluation import EvaluateParams
-        from llada_core.config.params import Params
         from llada_core.evaluation.recipes import table as published
+        from llada_core.modeling.place import checked_bits
         from tasks.folders import safe
         from tasks.runs import home
-        from tasks.sweep import sweep, sweep_places
+        from tasks.sweep import sweep_places
         from tasks.tracked_results import send_sweep
 
         if data is not None and not Path(data).expanduser().is_dir():
@@ -53,18 +58,48 @@ def evaluate(
         if not asked:
             raise ValueError("say what to measure: names of benchmarks, or --table base")
         base = home(Path.cwd())
-        project = base / "params.yaml"
-        measured = (Params.load(project).evaluate if project.exists() else None) or EvaluateParams()
-        asked_for = {"benchmarks": tuple(asked), "limit": limit, "batch_size": batch_size, "run_code": run_code}
-        # Over the project's own settings: a small model answers on the canvas that it was trained for, and on no other.
-        params = EvaluateParams.parse({**measured.model_dump(), **asked_for, "root": data}, "llada eval")
-        root = os.environ.get("LLADAFLOW_DATA_ROOT") if data is None else data
+        given: dict[str, Any] = {
+            "benchmarks": tuple(asked),
+            "limit": limit,
+            "batch_size": batch_size,
+            "run_code": run_code,
+        }
+        given |= {"root": data} | ({} if bits is None else {"bits": checked_bits(device, bits)})
+        params = _over_the_projects(base / "params.yaml", given)
         results = out or base / "reports" / "checkpoints" / safe(name)
-        places = sweep_places(name, params, base, Path(root).expanduser() if root else None, results)
-        found = sweep(name, asked, params, places)
+        places = sweep_places(name, params, base, Path(data).expanduser() if data else None, results)
+        found = _swept(name, asked, params, places, device)
+        if found is None:
+            return
         send_sweep(base, name, params, places, [n for n, line in found.items() if "error" not in line])
         print(f"results are in {results}")
         raise typer.Exit(1 if any("error" in line for line in found.values()) else 0)
+
+
+def _swept(
+    name: str, asked: list[str], params: "EvaluateParams", places: "Places", device: str
+) -> dict[str, dict[str, Any]] | None:
+    """The results, by all GPUs of this machine; None in the processes that only answer a share."""
+    from tasks.evaluate import processes
+    from tasks.program import rank
+    from tasks.registry import resolve
+    from tasks.shards import sharing
+    from tasks.sweep import sweep
+
+    program = [sys.executable, "-m", "cli.main", *sys.argv[1:]]
+    with sharing(processes([resolve(name)], params, device), program):
+        found = sweep(name, asked, params, places, device=device)
+        return found if rank() == 0 else None
+
+
+def _over_the_projects(file: Path, asked_for: dict[str, Any]) -> "EvaluateParams":
+    """The project's own settings under what was asked for: a small model answers on the canvas that it was trained for,
+    and on no other."""
+    from llada_core.config.evaluation import EvaluateParams
+    from llada_core.config.params import Params
+
+    measured = (Params.load(file).evaluate if file.exists() else None) or EvaluateParams()
+    return EvaluateParams.parse({**measured.model_dump(), **asked_for}, "llada eval")
 
 
 def fetch(

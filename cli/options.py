@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from llada_core.config.launch import DEVICE_SETTING, DEVICES
 from llada_core.config.sampling import SamplingParams
 from llada_core.config.sampling_help import PRESETS, PUBLISHED, SENTENCES, preset
 
@@ -25,6 +26,10 @@ Steps = Annotated[int | None, typer.Option("--steps", help=SENTENCES["steps"])]
 Temperature = Annotated[float | None, typer.Option("--temperature", help=SENTENCES["temperature"])]
 Threshold = Annotated[float | None, typer.Option("--threshold", help=SENTENCES["threshold"])]
 Cache = Annotated[str | None, typer.Option("--cache", help=SENTENCES["cache"])]
+Device = Annotated[
+    str, typer.Option(help=f"where the model lies: {DEVICES}; auto: GPUs if there are any", envvar=DEVICE_SETTING)
+]
+Bits = Annotated[int | None, typer.Option(help="weights of 4 or 8 bits, on a CUDA GPU; none: as stored")]
 Seed = Annotated[int | None, typer.Option("--seed", help=SENTENCES["seed"])]
 OTHERS = ", ".join(sorted(set(SENTENCES) - {"max_new_tokens", "block_length", "steps", "temperature", "cache", "seed"}))
 Set = Annotated[list[str], typer.Option("-S", "--set", help=f"any sampler setting as name=value; repeatable: {OTHERS}")]
@@ -37,19 +42,19 @@ def name_or_champion(name: str) -> str:
     return name or champion_of(Path.cwd())
 
 
-def loaded(name: str) -> "tuple[MaskPredictor, Tokenizer]":
+def loaded(name: str, device: str = "auto", bits: int | None = None) -> "tuple[MaskPredictor, Tokenizer]":
     """The model and its tokenizer, ready to write; raises `ConfigError`, ValueError or OSError with one line."""
     from transformers.utils import logging
 
-    from llada_core.modeling import load_model
+    from llada_core.modeling import load_to_answer
+    from llada_core.modeling.place import checked_bits
     from llada_core.tokenizer import Tokenizer
     from tasks.registry import resolve
 
     logging.disable_progress_bar()
+    as_wished = checked_bits(device, bits)
     folder = resolve(name)
-    model = load_model(folder)
-    model.fuse_for_inference()
-    return model, Tokenizer.load(folder)
+    return load_to_answer(folder, device=device, bits=as_wished), Tokenizer.load(folder)
 
 
 def settings(name: str, chosen: str, given: dict[str, Any], others: list[str]) -> SamplingParams:

@@ -15,8 +15,10 @@ from rich.live import Live
 from rich.text import Text
 
 from cli.options import (
+    Bits,
     Block,
     Cache,
+    Device,
     Length,
     Model,
     Preset,
@@ -57,6 +59,8 @@ def sample(
     threshold: Threshold = None,
     cache: Cache = None,
     seed: Seed = None,
+    device: Device = "auto",
+    bits: Bits = None,
     others: Set = [],  # noqa: B006 (typer's way; never changed)
 ) -> None:
     """Answer one or more questions, or fill the gaps of texts.
@@ -73,7 +77,7 @@ def sample(
         texts = [line.rstrip("\n") for p in prompts for line in (sys.stdin if p == "-" else [p])]
         name = name_or_champion(model)
         params = settings(name, preset, given, others)
-        writer, tokenizer = loaded(name)
+        writer, tokenizer = loaded(name, device, bits)
         batch = _gaps(texts, tokenizer, params) if infill else _questions(texts, tokenizer, params, raw=raw)
         seen = _steps(writer, tokenizer, batch[0], batch[2], infill=infill, pin=pin)
         traces = _watch(seen, batch[1], tokenizer, live=visualize)
@@ -154,6 +158,8 @@ def chat(
     threshold: Threshold = None,
     cache: Cache = None,
     seed: Seed = None,
+    device: Device = "auto",
+    bits: Bits = None,
     others: Set = [],  # noqa: B006
 ) -> None:
     """Talk to a model in the terminal and watch it write; /help inside lists the commands, Ctrl-C stops an answer."""
@@ -166,4 +172,4 @@ def chat(
         }  # fmt: skip
         name = name_or_champion(model)
         params = settings(name, preset, given, others)
-        Conversation(*loaded(name), params, system, Console()).run(name)
+        Conversation(*loaded(name, device, bits), params, system, Console()).run(name)

@@ -23,11 +23,16 @@ from llada_core.evaluation import recipes
 from tasks.errors import StageError, one_line_errors
 from tasks.evaluate import Places, answering, data_root, quiet_lm_eval
 from tasks.folders import read_json
+from tasks.launch_script import visible_gpus
+from tasks.plan_memory import peak_of
 from tasks.report import Beside, write_report
 from tasks.runs import commit_of, home
 from tasks.sweep import FAILURES, tell_costs
 from tasks.tracking import send_pending
 from tasks.workspace import Workspace, configure_without_git, open_workspace
+
+# Half of its peak is what a forward of LLaDA-8B's shape reaches on a GPU of its kind (an H200: 54 to 56 %).
+YARDSTICK = "H100"
 
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE)
@@ -54,26 +59,29 @@ def evaluate(
     table: str | None = None,
     limit: int | None = None,
     overrides: list[str] | None = None,
-    at_once: int = 2,
+    at_once: int | None = None,
     costs: bool = True,
 ) -> dict[str, Any]:
     """Result or `{"error": why}` of each benchmark, or each column of a published table; a failure stops no other.
 
     `overrides`: as of `llada run`, such as `evaluate.run_code=true` or `launch.kind=slurm`. What each benchmark and all
-    of them cost is said before the first job starts, by the rate of the machine that this runs on; `costs=False` where
-    the model does not fit it.
+    of them cost is said before the first job starts, from the model's config.json alone: a login node neither loads a
+    model nor computes. `at_once` jobs run; None: two, or one where this machine's GPUs do the work, all of which a job
+    takes.
     """
     asked = [*(benchmarks or []), *([column.recipe for column in recipes.table(table).columns] if table else [])]
     workspace = _workspace(model, asked, limit, overrides or [])
     configure_without_git(workspace.path)
+    params = Params.parse(workspace.params, "params.yaml")
     processes = StageProcesses(workspace.path, confirmed=True)
     failed: dict[str, str] = {}
     try:
         if "prepare" in workspace.params["stages"]:
             processes.run("prepare", get_run_logger().info)
         if costs:
-            _tell_costs(workspace, asked)
-        room = threading.Semaphore(at_once)
+            _tell_costs(workspace, params, asked)
+        here = params.launch.of("evaluate").kind != "slurm" and visible_gpus() > 0
+        room = threading.Semaphore(at_once or (1 if here else 2))
         futures = {measure.submit(f"evaluate@{name}", processes, room): name for name in asked}
         for number, future in enumerate(as_completed(list(futures)), 1):
             future.wait()  # the state is that of the last look
@@ -100,16 +108,19 @@ def _workspace(model: str, asked: list[str], limit: int | None, overrides: list[
     return open_workspace(Path.cwd(), None, [*given, *overrides], own=True)
 
 
-def _tell_costs(workspace: Workspace, asked: list[str]) -> None:
-    params = Params.parse(workspace.params, "params.yaml")
+def _tell_costs(workspace: Workspace, params: Params, asked: list[str]) -> None:
+    from llada_core.training.flops import active_parameters, training_flops
+
     assert params.evaluate is not None
-    base = home(workspace.path)
+    base, gpu = home(workspace.path), params.launch.of("evaluate").gpu or YARDSTICK
     nothing = workspace.path / "reports"  # is written
     places = Places(data_root(params, base), workspace.path / "data" / "eval", nothing, nothing)
     quiet_lm_eval(harness=logging.WARNING)
+    print(f"estimated from the model's shape, for one {gpu} at half of its bf16 peak (launch.gpu names another):")
     try:
-        with answering(Path(params.evaluate.models[0].partition("=")[2]), params.evaluate) as answerer:
-            tell_costs(answerer, asked, params.evaluate, places, print)
+        with answering(Path(params.evaluate.models[0].partition("=")[2]), params.evaluate, "meta") as answerer:
+            rate = 0.5 * peak_of(gpu) / training_flops(active_parameters(answerer.model), 0.0, 1.0)
+            tell_costs(answerer, asked, params.evaluate, places, print, rate)
     except FAILURES as error:
         print(f"what it costs is not known: {error}")
 

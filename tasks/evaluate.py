@@ -21,7 +21,7 @@ from llada_core.config.params import Params
 from llada_core.data.overlap import saved_values
 from tasks.folders import read_json, safe, write_json, write_text
 from tasks.program import Work, stage_program
-from tasks.shards import whole
+from tasks.shards import sharing, whole
 
 if TYPE_CHECKING:
     from llada_core.evaluation.answering import Answerer
@@ -58,15 +58,30 @@ def run(work: Work) -> None:
     if not models:
         raise ConfigError(f"none of the models to evaluate is there: {', '.join(params.models)}")
     timings = {}
-    for name, folder in models.items():
-        with answering(folder, params) as answerer:
-            timings[name] = measure(work.item, name, answerer, params, places)
+    program = [sys.executable, "-m", "tasks.evaluate", work.item]
+    with sharing(_processes(work, list(models.values())), program, {"LLADAFLOW_RUN": str(work.run.path)}):
+        for name, folder in models.items():
+            with answering(folder, params) as answerer:
+                timings[name] = measure(work.item, name, answerer, params, places)
     if any(timings.values()):
         path = places.out / f"{work.item}.json"
         write_json(path, read_json(path) | {"run": work.run.key})
         for step, (name, line) in enumerate(timings.items()):
             record = {f"{safe(name)}/{key}": value for key, value in line.items()} | {"step": step, "time": time.time()}
             _append(work.run.path / "metrics.jsonl", record)
+
+
+def _processes(work: Work, folders: list[Path]) -> int:
+    """One a GPU of this machine, unless `launch.processes` says another number (whose ranks the launcher starts)."""
+    assert work.params.evaluate is not None
+    return 1 if work.params.launch.of("evaluate").processes else processes(folders, work.params.evaluate)
+
+
+def processes(folders: list[Path], params: EvaluateParams, device: str = "auto") -> int:
+    """How many processes of this machine measure these models best."""
+    from llada_core.evaluation.arguments import processes
+
+    return processes(folders, params.dtype, device, params.bits)
 
 
 def measure(name: str, model: str, answerer: "Answerer", params: EvaluateParams, places: Places) -> Result:
@@ -88,6 +103,8 @@ def measure(name: str, model: str, answerer: "Answerer", params: EvaluateParams,
         return {}
     trained = saved_values(places.trained) if places.trained is not None else frozenset()
     result, records = run_benchmark(asked, lm, limit=params.limit, trained=trained)
+    if params.bits is not None:
+        result["bits"] = params.bits
     if lm.forwards:
         result["forwards_per_answer"] = round(sum(lm.forwards) / len(lm.forwards), 2)
         result["tokens_per_answer"] = round(sum(lm.new_tokens) / len(lm.new_tokens), 2)
@@ -102,8 +119,8 @@ def measure(name: str, model: str, answerer: "Answerer", params: EvaluateParams,
 
 
 @contextmanager
-def answering(folder: Path, params: EvaluateParams) -> Iterator["Answerer"]:
-    """A model and its tokenizer, loaded; their memory is given back at the end."""
+def answering(folder: Path, params: EvaluateParams, device: str = "auto") -> Iterator["Answerer"]:
+    """A model and its tokenizer, loaded (device "meta": its shapes alone); their memory is given back at the end."""
     import torch
 
     from llada_core.evaluation.answering import Answerer, Options
@@ -111,7 +128,9 @@ def answering(folder: Path, params: EvaluateParams) -> Iterator["Answerer"]:
     from llada_core.tokenizer import Tokenizer
 
     size = AUTO_BATCH if params.batch_size == "auto" else int(params.batch_size)
-    answerer = Answerer(load(str(folder), params.dtype), Tokenizer.load(folder), Options(batch_size=size))
+    model = load(str(folder), params.dtype, device, params.bits)
+    answerer = Answerer(model, Tokenizer.load(folder), Options(batch_size=size))
+    del model
     yield answerer
     del answerer
     if torch.cuda.is_available():

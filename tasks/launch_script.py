@@ -11,7 +11,7 @@ from pathlib import Path
 import jinja2
 
 from llada_core.config.base import ConfigError
-from llada_core.config.launch import LaunchParams, SlurmParams
+from llada_core.config.launch import DEVICE_SETTING, LaunchParams, SlurmParams
 from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.config.training import GRPOParams, TrainingParams
 from tasks.folders import hash_of, write_text
@@ -20,7 +20,9 @@ from tasks.runs import RunFolder
 TEMPLATE = Path(__file__).with_name("job.sh.jinja")
 OWN_ACCELERATE = "accelerate.yaml"  # launch.accelerate_config, as it was when the job was submitted
 # What a job sees of the submitter's environment, beside what the cluster gives it.
-PASSED_ON = ("PATH", "VIRTUAL_ENV", "LLADAFLOW_DATA_ROOT", "HF_HOME", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+PASSED_ON = (
+    "PATH", "VIRTUAL_ENV", "LLADAFLOW_DATA_ROOT", "HF_HOME", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", DEVICE_SETTING,
+)  # fmt: skip
 
 
 def render(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
@@ -95,7 +97,10 @@ def _command(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
     python = shlex.quote(sys.executable)
     nodes = launch.slurm.nodes if slurm else 1
     training = Params.parse(run.request["all_params"], run.key).training(kind) if kind in TRAINING_STAGES else None
-    processes = nodes * ranks_per_node(training, launch, slurm=slurm)
+    count = ranks_per_node(training, launch, slurm=slurm)
+    if kind == "evaluate" and nodes > 1 and launch.processes is None:
+        count = max(1, launch.slurm.gpus_per_node)  # on one node evaluate starts one process a GPU itself
+    processes = nodes * count
     config = _accelerate_config(run, launch, training)
     if processes == 1 and config is None:  # a kind that was asked for by name gets its process group even alone
         command = f"{python} {program}"
@@ -116,22 +121,32 @@ def ranks_per_node(training: TrainingParams | None, launch: LaunchParams, *, slu
     """
     if launch.processes is not None or training is None:
         return launch.processes or 1
+<<<<<<< HEAD
     nodes = launch.slurm.nodes if slurm else 1
     most = gpus_of(launch, slurm=slurm) or launch.cpu_processes
+=======
+    nodes, gpus = (launch.slurm.nodes, launch.slurm.gpus_per_node) if slurm else (1, visible_gpus())
+>>>>>>> 7f2185e (One function decides where a model lies, and everything that loads one asks it; evaluation takes every GPU of a machine)
     rows = training.prompts if isinstance(training, GRPOParams) else training.batch_size
     return max((n for n in range(1, most + 1) if rows % (n * nodes) == 0), default=1)
 
 
+<<<<<<< HEAD
 def gpus_of(launch: LaunchParams, *, slurm: bool) -> int:
     """GPUs of each node that a job will see."""
     return launch.slurm.gpus_per_node if slurm else visible_gpus()
 
 
+=======
+>>>>>>> 7f2185e (One function decides where a model lies, and everything that loads one asks it; evaluation takes every GPU of a machine)
 def visible_gpus() -> int:
     """As CUDA would count them, without the seconds that importing torch takes."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
-    return devices if chosen is None else min(devices, len([name for name in chosen.split(",") if name.strip()]))
+    if chosen is None:
+        return devices
+    names = [name.strip() for name in chosen.split(",") if name.strip()]
+    return min(devices, next((n for n, name in enumerate(names) if name == "-1"), len(names)))  # CUDA stops at -1
 
 
 def _accelerate_config(run: RunFolder, launch: LaunchParams, training: TrainingParams | None) -> Path | None:

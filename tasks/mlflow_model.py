@@ -31,6 +31,7 @@ class ChatModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights, once their hash is verified."""
         import llada_core
+        from llada_core.modeling import load_to_answer
         from llada_core.tokenizer import Tokenizer
         from tasks.folders import content_hash
 
@@ -42,7 +43,8 @@ class ChatModel(PythonModel):
             raise ValueError(
                 f"{folder}: the registered weights are gone or were altered; set LLADAFLOW_HOME or run again"
             )
-        self.model = llada_core.load_model(folder)
+        # `mlflow.pyfunc.load_model(uri, model_config={"device": "cpu"})` and LLADAFLOW_DEVICE say otherwise
+        self.model = load_to_answer(folder, device=config.get("device") or "auto", bits=config.get("bits"))
         self.tokenizer = Tokenizer.load(folder)
         self.sampling = llada_core.SamplingParams(**config["sampling"])
 

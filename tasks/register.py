@@ -40,7 +40,8 @@ def register(root: Path, params: Params) -> dict[str, Any]:
     known = versions(root, spec.name)
     version = next((v for v in known if v.hash == digest), None)
     if version is None:
-        receipt = {"event": "version", "name": spec.name, "hash": digest, "sampling": asdict(spec.sampling)}
+        receipt: dict[str, Any] = {"event": "version", "name": spec.name, "hash": digest}
+        receipt |= {"sampling": asdict(spec.sampling), "device": spec.device, "bits": spec.bits}
         receipt["tags"] = lineage(root, spec.model)
         write_receipt(root, receipt)  # first, so that a registration cut short is found again
         version = make_version(root, receipt)
@@ -78,6 +79,7 @@ def make_version(root: Path, receipt: dict[str, Any]) -> Version:
     import mlflow
 
     config = {"path": str(store_folder(root, digest)), "hash": digest, "sampling": receipt["sampling"]}
+    config |= {"device": receipt.get("device", "auto"), "bits": receipt.get("bits")}  # receipts of old have neither
     run_id = _mlflow_run(root, receipt["tags"])
     with mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(

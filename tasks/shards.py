@@ -1,10 +1,13 @@
-"""One benchmark shared by several jobs (`launch.shards`): each answers its share, the first also merges and scores.
+"""One benchmark shared by several jobs (`launch.shards`), and one job by the GPUs of its machine: each process answers its
+share, the first also merges and scores.
 
-A share is a run folder below the run that it belongs to, so that its job is submitted, restarted and ended as any other
+A job's share is a run folder below the run that it belongs to, so that its job is submitted, restarted and ended as any other
 is. All write finished answers into the run's own folder. How requests are shared is llada_core.evaluation.worklist's.
 """
 
-from collections.abc import Iterator
+import os
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from llada_core.config.launch import LaunchParams
@@ -45,6 +48,39 @@ def shared(run: RunFolder, launch: LaunchParams) -> Iterator[LaunchParams]:
                 launcher = launcher_of(share, own)
                 if launcher.state(share) == "alive":
                     launcher.cancel(share, 0.0)
+
+
+@contextmanager
+def sharing(count: int, program: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Has `count` - 1 more processes of this machine run `program` while the block does the first one's share.
+
+    Each is numbered as a launcher would number it (RANK, LOCAL_RANK, WORLD_SIZE), this one as 0, and takes the GPU of
+    its number. They need no launcher, since they meet in files alone: one that dies ends no other, and what it leaves
+    is done by this one. Those that still run when the block ends are ended.
+    """
+    if count == 1 or "RANK" in os.environ:
+        yield
+        return
+    common = {"WORLD_SIZE": str(count)}
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))}
+
+    def numbered(rank: int) -> dict[str, str]:
+        return {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+    others = [
+        subprocess.Popen(program, env={**os.environ, **threads, **(environment or {}), **numbered(rank)})
+        for rank in range(1, count)
+    ]
+    os.environ.update(numbered(0))
+    try:
+        yield
+    finally:
+        for name in numbered(0):
+            del os.environ[name]
+        for process in others:
+            process.terminate()
+        for process in others:
+            process.wait()
 
 
 def _share(run: RunFolder, number: int, count: int) -> RunFolder:

@@ -13,6 +13,7 @@ from llada_core.config.evaluation import EvaluateParams, ReportParams
 from llada_core.modeling.bases import is_adapter, model_folders
 from tasks.evaluate import Places, answering, as_asked, below, measure, quiet_lm_eval
 from tasks.folders import content_hash, hash_of, read_json, safe
+from tasks.program import rank
 from tasks.registry import resolve
 from tasks.runs import commit_of
 
@@ -26,11 +27,18 @@ FAILURES = (ConfigError, ValueError, OSError, RuntimeError)  # of one benchmark,
 
 
 def sweep(
-    model: str, benchmarks: Sequence[str], params: EvaluateParams, places: Places, *, tell: Tell = print
+    model: str,
+    benchmarks: Sequence[str],
+    params: EvaluateParams,
+    places: Places,
+    *,
+    device: str = "auto",
+    tell: Tell = print,
 ) -> dict[str, Result]:
     """Any checkpoint (folder, alias, Hub name) against a list of benchmarks; one that fails does not stop the others.
 
-    Says what each and all cost before the first starts. Returns a result, or `{"error": why}`, for each benchmark;
+    The model is loaded once, for all of them. Says what each and all cost before the first starts. Of several processes
+    (`tasks.shards.sharing`) only the first tells, returns and writes more than answers. Returns a result, or `{"error": why}`, for each benchmark;
     results are also written as the stage writes them, with a report (table.json, table.md, table.png) of those that
     succeeded.
     """
@@ -38,8 +46,9 @@ def sweep(
 
     quiet_lm_eval(harness=logging.WARNING)
     results: dict[str, Result] = {}
-    with answering(resolve(model), params) as answerer:
-        failed = tell_costs(answerer, benchmarks, params, places, tell)
+    first = rank() == 0
+    with answering(resolve(model), params, device) as answerer:
+        failed = tell_costs(answerer, benchmarks, params, places, tell) if first else {}
         for name in benchmarks:
             if name in failed:
                 results[name] = {"error": failed[name]}
@@ -50,18 +59,24 @@ def sweep(
                     tell(f"{name}: {line['score']} in {line['seconds']:.0f} s")
             except FAILURES as error:
                 results[name] = {"error": " ".join(str(error).split())}
-                tell(f"{name}: {results[name]['error']}")
-    if measured := [name for name, result in results.items() if "error" not in result]:
+                if first:
+                    tell(f"{name}: {results[name]['error']}")
+    measured = [name for name, result in results.items() if "error" not in result]
+    if measured and first:
         write_report(places.out, measured, ReportParams(comparisons=()), places.out, Beside(commit=commit_of(CODE)))
     return results
 
 
 def tell_costs(
-    answerer: "Answerer", benchmarks: Sequence[str], params: EvaluateParams, places: Places, tell: Tell
+    answerer: "Answerer",
+    benchmarks: Sequence[str],
+    params: EvaluateParams,
+    places: Places,
+    tell: Tell,
+    rate: float | None = None,
 ) -> dict[str, str]:
-    """Says what each benchmark costs at most, at the rate of one measured forward, and last what all cost together.
-
-    Returns why a benchmark cannot be put, for those that cannot.
+    """Says what each benchmark costs at most, and last what all cost together: at `rate` tokens a second, or that of one
+    measured forward. Returns why a benchmark cannot be put, for those that cannot.
     """
     from llada_core.evaluation.harness import Cost
     from llada_core.evaluation.run import benchmark, cost_of
@@ -70,7 +85,7 @@ def tell_costs(
     for name in benchmarks:
         try:
             asked = benchmark(name, params, root=places.root, puzzles=places.puzzles)
-            cost = cost_of(asked, as_asked(answerer, asked), limit=params.limit)
+            cost = cost_of(asked, as_asked(answerer, asked), limit=params.limit, rate=rate)
         except FAILURES as error:
             failed[name] = " ".join(str(error).split())
             tell(f"{name}: {failed[name]}")

@@ -71,7 +71,9 @@ def _model(work: Work, params: TrainingParams, tokenizer: Any) -> Any:
         folder = _source(params.init_from)
         quantised = params.lora is not None and params.lora.four_bit
         double = params.lora is not None and params.lora.double_quant
-        return load_model(folder, bits=4 if quantised else None, double_quant=double)
+        if not quantised:
+            return load_model(folder, device="cpu")  # accelerate moves it
+        return load_model(folder, device="cuda", bits=4, double_quant=double)  # it stays on this rank's GPU
     if work.params.model is None:
         raise ConfigError(f"{work.stage}.init_from is empty and params.yaml has no block 'model'")
     return new_model(work.params.model, tokenizer.vocab_size, tokenizer.special, work.params.seed)

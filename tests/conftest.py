@@ -8,6 +8,8 @@ import pytest
 
 # A suite started in the background of a script would pass on that Ctrl-C is ignored, and the tests of Ctrl-C would hang.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Golden numbers are a CPU's; on a machine with a GPU `LLADAFLOW_DEVICE=auto make test` has models lie there.
+os.environ.setdefault("LLADAFLOW_DEVICE", "cpu")
 
 
 @pytest.fixture(scope="session")

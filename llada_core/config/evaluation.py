@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from llada_core.config.base import FREE, Block, nearest
+from llada_core.config.launch import Bits
 from llada_core.config.sampling import SamplingParams
 
 SAMPLER_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
@@ -57,6 +58,7 @@ class EvaluateParams(Block):
     puzzles: Settings = Settings(sampling={"max_new_tokens": 64, "block_length": 64, "steps": 64, "stop_at_eos": True})
     overrides: dict[str, Settings] = Field(default_factory=dict)  # benchmark -> settings put over those of its recipe
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    bits: Bits | None = None  # of quantised weights, on a CUDA GPU; None: as stored
     run_code: bool = False  # benchmarks that run generated programs do so only with this opt-in
 
     @model_validator(mode="after")

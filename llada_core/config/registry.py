@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from llada_core.config.base import Block
+from llada_core.config.launch import Bits
 from llada_core.config.sampling import SamplingParams
 
 
@@ -24,4 +25,6 @@ class RegisterParams(Block):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: str = "grpo"  # a training stage
     gate: GateParams = GateParams()
+    device: str = "auto"  # where a served version lies: auto, cuda, cuda:N, mps, cpu
+    bits: Bits | None = None  # of its weights; None: as stored
     sampling: SamplingParams = SamplingParams(max_new_tokens=64, block_length=64, steps=64, stop_at_eos=True)  # serving

@@ -3,8 +3,7 @@
 Knows names of settings; does not know requests.
 """
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ from llada_core.config.evaluation import SAMPLER_FIELDS, Settings
 from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.requests import OTHER_NAMES, TOKEN_LISTS, token_list
 from llada_core.evaluation.worklist import AnswerStore, Shard
-from llada_core.modeling import MaskPredictor, load_model
+from llada_core.modeling import MaskPredictor, load_model, load_to_answer
+from llada_core.modeling.load import need_of
+from llada_core.modeling.place import checked_bits, processes_for
 from llada_core.tokenizer import Tokenizer
 
 AUTO_BATCH = 32
-_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What the reference evaluators also take and what means nothing here.
 _SILENT = ("max_batch_size", "mask_id", "save_dir", "trust_remote_code", "parallelize")
 
@@ -32,10 +33,22 @@ def from_arguments(given: Mapping[str, Any]) -> tuple[Answerer, AnswerStore]:
         raise ConfigError("model_args lacks pretrained=FOLDER_OR_NAME")
     samples = values.pop("mc_num", None) or values.pop("samples", None)
     answers = values.pop("answers", None)
-    model = load(str(name), str(values.pop("dtype", "auto")), values.pop("device", None))
+    dtype, device, bits = str(values.pop("dtype", "auto")), values.pop("device", None), values.pop("bits", None)
+    model = load(str(name), dtype, str(device or "auto"), bits)
     options = {k: values.pop(k) for k in ("max_length", "seed", "patience") if k in values}
     batch, greedy = str(values.pop("batch_size", 1)), bool(values.pop("is_check_greedy", False))
-    allowed = [*SAMPLER_FIELDS, "eos", "pretrained", "mc_num", "is_check_greedy", "answers", *options]
+    allowed = [
+        *SAMPLER_FIELDS,
+        "eos",
+        "pretrained",
+        "dtype",
+        "device",
+        "bits",
+        "mc_num",
+        "is_check_greedy",
+        "answers",
+        *options,
+    ]
     for key in values:
         if key not in [*SAMPLER_FIELDS, "eos"]:
             raise ConfigError(f"model_args: unknown setting {key!r}{nearest(key, allowed)}")
@@ -46,12 +59,18 @@ def from_arguments(given: Mapping[str, Any]) -> tuple[Answerer, AnswerStore]:
     return answerer, AnswerStore(Path(answers), Shard.of_process()) if answers else AnswerStore()
 
 
-def load(name: str, dtype: str = "auto", device: str | None = None) -> MaskPredictor:
-    """The model on this process's own GPU if there is one, ready to answer; raises `ConfigError` for another dtype."""
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype {dtype!r}{nearest(dtype, list(_DTYPES))}")
-    if device in (None, "cuda"):
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    model = load_model(name, dtype=_DTYPES[dtype], device=device)
-    model.fuse_for_inference()
-    return model
+def processes(folders: Sequence[Path], dtype: str, device: str = "auto", bits: int | None = None) -> int:
+    """How many processes of this machine answer best with these models, one after the other."""
+    return processes_for([need_of(folder, DTYPES[dtype], bits) for folder in folders], device, bits)
+
+
+def load(name: str, dtype: str = "auto", device: str = "auto", bits: int | None = None) -> MaskPredictor:
+    """The model, ready to answer, on this process's own GPU if there is one; raises `ConfigError` for another dtype.
+
+    Of the device "meta" only its shapes.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}{nearest(dtype, list(DTYPES))}")
+    if device == "meta":
+        return load_model(name, device="meta")
+    return load_to_answer(name, dtype=DTYPES[dtype], device=device, bits=checked_bits(device, bits))

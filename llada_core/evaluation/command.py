@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from lm_eval.__main__ import cli_evaluate
 
 from llada_core.evaluation.harness import LladaLM
@@ -36,14 +35,13 @@ def lm_eval(arguments: Sequence[str]) -> None:
 
 
 def with_answers(arguments: list[str]) -> list[str]:
-    """The arguments with this process's GPU, and a folder in which all of them meet, named by model and arguments."""
+    """The arguments with a folder in which all processes meet, named by model and arguments."""
     flag = next((f for f in ("--model_args", "-a") if f in arguments), None)
     if flag is None or any("answers=" in text for text in arguments):
         return arguments
     place = arguments.index(flag) + 1
-    own = f",device=cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else ""
     name = hashlib.sha256("\0".join([*arguments, *_files(arguments[place])]).encode()).hexdigest()[:16]
-    return [*arguments[:place], f"{arguments[place]},answers={CACHE / name}{own}", *arguments[place + 1 :]]
+    return [*arguments[:place], f"{arguments[place]},answers={CACHE / name}", *arguments[place + 1 :]]
 
 
 def _files(model_args: str) -> list[str]:

@@ -5,9 +5,9 @@ lm-eval's interface; does not know tasks, recipes or scores.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -24,6 +24,14 @@ from llada_core.tokenizer import Message
 log = logging.getLogger(__name__)
 NO_ANSWER: Answer = {"text": "", "tokens": 0, "forwards": 0, "ll": 0.0, "greedy": False}
 Pair = tuple[tuple[str, str], list[int], list[int]]
+
+
+class Batch(NamedTuple):
+    """Requests answered together, by their numbers: at most `forwards` of the model over `length` tokens of each."""
+
+    numbers: list[int]
+    length: int
+    forwards: int
 
 
 @register_model("llada")
@@ -92,11 +100,10 @@ class LladaLM(TemplateLM):
         asked = wanted([r.args for r in requests], settings, self.tokenizer_, longest)
         lengths, kinds = [w.length for w in asked], [(w.params, bool(w.blanks)) for w in asked]
         groups = batches(lengths, kinds, self.options.batch_size)
-        self._announce(groups, lengths, lambda batch: asked[batch[0]].params.steps)
         answers = self._answer(
             "generate_until",
             [r.args for r in requests],
-            groups,
+            [Batch(group, max(lengths[i] for i in group), asked[group[0]].params.steps) for group in groups],
             lambda batch: self.answerer.generate([asked[i] for i in batch]),
         )
         self.new_tokens += [a["tokens"] for a in answers]
@@ -113,11 +120,10 @@ class LladaLM(TemplateLM):
         fitting = [self.answerer.fit(context, continuation) for _, context, continuation in requests]
         lengths = [len(context) + len(continuation) for context, continuation in fitting]
         groups = batches(lengths, [0] * len(fitting), self.options.batch_size)
-        self._announce(groups, lengths, lambda batch: self.answerer.samples)
         answers = self._answer(
             "loglikelihood",
             [text for text, _, _ in requests],
-            groups,
+            [Batch(group, max(lengths[i] for i in group), self.answerer.samples) for group in groups],
             lambda batch: self.answerer.score([fitting[i] for i in batch]),
         )
         return [(a["ll"], a["greedy"]) for a in answers]
@@ -147,8 +153,9 @@ class LladaLM(TemplateLM):
 
     # -- the work ---------------------------------------------------------------------------------------------
 
-    def _answer(self, kind: str, arguments: Sequence[Any], groups: list[list[int]], work: Work) -> list[Answer]:
+    def _answer(self, kind: str, arguments: Sequence[Any], groups: list[Batch], work: Work) -> list[Answer]:
         keys = keys_of(kind, arguments)
+        self._announce([batch for batch in groups if any(keys[i] not in self.store for i in batch.numbers)])
 
         def work_and_tell(batch: Sequence[int]) -> list[Answer]:
             answers = work(batch)
@@ -157,19 +164,15 @@ class LladaLM(TemplateLM):
                 self.cache_hook.add_partial(kind, arguments[i], value)  # lm-eval's own --use_cache
             return answers
 
-        work_off(groups, keys, work_and_tell, self.store, patience=self.options.patience)
+        work_off([batch.numbers for batch in groups], keys, work_and_tell, self.store, patience=self.options.patience)
         return [self.store.get(key, NO_ANSWER) for key in keys]
 
-    def _announce(self, groups: list[list[int]], lengths: list[int], steps: Callable[[Sequence[int]], int]) -> None:
-        """Says what the work costs before it starts, at the rate of one measured forward."""
-        if not groups:
-            return
-        shapes = [(len(batch), max(lengths[i] for i in batch), steps(batch)) for batch in groups]
-        tokens = sum(rows * length * forwards for rows, length, forwards in shapes)
-        rate = self.answerer.tokens_per_second(*shapes[0][:2])
-        hours = tokens / rate / 3600 / self.store.shard.world
-        self.cost += Cost(sum(map(len, groups)), sum(forwards for _, _, forwards in shapes), tokens, hours)
-        log.info("%s", self.cost)
+    def _announce(self, groups: list[Batch]) -> None:
+        """Says what is left to do before it starts, at the rate of one measured forward; nothing where nobody reads it."""
+        if groups and self.store.shard.rank == 0 and log.isEnabledFor(logging.INFO):
+            rate = self.answerer.tokens_per_second(len(groups[0].numbers), groups[0].length)
+            self.cost += Cost.of(groups, rate * self.store.shard.world)
+            log.info("%s", self.cost)
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,13 @@ class Cost:
     tokens: int = 0  # through the model
     hours: float = 0.0
 
+    @classmethod
+    def of(cls, groups: list[Batch], rate: float) -> "Cost":
+        """Of batches where so many tokens a second go through the model."""
+        tokens = sum(len(batch.numbers) * batch.length * batch.forwards for batch in groups)
+        answers, forwards = sum(len(batch.numbers) for batch in groups), sum(batch.forwards for batch in groups)
+        return cls(answers, forwards, tokens, tokens / rate / 3600)
+
     def __add__(self, other: "Cost") -> "Cost":
         sums = (self.answers + other.answers, self.forwards + other.forwards, self.tokens + other.tokens)
         return Cost(*sums, self.hours + other.hours)
@@ -191,7 +201,14 @@ class Cost:
 
 
 class EstimatingLM(LladaLM):
-    """Answers nothing and adds up what answering would cost."""
+    """Answers nothing and adds up what answering would cost at `rate` tokens a second; None: as measured by a forward."""
 
-    def _answer(self, kind: str, arguments: Sequence[Any], groups: list[list[int]], work: Work) -> list[Answer]:
+    def __init__(self, answerer: Answerer, rate: float | None = None) -> None:
+        super().__init__(answerer)
+        self.rate = rate
+
+    def _answer(self, kind: str, arguments: Sequence[Any], groups: list[Batch], work: Work) -> list[Answer]:
+        if groups:
+            rate = self.rate or self.answerer.tokens_per_second(len(groups[0].numbers), groups[0].length)
+            self.cost += Cost.of(groups, rate)
         return [NO_ANSWER] * len(arguments)

@@ -109,9 +109,12 @@ def answer(asked: Benchmark, lm: LladaLM, *, limit: int | None = None) -> None:
         getattr(lm, kind)(instances)
 
 
-def cost_of(asked: Benchmark, answerer: Answerer, *, limit: int | None = None) -> Cost:
-    """What a benchmark costs at most, at the rate of one measured forward; nothing is answered."""
-    lm = EstimatingLM(answerer)
+def cost_of(asked: Benchmark, answerer: Answerer, *, limit: int | None = None, rate: float | None = None) -> Cost:
+    """What a benchmark costs at most, at `rate` tokens a second, or that of one measured forward; nothing is answered.
+
+    With a rate the answerer's model may be one of shapes alone.
+    """
+    lm = EstimatingLM(answerer, rate)
     answer(asked, lm, limit=limit)
     return lm.cost
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from llada_core.modeling.cache import KVCache
     from llada_core.modeling.config import LLaDAConfig, LLaDAMoEConfig
     from llada_core.modeling.create import new_model
-    from llada_core.modeling.load import load_config, load_model
+    from llada_core.modeling.load import load_config, load_model, load_to_answer
     from llada_core.modeling.masked_lm import MaskedLM
     from llada_core.modeling.model import LLaDAModelLM, LLaDAMoEModelLM
     from llada_core.modeling.predictor import MaskPredictor, Prediction
@@ -22,7 +22,7 @@ _NAMES = {
     "cache": ("KVCache",),
     "config": ("LLaDAConfig", "LLaDAMoEConfig"),
     "create": ("new_model",),
-    "load": ("load_config", "load_model"),
+    "load": ("load_config", "load_model", "load_to_answer"),
     "masked_lm": ("MaskedLM",),
     "model": ("LLaDAMoEModelLM", "LLaDAModelLM"),
     "predictor": ("MaskPredictor", "Prediction"),

@@ -3,6 +3,7 @@
 Knows where rows lie in memory; does not know blocks, prompts, or when a value is too old.
 """
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -19,12 +20,10 @@ class KVCache:
         self.keys, self.values = keys, values
 
     @classmethod
-    def empty(cls, n_layers: int, shape: tuple[int, int, int, int], like: Tensor) -> Self:
-        """A cache of `n_layers` for `shape` = (B, T, N_kv, H), with the dtype and device of `like`."""
-        return cls(
-            [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)],
-            [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)],
-        )
+    def empty(cls, shape: tuple[int, int, int, int], like: Sequence[Tensor]) -> Self:
+        """A cache for `shape` = (B, T, N_kv, H), each layer with the dtype and device of its one of `like`."""
+        keys, values = ([torch.zeros(shape, dtype=x.dtype, device=x.device) for x in like] for _ in range(2))
+        return cls(keys, values)
 
     @property
     def batch(self) -> int:
@@ -36,7 +35,13 @@ class KVCache:
 
     def rows(self, index: Tensor, length: int | None = None) -> "KVCache":
         """A new cache with the batch rows `index` (R,) int64 and the first `length` slots; the old one stays as it is."""
-        return KVCache(*([x[:, :length].index_select(0, index) for x in kept] for kept in (self.keys, self.values)))
+        both = (self.keys, self.values)
+        return KVCache(*([x[:, :length].index_select(0, index.to(x.device)) for x in kept] for kept in both))
+
+    def replace(self, index: Tensor, anew: "KVCache") -> None:
+        """Puts all rows of `anew` in the place of the batch rows `index` (R,) int64."""
+        for old, new in zip(self.keys + self.values, anew.keys + anew.values, strict=True):
+            old.index_copy_(0, index.to(old.device), new)
 
     def write(self, layer: int, flat_slots: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores (B, W, N_kv, H) at `flat_slots` (B*W,) = row * T + slot, or everywhere if None; all T of the layer."""

@@ -6,23 +6,25 @@ Knows the ways in: published layouts, masked-LMs, adapters, quantised weights; d
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig
 
-from llada_core.config.dotted import require_package
+from llada_core.config.launch import Bits
 from llada_core.families import SpecialTokens
 from llada_core.modeling.adapters import load_adapter, merge_adapter
 from llada_core.modeling.bases import base_of, is_adapter
 from llada_core.modeling.config import LLaDAConfig
 from llada_core.modeling.masked_lm import MaskedLM, choose_attention
-from llada_core.modeling.predictor import MaskPredictor
+from llada_core.modeling.model import LLaDAModelLM
+from llada_core.modeling.place import Need, Place, kind_of, place_for
+from llada_core.modeling.predictor import MaskPredictor, feed_from_cpu
 from llada_core.modeling.special import special_tokens_of
-from llada_core.modeling.strict import require_folder, require_loaded, weight_shapes
+from llada_core.modeling.strict import require_folder, require_loaded, stored_weights
 
-Device = str | torch.device | dict[str, Any]
+Device = str | torch.device | dict[str, Any] | Place
 
 
 def load_config(name_or_path: str | Path) -> Any:
@@ -55,20 +57,22 @@ def load_model(  # noqa: PLR0913 - the one way in; everything after the name is 
     name_or_path: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    device: Device | None = None,
+    device: Device = "auto",
     special_tokens: SpecialTokens | None = None,
-    bits: Literal[4, 8] | None = None,
+    bits: Bits | None = None,
     double_quant: bool = False,
     attn_implementation: str | None = None,
     merge: bool = True,
 ) -> MaskPredictor:
     """A model in evaluation mode, its weights in `dtype` (None: as stored) on `device`.
 
-    device: a device, "auto" to spread over all GPUs, or a device map. bits: 4 (nf4) or 8 bit weights, CUDA only;
-    double_quant: the scales of 4 bits in 8 bits as well. attn_implementation: of a masked-LM, as transformers names it.
-    A folder with an adapter gives its base model with the adapter in it, merged into the weights unless `merge` is
-    False. Raises `FileNotFoundError` (no config, no weights) or `ValueError` (unsupported config; a missing,
-    unexpected, mismatched or unreadable weight; special tokens that nobody names), each in one line.
+    device: "auto" (this process's GPU, several where one is too small, else Apple's, else the CPU; or what
+    LLADAFLOW_DEVICE says), a device, "meta" for shapes without weights, or a device map. bits: 4 (nf4) or 8 bit
+    weights, CUDA only; double_quant: the scales of 4 bits in 8 bits as well. attn_implementation: of a masked-LM, as
+    transformers names it. A folder with an adapter gives its base model with the adapter in it, merged into the weights
+    unless `merge` is False. Raises `FileNotFoundError` (no config, no weights) or `ValueError` (unsupported config; a
+    missing, unexpected, mismatched or unreadable weight; special tokens that nobody names; no such device, or too
+    little of its memory), each in one line.
     """
     folder = _folder(name_or_path)
     if is_adapter(folder):
@@ -81,6 +85,8 @@ def load_model(  # noqa: PLR0913 - the one way in; everything after the name is 
             double_quant=double_quant,
             attn_implementation=attn_implementation,
         )
+        if device == "meta":
+            return base
         load_adapter(base, folder)
         if merge and bits is None:
             merge_adapter(base)
@@ -91,47 +97,75 @@ def load_model(  # noqa: PLR0913 - the one way in; everything after the name is 
     if special_tokens is None:
         special_tokens = special_tokens_of(folder, {} if ours else config.to_dict(), rows)
     special_tokens.check(rows)
-    how = {
-        "dtype": "auto" if dtype is None else dtype,
-        "device_map": _device_map(device, bits),
-        "quantization_config": _quantization(bits, dtype, double_quant),
-    }
-    how = {key: value for key, value in how.items() if value is not None}
     auto = AutoModelForCausalLM if ours else AutoModelForMaskedLM
-    weight_shapes(folder)  # so that an absent or damaged file is told in one line, for masked-LMs too
+    if device == "meta":
+        with torch.device("meta"):
+            return _named(auto.from_config(config), special_tokens)
+    if isinstance(device, dict) and bits is not None:
+        kind_of("cuda", bits)
+    stored = stored_weights(folder)  # an absent or damaged file is told in one line, for masked-LMs too
+    place = device if isinstance(device, dict | Place) else place_for(Need.of(stored, dtype, bits), str(device), bits)
+    how = {"dtype": "auto" if dtype is None else dtype, "quantization_config": _quantization(bits, dtype, double_quant)}
+    how |= _device_map(place)
     strictly = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, info = auto.from_pretrained(folder, config=config, **strictly, **how)
     require_loaded(str(folder), info)
-    if device is not None and "device_map" not in how:
-        model.to(device)
-    predictor: MaskPredictor = model if ours else MaskedLM(model, special_tokens)
-    if ours:
-        model.name_special_tokens(special_tokens)
+    if isinstance(place, Place) and how["device_map"] is None:
+        model.to(place.device)
+    predictor = _named(model, special_tokens)
     if attn_implementation is not None:
         choose_attention(predictor, attn_implementation)
-    return predictor.eval()
+    if isinstance(place, Place) and place.kind == "mps":
+        feed_from_cpu(predictor, torch.device(place.device))
+    return predictor
 
 
-def _device_map(device: Device | None, bits: int | None) -> str | dict[str, Any] | None:
+def load_to_answer(
+    name_or_path: str | Path, *, dtype: torch.dtype | None = None, device: str = "auto", bits: Bits | None = None
+) -> MaskPredictor:
+    """`load_model` for whatever asks a model: chats, the page, a served version, an evaluation.
+
+    Also `ValueError` where main memory is too small (elsewhere the system's to decide, which may swap). On a CPU the
+    linear weights are packed, unless there is no room for their copy.
+    """
+    place = place_for(need_of(name_or_path, dtype, bits), device, bits)
+    place.require_room()
+    model = load_model(name_or_path, dtype=dtype, device=place, bits=bits)
+    if place.packs:
+        model.fuse_for_inference()
+    return model
+
+
+def need_of(name_or_path: str | Path, dtype: torch.dtype | None = None, bits: int | None = None) -> Need:
+    """What the weights of a folder or Hub name take in memory, from the headers of its files."""
+    folder = _folder(name_or_path)
+    while is_adapter(folder):
+        folder = _folder(base_of(folder))
+    require_folder(folder, "config.json")
+    return Need.of(stored_weights(folder), dtype, bits)
+
+
+def _named(model: Any, special_tokens: SpecialTokens) -> MaskPredictor:
+    """A loaded network as a mask predictor that knows its special tokens."""
+    if not isinstance(model, LLaDAModelLM):
+        return MaskedLM(model, special_tokens).eval()
+    model.name_special_tokens(special_tokens)
+    return model.eval()
+
+
+def _device_map(place: Place | dict[str, Any]) -> dict[str, Any]:
     """What transformers is told about places; without accelerate it can only load to the CPU, to be moved after."""
-    if isinstance(device, dict) or device == "auto":
-        return device
-    if device is None:
-        return None if bits is None else {"": "cuda:0"}
-    kind = torch.device(device).type
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: no CUDA GPU is visible; use device='cpu'")
-    return {"": str(device)} if kind != "cpu" and find_spec("accelerate") is not None else None
+    if isinstance(place, dict):
+        return {"device_map": place}
+    if place.spread is not None:
+        return {"device_map": "balanced", "max_memory": dict(place.spread)}
+    placed = place.kind != "cpu" and find_spec("accelerate") is not None
+    return {"device_map": {"": place.device} if placed else None}
 
 
 def _quantization(bits: int | None, dtype: torch.dtype | None, double_quant: bool) -> BitsAndBytesConfig | None:
     if bits is None:
         return None
-    if bits not in (4, 8):
-        raise ValueError(f"bits is {bits}; 4 and 8 are supported")
-    if not torch.cuda.is_available():
-        raise ValueError(f"bits={bits} needs a CUDA GPU; load without it")
-    require_package("bitsandbytes", "4bit", f"bits={bits}")
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

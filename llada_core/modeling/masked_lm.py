@@ -37,7 +37,7 @@ class MaskedLM(MaskPredictor):
 
     @property
     def device(self) -> torch.device:
-        return self.backbone.device
+        return self.backbone.device if self._entrance is None else self._entrance
 
     @property
     def dtype(self) -> torch.dtype:

@@ -82,6 +82,10 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
                 setattr(self.config, name.replace("_id", "_token_id"), value)
 
     @property
+    def device(self) -> torch.device:  # transformers has one of its own, which would come first
+        return super().device if self._entrance is None else self._entrance
+
+    @property
     def vocab_rows(self) -> int:
         return self.shape.vocab_rows
 
@@ -96,9 +100,10 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         return self.model.transformer.ff_out
 
     def new_cache(self, batch: int, length: int) -> KVCache:
-        like: Tensor = self.model.transformer.blocks[0].attn_norm.weight  # never quantised
-        shape = (batch, length, self.shape.n_kv_heads, self.shape.head_width)
-        return KVCache.empty(self.shape.n_layers, shape, like)
+        like = [
+            block.attn_norm.weight for block in self.model.transformer.blocks
+        ]  # never quantised, where its block is
+        return KVCache.empty((batch, length, self.shape.n_kv_heads, self.shape.head_width), like)
 
     def fuse_for_inference(self) -> None:
         self._packed = PackedBody.of(self.model.transformer, list(self.model.transformer.blocks))
@@ -152,11 +157,11 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
             hidden.append(x)
             routings.append(routing)
         if early is None and not output_hidden_states and positions is not None:
-            x = x.flatten(0, 1)[positions]
+            x = x.flatten(0, 1)[positions.to(x.device)]  # where GPUs share a model, the last has what the blocks made
         x = self.model.transformer.ln_f(x)
         states = (*hidden[:-1], x) if output_hidden_states else None
         if output_hidden_states and positions is not None:
-            x = x.flatten(0, 1)[positions]
+            x = x.flatten(0, 1)[positions.to(x.device)]
         losses = self._router_losses(routings, hidden[0], attention_mask) if router_losses else None
         if targets is not None:
             nll = projected_nll(x, self._project, self.vocab_rows, targets)
@@ -167,7 +172,9 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
 
     def _project(self, x: Tensor) -> Tensor:
         transformer = self.model.transformer
-        return linear(x, transformer.wte.weight) if transformer.ff_out is None else transformer.ff_out(x)
+        if transformer.ff_out is not None:
+            return transformer.ff_out(x)
+        return linear(x.to(transformer.wte.weight.device), transformer.wte.weight)
 
     def _surroundings(
         self, x: Tensor, mask: Tensor | None, cache: KVCache | None, slots: Tensor | None

@@ -57,6 +57,7 @@ class _InPlaceNLL(torch.autograd.Function):
 
 def _nll(x_PD: Tensor, head: Projection, targets_P: Tensor) -> Tensor:
     logits = head(x_PD)
+    targets_P = targets_P.to(logits.device)  # where GPUs share a model
     if not logits.requires_grad or len(targets_P) == 0 or torch.compiler.is_compiling():
         return F.cross_entropy(logits.float(), targets_P, reduction="none")
     return _InPlaceNLL.apply(logits.float(), targets_P)

@@ -4,7 +4,7 @@ Knows the call and its result; does not know any architecture.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ class MaskPredictor(nn.Module):
     supports_cache: bool = True
     closes: bool = False  # whether a sequence ends with a token of its own, as [SEP] for BERT
     _special: SpecialTokens | None = None
+    _entrance: torch.device | None = None  # where input comes from and results go, if not to where the weights lie
 
     @property
     def special_tokens(self) -> SpecialTokens:
@@ -55,7 +56,7 @@ class MaskPredictor(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the input belongs."""
-        return next(self.parameters()).device
+        return next(self.parameters()).device if self._entrance is None else self._entrance
 
     @property
     def vocab_rows(self) -> int:
@@ -81,6 +82,35 @@ class MaskPredictor(nn.Module):
 
     def fuse_for_inference(self) -> None:
         """Prepares faster inference where the network can, for a copy of its linear weights; `train()` undoes it."""
+
+
+def feed_from_cpu(model: MaskPredictor, device: torch.device) -> None:
+    """Lets a model whose weights lie on `device` take its input from the CPU and give its results there.
+
+    For Apple's GPUs: they have no float64, in which a sampler tells near certainties apart and a likelihood is summed.
+    Memory is shared there, so that the way back costs little.
+    """
+
+    def enter(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(map(moved, args)), {name: moved(value) for name, value in named.items()}
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    def leave(_: nn.Module, __: Any, found: Prediction) -> Prediction:
+        states = found.hidden_states
+        return Prediction(
+            logits=None if found.logits is None else found.logits.cpu(),
+            nll=None if found.nll is None else found.nll.cpu(),
+            hidden_states=None if states is None else tuple(state.cpu() for state in states),
+            router_losses=None
+            if found.router_losses is None
+            else RouterLosses(*(x.cpu() for x in found.router_losses)),
+        )
+
+    model.register_forward_pre_hook(enter, with_kwargs=True)
+    model.register_forward_hook(leave)
+    model._entrance = torch.device("cpu")
 
 
 def require_in_vocabulary(model: MaskPredictor, ids: Tensor, what: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 Shapes = Mapping[str, tuple[int, ...]]
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}  # of a number, as safetensors names its dtype
 
 
 def require_folder(folder: Path, needed: str) -> None:
@@ -26,14 +27,21 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
     `FileNotFoundError` for an absent file, `ValueError` for a damaged one.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    return {name: shape for name, (shape, _) in stored_weights(folder).items()}
+
+
+def stored_weights(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape of every stored weight, and the bytes that one of its numbers takes; raises as `weight_shapes` does."""
+    found: dict[str, tuple[tuple[int, ...], int]] = {}
     for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt") as stored:
-                shapes.update({key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()})  # noqa: SIM118
+                for key in stored.keys():  # noqa: SIM118
+                    part = stored.get_slice(key)
+                    found[key] = tuple(part.get_shape()), BYTES.get(part.get_dtype(), 1)
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged or cut short: {error}") from None
-    return shapes
+    return found
 
 
 def require_weights(folder: Path, expected: Shapes) -> None:

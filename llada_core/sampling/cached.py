@@ -93,8 +93,7 @@ class Cached:
         wanted = rank[row[of_stale]] * width + query.wanted[of_stale] % width
         anew = self.model.new_cache(len(rows), width)
         looked = self._look(query.subset(rows, wanted), anew)
-        for old, new in zip(cache.keys + cache.values, anew.keys + anew.values, strict=True):
-            old.index_copy_(0, rows, new)
+        cache.replace(rows, anew)
         result = looked.new_empty(len(row), looked.shape[-1])
         result[of_stale], result[~of_stale] = looked, seen
         return result

@@ -10,7 +10,7 @@ import pytest
 from app import engine as engines
 from app.catalogue import Catalogue
 from app.desk import Desk
-from app.engine import Engine, Shelf, enough_memory, load
+from app.engine import Engine, Setting, Shelf, load
 from app.writing import Refused
 
 
@@ -65,10 +65,19 @@ def test_two_names_of_one_version_share_it_and_the_oldest_makes_room(model_folde
 
 
 def test_too_little_memory_is_said_before_loading(model_folder, monkeypatch):
-    monkeypatch.setattr(engines, "available_memory", lambda: 1000)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(Refused, match=r"needs about .* GB of memory"):
-        enough_memory(model_folder)
+    monkeypatch.setattr("llada_core.modeling.place.available_memory", lambda: 1000)
+    with pytest.raises(Refused, match=r"cannot be loaded: the model needs about .* GB of memory; 0\.0 GB are free"):
+        load("it", lambda _: model_folder)
+
+
+def test_the_pages_setting_says_where_models_lie(model_folder, monkeypatch):
+    with pytest.raises(ValueError, match="bits=4 needs a CUDA GPU"):
+        Setting.checked("auto", 4)
+    asked = []
+    real = engines.load_to_answer
+    monkeypatch.setattr(engines, "load_to_answer", lambda folder, **how: (asked.append(how), real(folder))[1])
+    Shelf(Names(it=model_folder), setting=Setting("cuda:1", 8)).get("it")
+    assert asked == [{"device": "cuda:1", "bits": 8}]
 
 
 def test_a_folder_that_is_no_model_is_one_sentence(tmp_path):
@@ -103,7 +112,7 @@ def test_who_has_a_model_does_not_wait_for_one_that_loads(model_folder, monkeypa
     here, _ = shelf.get("here")
     begun, may_end = threading.Event(), threading.Event()
 
-    def slow(name, resolve):
+    def slow(name, resolve, setting):
         begun.set()
         assert may_end.wait(30)
         return here

@@ -179,3 +179,25 @@ def test_escape_sequences_of_a_model_do_not_reach_the_terminal(call, tiny, monke
     monkeypatch.setattr(Tokenizer, "answer_text", lambda self, ids: "\x1b[2Jgone\u202e")
     assert "\x1b[2J" not in call("sample", "hi", "-m", tiny, *SHORT).stdout
     assert "\x1b[2J" not in chat(tiny, call, "hi")
+
+
+@pytest.mark.parametrize("command", [("sample", "hi"), ("chat",), ("eval", "sudoku")])
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--device", "cuda:7"), "error: device cuda:7: no CUDA GPU is visible"),
+        (("--device", "gpu"), "error: device 'gpu' is none of auto, cuda, cuda:N, mps, cpu"),
+        (("--bits", "4"), "error: bits=4 needs a CUDA GPU, and the model goes to the cpu; leave bits out"),
+        (("--bits", "3"), "error: bits is 3; 4 and 8 are supported"),
+    ],
+)
+def test_a_device_that_is_not_there_is_one_line(call, tiny, command, option, said):
+    result = call(*command, "-m", tiny, *option)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert result.stderr.startswith(said)
+
+
+def test_the_device_that_is_named_is_where_the_model_goes(call, tiny, monkeypatch):
+    monkeypatch.setenv("LLADAFLOW_DEVICE", "cuda")
+    assert "no CUDA GPU" in call("sample", "hi", "-m", tiny, *SHORT).stderr
+    assert call("sample", "hi", "-m", tiny, *SHORT, "--device", "cpu").exit_code == 0

@@ -1,5 +1,6 @@
 """lm-eval's model on tiny networks: batches and kept answers change nothing, templates and flags are honoured."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.harness import EstimatingLM, LladaLM
 from llada_core.evaluation.worklist import AnswerStore, Shard
 from llada_core.likelihood import log_likelihood
-from llada_core.modeling import save_model
+from llada_core.modeling import load_model, save_model
 from llada_core.sampling.generate import generate
 from tests.tiny import tiny_pair
 
@@ -27,6 +28,7 @@ PROMPTS = [
     "a b",
     "56",
 ]
+HARNESS = "llada_core.evaluation"  # its logger
 KINDS = ["llada", "llada_moe", "bert"]
 
 
@@ -200,7 +202,8 @@ def test_a_tokenizer_without_a_template_is_told(monkeypatch):
         lm.apply_chat_template([{"role": "user", "content": "hi"}])
 
 
-def test_the_cost_is_known_before_the_work():
+def test_the_cost_is_known_before_the_work(caplog):
+    caplog.set_level(logging.INFO, HARNESS)
     lm = lm_of(batch_size=4)
     dry = EstimatingLM(lm.answerer)
     dry.generate_until(generating())
@@ -209,6 +212,40 @@ def test_the_cost_is_known_before_the_work():
     assert "8 answers, at most 24 forwards" in str(dry.cost)
     lm.generate_until(generating())
     assert lm.cost.tokens == dry.cost.tokens
+    assert "8 answers, at most 24 forwards" in caplog.text
+
+
+def test_no_forward_is_timed_where_nothing_is_left_to_answer_or_nobody_reads_it(tmp_path, caplog, monkeypatch):
+    timed = []
+    real = Answerer.tokens_per_second
+    monkeypatch.setattr(Answerer, "tokens_per_second", lambda *given: (timed.append(given[1:]), real(*given))[1])
+    caplog.set_level(logging.WARNING, HARNESS)
+    lm_of(batch_size=4).generate_until(generating())
+    assert timed == []
+    caplog.set_level(logging.INFO, HARNESS)
+    for kept in (3, 0):  # the second time all three batches are kept
+        timed.clear()
+        lm = lm_of(batch_size=4)
+        lm.store = AnswerStore(tmp_path, Shard())
+        lm.generate_until(generating())
+        assert (len(timed), lm.cost.answers) == ((1, 8) if kept else (0, 0))
+    lm = lm_of(batch_size=4)
+    lm.store = AnswerStore(tmp_path / "rank", Shard(1, 2))
+    lm.generate_until(generating())
+    assert timed == []  # the first rank's word counts
+
+
+def test_a_cost_at_a_given_rate_needs_no_weights(tmp_path):
+    model, tokenizer = tiny_pair()
+    save_model(model, tmp_path / "m", tokenizer)
+    known = EstimatingLM(lm_of(batch_size=4).answerer, 1000.0)
+    known.generate_until(generating())
+    (tmp_path / "m" / "model.safetensors").unlink()
+    shapes = Answerer(load_model(tmp_path / "m", device="meta"), tokenizer, known.options)
+    blind = EstimatingLM(shapes, 1000.0)
+    blind.generate_until(generating())
+    assert blind.cost == known.cost
+    assert blind.cost.hours == pytest.approx(blind.cost.tokens / 1000 / 3600)
 
 
 def test_lm_evals_arguments_in_the_names_of_the_reference_evaluators(tmp_path):

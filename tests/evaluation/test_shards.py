@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llada_core.config.params import Params
 from llada_core.modeling import save_model
+from tasks import evaluate as stage
+from tasks.program import Work
+from tasks.runs import RunFolder
+from tasks.shards import sharing
 from tests.tasks.conftest import REPOSITORY, project  # noqa: F401  (a fixture)
 from tests.tiny import tiny_pair
+from tests.waiting import wait_for
 
 SPEC = {"stages": {"evaluate": {"foreach": ["sudoku"], "do": {
     "cmd": "python -m tasks.evaluate ${item}", "deps": ["tasks/evaluate.py", "data/eval"],
@@ -72,15 +78,53 @@ def measured(root: Path, **launch: object) -> dict[str, bytes]:
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
 
 
-def test_a_benchmark_shared_by_jobs_of_which_one_is_killed_scores_as_one_job_does(measuring: Path) -> None:
+SHARES = {"answers-00000-of-00002.jsonl": [2, 2, 1], "answers-00001-of-00002.jsonl": [2, 2]}
+
+
+def answered(run: Path) -> dict[str, list[int]]:
+    """Sizes of the batches in each process's file."""
+    return {
+        file.name: [len(json.loads(line)["keys"]) for line in file.read_text().splitlines()]
+        for file in run.rglob("answers-*.jsonl")
+    }
+
+
+def test_a_benchmark_shared_by_jobs_or_gpus_scores_as_one_process_does(measuring: Path) -> None:
+    """First by two jobs, of which one is killed; then by one job that finds, as it were, two GPUs."""
     alone = measured(measuring)
     (measuring / "die").touch()
     assert measured(measuring, shards=2) == alone
     assert not (measuring / "die").exists()
     [run] = (measuring / "runs").glob("evaluate-*")
     assert "restart 1 of 1" in (run / "shards" / f"{run.name}-1of2" / "log.txt").read_text()
-    answered = {
-        file.name: [len(json.loads(line)["keys"]) for line in file.read_text().splitlines()]
-        for file in run.rglob("answers-*.jsonl")
-    }
-    assert answered == {"answers-00000-of-00002.jsonl": [2, 2, 1], "answers-00001-of-00002.jsonl": [2, 2]}
+    assert answered(run) == SHARES
+    place = measuring / "llada_core/modeling/place.py"
+    place.write_text(place.read_text() + "\n\nprocesses_for = lambda *_: 2\n")
+    assert measured(measuring, shards=1) == alone
+    [run] = (measuring / "runs").glob("evaluate-*")
+    assert answered(run) == SHARES
+    assert "error" not in (run / "log.txt").read_text()
+
+
+def test_a_number_of_processes_that_a_person_gives_is_the_launchers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "processes", lambda *_: 4)
+    evaluate: dict[str, object] = {"models": ["m"]}
+    for given, own in ((None, 4), (1, 1), (2, 1)):
+        values = {"name": "n", "stages": ["evaluate"], "evaluate": evaluate, "launch": {"processes": given}}
+        work = Work(Params.parse(values, "params.yaml"), RunFolder(tmp_path), "evaluate@x", "x")
+        assert stage._processes(work, [tmp_path]) == own
+
+
+def test_who_shares_is_numbered_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    told = tmp_path / "told"
+    told.mkdir()
+    write = f"open({str(told)!r} + '/' + os.environ['RANK'], 'w').write(os.environ['LOCAL_RANK'] + os.environ['X'])"
+    program = [sys.executable, "-c", f"import os, time; {write}; time.sleep(600)"]
+    with sharing(3, program, {"X": "of"}):
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "3")
+        with sharing(3, program):  # a rank starts none
+            wait_for("two processes", lambda: sorted(p.read_text() for p in told.iterdir()) == ["1of", "2of"])
+    assert "RANK" not in os.environ

@@ -17,7 +17,7 @@ from llada_core.modeling import save_model
 from tasks.evaluate import Places, answering, measure
 from tasks.folders import safe
 from tasks.report import write_report
-from tasks.sweep import sweep
+from tasks.sweep import sweep, tell_costs
 from tests.tiny import tiny_pair
 
 QUICK = {"max_new_tokens": 8, "block_length": 8, "steps": 8}
@@ -142,6 +142,38 @@ def test_a_sweep_goes_on_after_a_failure_and_tells_costs_first(places, data_root
     report = json.loads((here.out / "table.json").read_text())
     assert [row["benchmark"] for row in report["rows"]] == ["piqa", "sudoku"]
     assert len(report["commit"].removesuffix("+changes")) == 40
+
+
+def test_a_model_is_loaded_once_for_all_benchmarks_of_a_sweep(places, monkeypatch):
+    from llada_core.evaluation import arguments
+
+    (places.puzzles / "seats.jsonl").write_text((places.puzzles / "sudoku.jsonl").read_text())
+    loaded, real = [], arguments.load_to_answer
+    monkeypatch.setattr(arguments, "load_to_answer", lambda *given, **how: (loaded.append(how), real(*given, **how))[1])
+    model = str(places.out.parents[1] / "models" / "sft")
+    found = sweep(model, ["sudoku", "seats"], PARAMS, places, device="cpu", tell=lambda _: None)
+    assert [result["n"] for result in found.values()] == [7, 7]
+    assert [how["device"] for how in loaded] == ["cpu"]
+
+
+def test_of_several_processes_one_tells_and_writes(places, monkeypatch):
+    model, said = str(places.out.parents[1] / "models" / "sft"), []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sweep(model, ["sudokoo", "sudoku"], PARAMS, places, tell=said.append).keys() == {"sudokoo"}
+    assert (said, written(places)) == ([], {})
+    monkeypatch.setenv("RANK", "0")
+    assert sweep(model, ["sudoku"], PARAMS, places, tell=said.append)["sudoku"]["n"] == 7
+    [answers] = (places.answers).rglob("answers-00001-of-00002.jsonl")
+    assert sum(len(json.loads(line)["keys"]) for line in answers.read_text().splitlines()) == 3
+
+
+def test_a_cost_without_weights_is_told_for_a_flow(places):
+    model, said = places.out.parents[1] / "models" / "sft", []
+    (model / "model.safetensors").unlink()
+    with answering(model, PARAMS, "meta") as answerer:
+        assert tell_costs(answerer, ["sudoku", "sudokoo"], PARAMS, places, said.append, 1000.0).keys() == {"sudokoo"}
+    assert said[0].startswith("sudoku: 7 answers, at most 24 forwards")
 
 
 def test_a_model_without_a_chat_template_is_measured_where_none_is_needed(places, data_root, monkeypatch):

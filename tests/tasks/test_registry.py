@@ -4,16 +4,19 @@ import json
 import shutil
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
+from llada_core.modeling import save_model
 from tasks import databases
 from tasks.folders import content_hash, write_json
 from tasks.promote import gate, promote, roll_back
 from tasks.register import register
 from tasks.registry import resolve, store_folder, trained_on, version_of, versions
+from tests.tiny import tiny_pair
 
 PARAMS = """\
 name: toy
@@ -104,6 +107,33 @@ def test_registered_by_reference_and_once(root: Path) -> None:
     assert stored.read_text() == "one"
     artifacts = [p for p in (root / "mlartifacts").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in artifacts) < 100_000
+
+
+def test_a_served_version_lies_where_it_was_registered_to(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.models import get_model_info
+
+    from tasks.mlflow_model import ChatModel
+
+    save_model(tiny_pair()[0], root / "weights", tiny_pair()[1])
+    (root / "params.yaml").write_text(PARAMS + "  device: cuda:5\n  bits: 8\n")
+    trained(root, "one", main=50, side=50)
+    config = get_model_info("models:/toy/1").flavors["python_function"]["config"]
+    assert (config["device"], config["bits"]) == ("cuda:5", 8)
+    config |= {"path": str(root / "weights"), "hash": content_hash(root / "weights")}
+
+    def served(**changes: object) -> ChatModel:
+        model = ChatModel()
+        model.load_context(SimpleNamespace(model_config=config | changes))
+        return model
+
+    with pytest.raises(ValueError, match="device cuda:5: no CUDA GPU is visible"):
+        served()
+    del config["device"], config["bits"]  # a version of old
+    assert served().model.device.type == "cpu"
+    monkeypatch.setenv("LLADAFLOW_DEVICE", "mps")
+    with pytest.raises(ValueError, match="device mps"):
+        served()
+    assert served(device="cpu").model.device.type == "cpu"
 
 
 def test_a_lost_database_is_filled_again_from_receipts(root: Path, empty_database: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 
 from llada_core.config import dotted
 from llada_core.config.base import ConfigError
+from llada_core.config.launch import LaunchParams
 from llada_core.config.params import Params
 from tasks import launch_script
+from tasks.folders import write_json
 from tasks.graph import load_stage
 from tasks.launch_local import start_time
 from tasks.launch_script import render
@@ -309,3 +311,29 @@ def test_a_stage_tells_its_usage_and_refuses_what_is_no_override(capsys):
         stage_program("sft", lambda work: None, ["sudoku", "sft.max_steps=3"])
     assert ended.value.code == 2
     assert "unexpected 'sudoku'" in capsys.readouterr().err
+
+
+def test_evaluation_on_several_nodes_is_a_process_a_gpu_and_on_one_node_starts_its_own(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "evaluate@b1-0")
+    run.path.mkdir()
+    write_json(run.path / "request.json", {"stage": "evaluate@b1", "root": str(tmp_path), "all_params": {}})
+
+    def command(**slurm: object) -> str:
+        own = {"processes": slurm.pop("processes", None), "slurm": {"gpus_per_node": 4, **slurm}}
+        return render(run, LaunchParams.parse({"kind": "slurm", **own}, "launch"), slurm=True)
+
+    assert "accelerate" not in command()
+    assert "--num_processes 8 --num_machines 2" in command(nodes=2)
+    assert "--num_processes 2 --num_machines 2" in command(nodes=2, processes=1)
+
+
+@pytest.mark.parametrize(("chosen", "seen"), [(None, 3), ("0,2", 2), ("", 0), ("-1", 0), ("1,-1,0", 1)])
+def test_gpus_are_counted_as_cuda_counts_them(chosen: str | None, seen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks.launch_script import visible_gpus
+
+    devices = [Path(f"/dev/nvidia{n}") for n in (0, 1, 2)] + [Path("/dev/nvidia-caps"), Path("/dev/nvidiactl")]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [d for d in devices if d.name[6].isdigit()])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert visible_gpus() == seen
