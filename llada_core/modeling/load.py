@@ -97,22 +97,15 @@ def load_model(  # noqa: PLR0913 - the one way in; everything after the name is 
     if special_tokens is None:
         special_tokens = special_tokens_of(folder, {} if ours else config.to_dict(), rows)
     special_tokens.check(rows)
-    auto = AutoModelForCausalLM if ours else AutoModelForMaskedLM
     if device == "meta":
         with torch.device("meta"):
-            return _named(auto.from_config(config), special_tokens)
+            return _named(_auto(config).from_config(config), special_tokens)
     if isinstance(device, dict) and bits is not None:
         kind_of("cuda", bits)
     stored = stored_weights(folder)  # an absent or damaged file is told in one line, for masked-LMs too
     place = device if isinstance(device, dict | Place) else place_for(Need.of(stored, dtype, bits), str(device), bits)
     how = {"dtype": "auto" if dtype is None else dtype, "quantization_config": _quantization(bits, dtype, double_quant)}
-    how |= _device_map(place)
-    strictly = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    model, info = auto.from_pretrained(folder, config=config, **strictly, **how)
-    require_loaded(str(folder), info)
-    if isinstance(place, Place) and how["device_map"] is None:
-        model.to(place.device)
-    predictor = _named(model, special_tokens)
+    predictor = _named(_read(folder, config, place, how), special_tokens)
     if attn_implementation is not None:
         choose_attention(predictor, attn_implementation)
     if isinstance(place, Place) and place.kind == "mps":
@@ -143,6 +136,21 @@ def need_of(name_or_path: str | Path, dtype: torch.dtype | None = None, bits: in
         folder = _folder(base_of(folder))
     require_folder(folder, "config.json")
     return Need.of(stored_weights(folder), dtype, bits)
+
+
+def _auto(config: Any) -> Any:
+    return AutoModelForCausalLM if isinstance(config, LLaDAConfig) else AutoModelForMaskedLM
+
+
+def _read(folder: Path, config: Any, place: Place | dict[str, Any], how: dict[str, Any]) -> Any:
+    """The network with its weights in place; `ValueError` unless every one was found."""
+    how = how | _device_map(place)
+    strictly = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, info = _auto(config).from_pretrained(folder, config=config, **strictly, **how)
+    require_loaded(str(folder), info)
+    if isinstance(place, Place) and how["device_map"] is None:
+        model.to(place.device)
+    return model
 
 
 def _named(model: Any, special_tokens: SpecialTokens) -> MaskPredictor:

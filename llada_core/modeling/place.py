@@ -84,7 +84,7 @@ class Machine:
     `free` is asked of a GPU only when it matters, since the first question takes half a GB of it.
     """
 
-    gpus: int = field(default_factory=torch.cuda.device_count)
+    gpus: int = field(default_factory=lambda: torch.cuda.device_count())
     mps: bool = field(default_factory=torch.backends.mps.is_available)
     rank: int | None = field(default_factory=_own_rank)
     free: Callable[[str], int] = _free_bytes

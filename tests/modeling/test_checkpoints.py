@@ -291,14 +291,12 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path):
 
 
 def test_low_bits_need_a_gpu_and_their_package(monkeypatch):
-    with monkeypatch.context() as without:
-        without.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(ValueError, match="bits=4 needs a CUDA GPU"):
-            load_model(GOLDEN / "llada_tiny", bits=4)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="bits=4 needs a CUDA GPU"):
+        load_model(GOLDEN / "llada_tiny", device="cpu", bits=4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(dotted, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^bits=4 needs the package bitsandbytes: pip install 'lladaflow\[4bit\]'$"):
-        load_model(GOLDEN / "llada_tiny", bits=4)
+        load_model(GOLDEN / "llada_tiny", device="cuda", bits=4)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -312,12 +310,12 @@ def test_four_bits_are_nf4_with_the_scales_that_were_asked_for(monkeypatch, tmp_
 
     save_model(tiny_model(), tmp_path / "base")
     save_adapter(lightly_adapted(), tmp_path / "adapter", "../base")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(dotted, "find_spec", lambda name: object())
     monkeypatch.setattr("llada_core.modeling.load.AutoModelForCausalLM.from_pretrained", from_pretrained)
     for name in ("base", "adapter"):
         with pytest.raises(ValueError, match="no GPU here"):
-            load_model(tmp_path / name, bits=4, double_quant=double_quant)
+            load_model(tmp_path / name, device={"": "cuda:0"}, bits=4, double_quant=double_quant)
     assert [(q.bnb_4bit_quant_type, q.bnb_4bit_use_double_quant) for q in told] == [("nf4", double_quant)] * 2
 
 
