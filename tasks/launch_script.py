@@ -121,24 +121,17 @@ def ranks_per_node(training: TrainingParams | None, launch: LaunchParams, *, slu
     """
     if launch.processes is not None or training is None:
         return launch.processes or 1
-<<<<<<< HEAD
     nodes = launch.slurm.nodes if slurm else 1
     most = gpus_of(launch, slurm=slurm) or launch.cpu_processes
-=======
-    nodes, gpus = (launch.slurm.nodes, launch.slurm.gpus_per_node) if slurm else (1, visible_gpus())
->>>>>>> 7f2185e (One function decides where a model lies, and everything that loads one asks it; evaluation takes every GPU of a machine)
     rows = training.prompts if isinstance(training, GRPOParams) else training.batch_size
     return max((n for n in range(1, most + 1) if rows % (n * nodes) == 0), default=1)
 
 
-<<<<<<< HEAD
 def gpus_of(launch: LaunchParams, *, slurm: bool) -> int:
     """GPUs of each node that a job will see."""
     return launch.slurm.gpus_per_node if slurm else visible_gpus()
 
 
-=======
->>>>>>> 7f2185e (One function decides where a model lies, and everything that loads one asks it; evaluation takes every GPU of a machine)
 def visible_gpus() -> int:
     """As CUDA would count them, without the seconds that importing torch takes."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
