@@ -116,7 +116,11 @@ def work_of(params: Params, stage: str) -> tuple[int, int, float]:
         raise ConfigError(f"{stage} reads data.{stage}, which this run does not describe: no length to plan with")
     if isinstance(block, GRPOParams):
         samples = block.mask_samples if block.likelihood == "elbo" else 1
-        rows, length = block.prompts * block.generations * samples, part.length + block.sampling.max_new_tokens
+        rows, asked = (
+            block.prompts * block.generations * samples,
+            min(part.length, block.max_prompt_length or part.length),
+        )
+        length = asked + block.sampling.max_new_tokens
         share = 1 / block.iterations  # of a rollout, and of the scores of the updates that follow it
         sampled = block.prompts * block.generations * length * block.sampling.steps * share
         scored = rows * length * (1 - share + (block.beta > 0))

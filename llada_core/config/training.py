@@ -201,10 +201,22 @@ class GRPOParams(TrainingParams):
     sync_every: int = Field(default=0, ge=0)  # mix the policy into the reference every so many steps
     sync_mix: float = Field(default=0.6, gt=0, le=1)
     reward: str = "default"  # a name in llada_core.training.rewards, or a dotted path to f(task, text, answer) -> float
+    reward_weights: dict[str, float] = Field(default_factory=dict)  # of the published reward's parts; others count once
+    max_prompt_length: int | None = Field(default=None, ge=1)  # tokens; longer prompts lose their beginning
+    mask_truncated_completions: bool = False  # one without an end token is judged with its group, and moves nothing
     validation: SamplingParams | None = None  # None: as `sampling`, greedy
     # The result is the best-validated step at which no task is worse than at the start, the start included; else the last.
     keep_best: bool = True
     patience: int = Field(default=0, ge=0)  # validations without a new best before stopping; 0: never
+
+    @model_validator(mode="after")
+    def _weighs_what_has_parts(self) -> Self:
+        if self.reward_weights and self.reward != "published":
+            raise ValueError(
+                f"reward_weights weigh the parts of reward: published, not {self.reward!r}; set that, or let a function "
+                "of your own do the weighing"
+            )
+        return self
 
     @model_validator(mode="after")
     def _waits_for_the_best(self) -> Self:

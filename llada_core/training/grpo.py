@@ -6,7 +6,7 @@ the arithmetic is in `policy.py`, sampling and judging in `rollouts.py`.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,7 +71,7 @@ class GRPO:
         self.reference = Reference(model, params)
         self.order = Order(len(problems.train), params.prompts, seed=seed)
         held_out = range(min(len(problems.validation), params.validation_rows))
-        tasks = Counter(prompt.task for prompt in prompts_of(problems.validation, held_out))
+        tasks = Counter(prompt.task for prompt in self._prompts(problems.validation, held_out))
         self.held: Mapping[str, int] = {
             f"validation_correct_{task}": rows for task, rows in sorted(tasks.items()) if verifiable(task)
         }
@@ -97,9 +97,8 @@ class GRPO:
         batches = [self._share(index, step, update) for index in parts]
         tokens = sum(batch.rows.tokens.numel() for batch, index in zip(batches, parts, strict=True) if len(index))
         inference += tokens if self.params.beta > 0 else 0
-        whole = (
-            self._rollout.scored.sum().item() * samples if self.params.ratio == "token" else len(self._rollout.scored)
-        )
+        scored = self._rollout.scored
+        whole = scored.sum().item() * samples if self.params.ratio == "token" else scored.any(1).sum().item()
         # Every rank tells its part of the whole, so that rows which were left out still count.
         return Work(batches, [whole / ranks if len(kept) else 0.0], tokens, inference, notes)
 
@@ -134,7 +133,7 @@ class GRPO:
         for start in range(0, -(-total // ranks), size):
             # Sharded ranks must run in step: each answers as many prompts, those past the end without being counted.
             numbers = [n * ranks + rank for n in range(start, min(start + size, -(-total // ranks)))]
-            prompts = prompts_of(table, [n % total for n in numbers])
+            prompts = self._prompts(table, [n % total for n in numbers])
             texts = sample(self.predictor, self.problems.tokenizer, prompts, settings).texts
             counted = [(p, t) for n, p, t in zip(numbers, prompts, texts, strict=True) if n < total]
             for name, value in self._judged(counted):
@@ -171,20 +170,22 @@ class GRPO:
     def _collect(self, model: nn.Module, number: int) -> tuple[dict[str, float], int]:
         """Sample and judge this rollout's completions; every rank does its share and gets the whole."""
         params, ranks = self.params, self.ranks
-        everyone = prompts_of(self.problems.train, list(self.order.rows(number)))
+        everyone = self._prompts(self.problems.train, list(self.order.rows(number)))
         width = max(len(prompt.ids) for prompt in everyone)
         own = params.share(ranks.count)
         mine = [p for p in everyone[ranks.index * own : (ranks.index + 1) * own] for _ in range(params.generations)]
         sampled = self._sample(mine, width, seed=hash((self.seed, number)) % 2**31)
         verdicts = judge(self.problems.reward, mine, sampled.texts)
         start, total = ranks.index * len(mine), len(everyone) * params.generations
-        tokens, attention, scored, written, rewards, right = (
-            ranks.join(x, start, total)
-            for x in (sampled.tokens, sampled.attention, sampled.scored, sampled.written, *vars(verdicts).values())
+        tokens, attention, scored, written, ended, rewards, right = (
+            ranks.join(x, start, total) for x in (*sampled.tensors(), *vars(verdicts).values())
         )
         valid = ~rewards.isnan()
         shape = (-1, params.generations)
         advantages = group_advantages(rewards.view(shape), valid.view(shape), params).flatten().float()
+        lengths = scored.sum(1).double()
+        if params.mask_truncated_completions:  # judged with its group, as TRL does, but nothing is learnt from it
+            scored, advantages = scored & ended[:, None], torch.where(ended, advantages, 0.0)
         self._rollout, self._number = Completions(tokens, attention, scored, written, advantages), number
         inference = sampled.fed + self._remember_old(model, number * params.iterations)
         groups = torch.where(valid, rewards, 0.0).view(shape)
@@ -192,14 +193,19 @@ class GRPO:
             "reward": float(rewards[valid].mean()) if valid.any() else 0.0,
             "groups_differ": float((groups.amax(1) > groups.amin(1)).double().mean()),
             "rewards_dropped": float((~valid).sum()),
-            "completion_tokens": float(scored.sum(1).double().mean()),
+            "completion_tokens": float(lengths.mean()),
             "tokens_per_forward": params.sampling.max_new_tokens
             / sampled.forwards
             * -(-len(mine) // params.rollout_batch),
         }
         if not right.isnan().all():
             notes["rollout_correct"] = float(right.nanmean())
+        if params.mask_truncated_completions:
+            notes["truncated"] = float((~ended).double().mean())
         return notes, inference
+
+    def _prompts(self, table: PromptTable, rows: Sequence[int]) -> list[Prompt]:
+        return prompts_of(table, rows, self.params.max_prompt_length)
 
     def _sample(self, prompts: list[Prompt], width: int, *, seed: int) -> Sampled:
         settings, size = replace(self.params.sampling, seed=seed), self.params.rollout_batch
@@ -208,15 +214,12 @@ class GRPO:
             sample(self.predictor, self.problems.tokenizer, prompts[i : i + size], settings, width=width)
             for i in range(0, len(prompts), size)
         ]
-        return Sampled(
-            torch.cat([part.tokens for part in parts]),
-            torch.cat([part.attention for part in parts]),
-            torch.cat([part.scored for part in parts]),
-            torch.cat([part.written for part in parts]),
-            [text for part in parts for text in part.texts],
-            sum(part.forwards for part in parts),
-            sum(part.fed for part in parts),
+        tokens, attention, scored, written, ended = map(
+            torch.cat, zip(*(part.tensors() for part in parts), strict=True)
         )
+        texts = [text for part in parts for text in part.texts]
+        forwards, fed = sum(part.forwards for part in parts), sum(part.fed for part in parts)
+        return Sampled(tokens, attention, scored, written, ended, texts, forwards, fed)
 
     def _remember_old(self, model: nn.Module, first: int) -> int:
         """Log-probabilities of the rollout's policy under the masks of the later updates; the first needs none.

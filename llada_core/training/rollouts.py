@@ -40,31 +40,41 @@ class Prompt:
     answer: Mapping[str, Any]
 
 
-def prompts_of(table: PromptTable, rows: Sequence[int]) -> list[Prompt]:
-    """Rows of a table as prompts."""
+def prompts_of(table: PromptTable, rows: Sequence[int], longest: int | None = None) -> list[Prompt]:
+    """Rows of a table as prompts; of more than `longest` tokens the last ones, which hold the question."""
     if not len(rows):
         return []
     columns = table[[int(row) for row in rows]]
     return [
-        Prompt(list(ids), task, json.loads(answer))
+        Prompt(_last(ids, longest), task, json.loads(answer))
         for ids, task, answer in zip(columns["prompt_ids"], columns["task"], columns["answer"], strict=True)
     ]
+
+
+def _last(ids: Sequence[int], longest: int | None) -> list[int]:
+    return list(ids) if longest is None else list(ids)[-longest:]
 
 
 @dataclass(frozen=True)
 class Sampled:
     """What a batch of prompts was answered: tokens (R, P + N), each left-padded to the longest prompt; texts; cost.
 
-    scored, written (R, P + N) bool: the completion up to its first end token; the whole completion.
+    scored, written (R, P + N) bool: the completion up to its first end token; the whole completion. ended (R,) bool:
+    whether it has an end token.
     """
 
     tokens: Tensor
     attention: Tensor
     scored: Tensor
     written: Tensor
+    ended: Tensor
     texts: list[str]
     forwards: int
     fed: int  # positions that went through the model, over all forwards
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What has a row for each completion."""
+        return self.tokens, self.attention, self.scored, self.written, self.ended
 
 
 @torch.no_grad()
@@ -92,7 +102,7 @@ def sample(
     before = ends.cumsum(1) - ends.long() == 0
     scored = torch.cat([torch.zeros(len(prompts), longest, dtype=torch.bool), before], 1)
     texts = [tokenizer.answer_text(answer.tolist()) for answer in answers]
-    return Sampled(tokens, attention, scored, written.clone(), texts, generation.forwards, generation.fed)
+    return Sampled(tokens, attention, scored, written.clone(), ends.any(1), texts, generation.forwards, generation.fed)
 
 
 @dataclass(frozen=True)
@@ -153,14 +163,17 @@ class Specimen:
     expected: list[int]
 
 
-def specimens_of(table: Any, count: int) -> list[Specimen]:
-    """The first rows of a validation table: the beginning that is never masked is given (a quarter of a row without prompts)."""
+def specimens_of(table: Any, count: int, longest: int | None = None) -> list[Specimen]:
+    """The first rows of a validation table: the beginning that is never masked is given (a quarter of a row without prompts).
+
+    Of a prompt of more than `longest` tokens the last ones, as in training.
+    """
     specimens = []
     for row in table.select(range(min(count, len(table)))):
         ids = row.get("input_ids", row.get("prompt_ids"))
         maskable = row.get("maskable") or [int(i >= len(ids) // 4) for i in range(len(ids))]
         cut = len(ids) if "prompt_ids" in row else maskable.index(1)
-        specimens.append(Specimen(ids[:cut], row.get("chosen_ids", ids[cut:])))
+        specimens.append(Specimen(_last(ids[:cut], longest), row.get("chosen_ids", ids[cut:])))
     return specimens
 
 

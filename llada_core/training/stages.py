@@ -127,7 +127,7 @@ def objective_for(
         return DiffusionObjective(model, train_batches, held_out, params, seed=seed)
     if isinstance(params, GRPOParams):
         tables = [_filled(_table(folder / "train", params)), _table(folder / "validation", params)]
-        problems = Problems(tables[0], tables[1], tokenizer, reward_named(params.reward))
+        problems = Problems(tables[0], tables[1], tokenizer, reward_named(params.reward, params.reward_weights))
         return GRPO(model, problems, params, seed=seed)
     if isinstance(params, PreferenceParams):
         pairs = [_filled(_table(folder / "train", params)), _table(folder / "validation", params)]
@@ -137,10 +137,10 @@ def objective_for(
 
 def _sampler(params: TrainingParams, tokenizer: Tokenizer, data: Path) -> Callable[[Any], list[dict[str, Any]]]:
     """Writes the same few held-out texts at every validation."""
-    settings = None
+    settings = longest = None
     if isinstance(params, GRPOParams):
-        settings = params.validation or replace(params.sampling, temperature=0.0)
-    specimens = specimens_of(_table(data / _DATA[type(params)] / "validation", params), params.samples)
+        settings, longest = params.validation or replace(params.sampling, temperature=0.0), params.max_prompt_length
+    specimens = specimens_of(_table(data / _DATA[type(params)] / "validation", params), params.samples, longest)
     return lambda model: write_samples(model, tokenizer, specimens, settings)
 
 

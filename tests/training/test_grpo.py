@@ -12,7 +12,7 @@ from datasets import Dataset
 from llada_core.config.base import ConfigError
 from llada_core.config.sampling import SamplingParams
 from llada_core.config.training import GRPOParams
-from llada_core.training import grpo
+from llada_core.training import grpo, rollouts
 from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.metrics import read_metrics
 from llada_core.training.policy import Completions, divergence
@@ -332,3 +332,49 @@ def test_a_task_without_a_verifier_is_judged_by_its_reward(data, tmp_path):
     assert judged_by[-1]["best_step"] == best["step"]
     with pytest.raises(ConfigError, match=r"task 'poem' has none: give the dotted path of a function"):
         run(tmp_path / "data", tmp_path / "other", reward="default")
+
+
+def test_long_prompts_lose_their_beginning(data, tmp_path, monkeypatch):
+    table = Dataset.load_from_disk(str(data / "grpo" / "train"))
+    assert [p.ids for p in rollouts.prompts_of(table, [0, 1], 2)] == [[10, 20], [20, 30]]
+    assert rollouts.prompts_of(table, [1])[0].ids == [11, 20, 30]
+    lengths, real = set(), rollouts.generate
+    monkeypatch.setattr(rollouts, "generate", lambda m, p, s: lengths.update(map(len, p)) or real(m, p, s))
+    run(data, tmp_path, max_steps=1, max_prompt_length=1, samples=2)
+    assert lengths == {1}
+
+
+def ending(every, sampled):
+    """As `sampled`, with an end token in the first place of every n-th completion alone."""
+    tokens, scored, ended = sampled.tokens.clone(), sampled.scored.clone(), torch.zeros_like(sampled.ended)
+    ended[::every] = True
+    first = sampled.written.long().argmax(1)
+    scored[:] = sampled.written
+    for row in ended.nonzero()[:, 0]:
+        scored[row, first[row] + 1 :] = False
+    return replace(sampled, tokens=tokens, scored=scored, ended=ended)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_truncated_completions_move_nothing_when_they_are_masked(data, monkeypatch, ratio):
+    real = grpo.sample
+    monkeypatch.setattr(grpo, "sample", lambda *a, **k: ending(2, real(*a, **k)))
+    table, gradients, counts = Dataset.load_from_disk(str(data / "grpo" / "train")), {}, {}
+    for masked in (False, True):
+        model, tokenizer = tiny_pair()
+        params = GRPOParams(
+            max_steps=1, prompts=2, generations=4, sampling=SAMPLING, ratio=ratio, likelihood="elbo", beta=0.1,
+            mask_truncated_completions=masked,
+        )  # fmt: skip
+        policy = GRPO(model, Problems(table, table, tokenizer, likes_low_ids), params, seed=0)
+        work = policy.work(model, 0, 0, 1)
+        counts[masked] = work.counts
+        assert work.notes["completion_tokens"] == (1 + 6) / 2
+        assert work.notes.get("truncated") == (0.5 if masked else None)
+        rows = work.batches[0].rows
+        assert rows.scored.any(1).tolist() == [True, not masked] * 4
+        assert not masked or rows.advantages[1::2].eq(0).all()
+        policy.loss(model, work.batches[0]).sum.backward()
+        gradients[masked] = model.get_output_embeddings().weight.grad.clone()
+    assert counts == {False: [8.0 if ratio == "sequence" else 28.0], True: [4.0]}
+    assert not torch.equal(gradients[False], gradients[True])

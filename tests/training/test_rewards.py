@@ -8,6 +8,7 @@ import pytest
 
 from llada_core import verifiers
 from llada_core.config.base import ConfigError
+from llada_core.config.training import GRPOParams
 from llada_core.training.rewards import published, reward_named
 from llada_core.training.rollouts import Prompt, judge
 from llada_core.verifiers import code
@@ -128,3 +129,22 @@ def test_a_reward_that_raises_drops_its_row_and_a_wrong_setting_ends_the_run():
     assert str(found.rewards.tolist()) == "[nan, 1.0]"
     with pytest.raises(ConfigError, match="task 'seats' has no published reward"):
         judge(reward_named("published"), [Prompt([1], "seats", {"order": "1"})], ["1"])
+
+
+def test_the_published_parts_are_weighed_by_name():
+    text, answer = "<reasoning>\na\n</reasoning>\n<answer>\n7\n</answer>\n", {"answer": "7"}
+    weights = {"correctness": 0.25, "xmlcount": 0.0}
+    weighed = reward_named("published", weights)("gsm8k", text, answer)
+    parts = published.parts("gsm8k", text, answer)
+    assert parts["correctness"] == 2.0
+    assert parts["xmlcount"] > 0
+    assert weighed == pytest.approx(sum(parts.values()) - 1.5 - parts["xmlcount"])
+    with pytest.raises(ConfigError, match=r"grpo.reward_weights: no reward 'corectness'; did you mean 'correctness'"):
+        reward_named("published", {"corectness": 1.0})
+    with pytest.raises(ConfigError, match="reward_weights weigh the parts of reward: published, not 'default'"):
+        GRPOParams.parse({"max_steps": 1, "reward_weights": weights}, "grpo")
+
+
+def test_every_part_of_every_task_has_a_name_that_can_be_weighed():
+    found = {name for golden in GOLDEN for name in published.parts(golden["task"], golden["completion"], golden)}
+    assert found | {"tests"} == set(published.PARTS)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from llada_core.config.base import ConfigError, nearest
@@ -22,8 +23,16 @@ def correct(task: str, text: str, answer: Mapping[str, Any]) -> float:
 NAMED: dict[str, Reward] = {"default": correct, "correct": correct, "published": published.reward}
 
 
-def reward_named(name: str) -> Reward:
-    """The reward called `name`, or the function at that dotted path; raises `ConfigError`."""
+def reward_named(name: str, weights: Mapping[str, float] | None = None) -> Reward:
+    """The reward called `name`, or the function at that dotted path; raises `ConfigError`.
+
+    weights: those of the published reward's parts, for that reward alone.
+    """
+    for part in weights or ():
+        if part not in published.PARTS:
+            raise ConfigError(f"grpo.reward_weights: no reward {part!r}{nearest(part, list(published.PARTS))}")
+    if weights and name == "published":
+        return partial(published.reward, weights=weights)
     if name in NAMED:
         return NAMED[name]
     if "." not in name:

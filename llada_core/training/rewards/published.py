@@ -1,4 +1,4 @@
-"""The rewards of d1 and dllm, task by task: tag formats, partial credit and correctness, summed with weight 1.
+"""The rewards of d1 and dllm, task by task: tag formats, partial credit and correctness, summed with weight 1 if no other is given.
 
 Equal to theirs on their own functions' outputs, except where those are mistaken:
 - a reply that ends in `</answer>` without a newline: theirs subtracts its whole length, ours nothing;
@@ -23,9 +23,15 @@ _STRICT = re.compile(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>
 _SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
 
 
-def reward(task: str, text: str, answer: Answer) -> float:
-    """The sum of a task's rewards; raises `ConfigError` for a task without any."""
-    return sum(parts(task, text, answer).values())
+PARTS = (
+    "correctness", "xmlcount", "soft_format", "strict_format", "int", "boxed_and_tags", "countdown", "sudoku", "tests",
+)  # fmt: skip
+"""The names of all rewards of all tasks."""
+
+
+def reward(task: str, text: str, answer: Answer, weights: Mapping[str, float] | None = None) -> float:
+    """The weighted sum of a task's rewards (weight 1 where none is given); raises `ConfigError` for a task without any."""
+    return sum((weights or {}).get(name, 1.0) * value for name, value in parts(task, text, answer).items())
 
 
 def parts(task: str, text: str, answer: Answer) -> dict[str, float]:
