@@ -20,6 +20,7 @@ from llada_core.config.evaluation import EvaluateParams
 from llada_core.config.params import Params
 from llada_core.data.overlap import saved_values
 from tasks.folders import read_json, safe, write_json, write_text
+from tasks.launch_script import visible_gpus
 from tasks.program import Work, stage_program
 from tasks.shards import sharing, whole
 
@@ -72,9 +73,14 @@ def run(work: Work) -> None:
 
 
 def _processes(work: Work, folders: list[Path]) -> int:
-    """One a GPU of this machine, unless `launch.processes` says another number (whose ranks the launcher starts)."""
+    """One a GPU of this machine, or `launch.cpu_processes`, unless `launch.processes` says another number (whose ranks
+    the launcher starts)."""
     assert work.params.evaluate is not None
-    return 1 if work.params.launch.of("evaluate").processes else processes(folders, work.params.evaluate)
+    launch = work.params.launch.of("evaluate")
+    if launch.processes:
+        return 1
+    found = processes(folders, work.params.evaluate)
+    return found if visible_gpus() else max(found, launch.cpu_processes)
 
 
 def processes(folders: list[Path], params: EvaluateParams, device: str = "auto") -> int:

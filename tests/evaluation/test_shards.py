@@ -117,6 +117,17 @@ def test_a_number_of_processes_that_a_person_gives_is_the_launchers(
         assert stage._processes(work, [tmp_path]) == own
 
 
+@pytest.mark.parametrize(("gpus", "own"), [(0, 3), (1, 1)])
+def test_without_a_gpu_processes_of_the_cpu_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, own: int
+) -> None:
+    monkeypatch.setattr(stage, "processes", lambda *_: 1)
+    monkeypatch.setattr(stage, "visible_gpus", lambda: gpus)
+    values = {"name": "n", "stages": ["evaluate"], "evaluate": {"models": ["m"]}, "launch": {"cpu_processes": 3}}
+    work = Work(Params.parse(values, "params.yaml"), RunFolder(tmp_path), "evaluate@x", "x")
+    assert stage._processes(work, [tmp_path]) == own
+
+
 def test_who_shares_is_numbered_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     told = tmp_path / "told"
