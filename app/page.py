@@ -48,10 +48,11 @@ def absent(name: str, reason: str) -> gr.Blocks:
     """The page when there is no model: what to run."""
     with gr.Blocks(title="lladaflow", analytics_enabled=False) as page:
         gr.Markdown(
-            f"# No model yet\n\nThe page wants to load `{name}`, but the registry has none.\n\n"
-            "1. `make run` trains, evaluates and registers one (about a quarter of an hour on two cores).\n"
+            f"# No model yet\n\nThe page wants to load `{name}` and cannot; below stands why.\n\n"
+            "1. If none is registered: `make run` trains, evaluates and registers one (about a quarter of an hour on two "
+            "cores). If it finds no room: `--device` and `--bits` put it elsewhere, or make it smaller.\n"
             "2. Then start the page again with `make app`.\n\n"
             "Any model folder will do as well: `python -m app --model path/to/folder`."
         )
-        gr.Textbox(reason, label="What the registry says", interactive=False)
+        gr.Textbox(reason, label="Why", interactive=False)
     return page
