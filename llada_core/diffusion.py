@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llada_core.config.training import NoiseParams
+from llada_core.modeling.predictor import device_of
 
 _WEIGHT_EPSILON = 1e-6  # dllm's guard in -alpha' / (1 - alpha), kept so that losses compare
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, splitmix64's increment
@@ -130,7 +131,7 @@ def masked_nll(  # noqa: PLR0913 (the canvas, its noise, and two switches)
     `model` is a `MaskPredictor`, perhaps wrapped. noisy, tokens, masked (B, L); attention_mask (B, L) or (B, L, L). Give the tensors on the CPU and the index of positions costs the accelerator no synchronisation.
     `right_shift`: logits at i-1 predict token i (position 0 predicts itself).
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     index = masked.flatten().nonzero()[:, 0]
     rows = index // noisy.shape[1]
     source = torch.where(index % noisy.shape[1] > 0, index - 1, index) if right_shift else index

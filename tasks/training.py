@@ -66,14 +66,14 @@ def _verify_inputs(work: Work) -> None:
 
 def _model(work: Work, params: TrainingParams, tokenizer: Any) -> Any:
     from llada_core.modeling import load_model, new_model
+    from llada_core.training.ranks import loading_device
 
     if params.init_from is not None:
-        folder = _source(params.init_from)
         quantised = params.lora is not None and params.lora.four_bit
         double = params.lora is not None and params.lora.double_quant
-        if not quantised:
-            return load_model(folder, device="cpu")  # accelerate moves it
-        return load_model(folder, device="cuda", bits=4, double_quant=double)  # it stays on this rank's GPU
+        return load_model(
+            _source(params.init_from), bits=4 if quantised else None, double_quant=double, device=loading_device(params)
+        )
     if work.params.model is None:
         raise ConfigError(f"{work.stage}.init_from is empty and params.yaml has no block 'model'")
     return new_model(work.params.model, tokenizer.vocab_size, tokenizer.special, work.params.seed)

@@ -237,11 +237,13 @@ class GRPOParams(TrainingParams):
             raise ValueError(
                 "sync_every mixes the policy into a copy; with LoRA the reference is the adapter switched off"
             )
-        if self.distribution.kind in ("fsdp", "zero3") and (self.sampling.stop_at_eos or self.sampling.parallel):
-            raise ValueError(
-                "sharded ranks must run equally many forwards: sampling with stop_at_eos, threshold, factor or "
-                f"entropy_bound does not go with distribution {self.distribution.kind}; use ddp or fixed steps"
-            )
+        for name, settings in (("sampling", self.sampling), ("validation", self.validation)):
+            apart = settings is not None and (settings.stop_at_eos or settings.parallel)
+            if apart and self.distribution.kind in ("fsdp", "zero3"):
+                raise ValueError(
+                    f"sharded ranks must run equally many forwards: {name} with stop_at_eos, threshold, factor or "
+                    f"entropy_bound does not go with distribution {self.distribution.kind}; use ddp or fixed steps"
+                )
         _no_sharded_copy(self, self.beta)
         return self
 

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llada_core.modeling.architecture import Architecture
 from llada_core.modeling.cache import KVCache
 from llada_core.modeling.experts import GatedMLP, MoE, Routing
-from llada_core.modeling.linear import Linear
+from llada_core.modeling.linear import Linear, autocast_dtype
 from llada_core.modeling.rope import rotate
 
 
@@ -49,7 +49,11 @@ def key_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm as LLaDA computes it: in fp32, cast back, then multiplied by the weight."""
+    """Root-mean-square norm as LLaDA computes it: in fp32, cast back, then multiplied by the weight.
+
+    Under autocast the weight counts as autocast rounds a product's: sharded ranks are sent all weights that way, so one
+    GPU and many compute the same.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -57,9 +61,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).type_as(x) * self.weight
+        low = autocast_dtype(x)
+        weight = self.weight if low is None else self.weight.to(low)
+        if x.dtype == torch.float32 and (low is not None or weight.dtype == torch.float32):
+            return F.rms_norm(x, weight.shape, weight.float(), self.eps)
+        return F.rms_norm(x.float(), weight.shape, eps=self.eps).type_as(x) * weight
 
 
 class LLaDABlock(GradientCheckpointingLayer):
@@ -116,7 +122,8 @@ class LLaDABlock(GradientCheckpointingLayer):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, around.cos, around.sin), rotate(k, around.cos, around.sin)
         if around.cache is not None:
-            k, v = around.cache.write(self.layer, around.flat_slots, k, v)
+            # A cache may have another dtype than the queries (fp32 for a model that computes in bf16).
+            k, v = (kept.to(q.dtype) for kept in around.cache.write(self.layer, around.flat_slots, k, v))
         y_BNWH = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=around.bias, enable_gqa=self.grouped
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llada_core.modeling.architecture import ExpertShape
-from llada_core.modeling.linear import Linear
+from llada_core.modeling.linear import Linear, autocast_dtype
 from llada_core.modeling.predictor import RouterLosses
 
 
@@ -51,8 +51,8 @@ class Experts(nn.Module):
         """Sum over each token's experts of weight times expert output, (T, D), by two grouped products."""
         gate_up: Tensor = self.gate_up
         down: Tensor = self.down
-        if torch.is_autocast_enabled(x_TD.device.type):  # grouped_mm is not on autocast's list
-            low = torch.get_autocast_dtype(x_TD.device.type)
+        low = autocast_dtype(x_TD)
+        if low is not None:  # grouped_mm is not on autocast's list
             x_TD, gate_up, down = x_TD.to(low), gate_up.to(low), down.to(low)
         n_tokens, chosen = expert_TK.shape
         sorted_TK, order = expert_TK.flatten().sort(stable=True)

@@ -36,6 +36,12 @@ def plain(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast turns the operands of products on `x`'s device into; None where it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def _pays(x: Tensor, weight: Tensor) -> bool:
     large = x.numel() * weight.shape[0] >= _WORTH
     return large and weight.dtype == torch.float32 and prefers_onednn() and plain(x, weight)

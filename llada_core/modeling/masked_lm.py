@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from llada_core.families import SpecialTokens
 from llada_core.modeling.cache import KVCache
 from llada_core.modeling.nll import projected_nll
-from llada_core.modeling.predictor import MaskPredictor, Prediction
+from llada_core.modeling.predictor import MaskPredictor, Prediction, device_of
 
 
 class MaskedLM(MaskPredictor):
@@ -37,7 +37,7 @@ class MaskedLM(MaskPredictor):
 
     @property
     def device(self) -> torch.device:
-        return self.backbone.device if self._entrance is None else self._entrance
+        return device_of(self) if self._entrance is None else self._entrance
 
     @property
     def dtype(self) -> torch.dtype:

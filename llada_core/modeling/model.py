@@ -17,11 +17,11 @@ from llada_core.modeling.block import LLaDABlock, RMSNorm, Surroundings, key_bia
 from llada_core.modeling.cache import KVCache
 from llada_core.modeling.config import LLaDAConfig, LLaDAMoEConfig
 from llada_core.modeling.experts import Routing, router_losses
-from llada_core.modeling.linear import Linear, linear, plain
+from llada_core.modeling.linear import Linear, autocast_dtype, linear, plain
 from llada_core.modeling.names import published_shapes, register_names
 from llada_core.modeling.nll import projected_nll
 from llada_core.modeling.packed import PackedBody
-from llada_core.modeling.predictor import MaskPredictor, Prediction, RouterLosses
+from llada_core.modeling.predictor import MaskPredictor, Prediction, RouterLosses, device_of
 from llada_core.modeling.rope import RotaryTables
 from llada_core.modeling.strict import require_weights
 
@@ -83,7 +83,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
 
     @property
     def device(self) -> torch.device:  # transformers has one of its own, which would come first
-        return super().device if self._entrance is None else self._entrance
+        return device_of(self) if self._entrance is None else self._entrance
 
     @property
     def vocab_rows(self) -> int:
@@ -100,10 +100,12 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         return self.model.transformer.ff_out
 
     def new_cache(self, batch: int, length: int) -> KVCache:
-        like = [
-            block.attn_norm.weight for block in self.model.transformer.blocks
-        ]  # never quantised, where its block is
-        return KVCache.empty((batch, length, self.shape.n_kv_heads, self.shape.head_width), like)
+        def like(block: LLaDABlock) -> Tensor:  # its norms are never quantised
+            dtype = self.computes_in or block.attn_norm.weight.dtype
+            return torch.empty(0, dtype=dtype, device=device_of(block))
+
+        shape = (batch, length, self.shape.n_kv_heads, self.shape.head_width)
+        return KVCache.empty(shape, [like(block) for block in self.model.transformer.blocks])
 
     def fuse_for_inference(self) -> None:
         self._packed = PackedBody.of(self.model.transformer, list(self.model.transformer.blocks))
@@ -144,7 +146,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         cache, slots: the W tokens sit at canvas positions `slots` (B, W); they attend to all T cached positions.
         router_losses: also the balance loss (B,) and z-loss (B, W) of a mixture-of-experts model.
         """
-        x = self.model.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
         around = self._surroundings(x, attention_mask, cache, slots)
         early = None if output_hidden_states or router_losses else positions
         hidden, routings = [x], []
@@ -169,6 +171,12 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         if packed is not None and packed.head is not None and len(x):
             return Prediction(logits=packed.head(x))
         return Prediction(logits=self._project(x), hidden_states=states, router_losses=losses)
+
+    def _embedded(self, ids: Tensor | None) -> Tensor:
+        """The residual stream's beginning. Under autocast it is fp32, of rows rounded as all weights are (`RMSNorm`)."""
+        x = self.model.transformer.wte(ids)
+        low = autocast_dtype(x)
+        return x if low is None else x.to(low).float()
 
     def _project(self, x: Tensor) -> Tensor:
         transformer = self.model.transformer

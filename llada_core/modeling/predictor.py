@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from llada_core.families import SpecialTokens
@@ -34,6 +35,17 @@ class Prediction(ModelOutput):
     router_losses: RouterLosses | None = None
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes, and so where its input belongs.
+
+    FSDP with offload keeps its shards on the CPU and computes on the rank's GPU, which is the current one of its kind.
+    """
+    weight = next(module.parameters())
+    if isinstance(weight, DTensor) and weight.device_mesh.device_type != weight.device.type:
+        return torch.device(weight.device_mesh.device_type)
+    return weight.device
+
+
 class MaskPredictor(nn.Module):
     """Tokens with masks in, logits at every asked-for position out; bidirectional, no time input.
 
@@ -43,6 +55,7 @@ class MaskPredictor(nn.Module):
 
     supports_cache: bool = True
     closes: bool = False  # whether a sequence ends with a token of its own, as [SEP] for BERT
+    computes_in: torch.dtype | None = None  # what autocast makes of products while it trains; None: as it is stored
     _special: SpecialTokens | None = None
     _entrance: torch.device | None = None  # where input comes from and results go, if not to where the weights lie
 
@@ -56,7 +69,7 @@ class MaskPredictor(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the input belongs."""
-        return next(self.parameters()).device if self._entrance is None else self._entrance
+        return device_of(self) if self._entrance is None else self._entrance
 
     @property
     def vocab_rows(self) -> int:

@@ -79,7 +79,11 @@ class Meter:
     def take(self, ranks: Ranks) -> dict[str, float | list[float | None]]:
         """The ratios since the last call (None where nothing was counted); every rank must hold the same names."""
         names = sorted(self._totals)
-        flat = torch.cat([self._totals[n].flatten().to(torch.float64) for n in names]).tolist() if names else []
+        # With offload some lie on the CPU (the gradients' norm) and some on the GPU; one transfer brings all of them.
+        devices = [self._totals[n].device for n in names]
+        device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+        parts = [self._totals[n].flatten().to(device, torch.float64, non_blocking=True) for n in names]
+        flat = torch.cat(parts).tolist() if names else []
         flat, ratios = ranks.sum(flat), {}
         for name in names:
             size = self._totals[name].numel()

@@ -4,16 +4,19 @@ Uses CPU tensors, so that agreeing never waits for an accelerator. Knows nothing
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from llada_core.config.dotted import require_package
 from llada_core.config.training import TrainingParams
+from llada_core.modeling.predictor import MaskPredictor
 
 LOCAL_RANK = "LOCAL_RANK"  # set by torchrun and by accelerate's launcher of several ranks: which one of this node
 
@@ -87,7 +90,6 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=list(block_classes),
             state_dict_type="SHARDED_STATE_DICT",
-            activation_checkpointing=params.activation_checkpointing,
             cpu_offload=wanted.offload,
             mixed_precision_policy=precision_policy(params),
         )
@@ -114,9 +116,47 @@ def accelerator_for(params: TrainingParams, *, cpu: bool, block_classes: tuple[s
 
 
 def precision_policy(params: TrainingParams) -> MixedPrecisionPolicy:
-    """Autocast's precision: products in bf16, residuals, losses and the sums of gradients in fp32 (accelerate: all bf16)."""
+    """Weights are sent in bf16 and their gradients summed over ranks in fp32 (accelerate by itself: all in bf16)."""
     low = torch.bfloat16 if params.precision == "bf16" else None
     return MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+@contextmanager
+def tied_table_last(model: MaskPredictor) -> Iterator[None]:
+    """While a model is prepared: accelerate does not shard a tied table of token vectors on its own.
+
+    On its own it would be put away after the first layer, and be missing where it is the vocabulary projection. It goes
+    to FSDP's outermost unit instead, which is whole from the beginning of a pass to its end.
+    """
+    if model.get_output_embeddings() is not None:
+        yield
+        return
+    model.get_input_embeddings = lambda: None  # type: ignore[method-assign, assignment, return-value]
+    try:
+        yield
+    finally:
+        del model.get_input_embeddings
+
+
+def same_precision(model: nn.Module, params: TrainingParams, engine: Accelerator) -> None:
+    """Let a prepared model compute under autocast however its ranks share the work; accelerate leaves FSDP2 without.
+
+    So in bf16 one rank, DDP and FSDP2 have the same of each: weights rounded to bf16 in the forward pass and products in
+    bf16; the residual stream, norms, routers' probabilities, losses, gradients' sums and the weights that are updated in
+    fp32. DeepSpeed keeps its own order: all of the forward pass in bf16.
+    """
+    if params.precision == "bf16" and engine.distributed_type == DistributedType.FSDP:
+        model.forward = torch.autocast(engine.device.type, torch.bfloat16)(model.forward)
+
+
+def loading_device(params: TrainingParams) -> torch.device:
+    """Where a rank puts the weights that it starts from: on its own device, except where each keeps only a part.
+
+    Those are cut up from a copy on the CPU, block by block; 4-bit weights cannot be cut up and lie whole on the device.
+    """
+    four_bit = params.lora is not None and params.lora.four_bit
+    cut = params.distribution.kind in ("fsdp", "zero3") and not four_bit
+    return torch.device("cpu") if cut else rank_device()
 
 
 def _assert_distribution(params: TrainingParams, engine: Accelerator) -> None:

@@ -26,7 +26,7 @@ class Reference:
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
         """The reference as a model to call; `model` is the policy as the loop wraps it."""
         if self.copied is not None:
-            device = next(model.parameters()).device
+            device = self._policy.device
             self.copied.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=self._low):  # as accelerate runs the policy
                 yield self.copied

@@ -27,7 +27,7 @@ from llada_core.training.metrics import Follower, MetricsFile
 from llada_core.training.objectives import DiffusionObjective, Objective
 from llada_core.training.optimiser import optimiser_for
 from llada_core.training.preference import Preference
-from llada_core.training.ranks import Ranks, accelerator_for
+from llada_core.training.ranks import Ranks, accelerator_for, same_precision, tied_table_last
 from llada_core.training.rewards import reward_named
 from llada_core.training.rollouts import specimens_of, write_samples
 
@@ -67,11 +67,14 @@ def train(
     engine = accelerator_for(params, cpu=cpu, block_classes=block_classes(model))
     parameters, stored = active_parameters(model), next(model.parameters()).dtype
     prepare_weights(model, params)
+    model.computes_in = torch.bfloat16 if params.precision == "bf16" else None
     ranks = Ranks()
     metrics = MetricsFile(place.run / "metrics.jsonl", ranks, follow)
     objective = objective_for(params, model, tokenizer, place.data, seed=seed)
     _speed(params, model)
-    prepared, optimiser = engine.prepare(model, optimiser_for(model, params))
+    with tied_table_last(model):
+        prepared, optimiser = engine.prepare(model, optimiser_for(model, params))
+    same_precision(prepared, params, engine)
     parts = Parts(engine, prepared, optimiser, objective, parameters, fingerprint_of(params, place.data, seed))
     loop = Loop(parts, params, place.run, seed=seed, metrics=metrics, sampler=_sampler(params, tokenizer, place.data))
     progress, finished = loop.run(), not loop.stopped
@@ -92,7 +95,7 @@ def train(
 
 def _speed(params: TrainingParams, model: MaskPredictor) -> None:
     """What changes time and memory but no number: activations computed again, each kind of block compiled once."""
-    if params.activation_checkpointing and params.distribution.kind != "fsdp":  # FSDP does it itself
+    if params.activation_checkpointing:  # never accelerate's for FSDP, which would drop out other units the second time
         network: Any = model.backbone if isinstance(model, MaskedLM) else model
         network.gradient_checkpointing_enable({"use_reentrant": False})
     if params.compile:

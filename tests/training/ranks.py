@@ -91,7 +91,7 @@ def main(path):
         AcceleratorState._reset_state()
         kind = DistributedType.MULTI_GPU if params.distribution.kind == "fsdp" else real
         PartialState._shared_state["distributed_type"] = kind
-        model, tokenizer = tiny_pair(scenario.get("model", "llada"))
+        model, tokenizer = tiny_pair(scenario.get("model", "llada"), **scenario.get("shape", {}))
         folder = Path(scenario["run"])
         if scenario.get("hang"):
             Loop._step = hanging(Loop._step)

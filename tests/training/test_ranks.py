@@ -79,19 +79,30 @@ POLICY = {
 
 @pytest.fixture(scope="session")
 def few(data, tmp_path_factory):
-    """A sparse model, an adapter and policy optimisation on one process and on two: sharded, or in small batches."""
+    """On one process and on two (sharded, or in small batches): a sparse and a tied model, one in bf16, an adapter, a policy.
+
+    On two alone: adapters that drop out, a policy that samples with a cache in bf16.
+    """
     folder = tmp_path_factory.mktemp("few")
     sparse, adapter = (
         {"model": "llada_moe", "max_steps": 8},
         {"max_steps": 8, "lora": {"r": 4, "merge": False, "modules_to_save": ["ff_out"]}},
     )
+    half, tied = {"model": "llada_moe", "max_steps": 4, "precision": "bf16"}, {"shape": {"weight_tying": True}}
     alone = [("alone", sparse), ("adapter-alone", adapter), ("policy", POLICY)]
-    launch(folder, 1, [plan(data, folder, name, **changes) for name, changes in alone])
+    alone = [*alone, ("alone-bf16", half | {"micro_batch_size": 4})]
+    tied_alone = plan(data, folder, "alone-tied", max_steps=8) | tied
+    launch(folder, 1, [*(plan(data, folder, name, **changes) for name, changes in alone), tied_alone])
     two = plan(data, folder, "policies", **POLICY, kind="ddp")
     two["params"]["micro_batch_size"] = 1
     cut = plan(data, folder, "cut", kind="fsdp", **sparse)
-    sharded = [("fsdp", sparse), ("adapter-fsdp", adapter)]
+    lora = {"max_steps": 4, "lora": {"dropout": 0.5, "merge": False}}
+    cached = {**POLICY, "max_steps": 2, "precision": "bf16", "sampling": {**POLICY["sampling"], "cache": "dual"}}
+    sharded = [("fsdp", sparse), ("adapter-fsdp", adapter), ("fsdp-bf16", half), ("cached-bf16", cached)]
+    sharded = [*sharded, ("lora", lora), ("lora-recomputed", lora | {"activation_checkpointing": True})]
     twice = [*(plan(data, folder, name, kind="fsdp", **changes) for name, changes in sharded), cut | {"stop": 4}]
+    twice.append(plan(data, folder, "ddp-bf16", kind="ddp", **half))
+    twice.append(plan(data, folder, "fsdp-tied", max_steps=8, kind="fsdp", activation_checkpointing=True) | tied)
     launch(folder, 2, [*twice, two, cut | {"count": True}])
     return folder
 
@@ -145,6 +156,25 @@ def test_two_ranks_that_sample_judge_and_train_their_own_rows_are_one(few):
 def test_the_adapter_of_a_sharded_model_is_exported_whole(few):
     same(few / "adapter-fsdp", few / "adapter-alone")
     really_sharded(few / "adapter-fsdp", "fsdp")
+
+
+def test_two_sharding_ranks_are_one_with_a_tied_head(few):
+    same(few / "fsdp-tied", few / "alone-tied")
+    really_sharded(few / "fsdp-tied", "fsdp")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_bf16_means_the_same_however_ranks_share_the_work(few, kind):
+    assert losses(few / f"{kind}-bf16")[0] == pytest.approx(losses(few / "alone-bf16")[0], abs=1e-6)
+    assert losses(few / f"{kind}-bf16") == pytest.approx(losses(few / "alone-bf16"), abs=2e-3)
+
+
+def test_activations_computed_again_drop_out_the_same_units(few):
+    assert losses(few / "lora-recomputed") == pytest.approx(losses(few / "lora"), abs=1e-6)
+
+
+def test_a_sharded_policy_samples_with_a_cache_in_bf16(few):
+    assert any("reward" in line for line in read_metrics(few / "cached-bf16" / "metrics.jsonl"))
 
 
 @pytest.mark.faults
