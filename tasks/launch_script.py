@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -112,6 +113,16 @@ def _command(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
         return f"{accelerate} --main_process_port 0 {program}"
     per_node = f'{accelerate} --machine_rank "$SLURM_NODEID" --main_process_ip "$0" --main_process_port "$1" {program}'
     return f'srun --kill-on-bad-exit=1 {_srun(launch)}bash -c {shlex.quote("exec " + per_node)} "$address" "$port"'
+
+
+def machine_settings(params: Params, stage: str, launch: LaunchParams) -> dict[str, Any]:
+    """What a training stage's settings are where its job will run, whatever the machine that submits it has."""
+    if stage not in TRAINING_STAGES:
+        return {}
+    slurm = launch.kind == "slurm"
+    otherwise = launch.gpu is not None or any("gpu" in option for option in launch.slurm.extra)
+    gpu = gpus_of(launch, slurm=slurm) > 0 or (slurm and otherwise)
+    return {"precision": params.settled(stage, gpu=gpu).precision}
 
 
 def ranks_per_node(training: TrainingParams | None, launch: LaunchParams, *, slurm: bool) -> int:

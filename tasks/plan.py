@@ -42,7 +42,7 @@ def need(params: Params, stage: str, ranks: int, per_node: int = 1) -> Need:
     """The needs of a training stage on `ranks` GPUs."""
     from llada_core.training.flops import active_parameters, training_flops
 
-    block = params.training(stage)
+    block = params.settled(stage, gpu=True)
     model, stored = shape_of(params, stage)
     active = active_parameters(model)
     if block.lora is not None:
@@ -196,7 +196,7 @@ def refuse(params: Params, stage: str, gpu: str) -> None:
 
 def remedies(params: Params, stage: str, ranks: int, gpu: str) -> list[str]:
     """Changes of one or two settings with which the stage would fit, each with its GiB on a GPU."""
-    block = params.training(stage)
+    block = params.settled(stage, gpu=True)
     light: dict[str, object] = {"activation_checkpointing": True, "micro_batch_size": 1}
     lora, four = LoraParams(merge=False), LoraParams(four_bit=True, merge=False)
     far = block.distribution.model_copy(update={"offload": True})

@@ -20,6 +20,7 @@ from llada_core.config.params import TRAINING_STAGES, Params
 from tasks.errors import StageError, one_line_errors
 from tasks.graph import load_stage, with_sources
 from tasks.launch import attach_or_submit, follow, settle
+from tasks.launch_script import machine_settings
 from tasks.registry import hold_base
 from tasks.request import differences, request_of
 from tasks.runs import RunFolder, open_run, previous_run, stage_params
@@ -62,10 +63,11 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
     """Make the outputs of a stage, or put back those that a run with the same fingerprint has made."""
     params = with_sources(stage_params(root, overrides), root)
     stage = load_stage(root, name, params)
-    launch = Params.parse(params, "params.yaml").launch.of(stage.kind)
+    parsed = Params.parse(params, "params.yaml")
+    launch = parsed.launch.of(stage.kind)
     for path in stage.inputs:
         hold_base(root, root / path)
-    asked = request_of(root, stage, params)
+    asked = request_of(root, stage, params) | {"machine": machine_settings(parsed, stage.kind, launch)}
     run = open_run(root, stage, params, asked)
     again = stage.kind in OPEN_ENDED and not _inside_ranks()
     from tasks import tracking

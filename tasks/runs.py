@@ -160,7 +160,7 @@ def open_run(root: Path, stage: Stage, params: dict[str, Any], request: Request 
             _snapshot(root, stage, params, run.tree)
             if shorter is not None:
                 _begin_from(shorter, run)
-                request = request | {"extends": shorter.key}
+                request = request | {"extends": shorter.key, "machine": shorter.request.get("machine", {})}
             write_json(run.path / "request.json", request)
     return run
 

@@ -25,7 +25,7 @@ def train_stage(work: Work) -> float:
     from llada_core.tokenizer import Tokenizer
     from llada_core.training.stages import Place, train
 
-    params = _with_limit(work)
+    params = _settled(work)
     _verify_inputs(work)
     tokenizer = Tokenizer.load(Path("data/tokenizer"))
     model = _model(work, params, tokenizer)
@@ -46,13 +46,38 @@ def train_stage(work: Work) -> float:
     return receipt.seconds
 
 
-def _with_limit(work: Work) -> TrainingParams:
-    """The stage's block, with `flops_of` as the number that the other stage's receipt gives."""
-    params = work.params.training(work.stage)
+def _settled(work: Work) -> TrainingParams:
+    """The stage's block without a question left: `flops_of` is the number that the other stage's receipt gives, and what
+    depends on the machine is as the run's first job was submitted, also where a later one runs on another machine.
+    """
+    from llada_core.training.ranks import rank_device
+
+    params = work.params.settled(work.stage, gpu=rank_device().type != "cpu")
+    if work.params.training(work.stage).precision == "auto":
+        params = params.model_copy(update=work.run.request.get("machine", {}))
+    if rank() == 0 and (told := _taken(work, params)):
+        print(told, flush=True)
     if params.flops_of is None:
         return params
     spent = read_json(Path("models") / params.flops_of / "training.json")["flops"]
     return params.model_copy(update={"flops_of": None, "max_flops": spent})
+
+
+def _taken(work: Work, params: TrainingParams) -> str:
+    """Which of the settings that follow the start nobody gave, what was taken for them, and why; empty if none."""
+    given, origin = work.run.request["all_params"].get(work.stage, {}), work.params.origin(work.stage)
+    elsewhere = f"weights trained elsewhere ({origin})"
+    taken = []
+    if "learning_rate" not in given:
+        taken.append(f"learning_rate {params.learning_rate:g} for {elsewhere if origin else 'weights of this run'}")
+    if given.get("precision", "auto") == "auto":
+        why = (
+            f"{elsewhere} {'on' if params.precision == 'bf16' else 'without'} a GPU"
+            if origin
+            else "weights of this run"
+        )
+        taken.append(f"precision {params.precision} for {why}")
+    return f"{work.stage}: {', '.join(taken)}" if taken else ""
 
 
 def _verify_inputs(work: Work) -> None:

@@ -68,6 +68,10 @@ class RecoveryParams(Block):
     spike: float = Field(default=10.0, gt=1)  # a logged loss this many times the running mean counts as exploding
 
 
+TRAINING_STAGES: tuple[str, ...] = ("pretrain", "sft", "grpo", "sft_control", "preference")
+PUBLISHED_LEARNING_RATE = 2e-5  # at which trained weights are trained on; LLaDA's guideline and dllm: 1e-5 to 2.5e-5
+
+
 class TrainingParams(Block):
     """What all training stages share. Rows are sequences; a step is one optimiser update."""
 
@@ -86,6 +90,7 @@ class TrainingParams(Block):
     # Rows per forward and rank; None: as many as fit the step.
     micro_batch_size: Annotated[int | None, FREE] = Field(default=None, ge=1)
     optimiser: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks, AdamW for the rest
+    # What is not given follows the start (`Params`): weights that were trained elsewhere take PUBLISHED_LEARNING_RATE.
     learning_rate: float = Field(default=4e-4, gt=0)
     schedule: Literal["constant", "cosine", "linear", "wsd", "phases"] = "wsd"
     warmup: float = Field(default=0.02, ge=0)  # below 1: share of the run; else steps
@@ -95,7 +100,9 @@ class TrainingParams(Block):
     weight_decay: float = Field(default=0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = Field(default=1.0, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, the weights that are updated stay fp32
+    # bf16: products under autocast; residuals, losses and the weights that are updated stay fp32. auto: bf16 for weights
+    # that were trained elsewhere and are trained on on a GPU, else fp32.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     noise: NoiseParams = NoiseParams()
     normalise: Literal["token", "sequence", "batch"] = "token"
     right_shift: bool = False  # logits at i-1 predict token i (models converted from autoregressive ones)
@@ -139,6 +146,12 @@ class TrainingParams(Block):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
         return self
+
+    def settled(self, *, gpu: bool, published: bool) -> Self:
+        """With the precision that `auto` stands for on this machine and for weights that were `published` elsewhere."""
+        if self.precision != "auto":
+            return self
+        return self.model_copy(update={"precision": "bf16" if gpu and published else "fp32"})
 
     def share(self, ranks: int) -> int:
         """Micro-batches of one rank in a step; raises ValueError when the rows do not divide."""

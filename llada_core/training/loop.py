@@ -80,7 +80,7 @@ class Loop:
         """Train to the end, or until asked to stop; raises `DivergedError` when recovery has run out of tries.
 
         A run that ends leaves the model with the weights of its best validation, where its objective names one; the
-        weights it began with take part, and of equals the earliest win.
+        weights it began with take part if there were validations in between, and of equals the earliest win.
         """
         if self.ranks.first:
             (self.folder / "STOP").unlink(missing_ok=True)
@@ -94,9 +94,22 @@ class Loop:
                     self.metrics.write(self.progress.step, {"event": "stopped"})
                     return self.progress
                 self._housekeeping()
-        if self.progress.best_step not in (None, self.progress.step):
-            self.snapshot.restore_weights(self.progress.best_step)
+        self._take_the_best()
         return self.progress
+
+    def _take_the_best(self) -> None:
+        """Weights that were never trained are no result that anybody should get without being told."""
+        best, step, name = self.progress.best_step, self.progress.step, self.parts.objective.best_by
+        if best is None or best == step:
+            return
+        if best == 0 and self.progress.since_best <= 1:
+            told = f"the last weights are kept although {name} was higher before training: there was no validation in "
+            self.metrics.write(step, {"event": told + "between to choose from; set validate_every"})
+            return
+        if best == 0:
+            told = f"no step was better by {name} than the weights that training began with: these are the result"
+            self.metrics.write(step, {"event": f"{told}; keep_best: false keeps the last ones"})
+        self.snapshot.restore_weights(best)
 
     def _resume(self) -> None:
         state = self.snapshot.restore()

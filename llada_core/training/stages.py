@@ -5,7 +5,8 @@ The entry point of training. Knows the data folder's layout; does not know where
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def train(
     place.check(params)
     place.run.mkdir(parents=True, exist_ok=True)
     cpu = not torch.cuda.is_available()
+    params = params.settled(gpu=not cpu, published=params.init_from is not None)
     engine = accelerator_for(params, cpu=cpu, block_classes=block_classes(model))
     parameters, stored = active_parameters(model), next(model.parameters()).dtype
     prepare_weights(model, params)
@@ -77,7 +79,8 @@ def train(
     same_precision(prepared, params, engine)
     parts = Parts(engine, prepared, optimiser, objective, parameters, fingerprint_of(params, place.data, seed))
     loop = Loop(parts, params, place.run, seed=seed, metrics=metrics, sampler=_sampler(params, tokenizer, place.data))
-    progress, finished = loop.run(), not loop.stopped
+    with _tf32(params):
+        progress, finished = loop.run(), not loop.stopped
     receipt = Receipt(
         finished,
         progress.step,
@@ -91,6 +94,18 @@ def train(
         export(model, place, tokenizer, params, ranks, dtype=stored)
     ranks.barrier()
     return receipt
+
+
+@contextmanager
+def _tf32(params: TrainingParams) -> Iterator[None]:
+    """With bf16, what products remain in fp32 run on a GPU's tensor cores, with ten bits of mantissa."""
+    before = torch.get_float32_matmul_precision()
+    if params.precision == "bf16":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _speed(params: TrainingParams, model: MaskPredictor) -> None:
