@@ -8,18 +8,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from llada_core.config.base import ConfigError
 from llada_core.config.sampling import SamplingParams
 from llada_core.config.training import GRPOParams, SFTParams
 from llada_core.modeling.experts import Experts
+from llada_core.modeling.predictor import device_of
 from llada_core.sampling import generate
 from llada_core.training.grpo import GRPO, Share
 from llada_core.training.loop import Loop, Parts
-from llada_core.training.metrics import MetricsFile
+from llada_core.training.metrics import Meter, MetricsFile
 from llada_core.training.policy import Completions, Masks
 from llada_core.training.ranks import Ranks
 from llada_core.training.stages import objective_for
+from tasks import training
 from tests.pretend_gpu import GPU, OnGPU, PretendGPU, moved
 from tests.tiny import tiny_model, tiny_pair
 from tests.training.data import write_data
@@ -100,6 +107,66 @@ def test_a_sampling_step_waits_once(kind, settings):
     (few, waited), (many, more) = counts
     assert many > few
     assert more - waited == many - few
+
+
+@pytest.fixture
+def offloaded(monkeypatch):
+    """A shard as FSDP with offload keeps it: on the CPU, of a mesh of GPUs."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    shard = DTensor.from_local(torch.zeros(2, 3), DeviceMesh("cpu", torch.arange(2), _init_backend=False), [Shard(0)])
+    monkeypatch.setattr(DeviceMesh, "device_type", property(lambda _mesh: "cuda"))
+    yield shard
+    dist.destroy_process_group()
+
+
+def test_input_belongs_where_an_offloaded_model_computes(offloaded):
+    assert offloaded.device.type == "cpu"
+    model = tiny_model()
+    assert (device_of(model), model.device) == (torch.device("cpu"), torch.device("cpu"))
+    model.model.transformer.wte.weight = torch.nn.Parameter(offloaded)
+    assert (device_of(model), model.device) == (torch.device("cuda"), torch.device("cuda"))
+
+
+def test_a_log_line_brings_sums_of_the_gpu_and_of_the_cpu_in_one_transfer():
+    with PretendGPU() as gpu:
+        meter = Meter()
+        meter.add({"grad_norm": torch.tensor([3.0, 1.0]), "loss": OnGPU(torch.tensor([4.0, 2.0]))})
+        assert meter.take(Ranks()) == {"grad_norm": 3.0, "loss": 2.0}
+        assert gpu.waits == {"copied out": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "device"),
+    [
+        ({}, "cuda:3"),
+        ({"distribution": {"kind": "ddp"}}, "cuda:3"),
+        ({"distribution": {"kind": "fsdp"}}, "cpu"),  # cut up block by block from there
+        ({"distribution": {"kind": "fsdp"}, "lora": {"four_bit": True, "merge": False}}, "cuda:3"),
+    ],
+)
+def test_weights_are_loaded_to_the_ranks_own_device(monkeypatch, settings, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    seen = {}
+    monkeypatch.setattr("llada_core.modeling.load_model", lambda _folder, **how: seen.update(how))
+    params = SFTParams.model_validate({"max_steps": 1, "init_from": "somewhere", **settings}, strict=False)
+    training._model(SimpleNamespace(stage="sft"), params, None)
+    assert seen == {"device": torch.device(device), "bits": 4 if "lora" in settings else None}
+
+
+@pytest.mark.parametrize("name", ["sampling", "validation"])
+@pytest.mark.parametrize("apart", [{"stop_at_eos": True}, {"threshold": 0.9}])
+@pytest.mark.parametrize("kind", ["fsdp", "zero3"])
+def test_settings_that_let_sharded_ranks_run_apart_are_refused_by_name(name, apart, kind):
+    values = {
+        "max_steps": 1,
+        "beta": 0.0,
+        "distribution": {"kind": kind},
+        name: {"max_new_tokens": 8, "block_length": 8, "steps": 8, **apart},
+    }
+    with pytest.raises(ConfigError, match=f"{name} with stop_at_eos.*{kind}"):
+        GRPOParams.parse(values, "grpo")
 
 
 def test_a_pretended_gpu_computes_what_the_cpu_does_and_refuses_mixed_devices():

@@ -1,5 +1,7 @@
 """The one call: asked-for positions, likelihood without logits, masks of every shape, caches, gradients."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -173,3 +175,28 @@ def test_grouped_query_heads_match_repeated_ones():
     whole.load_state_dict(weights)
     with torch.no_grad():
         assert_close(grouped(TOKENS).logits, whole(TOKENS).logits, **CLOSE)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("llada", {"qk_norm": True, "n_kv_heads": 2}), ("llada_moe", {})])
+def test_autocast_rounds_each_weight_and_leaves_the_residuals_in_fp32(kind, changes):
+    """One GPU and DDP hold fp32 weights under autocast; FSDP2 sends them in bf16: the same forward pass, bit for bit."""
+    whole, ids = tiny_model(kind, **changes), torch.arange(20)[None]
+    for parameter in whole.parameters():
+        parameter.data.mul_(1.2345)  # norms' weights of one would be exact in bf16
+    sent = copy.deepcopy(whole).to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        mine, theirs = (model(ids, output_hidden_states=True) for model in (whole, sent))
+    assert {state.dtype for state in mine.hidden_states} == {torch.float32}
+    for one, other in zip((*mine.hidden_states, mine.logits), (*theirs.hidden_states, theirs.logits), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_cache_has_the_dtype_that_autocast_computes_in():
+    model, ids = tiny_model(), torch.arange(20)[None]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = model(ids).logits
+        for asked, kept in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+            model.computes_in = asked
+            cache = model.new_cache(1, 20)
+            assert cache.keys[0].dtype == kept
+            assert torch.equal(model(ids, cache=cache).logits, expected)

@@ -129,13 +129,23 @@ def test_the_best_validated_weights_are_the_result(data, tmp_path, monkeypatch, 
     judged(monkeypatch, scores)
     receipt, model = run(data, tmp_path / "whole", validate_every=2, keep=1)
     assert receipt.steps == 8
-    assert read_metrics(tmp_path / "whole" / "metrics.jsonl")[-1]["best_step"] == 2 * best
+    lines = [line for line in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "best_step" in line]
+    assert lines[-1]["best_step"] == 2 * best
     judged(monkeypatch, scores)
     wanted = run(data, tmp_path / "short", max_steps=2 * best, validate_every=2)[1] if best else tiny_pair()[0]
     assert equal(model, wanted)
     judged(monkeypatch, scores[-1:])
     _, longer = run(data, tmp_path / "whole", validate_every=2, keep=1, max_steps=10, extend=True)
     assert equal(longer, wanted)
+
+
+@pytest.mark.parametrize(("validate_every", "untrained"), [(0, False), (2, True)])
+def test_untrained_weights_are_never_a_silent_result(data, tmp_path, monkeypatch, validate_every, untrained):
+    judged(monkeypatch, [0.5, *([0.25] * 4)])
+    _, model = run(data, tmp_path, validate_every=validate_every)
+    assert equal(model, tiny_pair()[0]) == untrained
+    said = read_metrics(tmp_path / "metrics.jsonl")[-1]["event"]
+    assert ("these are the result" if untrained else "no validation in between") in said
 
 
 def test_no_task_pays_for_another():
