@@ -8,6 +8,7 @@ for the device is noted: reading a value, a shape that depends on values, a copy
 import contextlib
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,11 @@ class PretendGPU(TorchDispatchMode):
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "PretendGPU":
-        self._stack.enter_context(_Literals(self.waits))
+        enabled, generator = torch.is_autocast_enabled, torch.Generator  # which know no "meta"
+        asked = mock.patch.object(torch, "is_autocast_enabled", lambda kind: kind != GPU.type and enabled(kind))
+        drawn = mock.patch.object(torch, "Generator", side_effect=lambda device=None: generator())
+        for context in (asked, drawn, _Literals(self.waits)):
+            self._stack.enter_context(context)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

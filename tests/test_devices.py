@@ -34,14 +34,6 @@ from tests.training.test_preference import batch as pairs
 from tests.training.test_preference import objective as preference
 
 
-@pytest.fixture(autouse=True)
-def only_pretended(monkeypatch):
-    """What torch itself knows no "meta" device for."""
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _kind=None: False)
-    monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
@@ -190,3 +182,25 @@ def test_experts_of_a_gpu_count_their_tokens_without_being_asked_for_them():
     x = torch.randn(7, 32)
     chosen, weight = torch.tensor([[0, 1], [3, 1], [3, 0], [0, 3], [1, 0], [0, 1], [1, 3]]), torch.rand(7, 2)
     torch.testing.assert_close(experts(x, chosen, weight), experts.loop(x, chosen, weight))  # expert 2 gets no token
+
+
+@pytest.mark.parametrize("kind", ["llada", "llada_moe"])
+def test_a_block_compiles_whole_and_for_few_kinds_of_call(kind):
+    graphs = []
+
+    def counted(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    model = tiny_model(kind, n_layers=3).train()
+    torch.compiler.reset()
+    for layer in model.model.transformer.blocks:
+        layer.compile(backend=counted, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for length in (16, 24, 32, 20):
+            ids, wanted = torch.arange(2 * length).view(2, length), torch.arange(0, 2 * length, 3)
+            mask = (ids % 7 > 0).long()
+            nll = model(ids, mask, positions=wanted, targets=wanted, router_losses=kind == "llada_moe").nll
+            nll.sum().backward()
+    assert len(graphs) <= 4  # with all positions or those asked for, each of one length and of any
+    torch.compiler.reset()
