@@ -166,7 +166,7 @@ def test_two_sharding_ranks_are_one_with_a_tied_head(few):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_bf16_means_the_same_however_ranks_share_the_work(few, kind):
     assert losses(few / f"{kind}-bf16")[0] == pytest.approx(losses(few / "alone-bf16")[0], abs=1e-6)
-    assert losses(few / f"{kind}-bf16") == pytest.approx(losses(few / "alone-bf16"), abs=2e-3)
+    assert losses(few / f"{kind}-bf16") == pytest.approx(losses(few / "alone-bf16"), abs=1e-2)
 
 
 def test_activations_computed_again_drop_out_the_same_units(few):
