@@ -61,7 +61,7 @@ def footprint(
             _give_shapes(model)
         objective = _objective(model, params, rows, length)
         pretence = _Pretence(mode, _Tracker())
-        wrapped = _Pretended(model, pretence, low=params.precision == "bf16" and not sharded)
+        wrapped = _Pretended(model, pretence, low=params.precision == "bf16")
         frozen = getattr(getattr(objective, "reference", None), "copied", None)
         if params.activation_checkpointing:
             network: Any = model.backbone if isinstance(model, MaskedLM) else model
