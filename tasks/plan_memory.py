@@ -44,13 +44,13 @@ class Asked:
 def estimate(asked: Asked) -> float:
     """The same by formula and at once, to see which of several settings are worth measuring."""
     model, stored = trained_shape(asked.params, asked.stage)
-    block = asked.params.training(asked.stage)
+    block = asked.params.settled(asked.stage, gpu=True)
     return sum(counted(model, block, asked.ranks, asked.rows * asked.length, stored).values())
 
 
 def memory_of(asked: Asked) -> tuple[dict[str, float], bool]:
     """Bytes of one GPU by purpose, and whether they were measured rather than counted."""
-    block = asked.params.training(asked.stage)
+    block = asked.params.settled(asked.stage, gpu=True)
     if block.distribution.kind in ("zero2", "zero3") or (block.lora is not None and block.lora.four_bit):
         model, stored = trained_shape(asked.params, asked.stage)
         return counted(model, block, asked.ranks, asked.rows * asked.length, stored), False
@@ -62,7 +62,7 @@ def _measured(asked: Asked) -> dict[str, float]:
     """The fullest moment of a step, at the model's depth: each part of the step is a line through what few layers take."""
     from llada_core.training.footprint import footprint
 
-    block, ranks = asked.params.training(asked.stage), asked.ranks
+    block, ranks = asked.params.settled(asked.stage, gpu=True), asked.ranks
     model, stored = trained_shape(asked.params, asked.stage)
     depth = len(block_shape(model)[0])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
