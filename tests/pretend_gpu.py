@@ -54,10 +54,9 @@ class PretendGPU(TorchDispatchMode):
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "PretendGPU":
-        enabled, generator = torch.is_autocast_enabled, torch.Generator  # which know no "meta"
-        asked = mock.patch.object(torch, "is_autocast_enabled", lambda kind: kind != GPU.type and enabled(kind))
+        generator = torch.Generator  # which knows no "meta"
         drawn = mock.patch.object(torch, "Generator", side_effect=lambda device=None: generator())
-        for context in (asked, drawn, _Literals(self.waits)):
+        for context in (drawn, _Literals(self.waits)):
             self._stack.enter_context(context)
         return super().__enter__()
 
