@@ -39,7 +39,7 @@ def plain(x: Tensor, weight: Tensor) -> bool:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast turns the operands of products on `x`'s device into; None where it is off."""
     kind = x.device.type
-    if kind == "meta":  # shapes alone; torch knows no autocast to ask about
+    if not torch.amp.is_autocast_available(kind):  # shapes alone, and other devices that torch has no autocast for
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
