@@ -25,7 +25,7 @@ from llada_core.training.loop import Loop, Parts
 from llada_core.training.metrics import Meter, MetricsFile
 from llada_core.training.policy import Completions, Masks
 from llada_core.training.ranks import Ranks
-from llada_core.training.stages import objective_for
+from llada_core.training.stages import Place, objective_for, train
 from tasks import training
 from tests.pretend_gpu import GPU, OnGPU, PretendGPU, moved
 from tests.tiny import tiny_model, tiny_pair
@@ -204,3 +204,27 @@ def test_a_block_compiles_whole_and_for_few_kinds_of_call(kind):
             nll.sum().backward()
     assert len(graphs) <= 4  # with all positions or those asked for, each of one length and of any
     torch.compiler.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["llada", "llada_moe"])
+def test_on_a_gpu_one_plain_process_trains_and_no_update_waits(data, tmp_path, monkeypatch, kind, precision):
+    """CUDA itself raises at a wait, in every update after the first two, which set up libraries and moments."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    update = Loop._update
+
+    def watched(loop, *work):
+        torch.cuda.set_sync_debug_mode("error" if loop.progress.step > 1 else "default")
+        try:
+            update(loop, *work)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Loop, "_update", watched)
+    model, tokenizer = tiny_pair(kind)
+    params = SFTParams(max_steps=6, batch_size=8, micro_batch_size=4, samples=0, log_every=1, precision=precision)
+    receipt = train(params, model, tokenizer, Place(data, tmp_path, tmp_path / "model"), seed=1)
+    assert receipt.finished
+    assert model.device.type == "cuda"
