@@ -91,7 +91,7 @@ def test_what_the_end_of_an_answer_fills_in_has_no_confidence_and_changes_no_ear
         return Step(
             tokens=after, before=before, mask_id=mask, forwards=number, rows=torch.tensor([0]),
             bounds=torch.tensor([[2, 6]]), asked=asked, proposals=torch.tensor([10, end, 9, 11]),
-            scores=torch.full((4,), 0.5, dtype=torch.float64),
+            confidences=torch.full((4,), 0.5, dtype=torch.float64),
         )  # fmt: skip
 
     class Looked:
