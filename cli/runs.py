@@ -1,4 +1,4 @@
-"""Runs from a terminal: `llada run`, `plan`, `status`, `logs`, `cancel`, `accept`, `gc`, `lineage`, `doctor`, ...
+"""Runs from a terminal: `llada run`, `plan`, `status`, `runs`, `logs`, `cancel`, `accept`, `gc`, `lineage`, `doctor`, ...
 
 Thin over tasks; knows no stage. Heavy packages are imported inside the commands that need them.
 """
@@ -104,6 +104,11 @@ def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
     print(f"run folder: {made.path} ({'already done' if made.succeeded else launch.kind})\n")
     if launch.kind != "inline":
         print(render(made, launch, slurm=launch.kind == "slurm"))
+
+
+def runs() -> None:
+    """Every run, as `llada status` shows them."""
+    status()
 
 
 def status() -> None:
@@ -248,4 +253,4 @@ def doctor() -> None:
         raise typer.Exit(0 if all(finding.fine for finding in found) else 1)
 
 
-COMMANDS = (run, plan, status, logs, cancel, accept, gc, lineage, promote, rollback, doctor)
+COMMANDS = (run, plan, status, runs, logs, cancel, accept, gc, lineage, promote, rollback, doctor)

@@ -3,6 +3,7 @@
 Knows scores by benchmark and question; neither MLflow nor models.
 """
 
+import math
 from dataclasses import dataclass
 
 from llada_core.config.registry import GateParams
@@ -20,17 +21,26 @@ class Decision:
 
 
 def decide(gate: GateParams, candidate: Scores, champion: Scores | None) -> Decision:
-    """Apply the gate; `champion` is None when there is none yet. Raises ValueError for a benchmark nobody measured."""
+    """Apply the gate; `champion` is None when there is none yet.
+
+    A gate that names nothing lets a first champion through and no other: nothing says that the candidate is as good.
+    Raises ValueError for a benchmark nobody measured.
+    """
     named = (*gate.better, *gate.not_worse, *gate.at_least)
     if missing := [name for name in named if name not in candidate]:
         raise ValueError(
             f"the gate names benchmark {missing[0]!r}; measured are: {', '.join(sorted(candidate)) or 'none'}"
         )
+    if broken := [name for name in named if not all(map(math.isfinite, candidate[name].values()))]:
+        return Decision(False, f"{broken[0]} has a score that is no number")
     for name, floor in gate.at_least.items():
         if (score := _mean(candidate[name])) < floor:
             return Decision(False, f"{name} is {score:.3f}, below the required {floor:.3f}")
     if champion is None:
         return Decision(True, "there was no champion")
+    if not named:
+        ways = "name benchmarks in register.gate (better, not_worse, at_least), or `llada promote` by hand"
+        return Decision(False, f"the gate is empty, and there is a champion; {ways}")
     if missing := [name for name in (*gate.better, *gate.not_worse) if not _common(candidate, champion, name)]:
         return Decision(False, f"{missing[0]}: the champion was not measured on the same questions; evaluate it first")
     for name in (*gate.not_worse, *gate.better):
@@ -52,7 +62,8 @@ def _difference(names: list[str], candidate: Scores, champion: Scores) -> Differ
 
 
 def _common(candidate: Scores, champion: Scores, name: str) -> list[str]:
-    return sorted(candidate[name].keys() & champion.get(name, {}).keys())
+    theirs = {question for question, score in champion.get(name, {}).items() if math.isfinite(score)}
+    return sorted(candidate[name].keys() & theirs)
 
 
 def _mean(scores: dict[str, float]) -> float:

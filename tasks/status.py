@@ -12,7 +12,15 @@ COLUMNS = ("run", "state", "job", "step", "loss", "left", "GB")
 
 
 def line_of(run: RunFolder) -> tuple[str, ...]:
-    """One run as it is now: a text for each of COLUMNS."""
+    """One run as it is now: a text for each of COLUMNS; of one whose files are damaged, which and what to do."""
+    try:
+        return _line(run)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        told = " ".join(str(error).split()) if isinstance(error, ValueError | OSError) else f"{run.path} is damaged"
+        return (run.key, told, *[""] * (len(COLUMNS) - 2))
+
+
+def _line(run: RunFolder) -> tuple[str, ...]:
     state = state_of(run)
     last = run.last_metrics()
     size = size_of([run.path / "checkpoints", run.log]) / 2**30

@@ -11,10 +11,10 @@ class GateParams(Block):
     """A candidate becomes champion if it is better on `better` by more than noise, and worse on none of `not_worse`.
 
     A name is a benchmark of `reports/eval`. Scores are compared question by question, with a paired 95 % interval.
-    `at_least` are floors that hold for the first champion too.
+    `at_least` are floors that hold for the first champion too. With none of the three only a first champion passes.
     """
 
-    better: tuple[str, ...] = ()  # over the questions of all of these; empty: any candidate that is not worse
+    better: tuple[str, ...] = ()  # over the questions of all of these; empty: one that is not worse
     not_worse: tuple[str, ...] = ()
     at_least: dict[str, float] = Field(default_factory=dict)
 

@@ -136,6 +136,11 @@ class TrainingParams(Block):
             raise ValueError(
                 f"optimiser muon needs whole matrices on every rank, which {self.distribution.kind} splits; use adamw or ddp"
             )
+        if self.optimiser == "muon" and self.lora is not None:
+            raise ValueError(
+                "optimiser muon makes steps of whole weight matrices, and an adapter (lora) trains their low-rank "
+                "factors: use optimiser: adamw, or leave out lora"
+            )
         if self.distribution.kind == "zero3" and self.lora is not None:
             raise ValueError("adapters are not put together from the pieces of zero3; use zero2, ddp or fsdp with lora")
         if self.distribution.kind == "fsdp" and self.lora is not None and self.lora.merge:

@@ -169,7 +169,9 @@ def pairs(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer, prefix: int) -
 
     Spaces that end a context open its continuation, both are encoded as one text, and the context's own length says
     where it ends (lm-eval, LLaDA). Of a dialogue, that holds for the reply alone: its prompt stays as it is, and ends
-    where the reply starts. An empty context is the token `prefix`.
+    where the reply starts. An empty context is the token `prefix`. A continuation that the whole has no token of its
+    own for (its letters join the last of the context) is encoded apart, and one without any token, such as an empty
+    choice, is the end token: without tokens it would be certain, and win.
     """
     chats = {id(context): context for context, _ in texts if isinstance(context, ChatText)}
     asked = tokenizer.dialogues([chat.messages for chat in chats.values()])
@@ -200,8 +202,9 @@ def _split(
     for start in range(0, len(moved), CHUNK):
         part = moved[start : start + CHUNK]
         wholes = tokenizer.encode_batch([context + continuation for context, continuation in part], user=user)
-        for (context, _), whole in zip(part, wholes, strict=True):
-            yield context, ids[context], whole[len(ids[context]) :]
+        for (context, continuation), whole in zip(part, wholes, strict=True):
+            own = whole[len(ids[context]) :] or tokenizer.encode(continuation, user=user)
+            yield context, ids[context], own or [tokenizer.special.eos_id]
 
 
 def _with_spaces(context: str, continuation: str) -> tuple[str, str]:
