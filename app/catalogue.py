@@ -13,6 +13,7 @@ from llada_core.config.sampling import SamplingParams
 from llada_core.config.sampling_help import PUBLISHED
 from llada_core.data.puzzles import countdown, draw, seats, sudoku
 from llada_core.evaluation import recipes
+from llada_core.json_lines import read
 from tasks import registry
 
 HASH = re.compile(r"\b[0-9a-f]{40,}\b")
@@ -134,8 +135,7 @@ class Catalogue:
         for benchmark, scores in (registry.scores_of(self.root, version.hash) if version else {}).items():
             file = registry.home(self.root) / "data" / "eval" / f"{benchmark}.jsonl"
             if file.is_file() and any(scores.values()):
-                lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
-                found += [q["prompt"] for q in lines if scores.get(q["id"])][:EACH]
+                found += [q["prompt"] for q in read(file) if scores.get(q["id"])][:EACH]
         return found
 
     def knows_sudoku(self, name: str) -> bool:

@@ -6,10 +6,10 @@ as a speed-up only where accuracy stays within one point of exact.
 that the default run prepared.
 """
 
-import json
 import math
 import random
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from benchmarks import oracle
 from benchmarks.timing import interleaved, machine, table
 from llada_core.config.params import Params
 from llada_core.config.sampling import SamplingParams
+from llada_core.json_lines import read
 from llada_core.modeling import load_model
 from llada_core.sampling import Generation, generate
 from llada_core.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def params_of(mode: dict[str, object], length: int) -> SamplingParams:
 
 def puzzles(tokenizer: Tokenizer, file: Path) -> tuple[list[dict], list[list[int]], int]:
     """The first puzzles of a file, their prompts, and twice the longest answer in tokens (the recipe's room if none is given)."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:PUZZLES]]
+    rows = list(islice(read(file), PUZZLES))
     prompts = [tokenizer.chat_ids([{"role": "user", "content": row["prompt"]}]) for row in rows]
     answers = [len(tokenizer.encode(row["solution"])) for row in rows if "solution" in row]
     return rows, prompts, 2 * (1 + max(answers)) if answers else recipe().max_new_tokens
@@ -123,7 +124,7 @@ def later_questions(model, tokenizer: Tokenizer, name_of_model: str, data: Path)
     what the model has replied itself.
     """
     files = [data / "eval" / f"{name}.jsonl" for name in ("sudoku", "seats", "countdown")]
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [row for file in files for row in read(file)]
     random.Random(0).shuffle(rows)
     rows = rows[:DIALOGUES]
     dialogues: list[list[dict[str, str]]] = [[] for _ in rows]

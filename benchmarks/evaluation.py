@@ -9,9 +9,9 @@ with digits replaced; ours takes as many looks as err no more than the oracle's 
 
 import contextlib
 import io
-import json
 import random
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from llada_core.config.evaluation import Settings
 from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.harness import LladaLM
 from llada_core.evaluation.requests import ChatText, prompt_ids
+from llada_core.json_lines import read
 from llada_core.modeling import load_model
 from llada_core.tokenizer import Tokenizer
 
@@ -47,7 +48,7 @@ def main(folder: Path) -> None:
     reference = oracle.Reference(dict(plain.state_dict()), shape.n_heads, shape.rope_theta, shape.norm_eps)
     lines = []
     for file in (folder.parents[1] / "data" / "eval" / f"{name}.jsonl" for name in PUZZLES):
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:QUESTIONS]]
+        rows = list(islice(read(file), QUESTIONS))
         texts = [chat(tokenizer, row["prompt"]) for row in rows]
         for length, block, threshold in SETTINGS:
             shape = {"max_new_tokens": length, "block_length": block, "steps": length, "threshold": threshold}
@@ -56,8 +57,8 @@ def main(folder: Path) -> None:
             print(" ".join(lines[-1]), file=sys.stderr, flush=True)
     header = ["puzzles", "length", "block", "mode", "oracle answers/s", "ours answers/s", "times", "same texts"]
     print(f"\n{folder}: {QUESTIONS} questions each, one thread\n\n{table(header, lines)}", flush=True)
-    rows = (folder.parents[1] / "data" / "eval" / "sudoku.jsonl").read_text(encoding="utf-8").splitlines()
-    likelihoods(model, reference, tokenizer, [json.loads(row) for row in rows[:OPTIONS]])
+    rows = list(islice(read(folder.parents[1] / "data" / "eval" / "sudoku.jsonl"), OPTIONS))
+    likelihoods(model, reference, tokenizer, rows)
 
 
 def chat(tokenizer: Tokenizer, question: str) -> ChatText:

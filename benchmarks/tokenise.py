@@ -34,7 +34,7 @@ def compare(root: Path, stage: str, name: str, block: PartParams) -> dict[str, f
     """Tokens per processor second of theirs and of ours; and how many times theirs ours and theirs read are."""
     source = SourceParams(name=name)
     origin = find(source, stage, [root])
-    texts = [text for chunk in chunks_of(source, origin) for text in texts_in(block, chunk)]
+    texts = [text for chunk in chunks_of(source, origin) for text in texts_in(stage, block, chunk)]
     with tempfile.TemporaryDirectory() as scratch:
         folder, made = Path(scratch), itertools.count()
         tokenizer = train_tokenizer(texts[:1000], 4096, folder / "tokenizer")

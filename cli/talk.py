@@ -3,7 +3,6 @@
 Knows the library's sampler; does not know the page. Heavy packages are imported inside.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -32,6 +31,7 @@ from cli.options import (
     settings,
 )
 from llada_core.config.sampling import SamplingParams
+from llada_core.json_lines import line_of
 from tasks.errors import one_line_errors
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def sample(
             tokens = trace.frames[-1].tokens.tolist()
             answer = tokenizer.decode(tokens) if infill else tokenizer.answer_text(tokens)
             record = {"prompt": text, "answer": answer, "forwards": trace.frames[-1].forwards, "tokens": tokens}
-            print(json.dumps(record, ensure_ascii=False) if as_json else readable(answer))
+            print(line_of(record).rstrip("\n") if as_json else readable(answer))
 
 
 Batch = tuple[list[list[int]], "list[Trace]", SamplingParams]

@@ -6,13 +6,14 @@ key stands for its folder. Knows folders; the comparison is llada_core.evaluatio
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llada_core import text_files
 from llada_core.config.base import ConfigError, nearest
+from llada_core.json_lines import parsed
 from tasks.folders import read_json, safe
 from tasks.request import differences
 from tasks.runs import find_run
@@ -122,9 +123,9 @@ def _load(folder: Path, name: str, model: str) -> Any:
 def _records(file: Path) -> dict[str, dict[str, Any]]:
     """Question -> record, without those whose score is no number; raises `ConfigError` that names a damaged line."""
     found = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(text_files.lines(file), 1):
         try:
-            record = json.loads(line) if line.strip() else None
+            record = parsed(line, f"line {number}") if line.strip() else None
             if record is not None and math.isfinite(float(record["score"])):
                 found[str(record["id"])] = record
         except (ValueError, KeyError, TypeError) as error:

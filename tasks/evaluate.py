@@ -4,7 +4,6 @@ What is written is equal for equal inputs; how long it took goes to the run's me
 benchmark is put and scored is llada_core.evaluation's.
 """
 
-import json
 import logging
 import os
 import sys
@@ -19,6 +18,7 @@ from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import EvaluateParams
 from llada_core.config.params import Params
 from llada_core.data.overlap import saved_values
+from llada_core.json_lines import line_of
 from tasks.folders import read_json, safe, write_json, write_text
 from tasks.launch_script import visible_gpus
 from tasks.program import Work, stage_program
@@ -116,7 +116,7 @@ def measure(name: str, model: str, answerer: "Answerer", params: EvaluateParams,
         result["tokens_per_answer"] = round(sum(lm.new_tokens) / len(lm.new_tokens), 2)
     path = places.out / f"{asked.name}.json"
     known = read_json(path)["models"] if path.exists() else {}
-    samples = "".join(_json_line(record) for record in records)
+    samples = "".join(map(line_of, records))
     write_text(places.out / asked.name / f"{safe(model)}.samples.jsonl", samples)
     write_json(path, {"benchmark": asked.name, "models": known | {safe(model): result}})
     seconds = max(store.seconds, 1e-9)
@@ -168,13 +168,9 @@ def as_asked(answerer: "Answerer", asked: "Benchmark") -> "Answerer":
     return replace(answerer, options=replace(answerer.options, settings=asked.settings))
 
 
-def _json_line(record: Result) -> str:
-    return json.dumps(record, sort_keys=True, ensure_ascii=False) + "\n"
-
-
 def _append(path: Path, record: Result) -> None:
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(_json_line(record))
+        stream.write(line_of(record))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ all workspaces share. Knows no model.
 
 import hashlib
 import inspect
-import json
 import os
 import shutil
 import sys
@@ -24,13 +23,16 @@ import llada_core.data
 from llada_core.config.base import ConfigError
 from llada_core.config.data import DataParams, TokenizerParams
 from llada_core.config.dotted import function_at
-from llada_core.data.build import Chunk, Workers, build, chunks_of, generated, texts_in
+from llada_core.data.build import Workers, build, chunks_of, generated, texts_in
+from llada_core.data.mapping import Chunk
 from llada_core.data.overlap import QUESTIONS, saved_values, value_of
 from llada_core.data.puzzle_rows import as_rows, benchmarks, keys_of, training_puzzles
+from llada_core.data.readings import lines_of, require_usable
 from llada_core.data.sources import Origin, find, shared_with_test
+from llada_core.json_lines import line_of
 from llada_core.tokenizer import Tokenizer, train_tokenizer
 from tasks.evaluate import data_root, quiet_lm_eval
-from tasks.folders import content_hash, hash_of, link_into, write_json, write_text
+from tasks.folders import content_hash, hash_of, link_into, read_json, write_json, write_text
 from tasks.program import Work, stage_program
 
 _CODE = Path(llada_core.data.__file__).parent  # a change there makes everything anew
@@ -72,7 +74,9 @@ class Part:
         starts = [generated(as_rows(self.stage, self.train, self.dialogues), "puzzles", "train")]
         starts += [chunks_of(source, origin) for source, origin in self.origins]
         for chunks in starts:
-            yield from islice(chain.from_iterable(texts_in(self.block, chunk) for chunk in chunks), documents)
+            yield from islice(
+                chain.from_iterable(texts_in(self.stage, self.block, chunk) for chunk in chunks), documents
+            )
 
 
 def prepare(
@@ -104,7 +108,8 @@ def prepare(
             for part in parts:
                 built = _built(part, tokenizer, hash_of([part.key, digest]), kept, workers)
                 link_into(built, folder / part.stage)
-                card["parts"][part.stage] = json.loads((built / "card.json").read_text())
+                card["parts"][part.stage] = made = read_json(built / "card.json")
+                require_usable(part.stage, made.get("read", {}), params.max_unusable, strict=params.strict)
         card |= _evaluation(params, seed, roots, parts, folder)
         if measured is not None:
             card["overlap"] |= _with_recipes(measured, parts, folder)
@@ -176,7 +181,7 @@ def _evaluation(params: DataParams, seed: int, roots: list[Path], parts: list[Pa
             for stage, keys in shown.items()
         }
         for row, *by_stage in zip(benchmark.rows, *seen.values(), strict=True):
-            text += json.dumps(row | {"in_training": any(by_stage)}, sort_keys=True) + "\n"
+            text += line_of(row | {"in_training": any(by_stage)})
         write_text(folder / f"{benchmark.name}.jsonl", text)
         digest = hashlib.sha256(text.encode()).hexdigest()
         card["evaluate"][benchmark.name] = {"rows": len(benchmark.rows), "hash": digest}
@@ -232,6 +237,9 @@ def summary(card: dict[str, Any]) -> Iterator[str]:
     for stage, part in card["parts"].items():
         train, held_out = part["train"], part["validation"]
         yield f"{stage}: {train['rows']} rows of {train['tokens']} tokens, {held_out['rows']} held out"
+        yield from (f"{stage}: {line}" for line in lines_of(part.get("read", {})))
+        if part["dropped"]:
+            yield f"{stage}: dropped or cut: {', '.join(f'{n:,} {why}' for why, n in part['dropped'].items())}"
         for source in part["sources"]:
             if source.get("test_set"):
                 yield f"{stage}: {source['name']} is a test set and is trained on all the same (train_on_test)"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
 from llada_core.config.sampling import SamplingParams
+from llada_core.json_lines import line_of, read
 from llada_core.modeling.bases import CONTENT, base_name, base_of, is_adapter
 from tasks.databases import require
 from tasks.folders import content_hash, link_into, read_json
@@ -226,14 +227,14 @@ def write_receipt(root: Path, receipt: dict[str, Any]) -> None:
     path = home(root) / "store" / "receipts.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(receipt, sort_keys=True) + "\n")
+        stream.write(line_of(receipt))
 
 
 def receipts(root: Path) -> Iterator[dict[str, Any]]:
     """Every receipt, oldest first."""
     path = home(root) / "store" / "receipts.jsonl"
     if path.exists():
-        yield from (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        yield from read(path)
 
 
 def _from_hub(name: str) -> Path:

@@ -3,7 +3,6 @@
 Knows folders; what stands in the table is llada_core.evaluation.report's.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import ReportParams
+from llada_core.json_lines import read
 from tasks.folders import read_json, safe, write_json, write_text
 from tasks.program import Work, stage_program
 from tasks.runs import commit_of
@@ -81,8 +81,8 @@ def write_report(
 
 def scores_of(path: Path) -> Scores:
     """Question -> score, of one file of samples."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {str(record["id"]): float(record["score"]) for record in map(json.loads, lines)}
+    records = read(path) if path.exists() else []
+    return {str(record["id"]): float(record["score"]) for record in records}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Knows neither how a job is started nor what a stage does.
 """
 
 import fcntl
-import json
 import math
 import os
 import shutil
@@ -30,6 +29,7 @@ from filelock import FileLock
 
 from llada_core.config.base import ConfigError, read_yaml, with_overrides
 from llada_core.config.params import Params
+from llada_core.json_lines import complete, parsed
 from tasks.folders import home, link_into, read_json, write_json, write_text
 from tasks.graph import CODE, Stage
 from tasks.request import Request, changed_settings, fingerprint, request_of, training_block, with_block
@@ -137,8 +137,8 @@ class RunFolder:
             return {}
         with path.open("rb") as stream:
             stream.seek(max(0, path.stat().st_size - 65536))
-            lines = stream.read().split(b"\n")[:-1]
-        return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else {}
+            lines = complete(stream.read())
+        return parsed(lines[-1], str(path)) if lines and lines[-1].startswith(b"{") else {}
 
     def publish(self, root: Path) -> None:
         """Put the finished outputs where DVC expects them, each all at once."""

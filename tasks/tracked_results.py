@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_core.config.base import flat
+from llada_core.json_lines import read
 from tasks.folders import hash_of, read_json, safe
 from tasks.runs import RunFolder
 
@@ -91,7 +92,7 @@ def log_params(client: "MlflowClient", run_id: str, values: dict[str, Any]) -> N
 
 def samples(path: Path) -> dict[str, list[Any]]:
     """The records of a file of samples as columns; what is no text or number is written as JSON."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = list(read(path))
     names = dict.fromkeys(name for record in records for name in record)
 
     def plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from llada_core.config.base import flat
+from llada_core.json_lines import complete, parsed
 from tasks.folders import hash_of, read_json, write_json
 from tasks.runs import RunFolder, all_runs, home
 from tasks.tracked_results import log_params, send_results
@@ -213,7 +214,7 @@ class Sender:
             stream.seek(self.cursor["at"])
             text = stream.read()
         text = text[: text.rfind(b"\n") + 1]
-        batch = self._new_points([json.loads(line) for line in text.splitlines() if line.startswith(b"{")])
+        batch = self._new_points([parsed(line, str(path)) for line in complete(text) if line.startswith(b"{")])
         for start in range(0, len(batch), BATCH):
             self.client.log_batch(self.cursor["run_id"], metrics=batch[start : start + BATCH])
         self.cursor["at"] += len(text)

@@ -152,6 +152,10 @@ class DataParams(Block):
 
     root: Annotated[str | None, FREE] = None
     workers: Annotated[int, FREE] = Field(default=0, ge=0)  # processes; 0: one per core
+    # Rows of a source that cannot be used are left out and counted; more than this share of them (and than ten) are
+    # refused, with `strict` any.
+    max_unusable: Annotated[float, FREE] = Field(default=0.01, ge=0, le=1)
+    strict: Annotated[bool, FREE] = False
     tokenizer: TokenizerParams = TokenizerParams()
     puzzles: PuzzlesParams = PuzzlesParams()
     pretrain: PretrainData | None = None

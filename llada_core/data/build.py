@@ -6,7 +6,6 @@ What is written depends on the sources' content and the block alone, not on the 
 
 import functools
 import gc
-import inspect
 import itertools
 import os
 from collections import Counter, deque
@@ -15,46 +14,41 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from llada_core.config.data import PartParams, PretrainData, SourceParams
-from llada_core.config.dotted import function_at
+from llada_core.config.data import PartParams, SourceParams
+from llada_core.data.files import DataError, Row, RowError, Unusable
+from llada_core.data.mapping import Chunk, Side, mapped, unusable
 from llada_core.data.overlap import QUESTIONS, joined, values_in
-from llada_core.data.preprocessed import asking, has_ids
 from llada_core.data.preprocessed import encode as encode_ids
+from llada_core.data.preprocessed import has_ids
+from llada_core.data.readings import PLAIN, Reading, Readings
 from llada_core.data.rows import RowFile, schema_of, table_of
-from llada_core.data.sources import DataError, Origin, Row, read
-from llada_core.data.tokenise import ENCODERS, Encoded, content_hash, text_in, text_of
+from llada_core.data.shapes import Shaped
+from llada_core.data.sources import Origin, read
+from llada_core.data.tokenise import ENCODERS, Encoded, content_hash, text_in
 from llada_core.tokenizer import Tokenizer
 
-Side = Literal["train", "validation"]
 SIDES: tuple[Side, ...] = ("train", "validation")
 _CHUNK = 1000
 _INLINE = 8  # chunks tokenised before a pool of processes is worth starting
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Some rows of one source, numbered; `source` None: generated rows, which stay on the side `side`."""
-
-    rows: tuple[tuple[int, Row], ...]
-    place: str
-    source: SourceParams | None = None
-    map: str | None = None
-    side: Side = "train"
-
-
-@dataclass(frozen=True)
 class Coded:
-    """One side's rows of a chunk as an Arrow table, its drops, and the values (uint64) of the questions in it."""
+    """One side's rows of a chunk as an Arrow table, its drops, and the values (uint64) of the questions in it.
+
+    `read` says how the rows of a source were read; None for generated ones.
+    """
 
     side: Side
     table: pa.Table
     counts: Counter[str]
     questions: np.ndarray
+    read: Reading | None
 
 
 def chunks_of(source: SourceParams, origin: Origin) -> Iterator[Chunk]:
@@ -114,7 +108,8 @@ def build(
 ) -> dict[str, Any]:
     """Writes `folder/{train,validation}` (`datasets.load_from_disk`) and returns the card of what was written.
 
-    `folder/questions.npy` has the values of the questions in training rows of sources, if there are any.
+    `read` of the card says of each source that was not all plain and usable rows what they were read as, and how many
+    cannot be used, by reason, with the first of each. `folder/questions.npy` has the values of the questions in training rows of sources, if there are any.
     Raises `DataError` when nothing is left to train on.
     """
     tokenizer = _tokenizer(str(tokenizer_folder))
@@ -123,10 +118,11 @@ def build(
     folder.mkdir(parents=True)
     dropped: Counter[str] = Counter()
     files = {side: RowFile(folder / side, params, schema) for side in SIDES}
-    questions = [joined([])]
+    questions, readings = [joined([])], Readings()
     for coded in itertools.chain.from_iterable(workers.each(function, chunks)):
         files[coded.side].add(coded.table)
         dropped += coded.counts
+        readings.add(coded.read)
         if coded.side == "train":
             questions.append(coded.questions)
     if len(asked := joined(questions)):
@@ -135,8 +131,10 @@ def build(
     for side, file in files.items():
         card[side] = file.close()
     if not card["train"]["rows"]:
-        raise DataError(f"data.{stage}: no row is left to train on; dropped: {card['dropped'] or 'none'}")
-    return card
+        dropped += readings.reasons()
+        why = f"dropped: {dict(sorted(dropped.items())) or 'none'}{readings.first()}"
+        raise DataError(f"data.{stage}: no row is left to train on; {why}")
+    return card | ({"read": readings.card()} if readings.card() else {})
 
 
 def encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) -> list[Coded]:
@@ -157,18 +155,16 @@ def _encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk)
     sides: dict[Side, list[tuple[int, Row]]] = {"train": [], "validation": []}
     counts: Counter[str] = Counter()
     asked: list[int] = []
+    tokenizer, reading = _tokenizer(tokenizer_folder), None
     if chunk.source is None:
-        sides[chunk.side] += chunk.rows
-    tokenizer = _tokenizer(tokenizer_folder)
-    for number, raw, row in _mapped(chunk, params, tokenizer) if chunk.source is not None else ():
-        if row is None:
-            counts["map function"] += 1
-            continue
-        assert chunk.source is not None
-        share = content_hash(row) / 2**64
-        if share < params.validation:
-            sides["validation"].append((number, row))
-        else:
+        sides[chunk.side] += [(number, row) for number, row in chunk.rows if isinstance(row, dict)]
+    else:
+        reading = Reading(chunk.source.name, len(chunk.rows))
+        for number, raw, row in _usable(chunk, stage, params, tokenizer, reading, counts):
+            share = content_hash(row) / 2**64
+            if share < params.validation:
+                sides["validation"].append((number, row))
+                continue
             spread = (share - params.validation) / (1 - params.validation)
             weight = chunk.source.weight
             copies = int(weight) + (spread < weight % 1)
@@ -177,24 +173,49 @@ def _encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk)
                 asked += _questions(raw, row)
     results = []
     for side, rows in sides.items():
-        encoded = _encoded(stage, params, tokenizer, chunk.place, rows)
+        encoded, refused = _encoded(stage, params, tokenizer, chunk.place, rows)
+        if reading is not None:
+            reading.unusable |= refused
+        elif refused:
+            raise DataError(f"{chunk.place}, {next(iter(refused.values())).told}")
         table = table_of(encoded.columns, schema_of(stage, params, tokenizer.vocab_size, packed=False))
-        results.append(Coded(side, table, counts + encoded.counts, np.array(asked, np.uint64)))
+        told = reading if side == SIDES[-1] else None  # once for both, when both are encoded
+        results.append(Coded(side, table, counts + encoded.counts, np.array(asked, np.uint64), told))
         counts = Counter()
     return results
 
 
-def texts_in(params: PartParams, chunk: Chunk) -> Iterator[str]:
-    """The text of each row of a chunk, with the names of its speakers, as a tokenizer is trained on it."""
+def _usable(
+    chunk: Chunk, stage: str, params: PartParams, tokenizer: Tokenizer, reading: Reading, counts: Counter[str]
+) -> Iterator[tuple[int, Row, Row]]:
+    """The number of each usable row, the row as published, and as its stage takes it; the others are counted."""
+    for number, raw, found in mapped(chunk, stage, params, tokenizer):
+        if found is None:
+            counts["map function"] += 1
+        elif isinstance(found, Unusable):
+            reading.unusable[number] = found
+        else:
+            try:
+                content_hash(found.row)
+            except UnicodeEncodeError as error:
+                reading.unusable[number] = unusable(error, number)
+            else:
+                reading.shapes[found.shape or PLAIN] += 1
+                yield number, raw, found.row
+
+
+def texts_in(stage: str, params: PartParams, chunk: Chunk) -> Iterator[str]:
+    """The text of each usable row of a chunk, with the names of its speakers, as a tokenizer is trained on it."""
     if chunk.source is None:
-        yield from (text_in(row) for _, row in chunk.rows)
+        yield from (text_in(row) for _, row in chunk.rows if isinstance(row, dict))
         return
-    for number, _, row in _mapped(chunk, params, None):
-        if row is not None and has_ids(row):
+    for number, _, found in mapped(chunk, stage, params, None):
+        if not isinstance(found, Shaped):
+            continue
+        if has_ids(found.row):
             made = "ids were made with a tokenizer, so none can be trained on them; name it (data.tokenizer.name)"
             raise DataError(f"{chunk.place}, row {number}: {made}")
-        if row is not None:
-            yield text_in(row)
+        yield text_in(found.row)
 
 
 def _questions(raw: Row, row: Row) -> list[int]:
@@ -205,60 +226,42 @@ def _questions(raw: Row, row: Row) -> list[int]:
         return []
 
 
-def _mapped(chunk: Chunk, params: PartParams, tokenizer: Tokenizer | None) -> Iterator[tuple[int, Row, Row | None]]:
-    """Each row's number, the row as published, and what the map function made of it."""
-    function = _as_it_is if chunk.map is None else function_at(chunk.map, "map function")
-    if chunk.map is None and chunk.source is not None and isinstance(params, PretrainData):
-        function = functools.partial(_text_alone, chunk.source.text_field)
-    parameters = inspect.signature(function).parameters
-    if "tokenizer" in parameters:
-        if tokenizer is None:
-            needs = "asks for the tokenizer, so none can be trained on its rows; name one (data.tokenizer.name)"
-            raise DataError(f"{chunk.place}: the map function {chunk.map} {needs}")
-        function = functools.partial(function, **asking(parameters, tokenizer, params))
-    for number, raw in chunk.rows:
-        try:
-            yield number, raw, function(raw)
-        except DataError as error:
-            raise DataError(f"{chunk.place}, row {number}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise DataError(
-                f"{chunk.place}, row {number}: the map function {chunk.map} raised {type(error).__name__}: {error};"
-                f" the row has the fields {', '.join(sorted(raw))}"
-            ) from None
-
-
-def _as_it_is(row: Row) -> Row:
-    return row
-
-
-def _text_alone(name: str, row: Row) -> Row:
-    return {"input_ids": row["input_ids"]} if has_ids(row) else {"text": text_of(row, name)}
-
-
-def _encoded(stage: str, params: PartParams, tokenizer: Tokenizer, place: str, rows: list[tuple[int, Row]]) -> Encoded:
+def _encoded(
+    stage: str, params: PartParams, tokenizer: Tokenizer, place: str, rows: list[tuple[int, Row]]
+) -> tuple[Encoded, dict[int, Unusable]]:
+    """The columns of rows, and in place of those that the encoder refuses why it does."""
     if any(has_ids(row) for _, row in rows):
         return _given_ids(params, tokenizer, place, rows)
+    encoder = ENCODERS[stage]
     try:
-        return ENCODERS[stage]([row for _, row in rows], tokenizer, params)
-    except (ValueError, KeyError):
-        for number, row in rows:  # again one by one, to say which row it was
+        return encoder([row for _, row in rows], tokenizer, params), {}
+    except (ValueError, KeyError, TypeError):
+        parts, refused = [encoder([], tokenizer, params)], {}
+        for number, row in rows:  # again one by one, to leave out those that it is
             try:
-                ENCODERS[stage]([row], tokenizer, params)
-            except KeyError as error:
-                raise DataError(f"{place}, row {number}: the field {error} is missing") from None
-            except ValueError as error:
-                raise DataError(f"{place}, row {number}: {error}") from None
-        raise
+                parts.append(encoder([row], tokenizer, params))
+            except (ValueError, KeyError, TypeError) as error:
+                refused[number] = unusable(error, number)
+        if not refused:
+            raise
+    return _joined(parts), refused
 
 
-def _given_ids(params: PartParams, tokenizer: Tokenizer, place: str, rows: list[tuple[int, Row]]) -> Encoded:
-    parts = []
+def _given_ids(
+    params: PartParams, tokenizer: Tokenizer, place: str, rows: list[tuple[int, Row]]
+) -> tuple[Encoded, dict[int, Unusable]]:
+    parts, refused = [], {}
     for number, row in rows:
         try:
             parts.append(encode_ids([row], tokenizer, params))
-        except (DataError, KeyError, TypeError, ValueError) as error:
+        except (RowError, KeyError, TypeError, OverflowError) as error:
+            refused[number] = unusable(error, number)
+        except (DataError, ValueError) as error:  # another tokenizer, another stage: all rows are like this one
             raise DataError(f"{place}, row {number}: {error}") from None
+    return _joined(parts or [encode_ids([], tokenizer, params)]), refused
+
+
+def _joined(parts: list[Encoded]) -> Encoded:
     columns = {name: [value for part in parts for value in part.columns[name]] for name in parts[0].columns}
     return Encoded(columns, sum((part.counts for part in parts), Counter()))
 

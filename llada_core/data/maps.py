@@ -8,7 +8,8 @@ named in the source by its dotted path; it returns None for a row to be left out
 import re
 from typing import Any
 
-Row = dict[str, Any]
+from llada_core.data.files import Row
+from llada_core.data.messages import text_from
 
 # The prompts that d1 (diffu-grpo/data_utils.py) and dllm (dllm/pipelines/rl/grpo/datasets.py) train GRPO with, character
 # by character: their rewards look for these tags, and published figures were reached with these words.
@@ -46,37 +47,39 @@ Your step-by-step solving process
 TERSE = "Respond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n\n"
 
 
-def _dialogue(question: str, reply: str) -> Row:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+def _dialogue(question: str, reply: Any) -> Row:
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": text_from(reply, "reply")}]
+    }
 
 
 def alpaca(row: Row) -> Row:
     """{instruction, input, output}: alpaca, instruction sets in its form, and opc-sft without an input."""
-    parts = [row["instruction"], row.get("input") or ""]
+    parts = [text_from(row["instruction"], "instruction"), text_from(row.get("input"), "input")]
     return _dialogue("\n\n".join(filter(None, parts)), row["output"])
 
 
 def dolly(row: Row) -> Row:
     """{instruction, context, response}."""
-    parts = [row.get("context") or "", row["instruction"]]
+    parts = [text_from(row.get("context"), "context"), text_from(row["instruction"], "instruction")]
     return _dialogue("\n\n".join(filter(None, parts)), row["response"])
 
 
 def gsm8k_dialogue(row: Row) -> Row:
     """{question, answer}: the worked solution without its calculator marks, the result behind ####."""
-    return _dialogue(row["question"], re.sub(r"<<.*?>>", "", row["answer"]))
+    return _dialogue(row["question"], re.sub(r"<<.*?>>", "", text_from(row["answer"], "answer")))
 
 
 def gsm8k_reasoning(row: Row) -> Row:
     """{question, answer}: as `gsm8k` asks and its published rewards want it, so that GRPO starts from that format."""
-    worked, _, result = re.sub(r"<<.*?>>", "", row["answer"]).partition("\n####")
+    worked, _, result = re.sub(r"<<.*?>>", "", text_from(row["answer"], "answer")).partition("\n####")
     reply = f"<reasoning>\n{worked}\n</reasoning>\n<answer>\n{result.strip()}\n</answer>\n"
     return _dialogue(gsm8k(row)["prompt"], reply)
 
 
 def gsm8k(row: Row) -> Row:
     """{question, answer}, asked as d1 and dllm do: the number behind #### is what a reply is verified against."""
-    answer = row["answer"].split("####")[-1].strip()
+    answer = text_from(row["answer"], "answer").split("####")[-1].strip()
     return {"prompt": f"{REASONING}\n\n{row['question']}", "task": "gsm8k", "answer": {"answer": answer}}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llada_core.config.data import PartParams, PretrainData, SFTData
-from llada_core.data.sources import DataError, Row
+from llada_core.data.files import DataError, Row, RowError
 from llada_core.data.tokenise import Encoded
 from llada_core.tokenizer import Tokenizer
 
@@ -67,10 +67,10 @@ def _maskable(row: Row) -> bytes:
     if labels is None:
         return b"\1" * len(ids)
     if len(labels) != len(ids):
-        raise DataError(f"{len(labels)} labels for {len(ids)} input_ids; one for each, -100 where nothing is trained")
+        raise RowError(f"{len(labels)} labels for {len(ids)} input_ids; one for each, -100 where nothing is trained")
     for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
         if label not in (_IGNORED, token):
-            raise DataError(f"label {label} at position {place} is neither -100 nor the token {token} itself")
+            raise RowError(f"label {label} at position {place} is neither -100 nor the token {token} itself")
     return bytes(label != _IGNORED for label in labels)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from llada_core.config.data import PuzzleCounts, PuzzlesParams, SourceParams
 from llada_core.data import puzzles
+from llada_core.data.files import DataError, Row, Unusable
 from llada_core.data.puzzles import Part, Puzzle
-from llada_core.data.sources import Row, find, read, split_file
+from llada_core.data.sources import find, read, split_file
 
 _PARTS: dict[str, Part] = {"pretrain": "train", "sft": "train", "grpo": "grpo", "preference": "grpo"}
 
@@ -130,7 +131,10 @@ def _published(task: str, seed: int, roots: list[Path]) -> list[Benchmark]:
         return []
     source = SourceParams(name=name, split="test")
     benchmark = Benchmark(f"{task}_published", [])
-    for number, row in read(source, find(source, "evaluate", roots)):
+    origin = find(source, "evaluate", roots)
+    for number, row in read(source, origin):
+        if isinstance(row, Unusable):  # what is measured is measured whole
+            raise DataError(f"{origin.place}, {row.told}")
         rng = random.Random(f"{seed}:{name}:{number}")
         answer: dict[str, Any]
         if task == "sudoku":

@@ -10,18 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import orjson
-
+from llada_core import text_files
 from llada_core.config.base import nearest
 from llada_core.config.data import SourceParams
-
-Row = dict[str, Any]
-
-
-class DataError(ValueError):
-    """A user's data is not what it should be; the text is one line that says where and what was expected."""
+from llada_core.data.files import SUFFIXES, DataError, Numbered, Row, Unusable, rows_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,7 @@ _MEASURED = {
     "ceval-exam": "val",
 }
 _TEST = re.compile(r"(?<![a-z])tests?(?![a-z])")
-_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".csv")
+_PACKED = ("", *text_files.PACKED)
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ class Origin:
     def is_test_set(self) -> bool:
         """Whether its split, or its file's name, says that it is there to be measured on."""
         folder, _, name = self.place.rpartition("/")
-        split = Path(name).stem.lower() if self.kind == "file" else self.split.lower()
+        split = text_files.stem(name).lower() if self.kind == "file" else self.split.lower()
         measured = _MEASURED.get((folder.rpartition("/")[2] if self.kind == "file" else name).lower())
         return _TEST.search(split) is not None or split.partition("[")[0] == measured
 
@@ -115,18 +108,26 @@ def _found(source: SourceParams, stage: str, roots: list[Path]) -> Origin:
     if hub is None:
         looked = ", ".join(map(str, roots))
         raise FileNotFoundError(
-            f"data source {source.name!r}: no file, and no folder with {split}{'|'.join(_SUFFIXES)}, below {looked}"
+            f"data source {source.name!r}: no file, and no folder with {split}{'|'.join(SUFFIXES)}, below {looked}"
             f"{'' if source.name in KNOWN else nearest(source.name, list(KNOWN))}"
         )
     asked = json.dumps([hub, config, split, source.revision])
     return Origin(hub, "hub", split, config, source.map or own_map, hashlib.sha256(asked.encode()).hexdigest())
 
 
-def read(source: SourceParams, origin: Origin) -> Iterator[tuple[int, Row]]:
-    """The rows of a source with their numbers (of lines, from 1); raises `DataError` with file and line."""
-    rows = _read_file(Path(origin.place), source) if origin.kind == "file" else _read_datasets(source, origin)
+def read(source: SourceParams, origin: Origin) -> Iterator[Numbered]:
+    """The rows of a source with their numbers (of lines, from 1), those that cannot be read as `Unusable`.
+
+    Raises `DataError` for a file that cannot be read as a whole, or holds nothing.
+    """
+    rows = rows_of(Path(origin.place), source.unit) if origin.kind == "file" else _read_datasets(source, origin)
     if source.contains:
-        rows = ((n, row) for n, row in rows if all(text in str(row.get(f, "")) for f, text in source.contains.items()))
+        wanted = source.contains.items()
+        rows = (
+            (n, row)
+            for n, row in rows
+            if isinstance(row, Unusable) or all(text in str(row.get(name, "")) for name, text in wanted)
+        )
     rows = islice(rows, source.limit)
     first = next(rows, None)
     if first is None:
@@ -140,88 +141,15 @@ def shared_with_test(source: SourceParams, origin: Origin) -> int | None:
     beside = split_file(Path(origin.place).parent, "test") if origin.kind == "file" else None
     if beside is None or str(beside) == origin.place:
         return None
-    tested = {json.dumps(row, sort_keys=True) for _, row in _read_file(beside, source)}
-    return sum(json.dumps(row, sort_keys=True) in tested for _, row in read(source, origin))
+    tested = {_value(row) for _, row in rows_of(beside, source.unit) if isinstance(row, dict)}
+    return sum(_value(row) in tested for _, row in read(source, origin) if isinstance(row, dict))
 
 
-def _read_file(path: Path, source: SourceParams) -> Iterator[tuple[int, Row]]:
-    if path.suffix == ".jsonl":
-        yield from _read_jsonl(path)
-    elif path.suffix == ".json":
-        rows = _json(_text(path.read_bytes(), f"{path}"), f"{path}")
-        if not isinstance(rows, list):
-            raise DataError(f"{path}: expected a JSON list of objects, got {type(rows).__name__}")
-        yield from ((i, _object(row, f"{path}, entry {i}")) for i, row in enumerate(rows, 1))
-    elif path.suffix == ".parquet":
-        import datasets
-
-        yield from enumerate(datasets.load_dataset("parquet", data_files=str(path), split="train"), 1)
-    elif path.suffix == ".csv":
-        yield from _read_csv(path)
-    elif source.unit == "line":
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if text := _text(line, f"{path}, line {number}").strip():
-                    yield number, {"text": text}
-    elif text := _text(path.read_bytes(), str(path)):
-        yield 1, {"text": text}
+def _value(row: Row) -> str:
+    return json.dumps(row, sort_keys=True, default=str)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                value = orjson.loads(line)
-            except ValueError:
-                value = None
-            if isinstance(value, dict):
-                yield number, value
-            else:
-                where = f"{path}, line {number}"  # what is wrong is found out only where something is
-                if text := _text(line, where).strip():
-                    yield number, _object(_json(text, where), where)
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
-    """Every cell as the text that stands there: as a number a sudoku would lose the zeros it begins with."""
-    import pandas
-
-    number = 0
-    try:
-        for part in pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=1000):
-            for row in part.to_dict("records"):
-                number += 1
-                yield number, row
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
-    except pandas.errors.EmptyDataError:
-        return  # no rows, which the caller tells
-    except pandas.errors.ParserError as error:
-        raise DataError(f"{path}, behind row {number}: not a CSV table ({' '.join(str(error).split())})") from None
-
-
-def _text(data: bytes, where: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = "" if ", line" in where else f", line {data[: error.start].count(10) + 1}"
-        raise DataError(f"{where}{line}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); is the file cut off?") from None
-
-
-def _object(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _read_datasets(source: SourceParams, origin: Origin) -> Iterator[tuple[int, Row]]:
+def _read_datasets(source: SourceParams, origin: Origin) -> Iterator[Numbered]:
     import datasets
 
     if origin.kind == "saved":
@@ -243,11 +171,12 @@ def _read_datasets(source: SourceParams, origin: Origin) -> Iterator[tuple[int, 
 
 def split_file(folder: Path, split: str) -> Path | None:
     """The file of a split in a folder, whichever of the known formats it has; None where there is none."""
-    return next((path for suffix in _SUFFIXES if (path := folder / f"{split}{suffix}").is_file()), None)
+    names = (f"{split}{suffix}{packed}" for packed in _PACKED for suffix in SUFFIXES)
+    return next((path for name in names if (path := folder / name).is_file()), None)
 
 
 def _looks_like_hub(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(_SUFFIXES)
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and text_files.suffix(name) not in SUFFIXES
 
 
 def _digest_file(path: Path) -> str:

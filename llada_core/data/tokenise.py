@@ -10,10 +10,12 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 from llada_core.config.data import GRPOData, PreferenceData, PretrainData, SFTData
-from llada_core.data.sources import DataError, Row
+from llada_core.data.files import Row, RowError
+from llada_core.data.messages import text_from, trains
 from llada_core.tokenizer import Message, Tokenizer
 
 Columns = dict[str, list[Any]]
@@ -49,7 +51,7 @@ def dialogues(rows: Sequence[Row], tokenizer: Tokenizer, params: SFTData) -> Enc
     asked: list[tuple[list[Message], bool]] = []
     for row in rows:
         messages = _messages(row)
-        ends = [i + 1 for i, m in enumerate(messages) if i and m["role"] == "assistant" and m["content"].strip()]
+        ends = [i + 1 for i, message in enumerate(messages) if i and trains(message)]
         if not ends:
             counts["no answer"] += 1
         elif params.turns == "each":
@@ -61,12 +63,16 @@ def dialogues(rows: Sequence[Row], tokenizer: Tokenizer, params: SFTData) -> Enc
     encoded = Encoded({"input_ids": [], "maskable": []}, counts)
     add_ids, add_maskable = (column.append for column in encoded.columns.values())
     for (messages, every), dialogue in zip(
-        asked, tokenizer.dialogues([m for m, _ in asked], answered=True), strict=True
+        asked, tokenizer.dialogues([_said(m) for m, _ in asked], answered=True), strict=True
     ):
+        replies = [message for message in messages[1:] if message["role"] == "assistant"]
+        silent = [] if all(map(trains, replies)) else [not trains(message) for message in replies]
+        if (every or silent) and len(dialogue.replies) < len(replies):
+            raise RowError("the chat template does not tell where each reply starts and ends; turns: each trains them")
         trained = dialogue.replies if every else dialogue.replies[-1:]
-        if every and len(trained) < sum(m["role"] == "assistant" for m in messages[1:]):
-            raise DataError("the chat template does not tell where each reply starts and ends; turns: each trains them")
         ids, maskable = array("I", dialogue.ids), _flags(len(dialogue.ids), trained if params.mask_prompt else None)
+        if any(silent):
+            maskable = _without(maskable, list(compress(dialogue.replies, silent)))
         if len(ids) > params.length:
             fitted = _fit(ids, maskable, params.length, params.truncation, counts)
             if fitted is None:
@@ -127,6 +133,21 @@ def _flags(count: int, trained: Sequence[tuple[int, int]] | None) -> bytes:
     return bytes(flags)
 
 
+def _without(maskable: bytes, silent: Sequence[tuple[int, int]]) -> bytes:
+    """Flags with 0 where replies stand that are not trained on."""
+    flags = bytearray(maskable)
+    for start, end in silent:
+        flags[start:end] = bytes(end - start)
+    return bytes(flags)
+
+
+def _said(messages: list[Message]) -> list[Message]:
+    """The messages as a template takes them: whether one is trained on is no matter of what is said."""
+    if not any("train" in message for message in messages):
+        return messages
+    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
+
+
 def _fit(
     ids: "array[int]", maskable: bytes, length: int, truncation: str, counts: Counter[str]
 ) -> tuple["array[int]", bytes] | None:
@@ -143,12 +164,11 @@ def _fit(
 
 
 def text_of(row: Row, name: str) -> str:
-    """The text in a field of a row; raises `DataError` naming the fields that there are."""
-    value = row.get(name)
-    if not isinstance(value, str):
-        fields = ", ".join(sorted(row)) or "none"
-        raise DataError(f"expected text in the field {name!r}; the row has the fields {fields}")
-    return value
+    """The text in a field of a row, of a number its digits; raises `RowError` naming the fields that there are."""
+    if name not in row:
+        fields = ", ".join(sorted(map(str, row))) or "none"
+        raise RowError(f"no field {name!r}", f"expected text in the field {name!r}; the row has the fields {fields}")
+    return text_from(row[name], name)
 
 
 def text_in(row: Row) -> str:
@@ -163,7 +183,7 @@ def text_in(row: Row) -> str:
 def _messages(row: Row) -> list[Message]:
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise DataError(
+        raise RowError(
             f"expected a list of messages in the field 'messages'; the row has the fields {', '.join(sorted(row))}"
             "; name a map function for the source"
         )
@@ -179,7 +199,7 @@ def _as_messages(prompt: Any) -> list[Message]:
         except (KeyError, TypeError):
             told = False
         if not told:
-            raise DataError(f"expected messages with the texts 'role' and 'content', got {str(message)[:80]!r}")
+            raise RowError(f"expected messages with the texts 'role' and 'content', got {str(message)[:80]!r}")
     return list(prompt)
 
 

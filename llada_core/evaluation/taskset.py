@@ -23,9 +23,11 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import env as templates
 
+from llada_core import json_lines
 from llada_core.config.base import ConfigError
 from llada_core.data.overlap import question_in, value_of
 from llada_core.evaluation.recipes import Recipe
+from llada_core.text_files import FileError
 from llada_core.verifiers import verify
 
 OURS = Path(__file__).parent / "definitions"
@@ -113,21 +115,20 @@ def puzzles(name: str, rows: list[dict[str, str | bool]]) -> Tasks:
 def read_puzzles(path: Path) -> list[dict[str, str | bool]]:
     """The rows of a puzzle file, `answer` as JSON text; raises `ConfigError` with file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        numbered = list(json_lines.numbered(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; run the stage prepare, or name a recipe") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    if not lines:
+    except FileError as error:
+        raise ConfigError(str(error)) from None
+    if not numbered:
         raise ConfigError(f"{path}: empty; expected one puzzle a line")
     rows: list[dict[str, str | bool]] = []
-    for number, line in enumerate(lines, 1):
+    for number, row in numbered:
         try:
-            row = json.loads(line)
             answer = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"], sort_keys=True)
             texts = {key: str(row[key]) for key in ("id", "task", "prompt")}
             rows.append({**texts, "answer": answer, "in_training": bool(row.get("in_training", False))})
-        except (ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             expected = ", ".join(PUZZLE_FIELDS)
             raise ConfigError(f"{path}, line {number}: expected a JSON object with {expected}") from None
     return rows

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from llada_core.json_lines import line_of, parsed
+
 log = logging.getLogger(__name__)
 Answer = dict[str, Any]
 Work = Callable[[Sequence[int]], list[Answer]]
@@ -83,7 +85,7 @@ class AnswerStore:
         self._keep(keys, answers, seconds)
         if self.folder is None:
             return
-        line = json.dumps({"keys": list(keys), "answers": list(answers), "seconds": round(seconds, 6)}) + "\n"
+        line = line_of({"keys": list(keys), "answers": list(answers), "seconds": round(seconds, 6)})
         with self._own.open("ab") as file:
             file.write(line.encode())
         self._read[self._own] = self._own.stat().st_size
@@ -97,7 +99,7 @@ class AnswerStore:
                 for line in file:
                     if not line.endswith(b"\n"):
                         break
-                    record = json.loads(line)
+                    record = parsed(line, str(path))
                     self._keep(record["keys"], record["answers"], record["seconds"])
                     self._read[path] = self._read.get(path, 0) + len(line)
                     grown = True

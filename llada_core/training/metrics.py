@@ -3,7 +3,6 @@
 After a resume or a roll-back a line says so, and what it undoes is dropped by `read_metrics`. Knows no model.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llada_core.json_lines import complete, line_of, parsed
 from llada_core.training.ranks import Ranks
 
 Follower = Callable[[dict[str, Any]], None]
@@ -32,7 +32,7 @@ class MetricsFile:
         path = self._path if file_name is None else self._path.with_name(file_name)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(handle, (json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n").encode())
+            os.write(handle, line_of(line).encode())
         finally:
             os.close(handle)
         if self._follow is not None and file_name is None:
@@ -44,9 +44,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     kept: list[dict[str, Any]] = []
     if not path.exists():
         return kept
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in complete(path.read_bytes()):
         try:
-            line = json.loads(text)
+            line = parsed(text, str(path))
         except ValueError:
             continue
         if "back_to" in line:  # one that starts anew was killed before its first checkpoint

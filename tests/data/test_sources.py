@@ -1,6 +1,7 @@
 """Sources: found by name or path, read with line numbers; a mistake is told with file, line and what was expected."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -8,8 +9,9 @@ import pytest
 
 from llada_core.config.data import PuzzlesParams, SourceParams, SudokuParams
 from llada_core.data import maps, sources
+from llada_core.data.files import DataError, Unusable
 from llada_core.data.puzzle_rows import benchmarks
-from llada_core.data.sources import DataError, find, read
+from llada_core.data.sources import find, read
 from llada_core.training.rewards.published import gsm8k
 
 # What dllm@ca17675 and d1@837888f make of these rows, by their own code.
@@ -46,8 +48,14 @@ def test_text_and_json_files(tmp_path):
 )
 def test_damaged_jsonl_is_told_with_its_line(tmp_path, content, message):
     (tmp_path / "data.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        rows_of(tmp_path / "data.jsonl")
+    if not content:
+        with pytest.raises(DataError, match=message):
+            rows_of(tmp_path / "data.jsonl")
+        return
+    (first, good), (second, bad) = rows_of(tmp_path / "data.jsonl")
+    assert (first, good, second) == (1, {"text": "a"}, 2)
+    assert isinstance(bad, Unusable)
+    assert re.match(message, f"data.jsonl, {bad.told}")
 
 
 def test_damaged_text_is_told_with_its_line(tmp_path):
@@ -231,8 +239,11 @@ def test_a_csv_holds_text_and_nothing_else(tmp_path):
         ("Name?", "NA"),
     ]
     (tmp_path / "b.csv").write_text("a,b\n1,2\n1,2,3\n")
-    with pytest.raises(DataError, match=r"b\.csv, behind row 0: not a CSV table .*line 3"):
-        rows_of(tmp_path / "b.csv")
+    first, second = (row for _, row in rows_of(tmp_path / "b.csv"))
+    assert first == {"a": "1", "b": "2"}
+    assert second == Unusable(
+        "more cells than columns", "row 2: 3 cells under 2 columns; quote a cell that holds a ','"
+    )
     (tmp_path / "c.csv").write_text("")
     with pytest.raises(DataError, match=r"c\.csv: no rows"):
         rows_of(tmp_path / "c.csv")

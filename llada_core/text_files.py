@@ -1,0 +1,103 @@
+"""Text files as people bring them, read as UTF-8: unpacked, without a byte order mark, from UTF-16 and UTF-32 as well.
+
+What a file is, its first bytes say, not its name. Knows no format of what stands in the text.
+"""
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+PACKED = (".gz", ".bz2", ".xz")  # what a packed file's name ends in
+_UNPACKERS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_OTHERS = {
+    b"PK\x03\x04": "a zip archive or an Office file; unpack it, or save the table as CSV (UTF-8)",
+    b"\xd0\xcf\x11\xe0": "an old Office file; save the table as CSV (UTF-8)",
+    b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it (zstd -d)",
+    b"7z\xbc\xaf": "a 7z archive; unpack it",
+    b"%PDF": "a PDF; extract its text first",
+    b"PAR1": "a Parquet table; let its name end in .parquet",
+    b"ARROW1": "an Arrow file; save it as Parquet",
+    b"SQLite": "a database; export its table as CSV",
+    b"version https://git-lfs": "a pointer of Git LFS and not the file; fetch it (git lfs pull)",
+}
+# The marks of UTF-32 first: that of UTF-16 is how one of them begins.
+_WIDE = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+class FileError(ValueError):
+    """A file is not what its place asks for; one line that names the file and, where there is one, the line."""
+
+
+def lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file as UTF-8, each with the \\n that ends it; nothing else ends a line.
+
+    They are decoded only where a wide encoding had to be: `text_of` says what is no UTF-8. Raises `FileError` for what is
+    no text file, and for one that is packed and cut off.
+    """
+    with path.open("rb") as file:
+        wide = None
+        try:
+            stream = _unpacked(file, path)
+            head = stream.peek(8)
+            wide = next((name for mark, name in _WIDE.items() if head.startswith(mark)), None)
+            if wide is not None:
+                yield from (line.encode() for line in io.TextIOWrapper(stream, wide, newline="\n"))
+                return
+            first = stream.readline()
+            if text := first.removeprefix(codecs.BOM_UTF8):
+                yield text
+            yield from stream
+        except UnicodeDecodeError as error:
+            raise FileError(f"{path}: begins as {wide} but is not ({error.reason}); save it as UTF-8 text") from None
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise FileError(f"{path}: cannot be unpacked ({error}); is the file cut off?") from None
+
+
+def whole(path: Path) -> str:
+    """All text of a file; raises `FileError` with the first line that is no UTF-8."""
+    return text_of(b"".join(lines(path)), str(path))
+
+
+def text_of(data: bytes, where: str) -> str:
+    """Bytes as text; raises `FileError` that says where they are no UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = "" if ", line" in where else f", line {data[: error.start].count(10) + 1}"
+        raise FileError(f"{where}{line}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
+
+
+def stem(path: str | Path) -> str:
+    """A file's name without what says how it is packed and written: train of train.jsonl.gz."""
+    name = Path(path)
+    return Path(name.stem).stem if name.suffix in PACKED else name.stem
+
+
+def suffix(path: str | Path) -> str:
+    """What says how a file is written, packed or not: .jsonl of train.jsonl.gz."""
+    name = Path(path)
+    return (Path(name.stem).suffix if name.suffix.lower() in PACKED else name.suffix).lower()
+
+
+def _unpacked(file: io.BufferedReader, path: Path) -> "io.BufferedReader[Any]":
+    head = file.peek(32)
+    for magic, remedy in _OTHERS.items():
+        if head.startswith(magic):
+            raise FileError(f"{path}: {remedy}")
+    for magic, unpacked in _UNPACKERS.items():
+        if head.startswith(magic):
+            return io.BufferedReader(unpacked(file))
+    return file

@@ -1,0 +1,119 @@
+"""JSON lines are split at \\n alone, by every reader and writer of the project; a damaged line is told with its file."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from llada_core import json_lines
+from llada_core.config.base import ConfigError
+from llada_core.evaluation.taskset import read_puzzles
+from llada_core.evaluation.worklist import AnswerStore, Shard
+from llada_core.text_files import FileError
+from llada_core.training.metrics import MetricsFile, read_metrics
+from llada_core.training.ranks import Ranks
+from tasks.diff import _load
+from tasks.folders import write_json
+from tasks.registry import receipts, write_receipt
+from tasks.report import scores_of
+from tasks.tracked_results import samples
+
+# What str.splitlines, an editor or another language takes for the end of a line, and what has no UTF-8.
+NASTY = (
+    "\u2028",
+    "\u2029",
+    "\x85",
+    "\x0b",
+    "\x0c",
+    "\x1c",
+    "\x1d",
+    "\x1e",
+    "\r",
+    "\r\n",
+    "\n",
+    "\x00",
+    "\x7f",
+    "\ufeff",
+    "\ud83d",
+)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("character", NASTY, ids=lambda text: "-".join(f"{ord(c):04x}" for c in text))
+def test_any_character_in_a_reply_comes_back_from_whatever_we_write(tmp_path, character, monkeypatch):
+    monkeypatch.setenv("LLADAFLOW_HOME", str(tmp_path))
+    reply = f"a{character}b"
+    line = json_lines.line_of({"id": 1, "reply": reply})
+    assert line.encode().decode().splitlines() == [line.rstrip("\n")]  # one line for every reader, however it splits
+    records = [{"id": f"q{i}", "score": 1.0, "reply": reply} for i in range(2)]
+    path = tmp_path / "b" / "m.samples.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(map(json_lines.line_of, records)), encoding="utf-8")
+    write_json(tmp_path / "b.json", {"models": {"m": {}}})
+    assert list(json_lines.read(path)) == records
+    assert scores_of(path) == {"q0": 1.0, "q1": 1.0}
+    assert samples(path)["reply"] == [reply, reply]
+    assert _load(tmp_path, "b", "m").records["q1"]["reply"] == reply
+    MetricsFile(tmp_path / "metrics.jsonl", Ranks()).write(3, {"said": reply})
+    assert [step["said"] for step in read_metrics(tmp_path / "metrics.jsonl")] == [reply]
+    write_receipt(tmp_path, {"event": "version", "said": reply})
+    assert [receipt["said"] for receipt in receipts(tmp_path)] == [reply]
+    AnswerStore(tmp_path / "answers", Shard()).add(["k"], [{"text": reply}], 1.0)
+    assert AnswerStore(tmp_path / "answers", Shard()).get("k", {}) == {"text": reply}
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_files_of_earlier_versions_hold_the_characters_themselves(tmp_path, character):
+    records = [{"id": f"q{i}", "score": 1.0, "reply": character} for i in range(2)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    assert list(json_lines.read(path)) == records
+    assert samples(path)["reply"] == [character] * 2
+    assert scores_of(path) == {"q0": 1.0, "q1": 1.0}
+    puzzle = {"id": "u", "task": "countdown", "prompt": f"one{character}two", "answer": {"numbers": [1], "target": 1}}
+    path.write_text(json.dumps(puzzle, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert [row["prompt"] for row in read_puzzles(path)] == [puzzle["prompt"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"a": 1}\n{"a": "b', r"line 2: not valid JSON \(Unterminated string.*\); is the file cut off\?$"),
+        (b'{"a": 1}\n{"a": 1', r"line 2: .*is the file cut off\?$"),
+        (b'{"a": 1}{"a": 2}\n', r"line 1: .*one value a line: end each with a newline"),
+        (b'{"a": 1}\r{"a": 2}\r', r"line 1: .*one value a line: end each with a newline"),
+        (b'{"a": 1},\n{"a": 2}\n', r"line 1: .*without a comma between them"),
+        (b"{'a': 1}\n", r"line 1: .*it is written as Python prints it"),
+        (b'{"a": None}\n', r"line 1: .*it is written as Python prints it"),
+        (b'{"a": "b\tc"}\n', r"line 1: .*a line break or tab inside a string is written"),
+        (b'{"a": "\xe9"}\n', r"line 1: byte 7 is not UTF-8; save the file as UTF-8 text$"),
+        (b'{"a": nope}\n', r"line 1: .*mend it there$"),
+        (b"[" * 200_000, r"line 1: not valid JSON"),
+    ],
+)
+def test_a_damaged_line_is_told_with_its_file_its_line_and_a_remedy(tmp_path, content, says):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=rf"mine\.jsonl, {says}") as caught:
+        list(json_lines.read(path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=rf"mine\.jsonl, {says}"):
+        read_puzzles(path)
+
+
+def test_a_run_that_is_written_at_this_moment_has_whole_lines_only(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "time": 0}\n{"step": 2, "ti')
+    assert [line["step"] for line in read_metrics(path)] == [1]
+    assert json_lines.complete(path.read_bytes()) == [b'{"step": 1, "time": 0}']
+
+
+def test_nobody_splits_json_lines_in_another_way():
+    for room in ("llada_core", "tasks", "flows", "cli", "app", "benchmarks"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            if path.name == "json_lines.py":
+                continue
+            source = path.read_text(encoding="utf-8")
+            found = re.findall(r".*(?<!or)json\.loads\(line\).*|.*jsonl.*splitlines.*|.*map\(json\.loads.*", source)
+            assert not found, f"{path}: {found}; llada_core.json_lines reads and writes JSON lines"
