@@ -13,8 +13,7 @@ from llada_core.evaluation.worklist import AnswerStore, Shard
 from llada_core.text_files import FileError
 from llada_core.training.metrics import MetricsFile, read_metrics
 from llada_core.training.ranks import Ranks
-from tasks.diff import _load
-from tasks.folders import write_json
+from tasks.diff import _records
 from tasks.registry import receipts, write_receipt
 from tasks.report import scores_of
 from tasks.tracked_results import samples
@@ -50,11 +49,10 @@ def test_any_character_in_a_reply_comes_back_from_whatever_we_write(tmp_path, ch
     path = tmp_path / "b" / "m.samples.jsonl"
     path.parent.mkdir()
     path.write_text("".join(map(json_lines.line_of, records)), encoding="utf-8")
-    write_json(tmp_path / "b.json", {"models": {"m": {}}})
     assert list(json_lines.read(path)) == records
     assert scores_of(path) == {"q0": 1.0, "q1": 1.0}
     assert samples(path)["reply"] == [reply, reply]
-    assert _load(tmp_path, "b", "m").records["q1"]["reply"] == reply
+    assert _records(path)["q1"]["reply"] == reply
     MetricsFile(tmp_path / "metrics.jsonl", Ranks()).write(3, {"said": reply})
     assert [step["said"] for step in read_metrics(tmp_path / "metrics.jsonl")] == [reply]
     write_receipt(tmp_path, {"event": "version", "said": reply})
