@@ -12,7 +12,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export GRADIO_ANALYTICS_ENABLED := False
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup run test test-faults test-browser check app ui bench lock clean
+.PHONY: help setup run test test-faults test-browser test-solutions check app ui bench lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,13 +31,16 @@ run: setup  ## data to a registered model; PROFILE=real-text runs a file of prof
 	@$(BIN)/llada run $(PROFILE)
 
 test: setup  ## the default suite (under 10 minutes on 2 cores)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not browser and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not browser and not gpu and not solutions"
 
 test-faults: setup  ## kills, requeues, damaged files, a real Slurm cluster where its packages are installed
 	@$(BIN)/python -m pytest -m faults
 
 test-browser: setup  ## the page in Debian's Chromium
 	@$(BIN)/python -m pytest -m browser
+
+test-solutions: setup  ## the reference solutions of MBPP and HumanEval before reward and benchmark (2 minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m solutions -rs tests/verifiers/test_solutions.py
 
 check: setup  ## ruff, mypy, import contracts, docs
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -3,7 +3,8 @@
 The program gets a process of its own with limits on CPU, memory, files and processes, no network, an empty folder and a
 wall clock; where the kernel lets us, also namespaces of its own and a file system that holds nothing but the Python
 interpreter. When run by root it loses root first, because root is above process limits. Only the standard library is
-there. What this file does not know: what the program is for, and whether its output is right.
+there, and the packages that the caller lends. What this file does not know: what the program is for, and whether its
+output is right.
 
 How the isolation is built is in sandbox_child.py, which runs inside the new process.
 """
@@ -62,8 +63,18 @@ class Outcome:
     isolation: tuple[str, ...]
 
 
-def run_python(program: str, *, stdin: str = "", limits: Limits | None = None, output_bytes: int = 1 << 16) -> Outcome:
-    """The outcome of running `program` (Python source) shut in; raises `SandboxError` if that cannot be done here."""
+def run_python(
+    program: str,
+    *,
+    stdin: str = "",
+    limits: Limits | None = None,
+    output_bytes: int = 1 << 16,
+    packages: Path | None = None,
+) -> Outcome:
+    """The outcome of running `program` (Python source) shut in; raises `SandboxError` if that cannot be done here.
+
+    packages: a folder of Python modules, which lies as `packages` beside the program's file.
+    """
     limits = limits or Limits()
     if os.name != "posix" or sys.platform != "linux":
         raise SandboxError(f"programs of strangers are run on Linux only, not on {sys.platform}")
@@ -72,6 +83,7 @@ def run_python(program: str, *, stdin: str = "", limits: Limits | None = None, o
             "folder": folder,
             "python": os.path.realpath(sys._base_executable),  # type: ignore[attr-defined]
             "readable": _readable(),
+            "packages": str(packages) if packages else None,
             "program": program,
             "stdin": stdin,
             "cpu": math.ceil(limits.cpu_seconds or limits.seconds),

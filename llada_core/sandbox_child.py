@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -42,6 +43,7 @@ def shut_in(task: dict, report: int) -> None:
     root = os.geteuid() == 0
     stranger = 20_000 + os.getpid() % 40_000
     words = []
+    stdin = in_memory(task["stdin"])
     if unshared(root):
         words += ["namespaces", "no-network"]
         wait_for_child()
@@ -54,6 +56,8 @@ def shut_in(task: dict, report: int) -> None:
     else:
         os.chdir(task["folder"])
         write_inputs(task, task["folder"])
+        if task["packages"]:  # a copy, as the new user may not be able to read ours
+            shutil.copytree(task["packages"], "packages")
     if root:
         drop_root(stranger, None if "own-files" in words else task["folder"])
         words.append("not-root")
@@ -66,10 +70,9 @@ def shut_in(task: dict, report: int) -> None:
         raise OSError(f"neither a network namespace nor a system-call filter for {platform.machine()}")
     os.set_inheritable(report, False)
     place = "" if "own-files" in words else task["folder"]
-    with open(f"{place}/stdin", "rb") as stdin:
-        os.dup2(stdin.fileno(), 0)
+    os.dup2(stdin, 0)
     os.write(report, f"ready {' '.join(words)}".encode())
-    os.execve(task["python"], [task["python"], "-I", f"{place}/program.py"], dict(os.environ))
+    os.execve(task["python"], [task["python"], "-I", "-S", f"{place}/program.py"], dict(os.environ))
 
 
 def unshared(root: bool) -> bool:
@@ -111,9 +114,14 @@ def build_file_system(task: dict) -> None:
     os.mkdir(f"{root}/dev")
     for device in ("null", "zero", "urandom"):
         bind(f"/dev/{device}", f"{root}/dev/{device}")
-    for name in ("work", "tmp"):
+    for name in ("work", "tmp", "dev/shm"):  # the last for the locks of multiprocessing
         os.mkdir(f"{root}/{name}")
         os.chmod(f"{root}/{name}", 0o777)
+    if task["packages"]:
+        bind(task["packages"], f"{root}/packages")
+        LIBC.mount(
+            None, f"{root}/packages".encode(), None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV, None
+        )
     write_inputs(task, root)
     os.chroot(root)
     os.chdir("/work")
@@ -137,10 +145,18 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, options
 
 
 def write_inputs(task: dict, folder: str) -> None:
-    """The program and its standard input, as files."""
-    for name, text in (("program.py", task["program"]), ("stdin", task["stdin"])):
-        with open(f"{folder}/{name}", "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
+    """The program as a file."""
+    with open(f"{folder}/program.py", "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(task["program"])
+
+
+def in_memory(text: str) -> int:
+    """A file descriptor with a text in a file that has no name, so that what was read can be taken away for good."""
+    descriptor = os.memfd_create("stdin")
+    with open(descriptor, "w", encoding="utf-8", errors="surrogateescape", closefd=False) as file:
+        file.write(text)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
 
 
 def drop_root(user: int, folder: str | None) -> None:

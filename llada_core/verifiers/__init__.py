@@ -17,7 +17,9 @@ _VERIFIERS: dict[str, Callable[[str, Answer], bool]] = {
     "countdown": puzzles.countdown,
     "seats": puzzles.seats,
     "gsm8k": gsm8k.verify,
+    "gsm8k_exact": gsm8k.exact,
     "math": math.verify,
+    "math_hendrycks": math.hendrycks,
     "code": code.verify,
 }
 
@@ -46,16 +48,13 @@ def verify_each(cases: Sequence[tuple[str, str, Answer]]) -> list[bool | None]:
     """
     found = [None if not verifiable(task) or task == "code" else verify(task, text, a) for task, text, a in cases]
     programs = [n for n, (task, _, _) in enumerate(cases) if task == "code"]
-    with ThreadPoolExecutor(max_workers=max(1, _processors() // code.SIDE_BY_SIDE)) as pool:
+    with ThreadPoolExecutor(max_workers=_processors()) as pool:
         for n, right in zip(programs, pool.map(lambda n: verify(*cases[n]), programs), strict=True):
             found[n] = right
     return found
 
 
 def _processors() -> int:
-    """CPUs for this process: its share of the node's, where torchrun has started several.
-
-    A test has a few seconds by the wall clock, so that more programs than CPUs would make right ones late.
-    """
+    """CPUs for this process, at least one: its share of the node's, where torchrun has started several."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return here // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE") or "1"))

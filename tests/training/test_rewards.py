@@ -104,21 +104,20 @@ def test_each_completion_is_verified_and_rewarded_once(monkeypatch):
 
 
 def test_the_tests_of_programs_run_once_and_side_by_side(monkeypatch):
-    ran, together, most = [], threading.Barrier(2, timeout=60), 2
-    monkeypatch.setattr(verifiers, "_processors", lambda: 2 * code.SIDE_BY_SIDE)
+    ran, together = [], threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(verifiers, "_processors", lambda: 2)
 
-    def passes(program, case, limits):
-        ran.append(case)
-        if len(ran) <= most and case == "assert add(1, 2) == 3":
-            together.wait()  # until the other program's test runs too
-        return True
+    def passes(program, cases, limits, *, rename):
+        ran.append(len(cases))
+        together.wait()  # until the other program's tests run too
+        return [True] * len(cases)
 
-    monkeypatch.setattr(code, "_passes", passes)
+    monkeypatch.setattr(code.judge, "passes", passes)
     code.passed_share.cache_clear()
     prompts = [Prompt([1], "code", {"tests": "assert add(1, 2) == 3"})] * 2
     found = judge(reward_named("published"), prompts, [PROGRAM, PROGRAM.replace("plus", "sum_of")])
     code.passed_share.cache_clear()  # these verdicts were made up
-    assert ran == ["assert add(1, 2) == 3"] * 2
+    assert ran == [1, 1]
     assert found.right.tolist() == [1.0, 1.0]
     assert found.rewards.tolist() == [1.625, 1.625]
 

@@ -43,13 +43,24 @@ def test_gsm8k(text, right):
 )
 def test_math_notation(one, other, same):
     assert (normalised(one) == normalised(other)) is same
-    assert verify("math", f"so \\boxed{{{one}}}", {"answer": f"\\boxed{{{other}}}"}) is same
+    assert verify("math_hendrycks", f"so \\boxed{{{one}}}", {"answer": f"\\boxed{{{other}}}"}) is same
 
 
 def test_boxes():
     assert last_boxed("a \\boxed{1} b \\boxed{\\frac{1}{2}}.") == "\\frac{1}{2}"
     assert last_boxed("\\boxed{1") is None
     assert verify("math", "7", {"answer": "\\boxed{7}"}) is False
+    assert verify("math", "\\boxed{7}", {"answer": "7"}) is True
+
+
+def test_published_rules_have_names_of_their_own():
+    """Stricter ones: equal texts."""
+    half = {"answer": "\\boxed{\\frac{1}{2}}"}
+    assert verify("math", "\\boxed{\\frac{2}{4}}", half) is True
+    assert verify("math_hendrycks", "\\boxed{\\frac{2}{4}}", half) is False
+    assert verify("gsm8k", "<answer>18.0 dollars</answer>", {"answer": "18"}) is True
+    assert verify("gsm8k_exact", "<answer>18.0 dollars</answer>", {"answer": "18"}) is False
+    assert verify("gsm8k_exact", "<answer>1,800</answer>", {"answer": "1800"}) is True
 
 
 PROGRAM = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -63,7 +74,8 @@ PROGRAM = "```python\ndef add(a, b):\n    return a + b\n```"
         (PROGRAM, "assert add(1, 2) == 3\nassert add(1, 2) == 4", False),
         (PROGRAM.replace("return a + b", "import os; os._exit(0)"), "assert add(1, 2) == 3", False),
         (PROGRAM.replace("return a + b", "raise SystemExit"), "assert add(1, 2) == 3", False),
-        ("def add(a, b): return 3", "assert add(1, 2) == 3", False),
+        ("def add(a, b): return 3", "assert add(1, 2) == 3", True),
+        ("return 3", "assert add(1, 2) == 3", False),
         ("```python\nx = 1\n```", "assert add(1, 2) == 3", False),
     ],
 )

@@ -10,10 +10,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from llada_core.sandbox import Limits, run_python
+from llada_core.verifiers.cases import Case, whole
+from llada_core.verifiers.judge import passes
 
 Document = Mapping[str, Any]
-LIMITS = Limits(seconds=60.0, cpu_seconds=5.0)  # a busy machine must not change a score
 _FENCE = re.compile(r"```[a-zA-Z0-9_+-]*[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL)
 
 
@@ -40,13 +40,14 @@ def marked_code(replies: list[list[str]], documents: list[Document]) -> list[lis
 def humaneval_results(document: Document, replies: list[list[str]]) -> dict[str, float]:
     """Share of the candidate programs that pass the problem's tests."""
     test = f"{document['test']}\ncheck({document['entry_point']})"
-    return {"pass@1": _share(replies[0], test)}
+    return {"pass@1": _share(replies[0], whole(test, document["entry_point"]))}
 
 
 def mbpp_results(document: Document, replies: list[str] | list[list[str]]) -> dict[str, float]:
-    """Whether the program passes the three tests that its prompt shows."""
+    """Whether the program passes the three tests that its prompt shows, after what they need (two problems' trees)."""
     candidates = [replies[0]] if isinstance(replies[0], str) else replies[0]
-    return {"pass_at_1": _share(candidates, "\n".join(document["test_list"][:3]))}
+    tests = [document.get("test_setup_code") or "", *document["test_list"][:3]]
+    return {"pass_at_1": _share(candidates, whole("\n".join(tests)))}
 
 
 def mbpp_shots(documents: Dataset) -> list[dict[str, Any]]:
@@ -83,6 +84,5 @@ def _marked(text: str) -> str:
     return text.removeprefix("'").removesuffix("'").strip()
 
 
-def _share(programs: list[str], test: str) -> float:
-    passed = [run_python(f"{program}\n{test}\n", limits=LIMITS).status == "ok" for program in programs]
-    return sum(passed) / len(passed)
+def _share(programs: list[str], tests: Case) -> float:
+    return sum(passes(program, [tests])[0] for program in programs) / len(programs)

@@ -16,6 +16,7 @@ from typing import Any
 from llada_core.config.base import ConfigError
 from llada_core.data.puzzles import solutions
 from llada_core.verifiers import code, math, puzzles
+from llada_core.verifiers import gsm8k as gsm8k_rules
 from llada_core.verifiers.text import tagged
 
 Answer = Mapping[str, Any]
@@ -41,7 +42,7 @@ def parts(task: str, text: str, answer: Answer) -> dict[str, float]:
             return gsm8k(text, answer)
         case "math":
             return {
-                "correctness": 2.0 * math.verify(_boxed_or_whole(text), answer),
+                "correctness": 2.0 * math.hendrycks(_boxed_or_whole(text), answer),
                 "boxed_and_tags": boxed_and_tags(text),
             }
         case "countdown":
@@ -55,13 +56,13 @@ def parts(task: str, text: str, answer: Answer) -> dict[str, float]:
 
 def gsm8k(text: str, answer: Answer) -> dict[str, float]:
     """Five rewards, at most 4.0 together."""
-    reply = _without_commas(text.split("<answer>")[-1].split("</answer>")[0].strip())
+    reply = gsm8k_rules.without_commas(text.split("<answer>")[-1].split("</answer>")[0].strip())
     return {
         "xmlcount": xmlcount(text),
         "soft_format": 0.5 * bool(_SOFT.match(text)),
         "strict_format": 0.5 * bool(_STRICT.match(text)),
         "int": 0.5 * reply.isdigit(),
-        "correctness": 2.0 * (reply == _without_commas(str(answer["answer"]))),
+        "correctness": 2.0 * gsm8k_rules.exact(text, answer),
     }
 
 
@@ -111,14 +112,10 @@ def code_score(text: str, answer: Answer) -> float:
     program = code.fenced(text)
     if program is None:
         return 0.0
-    inside = f"```python\n{program}```" in (tagged(text) or "")
+    inside = code.fenced(tagged(text) or "") == program
     return code.passed_share(program, answer["tests"]) + 0.5 * inside
 
 
 def _boxed_or_whole(text: str) -> str:
     """Theirs compares the whole reply when nothing is boxed; an unclosed box is none."""
     return text if math.last_boxed(text) is not None else f"\\boxed{{{text}}}"
-
-
-def _without_commas(text: str) -> str:
-    return re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text)
