@@ -6,7 +6,7 @@ Pure functions; every text is escaped here and nowhere else. Knows no model, no 
 import html
 from collections.abc import Iterable, Sequence
 
-from llada_core.sampling.trace import Cell
+from llada_core.sampling.trace import Cell, readable
 
 LEVELS = 5  # shades of one hue, told apart by lightness alone
 STATE_CLASS = {"given": "g", "open": "m", "fresh": "d f", "done": "d"}
@@ -58,12 +58,14 @@ def legend() -> str:
 
 def notice(text: str, kind: str = "info") -> str:
     """A sentence for the person: `kind` is info, good or bad."""
-    return f'<div class="lf note {kind if text else "none"}" role="status">{escape(text) or "&nbsp;"}</div>'
+    return f'<div class="lf note {kind if text else "none"}" role="status">{escape(readable(text)) or "&nbsp;"}</div>'
 
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
     """Names and values in two columns."""
-    body = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    body = "".join(
+        f"<tr><th scope=row>{escape(name)}</th><td>{escape(readable(value))}</td></tr>" for name, value in rows
+    )
     return f'<table class="lf facts">{body}</table>'
 
 
@@ -75,10 +77,10 @@ def conversation(turns: Sequence[tuple[str, str | None]], *, live: str = "", not
         edit = f"<button type=button data-act=edit data-turn={number}>Edit and resend</button>"
         copy = "<button type=button data-act=copy>Copy</button>"
         parts.append(
-            f'<div class="turn user"><div class="said">{escape(user)}</div><div class="acts">{edit}{copy}</div></div>'
+            f'<div class="turn user"><div class="said">{escape(readable(user))}</div><div class="acts">{edit}{copy}</div></div>'
         )
         said = (
-            f'<div class="said">{escape(answer)}</div>'
+            f'<div class="said">{escape(readable(answer))}</div>'
             if answer is not None
             else '<div class="said wait">writing</div>'
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from app.engine import Engine
 from app.writing import Refused, Writing
 from llada_core.config.sampling import SamplingParams
-from llada_core.sampling.trace import Frame, Trace, readable
+from llada_core.sampling.trace import Frame, Trace, typed
 
 LONGEST_MESSAGE = 20_000  # characters, also of the system prompt
 MOST_TURNS = 50
@@ -44,8 +44,8 @@ class ChatSession:
         self._idle()
         if self.waiting:
             raise Refused("The last question still waits for its answer: press Stop, or Write again.")
-        text = readable(text).strip()
-        if not text:
+        text = typed(text)
+        if not text.strip():
             raise Refused("Write something first: the message is empty.")
         for what, said in (("message", text), ("system prompt", self.system)):
             if len(said) > LONGEST_MESSAGE:
@@ -98,8 +98,8 @@ class ChatSession:
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation as the chat template takes it."""
-        told = readable(self.system).strip()
-        system = [{"role": "system", "content": told}] if told else []
+        told = typed(self.system)
+        system = [{"role": "system", "content": told}] if told.strip() else []
         said = [
             {"role": role, "content": content}
             for turn in self.turns
@@ -136,7 +136,7 @@ class ChatSession:
             self.writing = False
 
     def _finish(self, writer: Engine) -> None:
-        answer = readable(writer.text(self.last.tokens()))
+        answer = writer.text(self.last.tokens())
         self.turns[-1].answer = answer
         if not answer.strip() and not self.last.note:
             self.last.note = (

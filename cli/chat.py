@@ -19,7 +19,7 @@ from llada_core.config.sampling import SamplingParams
 from llada_core.config.sampling_help import exactness, preset
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import stream
-from llada_core.sampling.trace import Trace, readable, speller
+from llada_core.sampling.trace import Trace, readable, speller, typed
 from llada_core.tokenizer import Tokenizer
 
 HELP = {
@@ -63,7 +63,7 @@ class Conversation:
                 if line.startswith("/"):
                     self.command(line)
                 elif line:
-                    self.turns.append({"role": "user", "content": readable(line)})
+                    self.turns.append({"role": "user", "content": typed(line)})
                     self.answer()
             except ValueError as error:
                 self.console.print(str(error), style="red", markup=False)
@@ -91,7 +91,7 @@ class Conversation:
 
     def answer(self) -> None:
         """Writes the answer to the last question; Ctrl-C keeps what is there."""
-        said = [{"role": "system", "content": readable(self.system)}] if self.system else []
+        said = [{"role": "system", "content": typed(self.system)}] if self.system else []
         self.trace = Trace(self.tokenizer.chat_ids([*said, *self.turns]), self.params.max_new_tokens)
         steps = stream(self.model, [self.trace.prompt], self.params, look_ahead=self.guesses)
         writing = Writing(self.trace)
@@ -105,9 +105,11 @@ class Conversation:
         if writing.counts is None:
             self.turns.pop()
             return
-        text = readable(self.tokenizer.answer_text(writing.tokens()))
+        text = self.tokenizer.answer_text(writing.tokens())
         self.turns.append({"role": "assistant", "content": text})
-        self.console.print(text or "(nothing: the model ended its answer at once)", markup=False, highlight=False)
+        self.console.print(
+            readable(text) or "(nothing: the model ended its answer at once)", markup=False, highlight=False
+        )
         self._say(writing.counts.sentence())
 
     def _drawn(self, number: int = -1) -> Group:
@@ -160,5 +162,5 @@ class Conversation:
     def _undo(self, _: str) -> None:
         if not self.turns:
             raise ValueError("there is nothing to undo")
-        self._say(f"forgotten: {self.turns[-2]['content']}")
+        self._say(f"forgotten: {readable(self.turns[-2]['content'])}")
         del self.turns[-2:]

@@ -68,13 +68,13 @@ def sample(
     llada sample "Solve the sudoku 1030340020030001" -v
     """
     with one_line_errors():
-        from llada_core.sampling.trace import readable
+        from llada_core.sampling.trace import readable, typed
 
         given = {
             "max_new_tokens": max_new_tokens, "block_length": block_length, "steps": steps, "temperature": temperature,
             "threshold": threshold, "cache": cache, "seed": seed,
         }  # fmt: skip
-        texts = [line.rstrip("\n") for p in prompts for line in (sys.stdin if p == "-" else [p])]
+        texts = [typed(line.rstrip("\n")) for p in prompts for line in (sys.stdin if p == "-" else [p])]
         name = name_or_champion(model)
         params = settings(name, preset, given, others)
         writer, tokenizer = loaded(name, device, bits)

@@ -12,6 +12,7 @@ from app.render import notice, table
 from app.session import ChatSession
 from app.views.panel import QUICK, Panel, Values, choices
 from llada_core.config.sampling_help import PRESETS, preset
+from llada_core.sampling.trace import readable
 
 AS_SET = "as in the sidebar"
 Pictures = tuple[Any, ...]
@@ -50,7 +51,7 @@ class CompareView:
             pictures = [new or old for new, old in zip(both, pictures, strict=True)]
             yield pictures[0], gr.skip(), facts[0], pictures[1], gr.skip(), facts[1]
         shown = [picture + notice(chat.last.note) for picture, chat in zip(pictures, chats, strict=True)]
-        answers = [chat.turns[-1].answer or "" for chat in chats]
+        answers = [readable(chat.turns[-1].answer or "") for chat in chats]
         yield shown[0], answers[0], facts[0], shown[1], answers[1], facts[1]
 
     def _side(self, side: Side, values: Values) -> tuple[ChatSession, Iterator[str]]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from llada_core.config.sampling import SamplingParams
-from llada_core.sampling.trace import readable
+from llada_core.sampling.trace import typed
 
 Encode = Callable[[str], list[int]]
 GAP = re.compile(r"\[\[\s*(\d*)\s*\]\]")
@@ -18,7 +18,7 @@ DEFAULT_GAP = 8
 
 def with_gaps(text: str, encode: Encode, mask_id: int, longest: int) -> list[int]:
     """The ids of `text` with each `[[n]]` as n masks (`[[ ]]`: 8); raises ValueError without a gap or with too many."""
-    pieces = GAP.split(readable(text))
+    pieces = GAP.split(typed(text))
     if len(pieces) == 1:
         raise ValueError("Mark where the model shall write: [[5]] is a gap of five tokens, for example 2+[[1]]=5.")
     ids: list[int] = []
@@ -57,7 +57,7 @@ def pinned(length: int, pins: str, encode: Encode) -> dict[int, int]:
             raise ValueError(
                 f"Write pins as position:word with commas between them, as 0:Once, 12:end (got {pins[at : at + 40]!r})."
             )
-        position, ids = int(match[1]), encode(readable(match[2]))
+        position, ids = int(match[1]), encode(typed(match[2]))
         if position + len(ids) > length:
             raise ValueError(f"The pin {match[2]!r} ends at token {position + len(ids)}, the answer at {length}.")
         found |= dict(enumerate(ids, start=position))

@@ -157,6 +157,9 @@ def find_runners_up(trace: Trace, model: MaskPredictor, *, likeliest: int = 4, b
             trace.runners[at] = list(zip(ids, values, strict=True))
 
 
+_STEERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufff9\ufffa\ufffb")  # and it lasts
+
+
 def printable(text: str, longest: int = LONGEST_TOKEN) -> str:
     """One token as visible characters: white space by signs, what would steer a terminal or a page by its number."""
     shown = MARKS.get(text) or ("␣" * len(text) if text.strip(" ") == "" else text.strip(" "))
@@ -166,13 +169,27 @@ def printable(text: str, longest: int = LONGEST_TOKEN) -> str:
     return shown if len(shown) <= longest else shown[: longest - 1] + "…"
 
 
+def typed(text: str) -> str:
+    """A text as a person gave it, to be encoded: nothing is taken out; only lone halves of characters, which have no
+    UTF-8, become U+FFFD (two halves that belong together become their character)."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def readable(text: str) -> str:
-    """A whole text with line breaks kept; what steers (bidi, escapes, half surrogates) becomes U+FFFD."""
-    return "".join(c if c in "\n\t" or harmless(c) else "\ufffd" for c in text)
+    """A whole text to be shown, with line breaks kept; what steers (bidi, escapes, half surrogates) becomes U+FFFD.
+
+    For the eye alone: what a model reads is `typed`.
+    """
+    lined = text.replace("\r\n", "\n").replace("\r", "\n")
+    return "".join(c if c in "\n\t" or harmless(c) else "\ufffd" for c in lined)
 
 
 def harmless(character: str) -> bool:
-    """Whether a character only shows itself: no control, bidi or format sign, no half surrogate, no unassigned one."""
-    return (
-        unicodedata.category(character) not in {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"} or character in "\u200c\u200d"
-    )
+    """Whether a character steers neither a terminal nor the direction of what stands around it, and can be encoded.
+
+    Unassigned ones pass (the next emoji are unknown to this Python), as do signs for private use and format signs that
+    belong to their neighbours: joiners, soft hyphens, Arabic number signs, the tags of flags, marks of direction.
+    """
+    if character in _STEERING:
+        return False
+    return unicodedata.category(character) not in {"Cc", "Cs", "Zl", "Zp"}

@@ -123,7 +123,7 @@ def test_bad_messages_are_refused_in_a_sentence(text, says):
     chat = ChatSession()
     if says is None:
         chat.ask(text)
-        assert chat.turns[0].user == "\ufffd"
+        assert chat.turns[0].user == "\u200e"
         return
     with pytest.raises(Refused, match=says):
         chat.ask(text)
@@ -131,10 +131,10 @@ def test_bad_messages_are_refused_in_a_sentence(text, says):
     assert len(text) < LONGEST_MESSAGE or says
 
 
-def test_the_system_prompt_is_bounded_and_cleaned_like_a_message(engine):
+def test_the_system_prompt_is_bounded_and_halves_are_replaced_as_in_a_message(engine):
     chat = ChatSession(system="be\ud800brief\u202e")
     chat.ask("12 + 3")
-    assert chat.messages()[0] == {"role": "system", "content": "be\ufffdbrief\ufffd"}
+    assert chat.messages()[0] == {"role": "system", "content": "be\ufffdbrief\u202e"}
     assert list(chat.reply(engine, PARAMS))
     with pytest.raises(Refused, match="system prompt has 100,000 characters"):
         ChatSession(system="x" * 100_000).ask("12 + 3")
