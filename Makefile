@@ -22,6 +22,7 @@ setup: $(STAMP)  ## make .venv with the pinned closure
 $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
 	  { echo "lladaflow needs Python 3.11 to 3.13; '$(PYTHON)' is not one: call make PYTHON=/path/to/python3.11"; exit 2; }
+	@case "$(VENV):$$PWD" in /*) ;; *:*:*) echo "Python makes no environment in a folder with ':' in its name; call make VENV=/a/folder/without"; exit 2;; esac
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned packages into $(VENV) (about two minutes the first time)"
 	@$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[all,dev]' 2>&1 | { grep -v '^WARNING: Location' || true; }

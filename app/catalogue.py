@@ -15,6 +15,7 @@ from llada_core.data.puzzles import countdown, draw, seats, sudoku
 from llada_core.evaluation import recipes
 from llada_core.json_lines import read
 from tasks import registry
+from tasks.databases import sqlite_file
 
 HASH = re.compile(r"\b[0-9a-f]{40,}\b")
 EACH = 2  # examples of each benchmark
@@ -155,8 +156,8 @@ class Catalogue:
     def _models(self) -> list[str]:
         """Names of all registered models; MLflow is not asked when it has no files yet, since asking makes them."""
         lost = {receipt["name"] for receipt in registry.receipts(self.root)}
-        uri = registry.tracking_uri(self.root)
-        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        file = sqlite_file(registry.tracking_uri(self.root))
+        if file is not None and not file.is_file():
             return sorted(lost)
         return sorted(lost | {model.name for model in registry.client(self.root).search_registered_models()})
 

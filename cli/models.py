@@ -136,8 +136,11 @@ def ui(
 ) -> None:
     """MLflow (runs, models) and Prefect (flows, deployments) on this machine's loopback, until Ctrl-C."""
     with one_line_errors():
-        from tasks.registry import tracking_uri
+        from tasks.databases import sqlite_file
+        from tasks.registry import client, tracking_uri
 
+        if sqlite_file(tracking_uri(Path.cwd())):
+            client(Path.cwd())  # its tables are there before a server, and a run beside it, look for them
         address = "127.0.0.1"
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         api = {

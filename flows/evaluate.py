@@ -20,16 +20,18 @@ from flows.walk import StageProcesses
 from llada_core.config.evaluation import ReportParams
 from llada_core.config.params import Params
 from llada_core.evaluation import recipes
+from tasks.checkout import commit_of
+from tasks.dvc_settings import configure_without_git
 from tasks.errors import StageError, one_line_errors
 from tasks.evaluate import Places, answering, data_root, quiet_lm_eval
 from tasks.folders import read_json
 from tasks.launch_script import visible_gpus
 from tasks.plan_memory import peak_of
 from tasks.report import Beside, write_report
-from tasks.runs import commit_of, home
+from tasks.runs import home
 from tasks.sweep import FAILURES, tell_costs
 from tasks.tracking import send_pending
-from tasks.workspace import Workspace, configure_without_git, open_workspace
+from tasks.workspace import Workspace, open_workspace
 
 # Half of its peak is what a forward of LLaDA-8B's shape reaches on a GPU of its kind (an H200: 54 to 56 %).
 YARDSTICK = "H100"

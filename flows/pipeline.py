@@ -14,11 +14,12 @@ from prefect.states import Completed
 
 from flows.server import require_prefect
 from flows.walk import StageProcesses, part_of, stage_graph
+from tasks.dvc_settings import configure_without_git
 from tasks.errors import StageError, one_line_errors
 from tasks.pipeline import restore_lost_records, summary
 from tasks.runs import all_runs
 from tasks.tracking import mlflow_link
-from tasks.workspace import configure_without_git, open_workspace, pipeline_lock
+from tasks.workspace import open_workspace, pipeline_lock
 
 HOPELESS = {2, 75, 130, 143}  # a mistake, a stop, a cancellation: another try would not help
 
@@ -94,7 +95,7 @@ def report(folder: Path) -> None:
     table = folder / "reports" / "table.md"
     lines = [f"MLflow: {mlflow_link(folder)}", "", "| stage | run folder | job |", "|---|---|---|"]
     for run in all_runs(folder):
-        if run.request["root"] == str(folder.resolve()):
+        if run.root.resolve() == folder.resolve():
             lines.append(f"| {run.stage} | `{run.path}` | {run.job_name} |")
     text = (table.read_text(encoding="utf-8") + "\n\n" if table.exists() else "") + "\n".join(lines)
     create_markdown_artifact(key="results", markdown=text, description=f"results of {folder.name}")

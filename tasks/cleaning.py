@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llada_core.modeling.bases import CONTENT, base_name, is_adapter
+from tasks.checkout import has_git, prune_worktrees
 from tasks.errors import StageError
 from tasks.folders import read_json, size_of
 from tasks.registry import client
 from tasks.runs import all_runs, home
 from tasks.status import state_of
-from tasks.workspace import Workspace, git, pipeline_lock
+from tasks.workspace import Workspace, pipeline_lock
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ def candidates(root: Path) -> list[Candidate]:
         for run in all_runs(root)
         if run.succeeded and (run.path / "checkpoints").exists()
     ]
-    busy = {run.request["root"] for run in all_runs(root) if state_of(run) in ("running", "unknown")}
+    busy = {run.root.resolve() for run in all_runs(root) if state_of(run) in ("running", "unknown")}
     spaces = [path.parent for path in sorted((home(root) / "workspaces").glob("*/workspace.json"))]
-    found += [(path, f"workspace of {_profile(path)}") for path in spaces if str(path) not in busy]
+    found += [(path, f"workspace of {_profile(path)}") for path in spaces if path.resolve() not in busy]
     found += [(path, "no registered version and no adapter points to it") for path in _orphans(root)]
     return [Candidate(path, why, size_of([path]) / 2**30) for path, why in found]
 
@@ -44,8 +45,8 @@ def remove(root: Path, chosen: list[Candidate]) -> None:
                 shutil.rmtree(item.path)
         else:
             shutil.rmtree(item.path)
-    if (root / ".git").exists():
-        git(root, "worktree", "prune")
+    if has_git(root):
+        prune_worktrees(root, home(root) / "workspaces")
 
 
 def _profile(workspace: Path) -> str:

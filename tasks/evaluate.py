@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import EvaluateParams
 from llada_core.config.params import Params
@@ -115,10 +117,11 @@ def measure(name: str, model: str, answerer: "Answerer", params: EvaluateParams,
         result["forwards_per_answer"] = round(sum(lm.forwards) / len(lm.forwards), 2)
         result["tokens_per_answer"] = round(sum(lm.new_tokens) / len(lm.new_tokens), 2)
     path = places.out / f"{asked.name}.json"
-    known = read_json(path)["models"] if path.exists() else {}
     samples = "".join(map(line_of, records))
     write_text(places.out / asked.name / f"{safe(model)}.samples.jsonl", samples)
-    write_json(path, {"benchmark": asked.name, "models": known | {safe(model): result}})
+    with FileLock(places.out / f".{asked.name}.lock"):  # another evaluation may add its model's result
+        known = read_json(path)["models"] if path.exists() else {}
+        write_json(path, {"benchmark": asked.name, "models": known | {safe(model): result}})
     seconds = max(store.seconds, 1e-9)
     line = {"score": result.get("score"), "seconds": store.seconds, "questions_per_second": len(records) / seconds}
     return line | ({"tokens_per_second": sum(lm.new_tokens) / seconds} if lm.new_tokens else {})

@@ -5,7 +5,9 @@ what it makes; knows nothing of stages, runs or models.
 """
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -23,11 +25,27 @@ SETTLED = 3_000_000_000  # ns since its last change, so that another one gets an
 
 
 def home(root: Path) -> Path:
-    """The folder that holds runs/, store/ and mlflow.db: the checkout, also for its workspaces (`LLADAFLOW_HOME`)."""
+    """The folder that holds runs/, store/ and mlflow.db: the checkout, also for its workspaces (`LLADAFLOW_HOME`).
+
+    A workspace's is the one above it, wherever both were moved or copied to; the note inside is believed only where it
+    leads back to the workspace, as it does when workspaces/ is a link to another disk. Raises ValueError otherwise.
+    """
     if given := os.environ.get("LLADAFLOW_HOME"):
+        if not Path(given).is_absolute():
+            raise ValueError(
+                f"LLADAFLOW_HOME={given} counts from a folder that changes; give a whole path, {Path(given).resolve()}"
+            )
         return Path(given)
-    note = root / "workspace.json"
-    return Path(read_json(note)["home"]) if note.exists() else root.resolve()
+    note, place = root / "workspace.json", root.resolve()
+    if not note.exists():
+        return place
+    noted = Path(read_json(note)["home"])
+    back = noted / "workspaces" / place.name
+    if back.is_dir() and back.samefile(place):
+        return noted
+    if place.parent.name != "workspaces":
+        raise ValueError(f"{place} is a workspace outside of its project; move it back to {noted / 'workspaces'}")
+    return place.parents[1]
 
 
 def files_in(path: Path) -> list[Path]:
@@ -126,11 +144,24 @@ def link_into(source: Path, target: Path) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             _link(file, place)
         fresh.mkdir(exist_ok=True) if source.is_dir() else None
-        if target.is_dir() and not target.is_symlink():
-            os.replace(target, fresh.parent / "old")
-        os.replace(fresh, target)
+        _put(fresh, target)
     finally:
         shutil.rmtree(fresh.parent, ignore_errors=True)
+
+
+def _put(fresh: Path, target: Path) -> None:
+    """Move `fresh` to `target`; what is there moves beside `fresh` first, as often as another process puts it there."""
+    for number in itertools.count():
+        if target.is_dir() and not target.is_symlink():
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(target, fresh.with_name(f"old-{number}"))
+        try:
+            os.replace(fresh, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR):
+                raise
+        else:
+            return
 
 
 def _link(source: Path, target: Path) -> None:

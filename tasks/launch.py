@@ -117,7 +117,7 @@ class LogReader:
 
     def __init__(self, run: RunFolder, *, tail: int | None = None) -> None:
         self._path = run.log
-        self._at = (run.job or {}).get("log_start", 0) if tail is None else max(0, run.log_size - tail)
+        self._at = (run.last_job or {}).get("log_start", 0) if tail is None else max(0, run.log_size - tail)
 
     def show(self) -> None:
         """Print what came since the last call."""

@@ -4,6 +4,7 @@ A process is known by its id and its start time in /proc, so that a re-used id i
 of stages; the run folder holds all state.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,7 +15,6 @@ from typing import Literal
 
 from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams
-from tasks.folders import write_json
 from tasks.launch_script import write_job
 from tasks.runs import RunFolder
 
@@ -34,9 +34,8 @@ class LocalLauncher:
             process = subprocess.Popen(
                 ["bash", str(script)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        started = {"pid": process.pid, "start": start_time(process.pid), "host": socket.gethostname()}
-        note = {"launcher": "local", "time": time.time(), "log_start": log_start}
-        write_json(run.path / "job.json", started | note)
+        started = {"pid": process.pid, "start": start_time(process.pid), "boot": boot()}
+        run.note_job({"launcher": "local", "log_start": log_start} | started)
 
     def state(self, run: RunFolder) -> State:
         """Whether the job of `run` is still there; raises `ConfigError` for a job of another machine."""
@@ -45,6 +44,8 @@ class LocalLauncher:
             return "gone"
         if job["host"] != socket.gethostname():
             raise ConfigError(f"{run.key} was started on {job['host']}; go on there, or remove {run.path / 'job.json'}")
+        if job.get("boot", boot()) != boot():
+            return "gone"
         return "alive" if job["start"] is not None and start_time(job["pid"]) == job["start"] else "gone"
 
     def cancel(self, run: RunFolder, grace: float) -> None:
@@ -70,6 +71,13 @@ class LocalLauncher:
                 return False
             time.sleep(0.05)
         return True
+
+
+def boot() -> str:
+    """Which start of this machine this is."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
 
 
 def start_time(pid: int) -> int | None:

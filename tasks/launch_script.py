@@ -4,6 +4,7 @@ Knows accelerate's command line and the template; does not start anything.
 """
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def render(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
 def write_job(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> Path:
     """Put the script, and a person's own accelerate file, into the run folder: later edits reach no waiting job."""
     if launch.accelerate_config:
-        own = Path(run.request["root"]) / Path(launch.accelerate_config).expanduser()
+        own = run.root / Path(launch.accelerate_config).expanduser()
         if not own.is_file():
             raise ConfigError(
                 f"launch.accelerate_config: there is no {own}; give a path from the project's folder, or a whole one"
@@ -65,7 +66,7 @@ def sbatch_options(run: RunFolder, slurm: SlurmParams) -> list[str]:
     values = {
         "job-name": job_name(run),
         "dependency": "singleton",
-        "output": run.log,
+        "output": _as_option(run.log),
         "open-mode": "append",
         "nodes": slurm.nodes,
         "ntasks-per-node": 1,
@@ -82,10 +83,19 @@ def sbatch_options(run: RunFolder, slurm: SlurmParams) -> list[str]:
     return ["--requeue", *(f"--{key}={value}" for key, value in values.items() if value is not None), *slurm.extra]
 
 
+def _as_option(path: Path) -> str:
+    """A path for `#SBATCH`: Slurm fills in what follows a `%`, and a space or `#` outside of quotes ends an option."""
+    text = str(path).replace("%", "%%")
+    plain = re.fullmatch(r"[\w/.@+,=:~%-]+", text)
+    return text if plain else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
 def _environment(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> dict[str, str]:
     passed = {} if slurm else {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    origin = run.request["root"]
-    own = {"LLADAFLOW_RUN": str(run.path), "PYTHONUNBUFFERED": "1", "PYTHONPATH": f"{run.tree}:{origin}"}
+    places = [str(run.tree), str(run.root)]
+    if any(":" in place for place in places):  # which ends an entry; the script starts in the first of them
+        places = [os.path.relpath(place, run.tree) for place in places]
+    own = {"LLADAFLOW_RUN": str(run.path), "PYTHONUNBUFFERED": "1", "PYTHONPATH": ":".join(places)}
     # Several processes of one thread each are faster than one of several threads: a small model's products are small.
     single = {"OMP_NUM_THREADS": "1"} if launch.cpu_processes > 1 and not gpus_of(launch, slurm=slurm) else {}
     threads = {"OMP_NUM_THREADS": str(launch.threads)} if launch.threads else {}

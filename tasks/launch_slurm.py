@@ -10,7 +10,6 @@ import time
 
 from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams
-from tasks.folders import write_json
 from tasks.launch_local import State
 from tasks.launch_script import job_name, write_job
 from tasks.runs import RunFolder
@@ -99,8 +98,7 @@ class SlurmLauncher:
         return found[0] if found else None
 
     def _note(self, run: RunFolder, number: str, log_start: int = 0) -> None:
-        note = {"launcher": "slurm", "id": number, "time": time.time(), "log_start": log_start}
-        write_json(run.path / "job.json", note)
+        run.note_job({"launcher": "slurm", "id": number, "log_start": log_start})
 
     def _say(self, text: str) -> None:
         if text != self._said:

@@ -36,9 +36,10 @@ class ChatModel(PythonModel):
         from tasks.folders import content_hash
 
         config = context.model_config
-        folder = Path(config["path"])
-        if not folder.is_dir():  # the project was moved
-            folder = Path(os.environ.get("LLADAFLOW_HOME", ".")) / "store" / config["hash"]
+        # This file lies in the project that registered the version, wherever that is now; a copy has its own weights.
+        homes = [*Path(__file__).resolve().parents, Path(os.environ.get("LLADAFLOW_HOME", "."))]
+        stores = [home / "store" / config["hash"] for home in homes]
+        folder = next((store for store in stores if store.is_dir()), Path(config["path"]))
         if not folder.is_dir() or content_hash(folder) != config["hash"]:
             raise ValueError(
                 f"{folder}: the registered weights are gone or were altered; set LLADAFLOW_HOME or run again"

@@ -6,14 +6,17 @@ Knows DVC's command line; the order of stages is dvc.yaml's. Prefect's way to th
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from llada_core.config.base import ConfigError, nearest, read_yaml
 from tasks import tracking
+from tasks.databases import PATIENCE, sqlite_file
+from tasks.dvc_settings import configure_without_git
 from tasks.errors import StageError
 from tasks.folders import read_json
 from tasks.registry import receipts, tracking_uri, versions
-from tasks.workspace import Workspace, configure_without_git, pipeline_lock
+from tasks.workspace import Workspace, pipeline_lock
 
 
 def dvc(workspace: Workspace, *arguments: str) -> int:
@@ -61,19 +64,18 @@ def restore_lost_records(root: Path) -> None:
 
 
 def _database_is_empty(root: Path) -> bool:
-    uri = tracking_uri(root)
-    path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///"):
+    path = sqlite_file(tracking_uri(root))
+    if path is None:
         return False
     if not path.exists():
         return True
     import sqlite3
 
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=PATIENCE)) as database:
         try:
             return not database.execute("select 1 from model_versions limit 1").fetchall()
-        except sqlite3.OperationalError:
-            return True
+        except sqlite3.OperationalError as error:
+            return "no such table" in str(error)  # one that is locked may hold everything
 
 
 def summary(workspace: Workspace) -> str:

@@ -13,15 +13,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
+from llada_core.config.registry import RegisterParams
 from tasks import tracking
+from tasks.checkout import commit_of
 from tasks.errors import one_line_errors
 from tasks.folders import content_hash, hash_of, read_json, write_json
 from tasks.gate import Decision, decide
 from tasks.registry import Version, client, hold_base, keep, receipts, scores_of, store_folder, versions, write_receipt
 from tasks.report import scores_of as answered
-from tasks.runs import RunFolder, commit_of, home, stage_params
+from tasks.runs import RunFolder, home, stage_params
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "mlflow")
@@ -32,6 +36,16 @@ def register(root: Path, params: Params) -> dict[str, Any]:
     spec = params.register_
     if spec is None:
         raise ConfigError("params.yaml has no block 'register'")
+    with FileLock(_lock(root)):  # two runs with the same weights are one version
+        return _register(root, params, spec)
+
+
+def _lock(root: Path) -> Path:
+    store_folder(root, "").mkdir(parents=True, exist_ok=True)
+    return store_folder(root, ".register.lock")
+
+
+def _register(root: Path, params: Params, spec: RegisterParams) -> dict[str, Any]:
     digest = keep(root, root / "models" / spec.model)
     hold_base(root, store_folder(root, digest))  # a champion whose base is nowhere could not be loaded
     answers = (root / "reports" / "eval").glob(f"*/{spec.model}.samples.jsonl")

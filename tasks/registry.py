@@ -19,8 +19,9 @@ from llada_core.config.params import Params
 from llada_core.config.sampling import SamplingParams
 from llada_core.json_lines import line_of, read
 from llada_core.modeling.bases import CONTENT, base_name, base_of, is_adapter
-from tasks.databases import require
+from tasks.databases import require, sqlite_file, sqlite_uri
 from tasks.folders import content_hash, link_into, read_json
+from tasks.records import open_records
 from tasks.runs import home
 
 if TYPE_CHECKING:
@@ -126,17 +127,20 @@ def trained_on(root: Path, data: str) -> list[Version]:
 
 def tracking_uri(root: Path) -> str:
     """Where MLflow keeps its records: `MLFLOW_TRACKING_URI`, else mlflow.db beside runs/ and store/."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home(root)}/mlflow.db"
+    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(home(root) / "mlflow.db")
 
 
 def client(root: Path) -> "MlflowClient":
     """MLflow's client for this project."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    require("MLflow", tracking_uri(root), "MLFLOW_TRACKING_URI")
+    uri = tracking_uri(root)
+    require("MLflow", uri, "MLFLOW_TRACKING_URI")
     import mlflow
     from mlflow.tracking import MlflowClient
 
-    mlflow.set_tracking_uri(tracking_uri(root))
+    mlflow.set_tracking_uri(uri)
+    if file := sqlite_file(uri):
+        open_records(file, home(root))
     return MlflowClient()
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import ReportParams
 from llada_core.json_lines import read
+from tasks.checkout import commit_of
 from tasks.folders import read_json, safe, write_json, write_text
 from tasks.program import Work, stage_program
-from tasks.runs import commit_of
 
 Scores = dict[str, float]
 
@@ -38,7 +38,7 @@ def run(work: Work) -> None:
         evaluate.benchmarks,
         work.params.report or ReportParams(),
         Path("reports"),
-        Beside(Path("reports/training"), tuple(order), commit_of(Path(work.run.request["root"]))),
+        Beside(Path("reports/training"), tuple(order), commit_of(work.run.root)),
     )
 
 

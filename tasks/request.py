@@ -10,7 +10,7 @@ from typing import Any
 from llada_core.config.base import flat
 from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.config.training import TrainingParams
-from tasks.folders import content_hash, files_in, hash_of
+from tasks.folders import content_hash, files_in, hash_of, home
 from tasks.graph import CODE, Stage, chosen
 
 FINGERPRINT_DIGITS = 16
@@ -41,6 +41,7 @@ def request_of(root: Path, stage: Stage, params: dict[str, Any]) -> Request:
         "inputs": {path: content_hash(root / path) for path in stage.inputs},
         "outs": list(stage.outs),
         "root": str(root.resolve()),
+        "home": str(home(root).resolve()),
         "source": source,
         "pipeline": hash_of([pipeline, source])[:FINGERPRINT_DIGITS],
         "all_params": params,

@@ -16,7 +16,7 @@ import fcntl
 import math
 import os
 import shutil
-import subprocess
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,17 +36,6 @@ from tasks.request import Request, changed_settings, fingerprint, request_of, tr
 
 PAST = ("metrics.jsonl", "samples.jsonl", "recovery.json")  # beside checkpoints, what a run that goes on starts with
 MADE = ("data/", "models/", "reports/")  # made by stages, which replace and never change
-
-
-def commit_of(root: Path) -> str:
-    """The commit that a checkout is at, `+changes` if tracked files differ from it; "no git" outside of git."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    return (commit + ("+changes" if git("status", "--porcelain", "-uno") else "")) if commit else "no git"
 
 
 @dataclass(frozen=True)
@@ -84,15 +73,40 @@ class RunFolder:
         return self.request["stage"]
 
     @property
-    def job(self) -> dict[str, Any] | None:
-        """What the launcher wrote down of the last job, None before the first."""
+    def root(self) -> Path:
+        """The checkout or workspace that asked for it, where it lies now."""
+        request = self.request
+        asked, then = Path(request["root"]), Path(request.get("home", request["root"]))
+        return self.path.parents[1] / asked.relative_to(then) if asked.is_relative_to(then) else asked
+
+    @property
+    def last_job(self) -> dict[str, Any] | None:
+        """What a launcher wrote down of the last job, None before the first."""
         path = self.path / "job.json"
         return read_json(path) if path.exists() else None
 
     @property
+    def job(self) -> dict[str, Any] | None:
+        """The last job if it is this folder's own: a copy of a run has nothing to do with the original's job."""
+        job = self.last_job
+        return job if job is None or self._is_own(job) else None
+
+    def note_job(self, job: dict[str, Any]) -> None:
+        """Write down who is at this run, and which folder that is."""
+        note = {"folder": str(self.path), "inode": self.path.stat().st_ino, "host": socket.gethostname()}
+        write_json(self.path / "job.json", note | {"time": time.time()} | job)
+
+    def _is_own(self, job: dict[str, Any]) -> bool:
+        """Whether a job was started for this folder: by its path here, by its inode where it was moved or is mounted."""
+        noted, same = Path(job.get("folder", self.path)), job.get("inode") == self.path.stat().st_ino
+        if noted == self.path:  # also on another machine, of which this may be a backup
+            return same or job.get("host", socket.gethostname()) == socket.gethostname()
+        return same and (not noted.exists() or noted.samefile(self.path))
+
+    @property
     def job_name(self) -> str:
         """The last job in words: `slurm 123`, `local 4567`, `inline`."""
-        job = self.job
+        job = self.last_job
         return f"{job['launcher']} {job.get('id', job.get('pid'))}" if job else "inline"
 
     @property
@@ -263,9 +277,9 @@ def find_run(root: Path, name: str) -> RunFolder:
 
 def previous_run(root: Path, run: RunFolder) -> RunFolder | None:
     """The newest successful run of the same stage in the same folder that is not `run`."""
-    stage, here = run.stage, str(root.resolve())
+    stage, here = run.stage, root.resolve()
     others = (r for r in all_runs(root) if r.key != run.key and r.succeeded)
-    return next((r for r in others if r.stage == stage and r.request["root"] == here), None)
+    return next((r for r in others if r.stage == stage and r.root.resolve() == here), None)
 
 
 def stage_params(root: Path, overrides: list[str]) -> dict[str, Any]:

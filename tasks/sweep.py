@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import EvaluateParams, ReportParams
 from llada_core.modeling.bases import is_adapter, model_folders
+from tasks.checkout import commit_of
 from tasks.evaluate import Places, answering, as_asked, below, measure, quiet_lm_eval
 from tasks.folders import content_hash, hash_of, read_json, safe
 from tasks.program import rank
 from tasks.registry import resolve
-from tasks.runs import commit_of
 
 if TYPE_CHECKING:
     from llada_core.evaluation.answering import Answerer

@@ -10,10 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from llada_core.config.base import flat
 from llada_core.json_lines import read
 from tasks.folders import hash_of, read_json, safe
-from tasks.runs import RunFolder
+from tasks.records import lock_of
+from tasks.runs import RunFolder, home
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -47,8 +50,10 @@ def send_sweep(root: Path, model: str, params: "EvaluateParams", places: "Places
     def work() -> None:
         talk, name = client(root), safe(model)
         experiment, key = experiment_of(talk, root), hash_of([places.answers.name, model, params.limit])[:16]
-        found = talk.search_runs([experiment], f"tags.`lladaflow.key` = '{key}'", max_results=1)
-        run = found[0] if found else talk.create_run(experiment, tags={"lladaflow.key": key}, run_name=f"eval {name}")
+        with FileLock(lock_of(home(root))):
+            found = talk.search_runs([experiment], f"tags.`lladaflow.key` = '{key}'", max_results=1)
+            tags = {"lladaflow.key": key}
+            run = found[0] if found else talk.create_run(experiment, tags=tags, run_name=f"eval {name}")
         run_id = run.info.run_id
         for benchmark in measured:
             result = read_json(places.out / f"{benchmark}.json")["models"][name]

@@ -18,7 +18,9 @@ from filelock import FileLock
 
 from llada_core.config.base import flat
 from llada_core.json_lines import complete, parsed
+from tasks.databases import sqlite_file
 from tasks.folders import hash_of, read_json, write_json
+from tasks.records import artifacts, lock_of
 from tasks.runs import RunFolder, all_runs, home
 from tasks.tracked_results import log_params, send_results
 
@@ -61,7 +63,7 @@ def send_pending(root: Path, *, again: bool = False) -> bool:
 
     False when MLflow does not answer.
     """
-    here = (run for run in all_runs(root) if run.request["root"] == str(root.resolve()))
+    here = (run for run in all_runs(root) if run.root.resolve() == root.resolve())
     pending = [run for run in here if again or not _cursor(run).get("done")]
     return not pending or os.environ.get("LLADAFLOW_TRACKING") == "off" or send(pending[::-1])
 
@@ -95,7 +97,7 @@ def delivered(work: Callable[[], None], what: str) -> bool:
 
 def gather(root: Path, name: str, rows: list[dict[str, Any]]) -> bool:
     """Put the pipeline runs of several folders under one parent, each with its score; False when MLflow is silent."""
-    runs = [next((r for r in all_runs(root) if r.request["root"] == row["folder"]), None) for row in rows]
+    runs = [next((r for r in all_runs(root) if str(r.root.resolve()) == row["folder"]), None) for row in rows]
     first = next((run for run in runs if run is not None), None)
     if first is None or os.environ.get("LLADAFLOW_TRACKING") == "off":
         return False
@@ -126,12 +128,13 @@ def mlflow_link(root: Path) -> str:
 def experiment_of(client: "MlflowClient", root: Path) -> str:
     """The id of the project's experiment; made if need be, with its files beside `root`'s runs where there is no server."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-    found = client.get_experiment_by_name(name)
-    if found:
+    if found := client.get_experiment_by_name(name):
         return found.experiment_id
-    folder = root / "mlartifacts"
     local = not client.tracking_uri.startswith("http")
-    return client.create_experiment(name, artifact_location=folder.as_uri() if local else None)
+    folder = artifacts(home(root).resolve()).as_uri()
+    with FileLock(lock_of(home(root))):
+        found = client.get_experiment_by_name(name)
+        return found.experiment_id if found else client.create_experiment(name, folder if local else None)
 
 
 class Sender:
@@ -150,7 +153,7 @@ class Sender:
             self.cursor = _cursor(self.run)
             ended = self.run.succeeded
             if not self._known():
-                self.cursor = {"run_id": self._child(), "uri": self.client.tracking_uri, "at": 0, "steps": {}}
+                self.cursor = {"run_id": self._child(), "uri": self._address, "at": 0, "steps": {}}
                 self._describe()
             self._metrics()
             run_id: str = self.cursor["run_id"]
@@ -162,9 +165,16 @@ class Sender:
 
     def _known(self) -> bool:
         """Whether the run that the cursor names is in this database (it may have been lost)."""
-        if self.cursor.get("uri") != self.client.tracking_uri:
+        if self.cursor.get("uri") != self._address:
             return False
         return bool(self.find(f"attributes.run_id = '{self.cursor['run_id']}'"))
+
+    @property
+    def _address(self) -> str:
+        """Where MLflow keeps its records, told so that it stays true when the project moves."""
+        file = sqlite_file(self.client.tracking_uri)
+        home = self.run.path.parents[1]
+        return file.name if file and file.parent == home else self.client.tracking_uri
 
     def find(self, condition: str) -> str | None:
         """The MLflow run that meets a condition."""
@@ -186,7 +196,7 @@ class Sender:
         params = {k: v for k, v in self.request["all_params"].items() if k != "launch"}
         key = self.request.get("pipeline") or hash_of([params, self.request["source"]])[:16]
         found = self.find(f"tags.`lladaflow.pipeline` = '{key}'")
-        return found or self.create(params["name"], {"lladaflow.pipeline": key, "lladaflow.root": self.request["root"]})
+        return found or self.create(params["name"], {"lladaflow.pipeline": key, "lladaflow.root": str(self.run.root)})
 
     def create(self, name: str, tags: dict[str, str]) -> str:
         """A new MLflow run; returns its id."""

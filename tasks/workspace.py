@@ -5,12 +5,10 @@ and dvc.yaml pruned to the profile's stages; the DVC cache, run folders, store a
 same request finds the same workspace again. Knows neither DVC's Python side nor what stages do.
 """
 
-import configparser
 import fcntl
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
 from llada_core.config.base import ConfigError, nearest, read_yaml, with_overrides
 from llada_core.config.params import Params
-from tasks.folders import content_hash, files_in, hash_of, write_json, write_text
+from tasks.checkout import add_worktree, copied, mend_worktree, submitted
+from tasks.dvc_settings import configure_workspace
+from tasks.folders import hash_of, write_json, write_text
 from tasks.graph import prune, with_sources
 from tasks.runs import home
 
-LEFT_OUT = ("data", "models", "runs", "store", "workspaces", "mlartifacts", "mlruns", "build", "dist", "__pycache__")
+PATIENCE = 600.0  # seconds for another process to make the same workspace
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,36 @@ def open_workspace(
         values["evaluate"] = params.evaluate.model_dump(mode="json") | values["evaluate"]
     values = with_sources(values, root)
     base = home(root)
-    commit, tree = _submitted(root)
-    determining = {key: value for key, value in values.items() if key != "launch"}
-    place = base / "workspaces" / f"{values['name']}-{hash_of([determining, tree])[:8]}"
-    if not (place / "workspace.json").exists():
-        with _holding(base / "workspaces" / f".{place.name}.lock", f"making {place}"):
-            _make(root, place, commit, values)
+    commit, tree = submitted(root)
+    place = base / "workspaces" / f"{values['name']}-{hash_of([_determining(values, base), tree])[:8]}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_name(f".{place.name}.lock"), timeout=PATIENCE):
+        if not (place / "workspace.json").exists():
+            _make(root, place, commit)
             note = {"home": str(base), "profile": profile, "overrides": overrides or [], "commit": commit}
             write_json(place / "workspace.json", note | {"time": time.time()})
-    write_text(place / "params.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        _settle(root, place, values)
     return Workspace(place)
+
+
+def _determining(values: dict[str, Any], base: Path) -> dict[str, Any]:
+    """What names a workspace: all but how it is launched, with models of the project told from where it lies."""
+    kept = {key: value for key, value in values.items() if key != "launch"}
+    inside = json.dumps(f"{base}/", ensure_ascii=False)[1:-1]
+    return json.loads(json.dumps(kept, ensure_ascii=False).replace(inside, ""))
+
+
+def _settle(root: Path, place: Path, values: dict[str, Any]) -> None:
+    """Write what a workspace holds of its place and of its models' places: it, or the project, may have moved."""
+    if home(place).resolve() != home(root).resolve():
+        raise ConfigError(f"{place} belongs to {home(place)}; remove the link {place.parent}, which leads there")
+    write_text(place / "params.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    spec = yaml.safe_dump(prune(read_yaml(root / "dvc.yaml"), values), sort_keys=False, width=120)
+    if not (place / "dvc.yaml").exists() or (place / "dvc.yaml").read_text(encoding="utf-8") != spec:
+        write_text(place / "dvc.yaml", spec)
+    configure_workspace(root, place)
+    if (place / ".git").is_file():
+        mend_worktree(root, place)
 
 
 def profile_file(root: Path, profile: str | None) -> Path:
@@ -104,63 +125,11 @@ def _holding(path: Path, doing: str) -> Iterator[None]:
         yield
 
 
-def _submitted(root: Path) -> tuple[str | None, str]:
-    """What was submitted: a commit that holds the tracked files as they are now, and the hash of its content."""
-    if not (root / ".git").exists():
-        files = [file for file in _copied(root) if file.suffix in (".py", ".yaml", ".jinja", ".json")]
-        return None, hash_of([[str(file.relative_to(root)), content_hash(file)] for file in files])
-    commit = git(root, "stash", "create") or git(root, "rev-parse", "HEAD")
-    return commit, git(root, "rev-parse", f"{commit}^{{tree}}")
-
-
-def _make(root: Path, place: Path, commit: str | None, values: dict[str, Any]) -> None:
+def _make(root: Path, place: Path, commit: str | None) -> None:
     if commit is None:
         shutil.rmtree(place, ignore_errors=True)
-        for file in _copied(root):
+        for file in copied(root):
             (place / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, place / file.relative_to(root))
     else:
-        git(root, "worktree", "prune")
-        if place.exists():  # a making that was cut short
-            git(root, "worktree", "remove", "--force", str(place))
-        git(root, "worktree", "add", "--quiet", "--detach", str(place), commit)
-    spec = prune(read_yaml(place / "dvc.yaml"), values)
-    write_text(place / "dvc.yaml", yaml.safe_dump(spec, sort_keys=False, width=120))
-    _configure_dvc(root, place)
-
-
-def _configure_dvc(root: Path, place: Path) -> None:
-    """The checkout's own settings (remotes, cache), with the cache at the same place."""
-    settings = configparser.ConfigParser(interpolation=None)
-    settings.read(root / ".dvc" / "config.local")
-    given = settings.get("cache", "dir", fallback="cache")
-    _write(settings, place, "cache", "dir", str((root.resolve() / ".dvc" / given).resolve()))
-
-
-def configure_without_git(root: Path) -> None:
-    """Tell DVC that there is no git here (a tarball): without it every command fails."""
-    settings = configparser.ConfigParser(interpolation=None)
-    settings.read(root / ".dvc" / "config.local")
-    if not (root / ".git").exists() and not settings.has_option("core", "no_scm"):
-        _write(settings, root, "core", "no_scm", "true")
-
-
-def _write(settings: configparser.ConfigParser, root: Path, section: str, key: str, value: str) -> None:
-    settings.read_dict({section: {key: value}})
-    with (root / ".dvc" / "config.local").open("w") as file:
-        settings.write(file)
-
-
-def _copied(root: Path) -> list[Path]:
-    """The files of a checkout without git that are its own: nothing hidden but .dvc's settings, nothing made."""
-    hidden = [root / ".dvcignore", root / ".dvc" / "config"]
-    entries = [p for p in sorted(root.iterdir()) if p.name not in LEFT_OUT and not p.name.startswith(".")]
-    return [file for entry in [*hidden, *entries] if entry.exists() for file in files_in(entry)]
-
-
-def git(root: Path, *arguments: str) -> str:
-    """What a git command prints; raises `ConfigError` with git's own words."""
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ConfigError(f"git {' '.join(arguments[:2])}: {' '.join(done.stderr.split())}")
-    return done.stdout.strip()
+        add_worktree(root, place, commit)

@@ -4,6 +4,7 @@ Every rank forms the same batches, does its share and appends to its own file; r
 and does what a dead rank left. There is no collective. Knows neither models nor lm-eval.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -87,6 +88,7 @@ class AnswerStore:
             return
         line = line_of({"keys": list(keys), "answers": list(answers), "seconds": round(seconds, 6)})
         with self._own.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # another evaluation of the same model may write here as well
             file.write(line.encode())
         self._read[self._own] = self._own.stat().st_size
 
@@ -115,8 +117,11 @@ class AnswerStore:
         return self.folder / f"answers-{self.shard.rank:05d}-of-{self.shard.world:05d}.jsonl"
 
     def _drop_torn_line(self) -> None:
-        if self._own.exists() and (content := self._own.read_bytes()) and not content.endswith(b"\n"):
-            os.truncate(self._own, content.rfind(b"\n") + 1)
+        with self._own.open("ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if (content := file.read()) and not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
 
 
 def work_off(

@@ -303,6 +303,17 @@ def asked(url: str) -> list[dict]:
         return json.load(answer)
 
 
+def test_a_folder_whose_name_slurm_would_take_apart(
+    slurm: Cluster, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = project.rename(project.with_name("run #2 %j %%: 'ü'"))
+    monkeypatch.chdir(odd)
+    finish(program("tasks.pretrain"))
+    undisturbed(odd)
+    assert "first step 4" in the_run(odd).log.read_text()
+    assert os.listdir(odd.parent) == [odd.name]
+
+
 def test_a_waiting_job_runs_what_was_submitted(slurm: Cluster, project: Path) -> None:
     sleeper = ["-N2", "--exclusive", "--wrap", "sleep infinity", "-o", "/dev/null"]
     blocker = slurm.ask("sbatch", "--parsable", *sleeper).strip()

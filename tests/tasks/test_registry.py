@@ -208,7 +208,7 @@ def test_an_odd_name_is_told_as_such(root: Path) -> None:
 
 
 def test_a_database_that_is_locked_damaged_or_gone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(databases, "SECONDS", 0.1)
+    monkeypatch.setattr(databases, "PATIENCE", 0.1)
     with sqlite3.connect(root / "mlflow.db", isolation_level=None) as other:
         other.execute("begin exclusive")
         with pytest.raises(OSError, match="database is locked; another program is writing; try again, or use Postgre"):
