@@ -41,7 +41,17 @@ PLUMBING = {
     ),
     *(
         f"tasks/{n}.py"
-        for n in ("launch_slurm", "program", "register", "registry", "runs", "tracking", "tracked_results", "gate")
+        for n in (
+            "checkout",
+            "launch_slurm",
+            "program",
+            "register",
+            "registry",
+            "runs",
+            "tracking",
+            "tracked_results",
+            "gate",
+        )
     ),
 }
 CONFIG = {f"llada_core/config/{n}.py" for n in ("__init__", "data", "evaluation", "model", "sampling", "training")}
