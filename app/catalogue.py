@@ -13,7 +13,7 @@ from llada_core.config.sampling import SamplingParams
 from llada_core.config.sampling_help import PUBLISHED
 from llada_core.data.puzzles import countdown, draw, seats, sudoku
 from llada_core.evaluation import recipes
-from llada_core.json_lines import read
+from llada_core.json_lines import document, read
 from tasks import registry
 from tasks.databases import sqlite_file
 
@@ -82,7 +82,7 @@ class Catalogue:
             )
         receipt = folder / "training.json"
         if receipt.is_file():
-            values = json.loads(receipt.read_text(encoding="utf-8"))
+            values = document(receipt)
             rows += [(f"training {key}", _told(v)) for key, v in sorted(values.items()) if key != "inputs"]
         return rows
 

@@ -3,7 +3,6 @@
 Thin over tasks.registry, app and the tools' own commands; heavy packages are imported inside.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ import typer
 
 from cli.options import MODEL_HELP, name_or_champion
 from llada_core.config.base import ConfigError
+from llada_core.json_lines import document
 from tasks.errors import one_line_errors, require_port
 
 CARD = """---
@@ -119,7 +119,7 @@ def merge_into(source: Path, folder: Path) -> None:
 def card_facts(source: Path, tags: dict[str, str]) -> str:
     """Lineage and training receipt as a Markdown list."""
     receipt = source / "training.json"
-    trained = json.loads(receipt.read_text(encoding="utf-8")) if receipt.is_file() else {}
+    trained = document(receipt) if receipt.is_file() else {}
     kept = ("stage", "steps", "tokens", "flops", "seconds")
     lines = [f"- training {key}: {trained[key]}" for key in kept if key in trained]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in sorted(tags.items()))])

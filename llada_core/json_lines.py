@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from llada_core.text_files import FileError, lines, text_of
+from llada_core.text_files import FileError, lines, text_of, whole
 
 # What others take for the end of a line, and halves of a character, which have no UTF-8; JSON has an escape for each.
 _RISKY = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -52,6 +52,14 @@ def parsed(line: bytes, where: str) -> Any:
     except ValueError:  # the standard library reads NaN and halves of characters, and says what is wrong
         text = text_of(line, where).removeprefix("\ufeff").strip()
     return value_of(text, where)
+
+
+def document(path: Path) -> Any:
+    """The value of a file that is one JSON text; raises `FileError` that names it."""
+    try:
+        return orjson.loads(path.read_bytes())
+    except ValueError:
+        return value_of(whole(path), str(path))
 
 
 def value_of(text: str, where: str) -> Any:

@@ -32,6 +32,7 @@ from llada_core.families import (
     SPECIAL_STRINGS,
     SpecialTokens,
 )
+from llada_core.json_lines import document
 
 _FILES = ("tokenizer_config.json", "tokenizer.json")
 _AT_ONCE = 128  # texts: an encoding takes a hundred bytes for each of its tokens
@@ -217,6 +218,9 @@ def _stored(name_or_path: str | Path) -> Any | None:
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.txt").is_file():
         return None
+    for name in _FILES if folder.is_dir() else ():
+        if (folder / name).is_file():
+            document(folder / name)  # what the library says of a damaged one names no file
     # An export's auto_map names code; unless told not to run it, transformers asks the terminal.
     return AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
 

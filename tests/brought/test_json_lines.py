@@ -11,12 +11,14 @@ from llada_core.config.base import ConfigError
 from llada_core.evaluation.taskset import read_puzzles
 from llada_core.evaluation.worklist import AnswerStore, Shard
 from llada_core.text_files import FileError
+from llada_core.tokenizer import Tokenizer
 from llada_core.training.metrics import MetricsFile, read_metrics
 from llada_core.training.ranks import Ranks
 from tasks.diff import _records
 from tasks.registry import receipts, write_receipt
 from tasks.report import scores_of
 from tasks.tracked_results import samples
+from tests.tiny import tiny_tokenizer
 
 # What str.splitlines, an editor or another language takes for the end of a line, and what has no UTF-8.
 NASTY = (
@@ -115,3 +117,13 @@ def test_nobody_splits_json_lines_in_another_way():
             source = path.read_text(encoding="utf-8")
             found = re.findall(r".*(?<!or)json\.loads\(line\).*|.*jsonl.*splitlines.*|.*map\(json\.loads.*", source)
             assert not found, f"{path}: {found}; llada_core.json_lines reads and writes JSON lines"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b'{"model": {"ty', b"\xff\xff", b"PK\x03\x04"])
+def test_a_damaged_tokenizer_is_told_by_its_file(tmp_path, name, content):
+    tiny_tokenizer().save(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/{name}(:|, line)") as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
