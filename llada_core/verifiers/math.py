@@ -8,6 +8,7 @@ for products, nor about expressions whose value would take long: a reply cannot 
 between thousands; d1's and dllm's rewards use it.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -49,6 +50,7 @@ def _equal(wanted: str, given: str) -> bool:
     """math-verify's verdict. Its own clock is off, for it needs the main thread; `readable` keeps it short instead."""
     from math_verify import parse, verify  # brings sympy: seconds that only these answers need
 
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the clock that is off
     parsed = [parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (wanted, given)]
     return bool(verify(*parsed, float_rounding=_PRECISION, timeout_seconds=None))
 
