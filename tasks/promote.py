@@ -5,8 +5,9 @@ from pathlib import Path
 from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
 from tasks.gate import Decision
-from tasks.register import CHAMPION, judge, point
-from tasks.registry import Version, receipts, verified, version_of, versions
+from tasks.register import CHAMPION, champion_among, judge, point
+from tasks.registry import Version, receipts, require_weights, verified, version_of, versions
+from tasks.trial import try_out
 
 
 def gate(root: Path, name: str, which: str) -> Decision:
@@ -16,14 +17,14 @@ def gate(root: Path, name: str, which: str) -> Decision:
         raise ConfigError(
             f"params.yaml has no gate for model {name!r}; promote without it (`llada promote`, gated=false)"
         )
-    champion = next((version for version in versions(root, name) if CHAMPION in version.aliases), None)
-    return judge(root, params, version_of(root, name, which), champion)
+    return judge(root, params, version_of(root, name, which), champion_among(versions(root, name)))
 
 
 def promote(root: Path, name: str, which: str, why: str) -> Version:
-    """Make a version (number or alias) champion, once its weights are verified."""
+    """Make a version (number or alias) champion, once its weights are verified and it has answered a question."""
     version = version_of(root, name, which)
-    verified(root, version.hash)
+    require_weights(verified(root, version.hash))
+    try_out(root, version)
     point(root, version, CHAMPION, why)
     return version
 

@@ -1,4 +1,5 @@
-"""The stage `register`: a model version by reference to immutable weights; `champion` only if the gate lets it.
+"""The stage `register`: a model version by reference to immutable weights; `champion` only if the gate lets it and it
+answers when it is tried.
 
 Everything is found before it is made, so that a killed registration goes on. Knows MLflow; does not know how models are
 trained or measured.
@@ -23,9 +24,21 @@ from tasks.checkout import commit_of
 from tasks.errors import one_line_errors
 from tasks.folders import content_hash, hash_of, read_json, write_json
 from tasks.gate import Decision, decide
-from tasks.registry import Version, client, hold_base, keep, receipts, scores_of, store_folder, versions, write_receipt
+from tasks.registry import (
+    Version,
+    client,
+    hold_base,
+    keep,
+    receipts,
+    require_weights,
+    scores_of,
+    store_folder,
+    versions,
+    write_receipt,
+)
 from tasks.report import scores_of as answered
 from tasks.runs import RunFolder, home, stage_params
+from tasks.trial import try_out
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "mlflow")
@@ -48,6 +61,7 @@ def _lock(root: Path) -> Path:
 def _register(root: Path, params: Params, spec: RegisterParams) -> dict[str, Any]:
     digest = keep(root, root / "models" / spec.model)
     hold_base(root, store_folder(root, digest))  # a champion whose base is nowhere could not be loaded
+    require_weights(store_folder(root, digest))
     answers = (root / "reports" / "eval").glob(f"*/{spec.model}.samples.jsonl")
     write_json(store_folder(root, digest).with_suffix(".scores.json"), {p.parent.name: answered(p) for p in answers})
     tracking.send_pending(root)
@@ -60,10 +74,15 @@ def _register(root: Path, params: Params, spec: RegisterParams) -> dict[str, Any
         write_receipt(root, receipt)  # first, so that a registration cut short is found again
         version = make_version(root, receipt)
     point(root, version, CANDIDATE, "registered by the pipeline")
-    champion = next((v for v in known if CHAMPION in v.aliases), None)
+    champion = champion_among(known)
     decision = judge(root, params, version, champion)
     if decision.passed and (champion is None or champion.number != version.number):
-        point(root, version, CHAMPION, decision.reason)
+        try_out(root, version)
+        now = champion_among(versions(root, spec.name))  # a trial may wait for hours
+        if now is not None and (champion is None or now.number != champion.number):
+            champion, decision = now, judge(root, params, version, now)
+        if decision.passed:
+            point(root, version, CHAMPION, decision.reason)
     client(root).set_model_version_tag(spec.name, version.number, "gate", decision.reason)
     holder = version.number if decision.passed else (champion.number if champion else None)
     aliases = [CANDIDATE, *([CHAMPION] if decision.passed else [])]
@@ -75,6 +94,11 @@ def _register(root: Path, params: Params, spec: RegisterParams) -> dict[str, Any
         "gate": asdict(decision),
         "champion": holder,
     }
+
+
+def champion_among(known: list[Version]) -> Version | None:
+    """The champion, if there is one."""
+    return next((version for version in known if CHAMPION in version.aliases), None)
 
 
 def judge(root: Path, params: Params, version: Version, champion: Version | None) -> Decision:

@@ -18,7 +18,7 @@ from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
 from llada_core.config.sampling import SamplingParams
 from llada_core.json_lines import line_of, read
-from llada_core.modeling.bases import CONTENT, base_name, base_of, is_adapter
+from llada_core.modeling.bases import CONTENT, base_name, base_of, is_adapter, model_folders
 from tasks.databases import require, sqlite_file, sqlite_uri
 from tasks.folders import content_hash, link_into, read_json
 from tasks.records import open_records
@@ -173,6 +173,26 @@ def _unaltered(place: Path) -> None:
         raise ConfigError(f"{place} was altered: its files no longer have the registered hash; remove it and run again")
 
 
+def require_weights(folder: Path) -> None:
+    """See by their headers that the files of a model, and of what it adapts, are whole; raises ValueError or OSError."""
+    from safetensors import SafetensorError, safe_open
+
+    from llada_core.modeling.strict import require_folder, stored_weights
+
+    for part in model_folders(folder):
+        if not is_adapter(part):
+            require_folder(part, "config.json")
+            stored_weights(part)
+            continue
+        file = part / "adapter_model.safetensors"
+        require_folder(part, file.name)
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged or cut short: {error}") from None
+
+
 def lasting_name(folder: Path, digest: str) -> str:
     """What an adapter of the model in `folder` calls it: a Hub repository at its commit, else its content hash."""
     if found := CACHED.search(folder.resolve().as_posix()):
@@ -221,9 +241,14 @@ def scores_of(root: Path, digest: str) -> dict[str, dict[str, float]]:
 
 def sampling_of(root: Path, version: Version) -> SamplingParams | None:
     """The sampler settings a version was registered with; None when its receipt is gone."""
-    own = (r for r in receipts(root) if r["event"] == "version" and r["hash"] == version.hash)
-    found = next((r["sampling"] for r in own if r["name"] == version.name), None)
+    found = settings_of(root, version).get("sampling")
     return SamplingParams(**found) if found else None
+
+
+def settings_of(root: Path, version: Version) -> dict[str, Any]:
+    """The receipt of a version, with its sampling, device and bits; empty when it is gone."""
+    own = (r for r in receipts(root) if r["event"] == "version" and r["hash"] == version.hash)
+    return next((r for r in own if r["name"] == version.name), {})
 
 
 def write_receipt(root: Path, receipt: dict[str, Any]) -> None:

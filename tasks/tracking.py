@@ -63,9 +63,13 @@ def send_pending(root: Path, *, again: bool = False) -> bool:
 
     False when MLflow does not answer.
     """
-    here = (run for run in all_runs(root) if run.root.resolve() == root.resolve())
-    pending = [run for run in here if again or not _cursor(run).get("done")]
+    pending = [run for run in _made_in(root, root.resolve()) if again or not _cursor(run).get("done")]
     return not pending or os.environ.get("LLADAFLOW_TRACKING") == "off" or send(pending[::-1])
+
+
+def _made_in(root: Path, folder: Path) -> Iterator[RunFolder]:
+    """The runs of a folder that make something: a trial (tasks.trial) has nothing to tell."""
+    yield from (run for run in all_runs(root) if run.root.resolve() == folder and run.request["outs"])
 
 
 def send(runs: list[RunFolder], *, over: bool = False) -> bool:
@@ -97,7 +101,7 @@ def delivered(work: Callable[[], None], what: str) -> bool:
 
 def gather(root: Path, name: str, rows: list[dict[str, Any]]) -> bool:
     """Put the pipeline runs of several folders under one parent, each with its score; False when MLflow is silent."""
-    runs = [next((r for r in all_runs(root) if str(r.root.resolve()) == row["folder"]), None) for row in rows]
+    runs = [next(_made_in(root, Path(row["folder"])), None) for row in rows]
     first = next((run for run in runs if run is not None), None)
     if first is None or os.environ.get("LLADAFLOW_TRACKING") == "off":
         return False

@@ -51,6 +51,7 @@ PLUMBING = {
             "tracking",
             "tracked_results",
             "gate",
+            "trial",
         )
     ),
 }

@@ -73,7 +73,7 @@ def test_one_setting_each(postgres: Server, root: Path, project: Path, monkeypat
     names = {run.info.run_name for run in talk.search_runs([talk.get_experiment_by_name(EXPERIMENT).experiment_id])}
     assert names == {"toy", "pretrain", "sft"}
     trained(root, "one", main=50, side=50)
-    assert (resolve("models:/toy@champion", root) / "model.safetensors").read_text() == "one"
+    assert (resolve("models:/toy@champion", root) / "label").read_text() == "one"
     assert postgres.ask("mlflow", "select count(*) from model_versions") == "1"
     postgres.stop()
     for command, keeper in (

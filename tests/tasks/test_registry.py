@@ -12,15 +12,17 @@ from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
 from llada_core.modeling import save_model
 from tasks import databases
+from tasks import register as stage
+from tasks.errors import StageError
 from tasks.folders import content_hash, write_json
 from tasks.promote import gate, promote, roll_back
-from tasks.register import register
 from tasks.registry import resolve, store_folder, trained_on, version_of, versions
 from tests.tiny import tiny_pair
 
 PARAMS = """\
 name: toy
 stages: [register]
+launch: {kind: inline}
 register:
   name: toy
   model: sft
@@ -48,12 +50,12 @@ def root(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) 
     return tmp_path
 
 
-def trained(root: Path, weights: str, *, main: int, side: int, of: int = 100) -> dict:
-    """Pretend that a run has trained and measured a model with so many right answers, and register it."""
+def saved(root: Path, label: str, *, main: int, side: int, of: int = 100) -> None:
+    """Pretend that a run has trained and measured a model with so many right answers."""
     folder = root / "models/sft"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_text(weights)
+    save_model(tiny_pair()[0], folder, tiny_pair()[1])
+    (folder / "label").write_text(label)
     (root / "data/sft").mkdir(parents=True, exist_ok=True)
     (root / "data/sft/rows").write_text("rows")
     inputs = {"data/sft": content_hash(root / "data/sft")}
@@ -63,7 +65,17 @@ def trained(root: Path, weights: str, *, main: int, side: int, of: int = 100) ->
         path = root / f"reports/eval/{name}/sft.samples.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
-    return register(root, Params.load(root / "params.yaml"))
+
+
+def register(root: Path) -> dict:
+    """Register what `saved` has made."""
+    return stage.register(root, Params.load(root / "params.yaml"))
+
+
+def trained(root: Path, label: str, *, main: int, side: int) -> dict:
+    """Both."""
+    saved(root, label, main=main, side=side)
+    return register(root)
 
 
 def test_accepted_within_noise_and_worse(root: Path) -> None:
@@ -87,10 +99,10 @@ def test_accepted_within_noise_and_worse(root: Path) -> None:
 def test_older_versions_still_load_and_roll_back(root: Path) -> None:
     trained(root, "one", main=50, side=50)
     trained(root, "two", main=90, side=50)
-    assert (resolve("models:/toy/1") / "model.safetensors").read_text() == "one"
-    assert (resolve("toy@champion") / "model.safetensors").read_text() == "two"
+    assert (resolve("models:/toy/1") / "label").read_text() == "one"
+    assert (resolve("toy@champion") / "label").read_text() == "two"
     assert roll_back(root, "toy").number == "1"
-    assert (resolve("models:/toy@champion") / "model.safetensors").read_text() == "one"
+    assert (resolve("models:/toy@champion") / "label").read_text() == "one"
     assert promote(root, "toy", "candidate", "by hand").number == "2"
     record = json.loads(version_of(root, "toy", "2").tags["champion.record"])
     assert record["why"] == "by hand"
@@ -104,7 +116,7 @@ def test_registered_by_reference_and_once(root: Path) -> None:
     again = trained(root, "one", main=50, side=50)
     assert again["version"] == first["version"] == "1"
     shutil.rmtree(root / "models/sft")
-    assert stored.read_text() == "one"
+    assert stored.is_file()
     artifacts = [p for p in (root / "mlartifacts").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in artifacts) < 100_000
 
@@ -116,7 +128,9 @@ def test_a_served_version_lies_where_it_was_registered_to(root: Path, monkeypatc
 
     save_model(tiny_pair()[0], root / "weights", tiny_pair()[1])
     (root / "params.yaml").write_text(PARAMS + "  device: cuda:5\n  bits: 8\n")
-    trained(root, "one", main=50, side=50)
+    with pytest.raises(StageError, match=r"toy version 1 does not become champion, .* device cuda:5: no CUDA GPU"):
+        trained(root, "one", main=50, side=50)
+    assert versions(root, "toy")[0].aliases == ("candidate",)
     config = get_model_info("models:/toy/1").flavors["python_function"]["config"]
     assert (config["device"], config["bits"]) == ("cuda:5", 8)
     config |= {"path": str(root / "weights"), "hash": content_hash(root / "weights")}
@@ -142,7 +156,7 @@ def test_a_lost_database_is_filled_again_from_receipts(root: Path, empty_databas
     roll_back(root, "toy")
     (root / "mlflow.db").unlink()
     shutil.copy(empty_database, root / "mlflow.db")
-    assert (resolve("toy@champion") / "model.safetensors").read_text() == "one"
+    assert (resolve("toy@champion") / "label").read_text() == "one"
     assert [(v.number, v.aliases) for v in versions(root, "toy")] == [("1", ("champion",)), ("2", ("candidate",))]
 
 
