@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import EvaluateParams, ReportParams
-from llada_core.modeling.bases import is_adapter, model_folders
+from llada_core.modeling.bases import is_adapter
 from tasks.checkout import commit_of
 from tasks.evaluate import Places, answering, as_asked, below, measure, quiet_lm_eval
 from tasks.folders import content_hash, hash_of, read_json, safe
@@ -101,14 +101,15 @@ def sweep_places(model: str, params: EvaluateParams, home: Path, root: Path | No
 
     root: local benchmark files; None: LLADAFLOW_DATA_ROOT, else `params.root`, else the Hub.
     """
-    import llada_core
+    from llada_core.evaluation.kept import ROOT, code_of_evaluation, whole_model
 
     folder = resolve(model)
     if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise ConfigError(f"{folder}: no config.json there, so it is no model folder")
     settings = params.model_dump(mode="json", exclude={"benchmarks", "models", "root", "limit"})
     # An adapter made elsewhere may name its base by its place, where other weights may lie tomorrow.
-    weights = [content_hash(part) for part in model_folders(folder)]
-    key = hash_of([weights, content_hash(Path(llada_core.__file__).parent), settings])[:16]
+    weights = [content_hash(part) for part in whole_model(str(folder))]
+    code = {str(path.relative_to(ROOT)): content_hash(path) for path in code_of_evaluation()}
+    key = hash_of([weights, code, settings])[:16]
     root = root or below(home, params.root)
     return Places(root, home / "data" / "eval", out, home / "runs" / f"answers-{key}")

@@ -12,6 +12,7 @@ import torch
 from llada_core.config.base import ConfigError, nearest
 from llada_core.config.evaluation import SAMPLER_FIELDS, Settings
 from llada_core.evaluation.answering import Answerer, Options
+from llada_core.evaluation.kept import key_of_answers
 from llada_core.evaluation.requests import OTHER_NAMES, TOKEN_LISTS, token_list
 from llada_core.evaluation.worklist import AnswerStore, Shard
 from llada_core.modeling import MaskPredictor, load_model, load_to_answer
@@ -56,7 +57,11 @@ def from_arguments(given: Mapping[str, Any]) -> tuple[Answerer, AnswerStore]:
     settings = Settings(sampling=values, samples=samples, cfg_scale=values.get("cfg_scale"))
     size = AUTO_BATCH if batch.startswith("auto") else int(batch)
     answerer = Answerer(model, Tokenizer.load(str(name)), Options(settings, size, check_greedy=greedy, **options))
-    return answerer, AnswerStore(Path(answers), Shard.of_process()) if answers else AnswerStore()
+    if not answers:
+        return answerer, AnswerStore()
+    determining = {"dtype": dtype, "bits": bits, "settings": settings.model_dump(), "greedy": greedy}
+    determining |= {key: value for key, value in options.items() if key != "patience"}
+    return answerer, AnswerStore(Path(answers) / key_of_answers(str(name), determining), Shard.of_process())
 
 
 def processes(folders: Sequence[Path], dtype: str, device: str = "auto", bits: int | None = None) -> int:

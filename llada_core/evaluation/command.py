@@ -3,7 +3,6 @@
 Several processes (accelerate, torchrun) share the requests through files, with no collective. Knows lm-eval's flags.
 """
 
-import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -35,19 +34,9 @@ def lm_eval(arguments: Sequence[str]) -> None:
 
 
 def with_answers(arguments: list[str]) -> list[str]:
-    """The arguments with a folder in which all processes meet, named by model and arguments."""
+    """The arguments with a folder in which all processes meet; below it, each model's answers have their own."""
     flag = next((f for f in ("--model_args", "-a") if f in arguments), None)
     if flag is None or any("answers=" in text for text in arguments):
         return arguments
     place = arguments.index(flag) + 1
-    name = hashlib.sha256("\0".join([*arguments, *_files(arguments[place])]).encode()).hexdigest()[:16]
-    return [*arguments[:place], f"{arguments[place]},answers={CACHE / name}", *arguments[place + 1 :]]
-
-
-def _files(model_args: str) -> list[str]:
-    """Names, sizes and times of a model folder's files: another model in the same place must not find old answers."""
-    values = dict(part.partition("=")[::2] for part in model_args.split(","))
-    folder = Path(values.get("pretrained", ""))
-    if not values.get("pretrained") or not folder.is_dir():
-        return []
-    return [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(folder.iterdir()) if f.is_file()]
+    return [*arguments[:place], f"{arguments[place]},answers={CACHE}", *arguments[place + 1 :]]

@@ -154,7 +154,7 @@ class LladaLM(TemplateLM):
     # -- the work ---------------------------------------------------------------------------------------------
 
     def _answer(self, kind: str, arguments: Sequence[Any], groups: list[Batch], work: Work) -> list[Answer]:
-        keys = keys_of(kind, arguments)
+        keys = keys_of(kind, [[_said(argument) for argument in request] for request in arguments])
         self._announce([batch for batch in groups if any(keys[i] not in self.store for i in batch.numbers)])
 
         def work_and_tell(batch: Sequence[int]) -> list[Answer]:
@@ -173,6 +173,11 @@ class LladaLM(TemplateLM):
             rate = self.answerer.tokens_per_second(len(groups[0].numbers), groups[0].length)
             self.cost += Cost.of(groups, rate * self.store.shard.world)
             log.info("%s", self.cost)
+
+
+def _said(argument: Any) -> Any:
+    """An argument by all that its ids are made of: dialogues may read alike whose messages are not the same."""
+    return [str(argument), argument.messages, argument.begun] if isinstance(argument, ChatText) else argument
 
 
 @dataclass(frozen=True)
