@@ -26,6 +26,8 @@ $(STAMP): constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned packages into $(VENV) (about two minutes the first time)"
 	@$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[all,dev]' 2>&1 | { grep -v '^WARNING: Location' || true; }
+	@# pip compiles nothing, as the first import does; where it may not, every start of a process would do it anew.
+	@test -z "$$PYTHONDONTWRITEBYTECODE" || $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@$(BIN)/python -c 'import torch, llada_core, cli.main' && touch $(STAMP)
 
 run: setup  ## data to a registered model; PROFILE=real-text runs a file of profiles/
@@ -35,7 +37,7 @@ test: setup  ## the default suite (under 10 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not browser and not gpu and not solutions"
 
 test-faults: setup  ## kills, requeues, damaged files, a real Slurm cluster where its packages are installed
-	@$(BIN)/python -m pytest -m faults
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m faults
 
 test-browser: setup  ## the page in Debian's Chromium
 	@$(BIN)/python -m pytest -m browser

@@ -45,6 +45,7 @@ def attempt(stage: str, data: Path, folder: Path, moment: tuple[str, int] | None
     if child == 0:
         status = 1
         try:
+            torch.set_num_threads(1)  # a fork has no threads: work shared with its parent's pool would wait for ever
             GRPO.validate = by_weights
             die_at(moment)
             model, tokenizer = tiny_pair()
