@@ -4,10 +4,13 @@ Knows DVC's command line; the order of stages is dvc.yaml's. Prefect's way to th
 """
 
 import os
+import signal
 import subprocess
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from llada_core.config.base import ConfigError, nearest, read_yaml
 from tasks import tracking
@@ -20,9 +23,39 @@ from tasks.workspace import Workspace, pipeline_lock
 
 
 def dvc(workspace: Workspace, *arguments: str) -> int:
-    """Run a DVC command in the workspace with this environment's programs; returns its exit status."""
+    """Run a DVC command in the workspace with this environment's programs; returns its exit status.
+
+    A SIGTERM or SIGHUP (a kill, a closed terminal) goes on to DVC and to the stage that it runs, which ends its job.
+    """
     command = [sys.executable, "-m", "dvc", *arguments]
-    return subprocess.run(command, cwd=workspace.path, env=environment(), check=False).returncode
+    with subprocess.Popen(command, cwd=workspace.path, env=environment()) as process, _passing_on(process):
+        return process.wait()
+
+
+@contextmanager
+def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """DVC, which does not tell its children, is told together with them; then this program ends as well."""
+    import psutil
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        try:
+            own = psutil.Process(process.pid)
+            told = [*own.children(recursive=True), own]  # with the stage's job, which saves itself and ends
+        except psutil.NoSuchProcess:
+            told = []
+        for one in told:
+            with suppress(psutil.NoSuchProcess):
+                one.terminate()
+        psutil.wait_procs(told)
+        sys.exit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def known(workspace: Workspace, stages: list[str]) -> list[str]:

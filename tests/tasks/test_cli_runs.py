@@ -80,6 +80,20 @@ def test_detached_it_goes_on_and_a_later_command_follows(project: Path) -> None:
     wait_for("the second stage", (project / "models/sft/weights").exists)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_told_to_end_takes_its_stage_along(project: Path, number: int) -> None:
+    (project / "wait-pretrain-2").touch()
+    whole = program("cli.main", "run", "--upto", "pretrain")
+    at_step(project, 2)
+    whole.send_signal(number)
+    assert whole.wait(timeout=PATIENCE) == 128 + number
+    home = str(project).encode()
+    assert not [pid for pid, values in processes("environ") if any(value.startswith(b"LLADAFLOW_RUN=" + home) for value in values)]
+    (project / "wait-pretrain-2").unlink()
+    finish(program("cli.main", "run", "--upto", "pretrain"))
+    assert steps(the_run(project)) == [1, 2, 3, 4]
+
+
 def test_plan_shows_the_script_and_starts_nothing(project: Path) -> None:
     text = llada("plan", "--stage", "pretrain")
     assert "-m tasks.pretrain" in text
