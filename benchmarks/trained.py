@@ -13,6 +13,7 @@ from llada_core.config.model import ModelParams
 from llada_core.families import SpecialTokens
 from llada_core.modeling import load_model, new_model, save_model
 from llada_core.modeling.predictor import MaskPredictor
+from llada_core.training.optimiser import Muon
 
 FOLDER = Path(__file__).parents[1] / ".cache" / "benchmark-20m"
 SPECIAL = SpecialTokens(mask_id=8191, eos_id=0, pad_id=0, bos_id=1, eot_id=2)
@@ -66,7 +67,7 @@ def _train() -> MaskPredictor:
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "blocks" in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "blocks" in n)]
     optimisers = [
-        torch.optim.Muon(hidden, lr=2e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        Muon(hidden, lr=2e-3, weight_decay=0.0),
         torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.0, fused=True),
     ]
     generator = torch.Generator().manual_seed(0)

@@ -1,14 +1,78 @@
 """The optimiser and the learning-rate curve. Knows parameters and progress; does not know losses or data."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llada_core.config.training import TrainingParams
 from llada_core.modeling import MaskPredictor
+
+_STACKED = 2**22  # elements of matrices that are orthogonalised at once: small ones wait for launches, not for sums
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal (Jordan et al., 2024): `torch.optim.Muon` with matrices of one shape together.
+
+    The Newton-Schulz steps are products in bfloat16 on a GPU; on a CPU, where those are the slower ones, in float32.
+    Updates are scaled to AdamW's root mean square: 0.2 sqrt(max(rows, columns)) (arXiv:2502.16982, section 2.2).
+    """
+
+    def __init__(
+        self, params: Sequence[nn.Parameter], *, lr: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            alike: dict[Any, list[nn.Parameter]] = defaultdict(list)
+            for number, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    alone = number if isinstance(param, DTensor) else None
+                    alike[param.shape, param.dtype, param.device, alone].append(param)
+            for params in alike.values():
+                most = max(_STACKED // params[0].numel(), 1)
+                for start in range(0, len(params), most):
+                    self._apply(params[start : start + most], group)
+
+    def _apply(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """One update of matrices of one shape; of a large one alone, so that no second model is ever in memory."""
+        updates = [self._ahead(param, group["momentum"]) for param in params]
+        made = orthogonal(torch.stack(updates)).unbind() if len(params) > 1 else [orthogonal(updates[0])]
+        scale = 0.2 * math.sqrt(max(params[0].shape))
+        for param, update in zip(params, made, strict=True):
+            param.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+
+    def _ahead(self, param: nn.Parameter, momentum: float) -> Tensor:
+        """The running mean of gradients, looked ahead of as Nesterov does."""
+        gradient, state = param.grad, self.state[param]
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        return gradient.lerp(state["momentum_buffer"].lerp_(gradient, 1 - momentum), momentum)
+
+
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Nearly the nearest orthogonal matrices to (..., R, C): their singular values go to between 0.5 and 1.5.
+
+    Each step is the quintic a x + b x^3 + c x^5 of the singular values, written as products of the matrix with itself;
+    its coefficients make small values grow fastest (Jordan et al., 2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
+    x = x.mT if tall else x  # the Gram matrix is the small one
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value beyond 1
+    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -50,13 +114,8 @@ def optimiser_for(model: MaskPredictor, params: TrainingParams) -> torch.optim.O
     adamw = [torch.optim.AdamW(groups, lr=params.learning_rate, betas=params.betas, fused=True)] if groups else []
     if not hidden:
         return adamw[0]
-    muon = torch.optim.Muon(
-        [p for p in trainable if p in hidden],
-        lr=params.learning_rate,
-        weight_decay=params.weight_decay,
-        momentum=0.95,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    chosen = [p for p in trainable if p in hidden]
+    muon = Muon(chosen, lr=params.learning_rate, weight_decay=params.weight_decay)
     return MuonAndAdamW([muon, *adamw])
 
 

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+import llada_core.training.optimiser as optimiser_module
 from llada_core.config.base import ConfigError
 from llada_core.config.training import LoraParams, Phase, TrainingParams
 from llada_core.modeling import add_lora
-from llada_core.training.optimiser import learning_rate, optimiser_for
+from llada_core.training.optimiser import Muon, learning_rate, optimiser_for
 from tests.tiny import tiny_model
 
 
@@ -66,6 +69,63 @@ def test_every_weight_trains_once_and_vectors_do_not_decay(name):
 def test_mistakes_are_told_in_one_line(values, told):
     with pytest.raises(ConfigError, match="^sft: .*" + told.replace("(", r"\(").replace("?", r"\?")):
         TrainingParams.parse(values, "sft")
+
+
+SHAPES = [(8, 8), (24, 8), (8, 24), (8, 8), (24, 8), (8, 8)]
+
+
+def matrices(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in SHAPES]
+
+
+def trained_by(make, steps=3):
+    found = matrices()
+    optimiser = make(found)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for p in found:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimiser.step()
+    return found
+
+
+def test_muon_is_torchs_with_matrices_of_a_shape_together(monkeypatch):
+    mine = trained_by(lambda found: Muon(found, lr=0.1, weight_decay=0.3))
+    theirs = trained_by(lambda found: torch.optim.Muon(found, lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"))
+    for one, other, before in zip(mine, theirs, matrices(), strict=True):
+        assert (one - other).norm() < 0.02 * (other - before).norm()  # theirs rounds to bfloat16
+    monkeypatch.setattr(optimiser_module, "_STACKED", 1)  # one by one
+    for one, alone in zip(mine, trained_by(lambda found: Muon(found, lr=0.1, weight_decay=0.3)), strict=True):
+        torch.testing.assert_close(one, alone)
+
+
+def test_muon_takes_sharded_matrices_as_they_are(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        whole, sharded = (
+            matrices(),
+            [torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in matrices()],
+        )
+        for found, spread in ((whole, lambda x: x), (sharded, lambda x: distribute_tensor(x, mesh, [Shard(0)]))):
+            for p in found:
+                p.grad = spread(torch.full(p.shape, 0.5))
+            Muon(found, lr=0.1, weight_decay=0.3).step()
+        for one, other in zip(whole, sharded, strict=True):
+            torch.testing.assert_close(one.detach(), other.detach().full_tensor())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_muons_memory_is_stored_under_torchs_names():
+    found = matrices()
+    for p in found:
+        p.grad = torch.ones_like(p)
+    theirs, mine = torch.optim.Muon(found), Muon(found, lr=0.1, weight_decay=0.3)
+    theirs.step()
+    mine.load_state_dict({"state": theirs.state_dict()["state"], "param_groups": mine.state_dict()["param_groups"]})
+    assert [set(state) for state in mine.state_dict()["state"].values()] == [{"momentum_buffer"}] * len(found)
 
 
 def test_muon_trains_adapters_which_leave_adamw_nothing():
