@@ -88,7 +88,11 @@ def test_a_run_that_is_told_to_end_takes_its_stage_along(project: Path, number: 
     whole.send_signal(number)
     assert whole.wait(timeout=PATIENCE) == 128 + number
     home = str(project).encode()
-    assert not [pid for pid, values in processes("environ") if any(value.startswith(b"LLADAFLOW_RUN=" + home) for value in values)]
+    assert not [
+        pid
+        for pid, values in processes("environ")
+        if any(value.startswith(b"LLADAFLOW_RUN=" + home) for value in values)
+    ]
     (project / "wait-pretrain-2").unlink()
     finish(program("cli.main", "run", "--upto", "pretrain"))
     assert steps(the_run(project)) == [1, 2, 3, 4]
