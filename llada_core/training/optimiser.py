@@ -1,24 +1,23 @@
 """The optimiser and the learning-rate curve. Knows parameters and progress; does not know losses or data."""
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from llada_core.config.training import TrainingParams
 from llada_core.modeling import MaskPredictor
-
-_STACKED = 2**22  # elements of matrices that are orthogonalised at once: small ones wait for launches, not for sums
+from llada_core.training.ranks import Ranks
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are made orthogonal (Jordan et al., 2024): `torch.optim.Muon` with matrices of one shape together.
+    """Momentum whose matrices are made orthogonal (Jordan et al., 2024): `torch.optim.Muon`, its work shared by the ranks.
 
-    The Newton-Schulz steps are products in bfloat16 on a GPU; on a CPU, where those are the slower ones, in float32.
+    Ranks hold whole parameters and equal gradients; each makes every n-th matrix orthogonal and tells the others, so
+    that the result does not depend on their number.
     Updates are scaled to AdamW's root mean square: 0.2 sqrt(max(rows, columns)) (arXiv:2502.16982, section 2.2).
     """
 
@@ -29,24 +28,24 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        ranks = Ranks()
         for group in self.param_groups:
-            alike: dict[Any, list[nn.Parameter]] = defaultdict(list)
-            for number, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    alone = number if isinstance(param, DTensor) else None
-                    alike[param.shape, param.dtype, param.device, alone].append(param)
-            for params in alike.values():
-                most = max(_STACKED // params[0].numel(), 1)
-                for start in range(0, len(params), most):
-                    self._apply(params[start : start + most], group)
+            # By size, so that ranks which wait for each other do the same work; sorting keeps the order of equals.
+            trained = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: -p.numel())
+            for start in range(0, len(trained), ranks.count):
+                self._one_each(trained[start : start + ranks.count], group, ranks)
 
-    def _apply(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """One update of matrices of one shape; of a large one alone, so that no second model is ever in memory."""
-        updates = [self._ahead(param, group["momentum"]) for param in params]
-        made = orthogonal(torch.stack(updates)).unbind() if len(params) > 1 else [orthogonal(updates[0])]
-        scale = 0.2 * math.sqrt(max(params[0].shape))
-        for param, update in zip(params, made, strict=True):
-            param.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+    def _one_each(self, params: list[nn.Parameter], group: dict[str, Any], ranks: Ranks) -> None:
+        """Update at most one matrix a rank; no more than that is in memory beside the model."""
+        ahead = [self._ahead(param, group["momentum"]) for param in params]
+        updates = [orthogonal(x) if i == ranks.index else torch.empty_like(x) for i, x in enumerate(ahead)]
+        if ranks.count > 1:
+            told = [dist.broadcast(update, src=i, async_op=True) for i, update in enumerate(updates)]
+            for work in told:
+                work.wait()
+        for param, update in zip(params, updates, strict=True):
+            rate = group["lr"] * 0.2 * math.sqrt(max(param.shape))
+            param.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
     def _ahead(self, param: nn.Parameter, momentum: float) -> Tensor:
         """The running mean of gradients, looked ahead of as Nesterov does."""
@@ -57,22 +56,21 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(state["momentum_buffer"].lerp_(gradient, 1 - momentum), momentum)
 
 
-def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Nearly the nearest orthogonal matrices to (..., R, C): their singular values go to between 0.5 and 1.5.
+def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Nearly the nearest orthogonal matrix to (R, C): its singular values go to between 0.5 and 1.5. In bfloat16.
 
     Each step is the quintic a x + b x^3 + c x^5 of the singular values, written as products of the matrix with itself;
     its coefficients make small values grow fastest (Jordan et al., 2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
-    x = x.mT if tall else x  # the Gram matrix is the small one
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value beyond 1
-    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.bfloat16()
+    x = x.T if tall else x  # the Gram matrix is the small one
+    x = x / x.norm().clamp(min=1e-7)  # no singular value beyond 1
     for _ in range(steps):
-        gram = x @ x.mT
-        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype, memory_format=torch.contiguous_format)
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
