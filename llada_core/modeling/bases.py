@@ -10,9 +10,10 @@ An adapter is of no use without the weights it was trained on, so what it names 
     ../base                   beside the adapter (adapters made elsewhere)
 """
 
-import json
 import os
 from pathlib import Path
+
+from llada_core.json_lines import document
 
 ADAPTER_CONFIG = "adapter_config.json"
 CONTENT = "sha256:"
@@ -26,10 +27,7 @@ def is_adapter(folder: Path) -> bool:
 def base_name(folder: Path) -> str:
     """How an adapter names its base, a revision behind "@"; `ValueError` if it names none."""
     file = folder / ADAPTER_CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
+    config = document(file)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base:
         raise ValueError(f"{file}: base_model_name_or_path is missing, so the adapter has no model")

@@ -3,12 +3,12 @@
 Knows the order; does not know weights.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llada_core.families import SpecialTokens, family_of
+from llada_core.json_lines import document
 from llada_core.modeling.architecture import TOKEN_KEYS
 from llada_core.tokenizer import named_ids
 
@@ -20,7 +20,7 @@ def special_tokens_of(folder: Path, defaults: Mapping[str, Any], rows: int) -> S
     `ValueError` if nobody names MASK and EOS, if config.json and tokenizer disagree on MASK, or an id is not below
     `rows`, the number of vocabulary rows.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = document(folder / "config.json")
     family = family_of(config.get("architectures") or [], config.get("vocab_size", rows))
     usual = {} if family is None else vars(family.special)
     spoken = named_ids(folder)

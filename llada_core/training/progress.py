@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llada_core.config.training import RecoveryParams, TrainingParams
+from llada_core.json_lines import document
 from llada_core.training.ranks import Ranks
 
 
@@ -65,7 +66,7 @@ class Recovery:
 
     def __init__(self, path: Path, params: RecoveryParams, ranks: Ranks) -> None:
         self._path, self._params, self._ranks = path, params, ranks
-        self._events: list[dict[str, int]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        self._events: list[dict[str, int]] = document(path) if path.exists() else []
 
     def data_step(self, step: int) -> int:
         """Which step's data update `step` sees."""

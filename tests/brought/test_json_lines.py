@@ -10,6 +10,7 @@ from llada_core import json_lines
 from llada_core.config.base import ConfigError
 from llada_core.evaluation.taskset import read_puzzles
 from llada_core.evaluation.worklist import AnswerStore, Shard
+from llada_core.modeling import load_model, save_model
 from llada_core.text_files import FileError
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.metrics import MetricsFile, read_metrics
@@ -18,7 +19,7 @@ from tasks.diff import _records
 from tasks.registry import receipts, write_receipt
 from tasks.report import scores_of
 from tasks.tracked_results import samples
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_pair, tiny_tokenizer
 
 # What str.splitlines, an editor or another language takes for the end of a line, and what has no UTF-8.
 NASTY = (
@@ -126,4 +127,17 @@ def test_a_damaged_tokenizer_is_told_by_its_file(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{tmp_path}/{name}(:|, line)") as caught:
         Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", [b"", b'{"architectures": ["LL', b"\xff\xff"])
+def test_a_damaged_model_is_told_by_its_file(tmp_path, name, content):
+    model, tokenizer = tiny_pair()
+    save_model(model, tmp_path, tokenizer)
+    (tmp_path / name).write_bytes(content)
+    if name.startswith("model"):
+        (tmp_path / "model.safetensors").unlink()
+    with pytest.raises((ValueError, OSError), match=name.replace(".", r"\.")) as caught:
+        load_model(tmp_path)
     assert "\n" not in str(caught.value)
