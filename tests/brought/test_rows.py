@@ -235,7 +235,8 @@ def test_a_source_of_which_nothing_is_left_is_no_source(home):
 
 
 def test_what_a_chat_template_refuses_and_a_map_function_raises_is_one_row(home):
-    strict = tiny_tokenizer()
+    tiny_tokenizer().save(home / "tokenizer")
+    strict = Tokenizer.load(home / "tokenizer")
     strict.fast.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
         + str(strict.fast.chat_template)
