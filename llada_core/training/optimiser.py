@@ -36,24 +36,32 @@ class Muon(torch.optim.Optimizer):
                 self._one_each(trained[start : start + ranks.count], group, ranks)
 
     def _one_each(self, params: list[nn.Parameter], group: dict[str, Any], ranks: Ranks) -> None:
-        """Update at most one matrix a rank; no more than that is in memory beside the model."""
-        ahead = [self._ahead(param, group["momentum"]) for param in params]
-        updates = [orthogonal(x) if i == ranks.index else torch.empty_like(x) for i, x in enumerate(ahead)]
-        if ranks.count > 1:
-            told = [dist.broadcast(update, src=i, async_op=True) for i, update in enumerate(updates)]
-            for work in told:
-                work.wait()
-        for param, update in zip(params, updates, strict=True):
+        """Update at most one matrix a rank. Beside the model a rank holds its own update and the one it is told, no more:
+        with hundreds of ranks all of theirs together would be a second model."""
+        mine = params[ranks.index] if ranks.index < len(params) else None
+        own = None if mine is None else orthogonal(self._ahead(mine, group["momentum"]))
+        for i, param in enumerate(params):
+            if param is not mine:
+                self._remember(param, group["momentum"])
+            update = own if own is not None and param is mine else torch.empty_like(param)
+            if ranks.count > 1:
+                dist.broadcast(update, src=i)
             rate = group["lr"] * 0.2 * math.sqrt(max(param.shape))
             param.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
-    def _ahead(self, param: nn.Parameter, momentum: float) -> Tensor:
-        """The running mean of gradients, looked ahead of as Nesterov does."""
+    def _remember(self, param: nn.Parameter, momentum: float) -> Tensor:
+        """The running mean of gradients, with this one; every rank keeps all of them, as every checkpoint does."""
         gradient, state = param.grad, self.state[param]
         assert gradient is not None
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
-        return gradient.lerp(state["momentum_buffer"].lerp_(gradient, 1 - momentum), momentum)
+        return state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+
+    def _ahead(self, param: nn.Parameter, momentum: float) -> Tensor:
+        """That mean, looked ahead of as Nesterov does."""
+        mean, gradient = self._remember(param, momentum), param.grad
+        assert gradient is not None
+        return gradient.lerp(mean, momentum)
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
