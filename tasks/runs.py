@@ -238,8 +238,7 @@ def _snapshot(root: Path, stage: Stage, params: dict[str, Any], tree: Path) -> N
     fresh = tree.with_name("tree.new")
     for old in (fresh, tree):
         shutil.rmtree(old, ignore_errors=True)
-    for package in CODE:
-        shutil.copytree(root / package, fresh / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    copy_code(root, fresh)
     shutil.copy2(root / "dvc.yaml", fresh / "dvc.yaml")
     for path in (p for p in stage.inputs if not Path(p).is_absolute()):
         if path.startswith(MADE):
@@ -250,6 +249,12 @@ def _snapshot(root: Path, stage: Stage, params: dict[str, Any], tree: Path) -> N
             copy(root / path, fresh / path)
     write_text(fresh / "params.yaml", _params_file(params))
     os.replace(fresh, tree)
+
+
+def copy_code(root: Path, tree: Path) -> None:
+    """Put the packages that a job runs into its snapshot; what Python compiles of them stays out."""
+    for package in CODE:
+        shutil.copytree(root / package, tree / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
 
 
 def _params_file(params: dict[str, Any]) -> str:

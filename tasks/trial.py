@@ -22,7 +22,7 @@ from tasks.graph import CODE
 from tasks.launch import attach_or_submit, follow
 from tasks.program import Work, run_inline, stage_program
 from tasks.registry import Version, settings_of, store_folder, verified
-from tasks.runs import RunFolder, stage_params
+from tasks.runs import RunFolder, copy_code, stage_params
 
 STAGE = "trial"
 QUESTION = [{"role": "user", "content": "Hello"}]
@@ -96,8 +96,7 @@ def _folder(root: Path, version: Version) -> RunFolder:
         if not run.tree.is_dir():
             fresh = run.path / "tree.new"
             shutil.rmtree(fresh, ignore_errors=True)
-            for package in CODE:
-                shutil.copytree(code / package, fresh / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+            copy_code(code, fresh)
             os.replace(fresh, run.tree)
         file = run.path / "request.json"
         if not file.exists() or read_json(file) != request:
