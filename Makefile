@@ -27,7 +27,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@echo "installing the pinned packages into $(VENV) (about two minutes the first time)"
 	@$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[all,dev]' 2>&1 | { grep -v '^WARNING: Location' || true; }
 	@# pip compiles nothing, as the first import does; where it may not, every start of a process would do it anew.
-	@test -z "$$PYTHONDONTWRITEBYTECODE" || $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	@test -z "$$PYTHONDONTWRITEBYTECODE" || $(BIN)/python -m compileall -qq -j 0 -x '/tests?/|/transformers/models/' $(VENV)/lib || true
 	@$(BIN)/python -c 'import torch, llada_core, cli.main' && touch $(STAMP)
 
 run: setup  ## data to a registered model; PROFILE=real-text runs a file of profiles/
