@@ -72,8 +72,7 @@ def launch(
     from app import page
     from app.catalogue import Catalogue
     from app.desk import Desk
-    from app.engine import Setting, Shelf
-    from app.writing import Refused
+    from app.engine import Refused, Setting, Shelf
 
     catalogue, setting = Catalogue(Path.cwd()), Setting.checked(*lies)
     desk = Desk(Shelf(catalogue, setting=setting), catalogue, name, seconds=seconds, at_once=at_once)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from app.catalogue import Catalogue
-from app.engine import Engine, Shelf
-from app.writing import Refused
+from app.engine import Engine, Refused, Shelf
 from llada_core.modeling.place import held_bytes
 
 Shown = TypeVar("Shown")

@@ -5,11 +5,11 @@ Knows the registry's `resolve` and llada_core's loaders; does not know Gradio, s
 
 import threading
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.catalogue import Catalogue
-from app.writing import Refused, refusing
 from llada_core.config.launch import Bits
 from llada_core.config.sampling import SamplingParams
 from llada_core.modeling import load_to_answer
@@ -18,6 +18,20 @@ from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import Step, stream, stream_infill
 from llada_core.sampling.trace import speller
 from llada_core.tokenizer import Tokenizer
+
+
+class Refused(ValueError):  # noqa: N818 - a sentence for a person rather than a fault
+    """Something the person asked for that cannot be done; the text is a sentence for them."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What the library says of a value that does not fit is a sentence for the person."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
 
 MOST_CONTEXT = 4096
 

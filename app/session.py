@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
-from app.engine import Engine
-from app.writing import Refused, Writing
+from app.engine import Engine, Refused
+from app.writing import Writing
 from llada_core.config.sampling import SamplingParams
 from llada_core.sampling.trace import Frame, Trace, typed
 

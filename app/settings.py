@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter
 
-from app.writing import Refused, refusing
+from app.engine import Refused, refusing
 from llada_core.config.sampling import SamplingParams
 from llada_core.config.sampling_help import SENTENCES
 

@@ -5,8 +5,8 @@ Knows the rules of the puzzle; does not know models.
 
 from collections.abc import Sequence
 
+from app.engine import Refused
 from app.render import STATE_CLASS, escape, level
-from app.writing import Refused
 from llada_core.sampling.trace import Cell
 
 SIDE = 4

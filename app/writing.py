@@ -4,26 +4,12 @@ Knows steps and traces; does not know where they come from or how they are shown
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llada_core.sampling.step import Step
 from llada_core.sampling.trace import FRESH, OPEN, Frame, Trace
-
-
-class Refused(ValueError):  # noqa: N818 - a sentence for a person rather than a fault
-    """Something the person asked for that cannot be done; the text is a sentence for them."""
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """What the library says of a value that does not fit is a sentence for the person."""
-    try:
-        yield
-    except ValueError as error:
-        raise Refused(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 import gradio as gr
 
 from app.desk import Desk, told
+from app.engine import Refused
 from app.render import CLICKS, conversation, legend
 from app.session import ChatSession
 from app.views.panel import QUICK, Panel, Values
-from app.writing import Refused
 
 Shown = tuple[Any, ...]
 

@@ -7,10 +7,11 @@ from typing import Any
 import gradio as gr
 
 from app.desk import Desk, told
+from app.engine import Refused, refusing
 from app.render import notice
 from app.session import ChatSession, fits
 from app.views.panel import QUICK, Panel, Values
-from app.writing import Refused, Writing, refusing
+from app.writing import Writing
 from llada_core.sampling.gaps import GAP, for_template, pinned, with_gaps
 from llada_core.sampling.trace import Trace, readable
 

@@ -7,8 +7,8 @@ import gradio as gr
 
 from app import settings
 from app.desk import Desk, told
+from app.engine import refusing
 from app.session import ChatSession
-from app.writing import refusing
 from llada_core.config.sampling_help import preset as made_by
 
 

@@ -6,10 +6,10 @@ import gradio as gr
 
 from app import replay
 from app.desk import Desk, sentence
+from app.engine import Refused
 from app.render import notice
 from app.session import ChatSession
 from app.views.panel import QUICK
-from app.writing import Refused
 from llada_core.sampling.trace import find_runners_up
 
 AT_ONCE = 5.0  # seconds: an answer written in less is looked at again without being asked

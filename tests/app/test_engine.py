@@ -10,8 +10,7 @@ import pytest
 from app import engine as engines
 from app.catalogue import Catalogue
 from app.desk import Desk
-from app.engine import Engine, Setting, Shelf, load
-from app.writing import Refused
+from app.engine import Engine, Refused, Setting, Shelf, load
 
 
 class Names:

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from app import sudoku
-from app.writing import Refused, Writing
+from app.engine import Refused
+from app.writing import Writing
 from llada_core.config.sampling import SamplingParams
 from llada_core.sampling.gaps import for_template, pinned, with_gaps
 from llada_core.sampling.trace import Cell

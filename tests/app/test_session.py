@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 
-from app.engine import Engine
+from app.engine import Engine, Refused
 from app.session import LONGEST_MESSAGE, MOST_TURNS, ChatSession
-from app.writing import Refused
 from llada_core.config.sampling import SamplingParams
 from tests.app.oracle import oracle
 from tests.tiny import tiny_pair

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from app import settings
-from app.writing import Refused
+from app.engine import Refused
 from llada_core.config.sampling import SamplingParams
 from llada_core.config.sampling_help import PRESETS, SENTENCES, exactness, preset
 
