@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.catalogue import Catalogue
-from llada_core.config.launch import Bits
+from llada_core.config.base import Bits
 from llada_core.config.sampling import SamplingParams
 from llada_core.modeling import load_to_answer
 from llada_core.modeling.place import checked_bits

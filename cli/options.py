@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from llada_core.config.launch import DEVICE_SETTING, DEVICES
+from llada_core.config.base import DEVICE_SETTING, DEVICES
 from llada_core.config.sampling import SamplingParams
 from llada_core.config.sampling_help import PRESETS, PUBLISHED, SENTENCES, preset
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llada_core.config.training import NoiseParams
+from llada_core.config.base import NoiseParams
 from llada_core.modeling.predictor import device_of
 
 _WEIGHT_EPSILON = 1e-6  # dllm's guard in -alpha' / (1 - alpha), kept so that losses compare

@@ -12,8 +12,8 @@ from typing import Any
 
 import jinja2
 
-from llada_core.config.base import ConfigError
-from llada_core.config.launch import DEVICE_SETTING, LaunchParams, SlurmParams
+from llada_core.config.base import DEVICE_SETTING, ConfigError
+from llada_core.config.launch import LaunchParams, SlurmParams
 from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.config.training import GRPOParams, TrainingParams
 from tasks.folders import hash_of, write_text

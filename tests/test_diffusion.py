@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llada_core.config.training import NoiseParams
+from llada_core.config.base import NoiseParams
 from llada_core.diffusion import (
     Noise,
     alpha,

@@ -8,10 +8,10 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class ConfigError(ValueError):
@@ -142,3 +142,21 @@ def _number_or_yaml(text: str) -> Any:
         except ValueError:
             return value
     return value
+
+
+DEVICES = "auto, cuda, cuda:N, mps, cpu"  # where a model may lie
+
+
+DEVICE_SETTING = "LLADAFLOW_DEVICE"  # what "auto" means in a process and its children, if not the best there is
+
+
+Bits = Literal[4, 8]  # of a quantised weight
+
+
+class NoiseParams(Block):
+    """The forward process (LLaDA, arXiv:2502.09992, eq. 3): t = epsilon + (1 - epsilon) u, mask probability 1 - alpha(t)."""
+
+    schedule: Literal["linear", "cosine"] = "linear"
+    epsilon: float = Field(default=1e-3, gt=0, lt=1)
+    weight: Literal["elbo", "uniform"] = "elbo"  # elbo: -alpha'(t) / (1 - alpha(t)); uniform: 1
+    stratified: bool = True  # spread the times of one global batch evenly (unbiased, less variance)

@@ -9,8 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.config.base import FREE, Block, nearest
-from llada_core.config.launch import Bits
+from llada_core.config.base import FREE, Bits, Block, nearest
 from llada_core.config.sampling import SamplingParams
 
 SAMPLER_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))

@@ -9,9 +9,6 @@ from pydantic import Field, field_validator, model_validator
 
 from llada_core.config.base import Block
 
-DEVICES = "auto, cuda, cuda:N, mps, cpu"  # where a model may lie
-DEVICE_SETTING = "LLADAFLOW_DEVICE"  # what "auto" means in a process and its children, if not the best there is
-Bits = Literal[4, 8]  # of a quantised weight
 TIME = r"^(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})$"  # what sbatch --time takes
 
 

@@ -42,3 +42,25 @@ class ModelParams(Block):
         if self.kind == "masked_lm" and "model_type" not in self.backbone:
             raise ValueError("kind masked_lm needs backbone.model_type, for example distilbert")
         return self
+
+
+class LoraParams(Block):
+    """Low-rank adapters through peft; `targets` are names or a regular expression, `all-linear` excludes the head."""
+
+    r: int = Field(default=32, ge=1)
+    alpha: int = Field(default=64, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: str | tuple[str, ...] = "all-linear"
+    bias: Literal["none", "all", "lora_only"] = "none"  # biases that train: of the network, or of the adapted layers
+    modules_to_save: tuple[str, ...] = ()  # trained whole beside the adapter, such as wte, ln_f and ff_out (the head)
+    four_bit: bool = False  # QLoRA: the frozen weights in nf4 (needs a GPU and bitsandbytes)
+    double_quant: bool = False  # four_bit: its scales in eight bits, 0.4 bit less for each weight
+    merge: bool = True  # export the merged model rather than the adapter
+
+    @model_validator(mode="after")
+    def _four_bits_stay_frozen(self) -> Self:
+        if self.four_bit and self.merge:
+            raise ValueError("four_bit rounds the weights it freezes, so the adapter is not merged: set merge: false")
+        if self.double_quant and not self.four_bit:
+            raise ValueError("double_quant stores the scales of four_bit in fewer bits: set four_bit: true")
+        return self

@@ -2,8 +2,7 @@
 
 from pydantic import Field
 
-from llada_core.config.base import Block
-from llada_core.config.launch import Bits
+from llada_core.config.base import Bits, Block
 from llada_core.config.sampling import SamplingParams
 
 

@@ -8,17 +8,9 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.config.base import FREE, Block
+from llada_core.config.base import FREE, Block, NoiseParams
+from llada_core.config.model import LoraParams
 from llada_core.config.sampling import SamplingParams
-
-
-class NoiseParams(Block):
-    """The forward process (LLaDA, arXiv:2502.09992, eq. 3): t = epsilon + (1 - epsilon) u, mask probability 1 - alpha(t)."""
-
-    schedule: Literal["linear", "cosine"] = "linear"
-    epsilon: float = Field(default=1e-3, gt=0, lt=1)
-    weight: Literal["elbo", "uniform"] = "elbo"  # elbo: -alpha'(t) / (1 - alpha(t)); uniform: 1
-    stratified: bool = True  # spread the times of one global batch evenly (unbiased, less variance)
 
 
 class Phase(Block):
@@ -27,28 +19,6 @@ class Phase(Block):
     steps: int = Field(ge=1)
     start: float = Field(ge=0)
     end: float = Field(ge=0)
-
-
-class LoraParams(Block):
-    """Low-rank adapters through peft; `targets` are names or a regular expression, `all-linear` excludes the head."""
-
-    r: int = Field(default=32, ge=1)
-    alpha: int = Field(default=64, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: str | tuple[str, ...] = "all-linear"
-    bias: Literal["none", "all", "lora_only"] = "none"  # biases that train: of the network, or of the adapted layers
-    modules_to_save: tuple[str, ...] = ()  # trained whole beside the adapter, such as wte, ln_f and ff_out (the head)
-    four_bit: bool = False  # QLoRA: the frozen weights in nf4 (needs a GPU and bitsandbytes)
-    double_quant: bool = False  # four_bit: its scales in eight bits, 0.4 bit less for each weight
-    merge: bool = True  # export the merged model rather than the adapter
-
-    @model_validator(mode="after")
-    def _four_bits_stay_frozen(self) -> Self:
-        if self.four_bit and self.merge:
-            raise ValueError("four_bit rounds the weights it freezes, so the adapter is not merged: set merge: false")
-        if self.double_quant and not self.four_bit:
-            raise ValueError("double_quant stores the scales of four_bit in fewer bits: set four_bit: true")
-        return self
 
 
 class DistributionParams(Block):

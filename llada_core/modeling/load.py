@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig
 
-from llada_core.config.launch import Bits
+from llada_core.config.base import Bits
 from llada_core.families import SpecialTokens
 from llada_core.modeling.adapters import load_adapter, merge_adapter
 from llada_core.modeling.bases import base_of, is_adapter

@@ -12,8 +12,8 @@ from typing import get_args
 
 import torch
 
+from llada_core.config.base import DEVICE_SETTING, DEVICES, Bits
 from llada_core.config.dotted import require_package
-from llada_core.config.launch import DEVICE_SETTING, DEVICES, Bits
 
 ROOM = 1.3  # what a model that answers takes over its weights: activations, keys and values, a few rows of logits
 GB = 2**30

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llada_core.config.training import LoraParams
+from llada_core.config.model import LoraParams
 from llada_core.evaluation import kept
 from llada_core.evaluation.harness import LladaLM, _said
 from llada_core.evaluation.requests import ChatText

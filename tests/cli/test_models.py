@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import llada_core
-from llada_core.config.training import LoraParams
+from llada_core.config.model import LoraParams
 from llada_core.modeling import add_lora
 from llada_core.modeling.adapters import save_adapter
 from tasks.folders import content_hash

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import llada_core
 from llada_core.config import dotted
-from llada_core.config.training import LoraParams
+from llada_core.config.model import LoraParams
 from llada_core.families import LLADA, LLADA_MOE, SpecialTokens
 from llada_core.modeling import LLaDAModelLM, LLaDAMoEModelLM, add_lora, load_config, load_model, save_model
 from llada_core.modeling.adapters import save_adapter

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from llada_core.config.training import GRPOParams, NoiseParams, PretrainParams
+from llada_core.config.base import NoiseParams
+from llada_core.config.training import GRPOParams, PretrainParams
 from llada_core.data.batches import Batch
 from llada_core.families import SpecialTokens
 from llada_core.modeling import load_model
