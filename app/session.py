@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from app.engine import Engine, Refused
 from app.writing import Writing
-from llada_core.config.sampling import SamplingParams
+from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.trace import Frame, Trace, typed
 
 LONGEST_MESSAGE = 20_000  # characters, also of the system prompt

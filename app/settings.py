@@ -12,8 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import TypeAdapter
 
 from app.engine import Refused, refusing
-from llada_core.config.sampling import SamplingParams
-from llada_core.config.sampling_help import SENTENCES
+from llada_core.sampling.params import SENTENCES, SamplingParams
 
 Kind = Literal["choice", "integer", "number", "switch", "tokens"]
 MOST_TOKENS = 1024

@@ -17,9 +17,9 @@ from torch import Tensor
 from benchmarks import oracle
 from benchmarks.timing import interleaved, machine, matmul_rate, table
 from benchmarks.trained import NEW, PROMPT, SHAPE, SPECIAL, VOCABULARY, texts, trained_model
-from llada_core.config.sampling import SamplingParams
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import Generation, generate
+from llada_core.sampling.params import SamplingParams
 
 BLOCK = 32
 ROWS = {"fp32-b1": (torch.float32, 1), "bf16-b1": (torch.bfloat16, 1), "bf16-b8": (torch.bfloat16, 8)}

@@ -15,10 +15,9 @@ from rich.live import Live
 from app.writing import Writing
 from cli.options import changed
 from cli.talk import draw
-from llada_core.config.sampling import SamplingParams
-from llada_core.config.sampling_help import exactness, preset
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import stream
+from llada_core.sampling.params import SamplingParams, exactness, preset
 from llada_core.sampling.trace import Trace, readable, speller, typed
 from llada_core.tokenizer import Tokenizer
 

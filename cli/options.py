@@ -10,8 +10,7 @@ import typer
 import yaml
 
 from llada_core.config.base import DEVICE_SETTING, DEVICES
-from llada_core.config.sampling import SamplingParams
-from llada_core.config.sampling_help import PRESETS, PUBLISHED, SENTENCES, preset
+from llada_core.sampling.params import PRESETS, PUBLISHED, SENTENCES, SamplingParams, preset
 
 if TYPE_CHECKING:
     from llada_core.modeling.predictor import MaskPredictor

@@ -15,7 +15,7 @@ from filelock import FileLock
 from llada_core.config.launch import LaunchParams
 from llada_core.config.params import Params
 from llada_core.config.registry import RegisterParams
-from llada_core.config.sampling import SamplingParams
+from llada_core.sampling.params import SamplingParams
 from tasks.errors import StageError
 from tasks.folders import content_hash, hash_of, home, read_json, write_json
 from tasks.graph import CODE

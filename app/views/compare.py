@@ -11,7 +11,7 @@ from app.desk import Desk, told
 from app.render import notice, table
 from app.session import ChatSession
 from app.views.panel import QUICK, Panel, Values, choices
-from llada_core.config.sampling_help import PRESETS, preset
+from llada_core.sampling.params import PRESETS, preset
 from llada_core.sampling.trace import readable
 
 AS_SET = "as in the sidebar"

@@ -16,9 +16,8 @@ from app.desk import Desk, paced, sentence
 from app.engine import Engine
 from app.render import canvas, notice
 from app.writing import Writing
-from llada_core.config.sampling import SamplingParams
-from llada_core.config.sampling_help import PRESETS, exactness
-from llada_core.config.sampling_help import preset as made_by
+from llada_core.sampling.params import PRESETS, SamplingParams, exactness
+from llada_core.sampling.params import preset as made_by
 from llada_core.sampling.trace import Frame
 
 FIRST = ("max_new_tokens", "steps", "block_length", "temperature", "threshold")  # the rest folds away

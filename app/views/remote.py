@@ -9,7 +9,7 @@ from app import settings
 from app.desk import Desk, told
 from app.engine import refusing
 from app.session import ChatSession
-from llada_core.config.sampling_help import preset as made_by
+from llada_core.sampling.params import preset as made_by
 
 
 def build(desk: Desk) -> None:

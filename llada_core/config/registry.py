@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from llada_core.config.base import Bits, Block
-from llada_core.config.sampling import SamplingParams
+from llada_core.sampling.params import SamplingParams
 
 
 class GateParams(Block):

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from llada_core.config.base import FREE, Block, NoiseParams
 from llada_core.config.model import LoraParams
-from llada_core.config.sampling import SamplingParams
+from llada_core.sampling.params import SamplingParams
 
 
 class Phase(Block):

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from llada_core.config.base import ConfigError, nearest
 from llada_core.config.evaluation import SAMPLER_FIELDS, Settings
-from llada_core.config.sampling import SamplingParams
 from llada_core.families import SpecialTokens
+from llada_core.sampling.params import SamplingParams
 from llada_core.tokenizer import Message, Tokenizer
 
 log = logging.getLogger(__name__)

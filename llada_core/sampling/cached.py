@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llada_core.config.sampling import SamplingParams
 from llada_core.modeling.cache import KVCache
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling.denoiser import Denoiser, Guided, Plain, Query, Shifted
+from llada_core.sampling.params import SamplingParams
 
 
 @dataclass(frozen=True)

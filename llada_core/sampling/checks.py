@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llada_core.config.sampling import SamplingParams
 from llada_core.modeling.predictor import MaskPredictor, require_in_vocabulary, require_no_mask
+from llada_core.sampling.params import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llada_core.config.sampling import SamplingParams
 from llada_core.sampling.confidence import CONFIDENCES, Confidence, Score, probability
 from llada_core.sampling.draw import RowNoise, gumbel_argmax
+from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.unmask import Rule, rule_of
 
 CHUNK = 1 << 28

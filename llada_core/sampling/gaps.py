@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
-from llada_core.config.sampling import SamplingParams
+from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.trace import typed
 
 Encode = Callable[[str], list[int]]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llada_core.config.sampling import SamplingParams
 from llada_core.modeling.predictor import MaskPredictor, require_length
 from llada_core.sampling import checks
 from llada_core.sampling.cached import denoiser_of
@@ -18,6 +17,7 @@ from llada_core.sampling.canvas import Canvas, Row
 from llada_core.sampling.choice import Choice
 from llada_core.sampling.draw import RowNoise
 from llada_core.sampling.pace import pace_of
+from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.sampler import Sampler, Stop
 from llada_core.sampling.step import Step
 

@@ -10,7 +10,7 @@ import pytest
 from app.catalogue import Catalogue
 from app.desk import Desk
 from app.engine import Engine, Refused
-from llada_core.config.sampling import SamplingParams
+from llada_core.sampling.params import SamplingParams
 from tests.app.oracle import oracle
 from tests.ports import free_port
 

@@ -133,7 +133,7 @@ def test_who_has_a_model_does_not_wait_for_one_that_loads(model_folder, monkeypa
 
 
 def test_settings_that_the_model_cannot_use_are_refused(engine):
-    from llada_core.config.sampling import SamplingParams
+    from llada_core.sampling.params import SamplingParams
 
     with pytest.raises(Refused):
         engine.write([5], SamplingParams(max_new_tokens=7, block_length=3, steps=5))

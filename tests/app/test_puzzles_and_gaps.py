@@ -7,8 +7,8 @@ import pytest
 from app import sudoku
 from app.engine import Refused
 from app.writing import Writing
-from llada_core.config.sampling import SamplingParams
 from llada_core.sampling.gaps import for_template, pinned, with_gaps
+from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.trace import Cell
 
 SOLVED = "1234341221434321"

@@ -7,7 +7,7 @@ import torch
 
 from app.engine import Engine, Refused
 from app.session import LONGEST_MESSAGE, MOST_TURNS, ChatSession
-from llada_core.config.sampling import SamplingParams
+from llada_core.sampling.params import SamplingParams
 from tests.app.oracle import oracle
 from tests.tiny import tiny_pair
 

@@ -6,8 +6,7 @@ import pytest
 
 from app import settings
 from app.engine import Refused
-from llada_core.config.sampling import SamplingParams
-from llada_core.config.sampling_help import PRESETS, SENTENCES, exactness, preset
+from llada_core.sampling.params import PRESETS, SENTENCES, SamplingParams, exactness, preset
 
 BASE = SamplingParams(max_new_tokens=32, block_length=8, steps=32, stop_at_eos=True)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from llada_core.config.sampling import SamplingParams
 from llada_core.modeling.predictor import MaskPredictor, Prediction
 from llada_core.sampling import stream
+from llada_core.sampling.params import SamplingParams
 from tests.tiny import tiny_tokenizer
 
 WORD = 40

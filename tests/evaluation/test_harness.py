@@ -155,7 +155,7 @@ def test_greedy_is_what_the_sampler_would_write():
     lm = lm_of(check_greedy=True)
     model, tokenizer = lm.answerer.model, lm.tokenizer_
     context = tokenizer.encode("fox")
-    from llada_core.config.sampling import SamplingParams
+    from llada_core.sampling.params import SamplingParams
 
     said = generate(model, [context], SamplingParams(max_new_tokens=3, block_length=3, steps=3)).answers[0].tolist()
     found = lm._loglikelihood_tokens([(("a", "b"), context, said), (("a", "c"), context, said[::-1])])

@@ -4,8 +4,8 @@ neighbours."""
 import pytest
 import torch
 
-from llada_core.config.sampling import SamplingParams
 from llada_core.sampling import generate, infill, stream
+from llada_core.sampling.params import SamplingParams
 from tests.reference import golden_model
 from tests.tiny import tiny_model
 

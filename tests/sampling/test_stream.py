@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import torch
 
-from llada_core.config.sampling import SamplingParams
 from llada_core.sampling import generate, infill, stream, stream_infill
+from llada_core.sampling.params import SamplingParams
 from tests.reference import golden_model
 
 MASK, EOS, EOT = 126, 120, 122
