@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llada_core.sampling.step import Step
+from llada_core.sampling.canvas import Step
 from llada_core.sampling.trace import FRESH, OPEN, Frame, Trace
 
 

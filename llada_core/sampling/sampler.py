@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llada_core.sampling.canvas import Blocks, Canvas
+from llada_core.sampling.canvas import Blocks, Canvas, Step
 from llada_core.sampling.choice import Choice
 from llada_core.sampling.denoiser import Denoiser, Query
 from llada_core.sampling.draw import RowNoise
 from llada_core.sampling.pace import Pace
-from llada_core.sampling.step import Step
 
 
 @dataclass(frozen=True)

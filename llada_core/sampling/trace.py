@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling.step import Step
+from llada_core.sampling.canvas import Step
 from llada_core.tokenizer import Tokenizer
 
 State = Literal["given", "open", "fresh", "done"]
