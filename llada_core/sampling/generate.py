@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llada_core.modeling.predictor import MaskPredictor, require_length
 from llada_core.sampling import canvas as checks
-from llada_core.sampling.cached import denoiser_of
 from llada_core.sampling.canvas import Canvas, Row, Step
 from llada_core.sampling.choice import Choice
+from llada_core.sampling.denoiser import denoiser_of
 from llada_core.sampling.draw import RowNoise
 from llada_core.sampling.pace import pace_of
 from llada_core.sampling.params import SamplingParams
