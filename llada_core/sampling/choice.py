@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llada_core.sampling.confidence import CONFIDENCES, Confidence, Score, probability
-from llada_core.sampling.draw import RowNoise, gumbel_argmax
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.proposals import CONFIDENCES, Confidence, RowNoise, Score, gumbel_argmax, probability
 from llada_core.sampling.unmask import Rule, rule_of
 
 CHUNK = 1 << 28

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llada_core.sampling.canvas import Blocks, Canvas
-from llada_core.sampling.draw import RowNoise
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.proposals import RowNoise
 from llada_core.sampling.unmask import Schedule, schedule_of
 
 

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llada_core.sampling.confidence import Confidence
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.proposals import Confidence
 
 Schedule = Callable[[Tensor, Tensor], Tensor]  # open positions (A,), steps (A,) -> counts (A, S)
 # (A, T), -inf where nothing can be committed; quota (A,), None without a schedule -> commit (A, T) bool

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from llada_core.sampling.confidence import CONFIDENCES, Confidence, certainty, margin, probability
-from llada_core.sampling.draw import RowNoise
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.proposals import CONFIDENCES, Confidence, RowNoise, certainty, margin, probability
 from llada_core.sampling.unmask import (
     above,
     cosine_noise,
