@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from llada_core.sampling.canvas import Blocks, Canvas, Step
-from llada_core.sampling.choice import Choice
 from llada_core.sampling.denoiser import Denoiser, Query
-from llada_core.sampling.pace import Pace
 from llada_core.sampling.proposals import RowNoise
+from llada_core.sampling.unmask import Choice, Pace
 
 
 @dataclass(frozen=True)

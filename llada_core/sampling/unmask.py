@@ -1,19 +1,19 @@
-"""Which proposals are committed: schedules say how many, rules say which.
+"""Which proposals become tokens in a step: rules and schedules, by name, and the step's choice.
 
-A schedule is a function (open positions, steps) -> counts; a rule is a function (confidence, quota) -> positions to
-commit: keys say who comes first, values whether that is sure enough.
-Neither knows tokens, models or blocks. Adding one is one function, one line in `rule_of` or `SCHEDULES`, and one test.
-"""
+Shapes: B rows, W positions."""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from llada_core.sampling.canvas import Blocks, Canvas
 from llada_core.sampling.params import SamplingParams
-from llada_core.sampling.proposals import Confidence
+from llada_core.sampling.proposals import CONFIDENCES, Confidence, RowNoise, Score, gumbel_argmax, probability
 
 Schedule = Callable[[Tensor, Tensor], Tensor]  # open positions (A,), steps (A,) -> counts (A, S)
 # (A, T), -inf where nothing can be committed; quota (A,), None without a schedule -> commit (A, T) bool
@@ -135,3 +135,125 @@ def rule_of(params: SamplingParams) -> Rule:
     if params.entropy_bound is not None:
         return partial(within_entropy, bound=params.entropy_bound)
     return top_quota
+
+
+@dataclass
+class Pace:
+    """The counts of every active row's block. A rows, S steps.
+
+    `steps` (A,) is each row's budget for one block; with `draw` the schedule is given uniforms (A, N), nan where there
+    is no position, in place of counts (A,).
+    """
+
+    schedule: Schedule
+    steps: Tensor
+    draw: bool = False
+    counts: Tensor = field(init=False)
+    taken: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.taken = torch.zeros_like(self.steps)
+        self.counts = self.steps.new_zeros(len(self.steps), int(self.steps.max()))
+
+    def next(self, blocks: Blocks, noise: RowNoise) -> Tensor:
+        """(A,) counts of the step that is about to be taken."""
+        if any(blocks.entered):
+            new = torch.tensor(blocks.entered, device=self.steps.device)
+            fresh = self.schedule(self._material(blocks, noise), self.steps)
+            fresh = F.pad(fresh, (0, self.counts.shape[1] - fresh.shape[1]))
+            self.counts = torch.where(new[:, None], fresh, self.counts)
+            self.taken = torch.where(new, 0, self.taken)
+        count = self.counts.gather(1, self.taken[:, None])[:, 0]
+        self.taken = self.taken + 1
+        return count
+
+    def _material(self, blocks: Blocks, noise: RowNoise) -> Tensor:
+        device = self.steps.device
+        if not self.draw:
+            return torch.tensor(blocks.counts, device=device)
+        drawn = [count * new for count, new in zip(blocks.counts, blocks.entered, strict=True)]
+        real = torch.arange(max(drawn), device=device) < torch.tensor(drawn, device=device)[:, None]
+        uniforms = torch.full(real.shape, torch.nan, dtype=torch.float64, device=device)
+        return uniforms.masked_scatter(real, noise.uniforms(drawn, 1))
+
+    def keep(self, rows: list[int]) -> None:
+        """Only these of the active rows go on."""
+        index = torch.tensor(rows, device=self.steps.device)
+        self.steps, self.counts, self.taken = self.steps[index], self.counts[index], self.taken[index]
+
+
+def pace_of(params: SamplingParams, canvas: Canvas) -> Pace | None:
+    """Each row's steps shared by its blocks, rounded up; None where confidence alone says how much is committed."""
+    if params.parallel:
+        return None
+    blocks = (canvas.end - canvas.start + params.block_length - 1) // params.block_length
+    steps = (params.steps + blocks - 1) // blocks
+    return Pace(schedule_of(params), steps, draw=params.stochastic_transfer)
+
+
+CHUNK = 1 << 28
+"""Logits looked at together; with more, rows are taken one by one so that the copies made here stay small."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Everything that turns logits into committed tokens."""
+
+    score: Score
+    rule: Rule
+    temperature: float
+    never: Tensor
+    forbidden: Tensor
+    deferred: Tensor
+    needs_chance: bool
+
+    @classmethod
+    def of(cls, params: SamplingParams, mask_id: int, device: torch.device) -> "Choice":
+        """The values that `params` name."""
+
+        def ids(values: tuple[int, ...]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        return cls(
+            score=CONFIDENCES[params.remasking],
+            rule=rule_of(params),
+            temperature=params.temperature,
+            never=ids((mask_id,)),
+            forbidden=ids(params.forbid_tokens),
+            deferred=ids(params.defer_tokens),
+            needs_chance=params.remasking == "random",
+        )
+
+    def propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Confidence]:
+        """Tokens (P,) and their confidences (P,) from logits (P, V), `counts` of which belong to each row in turn.
+
+        Without noise the likeliest tokens. MASK is never proposed, yet its probability counts against the proposal, as
+        in the references.
+        """
+        if noise is None or logits.numel() <= CHUNK:
+            return self._propose(logits, noise, counts)
+        parts, at = [], 0
+        for row, count in enumerate(counts):  # a row's numbers are its own, so rows may be taken apart
+            only = [count if i == row else 0 for i in range(len(counts))]
+            parts.append(self._propose(logits[at : at + count], noise, only))
+            at += count
+        tokens, found = zip(*parts, strict=True)
+        return torch.cat(tokens), Confidence(torch.cat([c.value for c in found]), torch.cat([c.key for c in found]))
+
+    def _propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Confidence]:
+        logits = logits.float()
+        if len(self.forbidden):
+            logits = logits.index_fill(-1, self.forbidden, -torch.inf)
+        possible = logits.index_fill(-1, self.never, -torch.inf)
+        if noise is None or not self.temperature:
+            tokens = possible.argmax(-1)
+        else:
+            tokens = gumbel_argmax(possible, self.temperature, noise.uniforms(counts, logits.shape[-1]))
+        uniforms = noise.uniforms(counts, 1)[:, 0] if self.needs_chance and noise is not None else None
+        score = probability if self.needs_chance and uniforms is None else self.score
+        if len(self.deferred):
+            logits = logits.index_fill(-1, self.deferred, -torch.inf)
+        confidence = score(logits, tokens, uniforms)
+        if len(self.deferred):
+            confidence = confidence.lowest_where(torch.isin(tokens, self.deferred))
+        return tokens, confidence

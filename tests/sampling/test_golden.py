@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from llada_core.sampling import generate, infill, stream
-from llada_core.sampling.choice import Choice
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.proposals import gumbel_argmax
-from llada_core.sampling.unmask import NOISES, even_quotas, expected_quotas
+from llada_core.sampling.unmask import NOISES, Choice, even_quotas, expected_quotas
 from tests.reference import DENSE, arrays, case, cases, golden_model, names
 
 # Several deferred proposals of confidence 0 stand open at once, and torch.topk took them in no particular order.
