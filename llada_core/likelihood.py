@@ -16,8 +16,8 @@ from torch import Tensor
 from llada_core.estimators import ESTIMATORS, Estimator, Plan, plan
 from llada_core.modeling.predictor import MaskPredictor, require_in_vocabulary, require_length, require_no_mask
 from llada_core.sampling.denoiser import Guided, Plain, Query
-from llada_core.sampling.generate import stream_infill
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.sampler import stream_infill
 
 Ids = Sequence[int] | Tensor
 Pair = tuple[Ids, Ids]

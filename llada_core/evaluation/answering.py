@@ -13,7 +13,7 @@ from llada_core.evaluation.requests import Wanted
 from llada_core.evaluation.worklist import Answer
 from llada_core.likelihood import greedy_matches, log_likelihoods
 from llada_core.modeling import MaskPredictor
-from llada_core.sampling.generate import generate, infill
+from llada_core.sampling.sampler import generate, infill
 from llada_core.tokenizer import Tokenizer
 
 SAMPLES = 128

@@ -14,7 +14,7 @@ from llada_core.evaluation.harness import EstimatingLM, LladaLM
 from llada_core.evaluation.worklist import AnswerStore, Shard
 from llada_core.likelihood import log_likelihood
 from llada_core.modeling import load_model, save_model
-from llada_core.sampling.generate import generate
+from llada_core.sampling.sampler import generate
 from tests.tiny import tiny_pair
 
 SETTINGS = Settings(sampling={"max_new_tokens": 12, "block_length": 4, "steps": 12, "stop_at_eos": True}, samples=4)
