@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llada_core.config.base import DEVICE_SETTING, DEVICES
+from llada_core.settings import DEVICE_SETTING, DEVICES
 from tasks.errors import one_line_errors, require_port
 
 

@@ -7,12 +7,12 @@ import json
 import re
 from pathlib import Path
 
-from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
 from llada_core.data.puzzles import countdown, draw, seats, sudoku
 from llada_core.evaluation import recipes
 from llada_core.json_lines import document, read
 from llada_core.sampling.params import PUBLISHED, SamplingParams
+from llada_core.settings import ConfigError
 from tasks import registry
 from tasks.databases import sqlite_file
 

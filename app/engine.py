@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.catalogue import Catalogue
-from llada_core.config.base import Bits
 from llada_core.modeling import load_to_answer
 from llada_core.modeling.place import checked_bits
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import Step, stream, stream_infill
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.trace import speller
+from llada_core.settings import Bits
 from llada_core.tokenizer import Tokenizer
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from llada_core.config.base import DEVICE_SETTING, DEVICES
 from llada_core.sampling.params import PRESETS, PUBLISHED, SENTENCES, SamplingParams, preset
+from llada_core.settings import DEVICE_SETTING, DEVICES
 
 if TYPE_CHECKING:
     from llada_core.modeling.predictor import MaskPredictor

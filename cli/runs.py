@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from llada_core.config.base import ConfigError
+from llada_core.settings import ConfigError
 from tasks.errors import StageError, one_line_errors
 
 Overrides = Annotated[list[str], typer.Option("-S", "--set", help="block.key=value, put over the profile; repeatable")]
@@ -72,8 +72,8 @@ def plan(
 ) -> None:
     """What a run would need and how it would run: memory of a GPU, disk, time, commands. Starts and fetches nothing."""
     with one_line_errors():
-        from llada_core.config.base import read_yaml, with_overrides
         from llada_core.config.params import TRAINING_STAGES, Params
+        from llada_core.settings import read_yaml, with_overrides
         from tasks.plan import refuse, script_of, told
         from tasks.workspace import profile_file
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from prefect import flow, task
 
-from llada_core.config.base import ConfigError
+from llada_core.settings import ConfigError
 from tasks import promote as registry
 
 

@@ -11,7 +11,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.walk import StageProcesses, part_of, stage_graph
-from llada_core.config.base import ConfigError
+from llada_core.settings import ConfigError
 from tasks.errors import StageError
 from tasks.folders import read_json
 from tasks.graph import lookup

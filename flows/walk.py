@@ -16,7 +16,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Literal
 
-from llada_core.config.base import ConfigError, nearest
+from llada_core.settings import ConfigError, nearest
 from tasks.errors import StageError
 from tasks.pipeline import environment
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llada_core.config.base import NoiseParams
 from llada_core.modeling.predictor import device_of
+from llada_core.settings import NoiseParams
 
 _WEIGHT_EPSILON = 1e-6  # dllm's guard in -alpha' / (1 - alpha), kept so that losses compare
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, splitmix64's increment

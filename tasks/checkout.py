@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from llada_core.config.base import ConfigError
+from llada_core.settings import ConfigError
 from tasks.folders import content_hash, files_in, hash_of, write_text
 
 LEFT_OUT = ("data", "models", "runs", "store", "workspaces", "mlartifacts", "mlruns", "build", "dist", "__pycache__")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llada_core import text_files
-from llada_core.config.base import ConfigError, nearest
 from llada_core.json_lines import parsed
+from llada_core.settings import ConfigError, nearest
 from tasks.folders import read_json, safe
 from tasks.request import differences
 from tasks.runs import find_run

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams
 from llada_core.config.params import Params
+from llada_core.settings import ConfigError
 from tasks.databases import NoDatabaseError, require, shown
 from tasks.doctor_nodes import two_nodes
 from tasks.launch_slurm import ask

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llada_core.config.base import ConfigError
+from llada_core.settings import ConfigError
 
 STOPPED = 75  # exit status of a program that was asked to stop, saved, and can go on
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from llada_core.config.base import ConfigError
 from llada_core.config.params import TRAINING_STAGES, Params
+from llada_core.settings import ConfigError
 from tasks.evaluate import data_root
 from tasks.registry import named, resolve
 

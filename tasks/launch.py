@@ -14,8 +14,8 @@ from types import FrameType
 
 from filelock import FileLock
 
-from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams
+from llada_core.settings import ConfigError
 from tasks.errors import StageError
 from tasks.launch_local import LocalLauncher
 from tasks.launch_slurm import SlurmLauncher

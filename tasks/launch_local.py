@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams
+from llada_core.settings import ConfigError
 from tasks.launch_script import write_job
 from tasks.runs import RunFolder
 

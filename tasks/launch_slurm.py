@@ -8,8 +8,8 @@ import re
 import subprocess
 import time
 
-from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams
+from llada_core.settings import ConfigError
 from tasks.launch_local import State
 from tasks.launch_script import job_name, write_job
 from tasks.runs import RunFolder

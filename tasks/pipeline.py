@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from llada_core.config.base import ConfigError, nearest, read_yaml
+from llada_core.settings import ConfigError, nearest, read_yaml
 from tasks import tracking
 from tasks.databases import PATIENCE, sqlite_file
 from tasks.dvc_settings import configure_without_git

@@ -20,9 +20,7 @@ from typing import Any
 import numpy as np
 
 import llada_core.data
-from llada_core.config.base import ConfigError
 from llada_core.config.data import DataParams, TokenizerParams
-from llada_core.config.dotted import function_at
 from llada_core.data.build import Workers, build, chunks_of, generated, texts_in
 from llada_core.data.mapping import Chunk
 from llada_core.data.overlap import QUESTIONS, saved_values, value_of
@@ -30,6 +28,7 @@ from llada_core.data.puzzle_rows import as_rows, benchmarks, keys_of, training_p
 from llada_core.data.readings import lines_of, require_usable
 from llada_core.data.sources import Origin, find, shared_with_test
 from llada_core.json_lines import line_of
+from llada_core.settings import ConfigError, function_at
 from llada_core.tokenizer import Tokenizer, train_tokenizer
 from tasks.evaluate import data_root, quiet_lm_eval
 from tasks.folders import content_hash, hash_of, link_into, read_json, write_json, write_text

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llada_core.config.base import ConfigError
-from llada_core.config.dotted import require_package
 from llada_core.config.launch import LaunchParams
 from llada_core.config.params import TRAINING_STAGES, Params
+from llada_core.settings import ConfigError, require_package
 from tasks.errors import StageError, one_line_errors
 from tasks.graph import load_stage, with_sources
 from tasks.launch import attach_or_submit, follow, settle

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
+from llada_core.settings import ConfigError
 from tasks.gate import Decision
 from tasks.register import CHAMPION, champion_among, judge, point
 from tasks.registry import Version, receipts, require_weights, verified, version_of, versions

@@ -16,9 +16,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
 from llada_core.config.registry import RegisterParams
+from llada_core.settings import ConfigError
 from tasks import tracking
 from tasks.checkout import commit_of
 from tasks.errors import one_line_errors

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
 from llada_core.json_lines import line_of, read
 from llada_core.modeling.bases import CONTENT, base_name, base_of, is_adapter, model_folders
 from llada_core.sampling.params import SamplingParams
+from llada_core.settings import ConfigError
 from tasks.databases import require, sqlite_file, sqlite_uri
 from tasks.folders import content_hash, link_into, read_json
 from tasks.records import open_records

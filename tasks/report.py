@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import ReportParams
 from llada_core.json_lines import read
+from llada_core.settings import ConfigError
 from tasks.checkout import commit_of
 from tasks.folders import read_json, safe, write_json, write_text
 from tasks.program import Work, stage_program

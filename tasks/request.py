@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llada_core.config.base import flat
 from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.config.training import TrainingParams
+from llada_core.settings import flat
 from tasks.folders import content_hash, files_in, hash_of, home
 from tasks.graph import CODE, Stage, chosen
 

@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from llada_core.config.base import ConfigError, nearest, read_yaml, with_overrides
 from llada_core.config.params import Params
+from llada_core.settings import ConfigError, nearest, read_yaml, with_overrides
 from tasks.checkout import add_worktree, copied, mend_worktree, submitted
 from tasks.dvc_settings import configure_workspace
 from tasks.folders import hash_of, write_json, write_text

@@ -14,12 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llada_core.config.base import ConfigError
 from llada_core.config.training import GRPOParams, SFTParams
 from llada_core.modeling.experts import Experts
 from llada_core.modeling.predictor import device_of
 from llada_core.sampling import generate
 from llada_core.sampling.params import SamplingParams
+from llada_core.settings import ConfigError
 from llada_core.training.grpo import GRPO, Share
 from llada_core.training.loop import Loop, Parts
 from llada_core.training.metrics import Meter, MetricsFile

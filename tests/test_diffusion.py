@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from llada_core.config.base import NoiseParams
 from llada_core.diffusion import (
     Noise,
     alpha,
@@ -16,6 +15,7 @@ from llada_core.diffusion import (
     masked_nll,
     reverse_mask_probability,
 )
+from llada_core.settings import NoiseParams
 from tests.tiny import SPECIAL, tiny_model
 
 with np.load(Path(__file__).parent / "golden" / "schedulers.npz") as file:

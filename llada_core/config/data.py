@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.config.base import FREE, Block
+from llada_core.settings import FREE, Block
 
 
 class SourceParams(Block):

@@ -9,8 +9,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.config.base import FREE, Bits, Block, nearest
 from llada_core.sampling.params import SamplingParams
+from llada_core.settings import FREE, Bits, Block, nearest
 
 SAMPLER_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 EOS_RULES = ("none", "defer", "forbid")

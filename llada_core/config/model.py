@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.config.base import Block
+from llada_core.settings import Block
 
 
 class ModelParams(Block):

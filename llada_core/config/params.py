@@ -8,7 +8,6 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.config.base import Block, ConfigError, read_yaml, with_overrides
 from llada_core.config.data import DataParams
 from llada_core.config.evaluation import EvaluateParams, ReportParams
 from llada_core.config.launch import LaunchParams
@@ -23,6 +22,7 @@ from llada_core.config.training import (
     SFTParams,
     TrainingParams,
 )
+from llada_core.settings import Block, ConfigError, read_yaml, with_overrides
 
 Stage = Literal["prepare", "pretrain", "sft", "grpo", "sft_control", "preference", "evaluate", "report", "register"]
 LEARN_FROM_NOTHING = ("pretrain", "sft", "sft_control")  # whose own default rate is made for weights of this run

@@ -2,8 +2,8 @@
 
 from pydantic import Field
 
-from llada_core.config.base import Bits, Block
 from llada_core.sampling.params import SamplingParams
+from llada_core.settings import Bits, Block
 
 
 class GateParams(Block):

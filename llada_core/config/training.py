@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.config.base import FREE, Block, NoiseParams
 from llada_core.config.model import LoraParams
 from llada_core.sampling.params import SamplingParams
+from llada_core.settings import FREE, Block, NoiseParams
 
 
 class Phase(Block):

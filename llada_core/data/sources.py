@@ -12,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 
 from llada_core import text_files
-from llada_core.config.base import nearest
 from llada_core.config.data import SourceParams
 from llada_core.data.files import SUFFIXES, DataError, Numbered, Row, Unusable, rows_of
+from llada_core.settings import nearest
 
 
 @dataclass(frozen=True)

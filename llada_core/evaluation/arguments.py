@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from llada_core.config.base import ConfigError, nearest
 from llada_core.config.evaluation import SAMPLER_FIELDS, Settings
 from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.kept import key_of_answers
@@ -18,6 +17,7 @@ from llada_core.evaluation.worklist import AnswerStore, Shard
 from llada_core.modeling import MaskPredictor, load_model, load_to_answer
 from llada_core.modeling.load import need_of
 from llada_core.modeling.place import checked_bits, processes_for
+from llada_core.settings import ConfigError, nearest
 from llada_core.tokenizer import Tokenizer
 
 AUTO_BATCH = 32

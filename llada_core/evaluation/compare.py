@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llada_core.config.base import flat
 from llada_core.evaluation.statistics import paired
+from llada_core.settings import flat
 
 Record = dict[str, Any]
 NOT_SETTINGS = ("score", "n", "also", "stderr", "low", "high", "forwards_per_answer", "tokens_per_answer")

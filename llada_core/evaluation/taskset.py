@@ -24,9 +24,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import env as templates
 
 from llada_core import json_lines
-from llada_core.config.base import ConfigError
 from llada_core.data.overlap import question_in, value_of
 from llada_core.evaluation.recipes import Recipe
+from llada_core.settings import ConfigError
 from llada_core.text_files import FileError
 from llada_core.verifiers import verify
 

@@ -12,8 +12,7 @@ from typing import get_args
 
 import torch
 
-from llada_core.config.base import DEVICE_SETTING, DEVICES, Bits
-from llada_core.config.dotted import require_package
+from llada_core.settings import DEVICE_SETTING, DEVICES, Bits, require_package
 
 ROOM = 1.3  # what a model that answers takes over its weights: activations, keys and values, a few rows of logits
 GB = 2**30

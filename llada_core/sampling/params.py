@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from llada_core.config.base import ConfigError, nearest
+from llada_core.settings import ConfigError, nearest
 
 PARALLEL_RULES = ("threshold", "factor", "entropy_bound")
 

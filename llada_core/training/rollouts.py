@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llada_core.config.base import ConfigError
 from llada_core.modeling import MaskPredictor
 from llada_core.sampling import generate
 from llada_core.sampling.params import SamplingParams
+from llada_core.settings import ConfigError
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.rewards import Reward, correct
 from llada_core.verifiers import verifiable, verify_each

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from llada_core.config.base import nearest
+from llada_core.settings import nearest
 from llada_core.verifiers import code, gsm8k, math, puzzles
 
 Answer = Mapping[str, Any]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llada_core.config.base import ConfigError
+from llada_core.settings import ConfigError
 from tasks.diff import diff, side, told
 from tasks.folders import safe, write_json
 from tasks.runs import RunFolder

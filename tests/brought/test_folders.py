@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from llada_core.config.base import ConfigError
 from llada_core.config.launch import LaunchParams
+from llada_core.settings import ConfigError
 from tasks.checkout import git, prune_worktrees
 from tasks.databases import require, sqlite_file, sqlite_uri
 from tasks.dvc_settings import configure_workspace

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from llada_core import json_lines
-from llada_core.config.base import ConfigError
 from llada_core.evaluation.taskset import read_puzzles
 from llada_core.evaluation.worklist import AnswerStore, Shard
 from llada_core.modeling import load_model, save_model
+from llada_core.settings import ConfigError
 from llada_core.text_files import FileError
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.metrics import MetricsFile, read_metrics

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llada_core.config.base import ConfigError
+from llada_core.settings import ConfigError
 from tasks.errors import StageError
 from tasks.promote import promote, roll_back
 from tasks.registry import (

@@ -5,8 +5,8 @@ A new case from a bug report is a line of the table.
 
 import pytest
 
-from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
+from llada_core.settings import ConfigError
 
 LORA = {"max_steps": 1, "optimiser": "muon"}
 REFUSED = [

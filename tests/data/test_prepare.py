@@ -11,9 +11,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from llada_core.config.base import ConfigError
 from llada_core.config.data import DataParams
 from llada_core.data.sources import DataError
+from llada_core.settings import ConfigError
 from llada_core.tokenizer import Tokenizer
 from llada_core.verifiers import verify
 from tasks.folders import content_hash

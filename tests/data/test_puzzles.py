@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 
-from llada_core.config.base import ConfigError
 from llada_core.config.data import PuzzlesParams
 from llada_core.data import puzzles
 from llada_core.data.puzzle_rows import as_rows, training_puzzles
+from llada_core.settings import ConfigError
 from llada_core.verifiers import verify
 
 GENERATORS = {"sudoku": puzzles.sudoku, "countdown": puzzles.countdown, "seats": puzzles.seats}

@@ -7,7 +7,6 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import Settings
 from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.harness import EstimatingLM, LladaLM
@@ -15,6 +14,7 @@ from llada_core.evaluation.worklist import AnswerStore, Shard
 from llada_core.likelihood import log_likelihood
 from llada_core.modeling import load_model, save_model
 from llada_core.sampling.sampler import generate
+from llada_core.settings import ConfigError
 from tests.tiny import tiny_pair
 
 SETTINGS = Settings(sampling={"max_new_tokens": 12, "block_length": 4, "steps": 12, "stop_at_eos": True}, samples=4)

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import ReportParams
 from llada_core.evaluation.compare import Side, compare
 from llada_core.evaluation.statistics import estimate
+from llada_core.settings import ConfigError
 from tasks.diff import diff, side, told
 from tasks.folders import read_json, write_json, write_text
 from tasks.report import Beside, write_report

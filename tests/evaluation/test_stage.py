@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llada_core.config.base import ConfigError
 from llada_core.config.evaluation import EvaluateParams, ReportParams, Settings
 from llada_core.data.overlap import QUESTIONS, value_of
 from llada_core.evaluation.answering import Answerer
 from llada_core.modeling import save_model
+from llada_core.settings import ConfigError
 from tasks.evaluate import Places, answering, measure
 from tasks.folders import safe
 from tasks.report import write_report

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llada_core.config.base import ConfigError
+from llada_core.settings import ConfigError
 from tasks.errors import StageError
 from tests.tasks.conftest import project  # noqa: F401  (a fixture)
 

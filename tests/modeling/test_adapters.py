@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from llada_core.config import dotted
+from llada_core import settings
 from llada_core.config.model import LoraParams
 from llada_core.modeling import add_lora, load_model, merge_adapter, save_model
 from llada_core.modeling.adapters import adapter_off, linear_layers, load_adapter, save_adapter
@@ -332,6 +332,6 @@ def test_attention_is_computed_as_asked_where_there_is_a_choice(tmp_path):
 
 
 def test_without_peft_its_extra_is_named(monkeypatch):
-    monkeypatch.setattr(dotted, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^an adapter needs the package peft: pip install 'lladaflow\[train\]'$"):
         add_lora(tiny_model(), LoraParams())

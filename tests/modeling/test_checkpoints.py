@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import llada_core
-from llada_core.config import dotted
+from llada_core import settings
 from llada_core.config.model import LoraParams
 from llada_core.families import LLADA, LLADA_MOE, SpecialTokens
 from llada_core.modeling import LLaDAModelLM, LLaDAMoEModelLM, add_lora, load_config, load_model, save_model
@@ -294,7 +294,7 @@ def test_low_bits_need_a_gpu_and_their_package(monkeypatch):
     with pytest.raises(ValueError, match="bits=4 needs a CUDA GPU"):
         load_model(GOLDEN / "llada_tiny", device="cpu", bits=4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(dotted, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^bits=4 needs the package bitsandbytes: pip install 'lladaflow\[4bit\]'$"):
         load_model(GOLDEN / "llada_tiny", device="cuda", bits=4)
 
@@ -311,7 +311,7 @@ def test_four_bits_are_nf4_with_the_scales_that_were_asked_for(monkeypatch, tmp_
     save_model(tiny_model(), tmp_path / "base")
     save_adapter(lightly_adapted(), tmp_path / "adapter", "../base")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(dotted, "find_spec", lambda name: object())
+    monkeypatch.setattr(settings, "find_spec", lambda name: object())
     monkeypatch.setattr("llada_core.modeling.load.AutoModelForCausalLM.from_pretrained", from_pretrained)
     for name in ("base", "adapter"):
         with pytest.raises(ValueError, match="no GPU here"):

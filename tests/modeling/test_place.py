@@ -82,7 +82,7 @@ def test_the_environment_says_what_auto_means(monkeypatch):
     ],
 )
 def test_a_device_or_bits_that_cannot_be_is_one_line(wanted, bits, seen, said, monkeypatch):
-    monkeypatch.setattr("llada_core.config.dotted.find_spec", lambda _: None)
+    monkeypatch.setattr("llada_core.settings.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=said) as error:
         kind_of(wanted, bits, seen)
     assert "\n" not in str(error.value)
@@ -131,7 +131,7 @@ def test_whole_blocks_find_room_on_gpus_that_are_only_just_enough(eight_billion)
 
 
 def test_four_bits_fit_an_8b_model_on_an_8_gb_card(eight_billion, monkeypatch):
-    monkeypatch.setattr("llada_core.config.dotted.find_spec", lambda _: True)
+    monkeypatch.setattr("llada_core.settings.find_spec", lambda _: True)
     four, eight = (Need.of(eight_billion, bits=bits) for bits in (4, 8))
     # embedding and head, 2 x 126,464 x 4,096 numbers, stay bf16; the rest takes 0.5625 bytes or one
     assert four.weights == pytest.approx(2 * 2 * 126464 * 4096 + 0.5625 * 6.98e9, rel=2e-3)

@@ -18,7 +18,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from peft import LoraConfig, inject_adapter_in_model
 
-from llada_core.config import dotted
+from llada_core import settings
 from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.modeling import add_lora, load_model
 from llada_core.training.metrics import read_metrics
@@ -108,7 +108,7 @@ def test_a_profile_runs_at_tiny_width_on_two_ranks(runs: Path, name: str) -> Non
 @pytest.mark.parametrize("name", [name for name in NAMES if kind_of(name) == "zero2"])
 def test_a_zero_profile_is_right_up_to_the_launch(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params = Params.load(PROFILES / f"{name}.yaml")
-    monkeypatch.setattr(dotted, "find_spec", lambda name: object())  # as if deepspeed were there
+    monkeypatch.setattr(settings, "find_spec", lambda name: object())  # as if deepspeed were there
     words = command_of(params, tmp_path / "run")
     asked, _, _ = _validate_launch_command(launch_command_parser().parse_args(words[words.index("--config_file") :]))
     assert (asked.use_deepspeed, asked.zero_stage, asked.num_processes, asked.module) == (True, 2, 8, True)

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from llada_core.config.base import ConfigError
 from llada_core.sampling import generate, infill, stream
 from llada_core.sampling.params import SamplingParams
+from llada_core.settings import ConfigError
 from tests.reference import golden_model
 from tests.tiny import tiny_model
 

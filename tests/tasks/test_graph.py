@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llada_core.config.base import ConfigError
 from llada_core.config.params import TRAINING_STAGES
+from llada_core.settings import ConfigError
 from tasks.graph import load_stage, lookup, prune, with_sources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,10 +17,10 @@ PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 PLUMBING = {
     *(
         "llada_core/__init__.py",
-        "llada_core/config/base.py",
+        "llada_core/settings.py",
         "llada_core/config/params.py",
     ),
-    *("llada_core/config/launch.py", "llada_core/config/registry.py", "llada_core/config/dotted.py"),
+    *("llada_core/config/launch.py", "llada_core/config/registry.py", "llada_core/settings.py"),
     *("llada_core/modeling/__init__.py", "llada_core/modeling/bases.py"),
     *(
         f"tasks/{n}.py"

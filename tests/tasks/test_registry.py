@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from llada_core.config.base import ConfigError
 from llada_core.config.params import Params
 from llada_core.modeling import save_model
+from llada_core.settings import ConfigError
 from tasks import databases
 from tasks import register as stage
 from tasks.errors import StageError

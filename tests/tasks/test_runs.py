@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from llada_core.config import dotted
-from llada_core.config.base import ConfigError
+from llada_core import settings
 from llada_core.config.launch import LaunchParams
 from llada_core.config.params import Params
+from llada_core.settings import ConfigError
 from tasks import launch_script
 from tasks.folders import write_json
 from tasks.graph import load_stage
@@ -219,7 +219,7 @@ def test_the_accelerate_file_of_a_distribution_is_the_snapshots(project: Path, k
 
 
 def test_without_deepspeed_nothing_is_submitted(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dotted, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^distribution zero2 needs .* deepspeed: pip install 'lladaflow\[zero\]'$"):
         run_stage(project, "pretrain", ["pretrain.distribution.kind=zero2"], lambda work: None)
     assert not list(project.glob("runs/*/job.json"))

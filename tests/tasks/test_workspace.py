@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llada_core.config.base import ConfigError
+from llada_core.settings import ConfigError
 from tasks.graph import prune
 from tasks.pipeline import dvc, reproduce
 from tasks.workspace import Workspace, open_workspace, pipeline_lock

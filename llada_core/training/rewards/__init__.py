@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from llada_core.config.base import ConfigError, nearest
-from llada_core.config.dotted import function_at
+from llada_core.settings import ConfigError, function_at, nearest
 from llada_core.training.rewards import published
 from llada_core.verifiers import verify
 

@@ -13,8 +13,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from llada_core.config.base import ConfigError
 from llada_core.data.puzzles import solutions
+from llada_core.settings import ConfigError
 from llada_core.verifiers import code, math, puzzles
 from llada_core.verifiers import gsm8k as gsm8k_rules
 from llada_core.verifiers.text import tagged

@@ -1,12 +1,11 @@
-"""What every configuration block is: frozen, strictly typed, and closed to unknown keys.
-
-A mistake is a `ConfigError` of one line that names the key, the value, what is allowed and the nearest valid key.
-This file does not know any particular block.
-"""
+"""What every block of settings is: frozen, closed to unknown keys, told in one line; and settings as dotted keys."""
 
 import difflib
-from collections.abc import Mapping
+import importlib
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -160,3 +159,29 @@ class NoiseParams(Block):
     epsilon: float = Field(default=1e-3, gt=0, lt=1)
     weight: Literal["elbo", "uniform"] = "elbo"  # elbo: -alpha'(t) / (1 - alpha(t)); uniform: 1
     stratified: bool = True  # spread the times of one global batch evenly (unbiased, less variance)
+
+
+def require_package(name: str, extra: str, what: str) -> None:
+    """Raises `ConfigError` with the command that installs the package `name`, unless it is there; `what` needs it."""
+    if find_spec(name) is None:
+        raise ConfigError(f"{what} needs the package {name}: pip install 'lladaflow[{extra}]'")
+
+
+def function_at(path: str, what: str) -> Callable[..., Any]:
+    """The function at a dotted path, which may lie in the working directory; `what` opens the error's text."""
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"{what} {path!r}: write it as package.module.function")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{what} {path!r}: no module named {error.name!r}") from None
+    found = vars(module).get(name)
+    if not callable(found):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ConfigError(f"{what} {path!r}: {module_name} has no function {name!r}{nearest(name, functions)}")
+    function: Callable[..., Any] = found
+    return function
