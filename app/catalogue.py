@@ -10,7 +10,7 @@ from pathlib import Path
 from llada_core.config.params import Params
 from llada_core.data.puzzles import countdown, draw, seats, sudoku
 from llada_core.evaluation import recipes
-from llada_core.json_lines import document, read
+from llada_core.files import document, read
 from llada_core.sampling.params import PUBLISHED, SamplingParams
 from llada_core.settings import ConfigError
 from tasks import registry

@@ -17,7 +17,7 @@ import torch
 from benchmarks import oracle
 from benchmarks.timing import interleaved, machine, table
 from llada_core.config.params import Params
-from llada_core.json_lines import read
+from llada_core.files import read
 from llada_core.modeling import load_model
 from llada_core.sampling import Generation, generate
 from llada_core.sampling.params import SamplingParams

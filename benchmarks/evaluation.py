@@ -25,7 +25,7 @@ from llada_core.config.evaluation import Settings
 from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.harness import LladaLM
 from llada_core.evaluation.requests import ChatText, prompt_ids
-from llada_core.json_lines import read
+from llada_core.files import read
 from llada_core.modeling import load_model
 from llada_core.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from cli.options import MODEL_HELP, name_or_champion
-from llada_core.json_lines import document
+from llada_core.files import document
 from llada_core.settings import ConfigError
 from tasks.errors import one_line_errors, require_port
 

@@ -30,7 +30,7 @@ from cli.options import (
     name_or_champion,
     settings,
 )
-from llada_core.json_lines import line_of
+from llada_core.files import line_of
 from llada_core.sampling.params import SamplingParams
 from tasks.errors import one_line_errors
 

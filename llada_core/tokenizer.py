@@ -32,7 +32,7 @@ from llada_core.families import (
     SPECIAL_STRINGS,
     SpecialTokens,
 )
-from llada_core.json_lines import document
+from llada_core.files import document
 
 _FILES = ("tokenizer_config.json", "tokenizer.json")
 _AT_ONCE = 128  # texts: an encoding takes a hundred bytes for each of its tokens

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llada_core import text_files
-from llada_core.json_lines import parsed
+from llada_core import files
+from llada_core.files import parsed
 from llada_core.settings import ConfigError, nearest
 from tasks.folders import read_json, safe
 from tasks.request import differences
@@ -123,7 +123,7 @@ def _load(folder: Path, name: str, model: str) -> Any:
 def _records(file: Path) -> dict[str, dict[str, Any]]:
     """Question -> record, without those whose score is no number; raises `ConfigError` that names a damaged line."""
     found = {}
-    for number, line in enumerate(text_files.lines(file), 1):
+    for number, line in enumerate(files.lines(file), 1):
         try:
             record = parsed(line, f"line {number}") if line.strip() else None
             if record is not None and math.isfinite(float(record["score"])):

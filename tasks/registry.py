@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_core.config.params import Params
-from llada_core.json_lines import line_of, read
+from llada_core.files import line_of, read
 from llada_core.modeling.bases import CONTENT, base_name, base_of, is_adapter, model_folders
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llada_core.config.evaluation import ReportParams
-from llada_core.json_lines import read
+from llada_core.files import read
 from llada_core.settings import ConfigError
 from tasks.checkout import commit_of
 from tasks.folders import read_json, safe, write_json, write_text

@@ -28,7 +28,7 @@ import yaml
 from filelock import FileLock
 
 from llada_core.config.params import Params
-from llada_core.json_lines import complete, parsed
+from llada_core.files import complete, parsed
 from llada_core.settings import ConfigError, read_yaml, with_overrides
 from tasks.folders import home, link_into, read_json, write_json, write_text
 from tasks.graph import CODE, Stage

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from llada_core.json_lines import read
+from llada_core.files import read
 from llada_core.settings import flat
 from tasks.folders import hash_of, read_json, safe
 from tasks.records import lock_of

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from llada_core.json_lines import complete, parsed
+from llada_core.files import complete, parsed
 from llada_core.settings import flat
 from tasks.databases import sqlite_file
 from tasks.folders import hash_of, read_json, write_json

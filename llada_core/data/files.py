@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import orjson
 
-from llada_core import json_lines, text_files
-from llada_core.text_files import FileError
+from llada_core import files
+from llada_core.files import FileError
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".csv", ".ndjson", ".tsv")
@@ -52,7 +52,7 @@ def rows_of(path: Path, unit: Literal["file", "line"] = "file") -> Iterator[Numb
 
     unit: what a document is in a file of plain text.
     """
-    kind = text_files.suffix(path)
+    kind = files.suffix(path)
     try:
         if kind in _JSON:
             yield from _json(path)
@@ -68,12 +68,12 @@ def rows_of(path: Path, unit: Literal["file", "line"] = "file") -> Iterator[Numb
 
 def _json(path: Path) -> Iterator[Numbered]:
     """JSON lines, or one JSON list of objects, whichever it is, whatever its name says."""
-    stream = enumerate(text_files.lines(path), 1)
+    stream = enumerate(files.lines(path), 1)
     first = next(((number, line) for number, line in stream if line.strip()), None)
     if first is None:
         return
     if first[1].lstrip()[:1] == b"[" or first[1].strip() == b"{" or not _is_row(first[1], path):
-        yield from _listed(text_files.whole(path), path)
+        yield from _listed(files.whole(path), path)
     else:
         yield from _lined(chain([first], stream), path)
 
@@ -81,11 +81,11 @@ def _json(path: Path) -> Iterator[Numbered]:
 def _is_row(line: bytes, path: Path) -> bool:
     """Whether a first line is a row of JSON lines, rather than the start of something else that is one whole."""
     try:
-        value = json_lines.parsed(line, str(path))
+        value = files.parsed(line, str(path))
     except FileError:
-        return text_files.suffix(path) != ".json"  # a damaged line among others
+        return files.suffix(path) != ".json"  # a damaged line among others
     if not isinstance(value, dict):
-        return text_files.suffix(path) != ".json"
+        return files.suffix(path) != ".json"
     return _wrapped(value) is None
 
 
@@ -104,7 +104,7 @@ def _hard_line(line: bytes, path: Path, number: int) -> Row | Unusable:
     """What orjson does not read: NaN, which the standard library does, and what is damaged."""
     where = f"{path}, line {number}"
     try:
-        value = json_lines.parsed(line, where)
+        value = files.parsed(line, where)
     except FileError as error:
         reason = "not UTF-8 text" if "is not UTF-8" in str(error) else "not valid JSON"
         return Unusable(reason, str(error).removeprefix(f"{path}, "))
@@ -151,13 +151,13 @@ def _in_other_words(text: str, path: Path) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         if not error.msg.startswith("Extra data") or text[error.pos] == ",":
-            return json_lines.value_of(text, str(path))
+            return files.value_of(text, str(path))
     decoder, at, values = json.JSONDecoder(), 0, []
     while at < len(text):
         try:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError:
-            return json_lines.value_of(text, str(path))
+            return files.value_of(text, str(path))
         values.append(value)
         while at < len(text) and text[at].isspace():
             at += 1
@@ -189,10 +189,10 @@ def _parquet(path: Path) -> Iterator[Numbered]:
 def _csv(path: Path) -> Iterator[Numbered]:
     """Every cell as the text that stands there: as a number a sudoku would lose the zeros it begins with."""
     csv.field_size_limit(sys.maxsize)  # a cell may be a whole document; the library stops at 128 KiB
-    raw = enumerate(text_files.lines(path), 1)
-    text = (text_files.text_of(line, f"{path}, line {number}") for number, line in raw)
+    raw = enumerate(files.lines(path), 1)
+    text = (files.text_of(line, f"{path}, line {number}") for number, line in raw)
     head = next((line for line in text if line.strip()), "")
-    separator = "\t" if text_files.suffix(path) == ".tsv" else None
+    separator = "\t" if files.suffix(path) == ".tsv" else None
     if told := re.fullmatch(r"sep=(.)\s*", head):  # what Excel writes for itself
         separator, head = told[1], next(text, "")
     if "\r" in head.rstrip("\r\n"):
@@ -234,9 +234,9 @@ def _cells(names: list[str], cells: list[str], number: int, separator: str) -> R
 def _text(path: Path, unit: str) -> Iterator[Numbered]:
     """Documents of plain text; lines end as on any system, since a document has no line ends of one system."""
     if unit == "line":
-        for number, line in enumerate(text_files.lines(path), 1):
-            for text in text_files.text_of(line, f"{path}, line {number}").split("\r"):
+        for number, line in enumerate(files.lines(path), 1):
+            for text in files.text_of(line, f"{path}, line {number}").split("\r"):
                 if text := text.strip():
                     yield number, {"text": text}
-    elif text := text_files.whole(path).replace("\r\n", "\n").replace("\r", "\n"):
+    elif text := files.whole(path).replace("\r\n", "\n").replace("\r", "\n"):
         yield 1, {"text": text}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from llada_core import text_files
+from llada_core import files
 from llada_core.config.data import SourceParams
 from llada_core.data.files import SUFFIXES, DataError, Numbered, Row, Unusable, rows_of
 from llada_core.settings import nearest
@@ -54,7 +54,7 @@ _MEASURED = {
     "ceval-exam": "val",
 }
 _TEST = re.compile(r"(?<![a-z])tests?(?![a-z])")
-_PACKED = ("", *text_files.PACKED)
+_PACKED = ("", *files.PACKED)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Origin:
     def is_test_set(self) -> bool:
         """Whether its split, or its file's name, says that it is there to be measured on."""
         folder, _, name = self.place.rpartition("/")
-        split = text_files.stem(name).lower() if self.kind == "file" else self.split.lower()
+        split = files.stem(name).lower() if self.kind == "file" else self.split.lower()
         measured = _MEASURED.get((folder.rpartition("/")[2] if self.kind == "file" else name).lower())
         return _TEST.search(split) is not None or split.partition("[")[0] == measured
 
@@ -176,7 +176,7 @@ def split_file(folder: Path, split: str) -> Path | None:
 
 
 def _looks_like_hub(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and text_files.suffix(name) not in SUFFIXES
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and files.suffix(name) not in SUFFIXES
 
 
 def _digest_file(path: Path) -> str:

@@ -23,11 +23,11 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import env as templates
 
-from llada_core import json_lines
+from llada_core import files as json_lines
 from llada_core.data.overlap import question_in, value_of
 from llada_core.evaluation.recipes import Recipe
+from llada_core.files import FileError
 from llada_core.settings import ConfigError
-from llada_core.text_files import FileError
 from llada_core.verifiers import verify
 
 OURS = Path(__file__).parent / "definitions"

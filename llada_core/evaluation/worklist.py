@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llada_core.json_lines import line_of, parsed
+from llada_core.files import line_of, parsed
 
 log = logging.getLogger(__name__)
 Answer = dict[str, Any]

@@ -13,7 +13,7 @@ An adapter is of no use without the weights it was trained on, so what it names 
 import os
 from pathlib import Path
 
-from llada_core.json_lines import document
+from llada_core.files import document
 
 ADAPTER_CONFIG = "adapter_config.json"
 CONTENT = "sha256:"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llada_core.families import SpecialTokens, family_of
-from llada_core.json_lines import document
+from llada_core.files import document
 from llada_core.modeling.architecture import TOKEN_KEYS
 from llada_core.tokenizer import named_ids
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llada_core.json_lines import complete, line_of, parsed
+from llada_core.files import complete, line_of, parsed
 from llada_core.training.ranks import Ranks
 
 Follower = Callable[[dict[str, Any]], None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llada_core.config.training import RecoveryParams, TrainingParams
-from llada_core.json_lines import document
+from llada_core.files import document
 from llada_core.training.ranks import Ranks
 
 

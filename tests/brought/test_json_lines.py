@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from llada_core import json_lines
+from llada_core import files
 from llada_core.evaluation.taskset import read_puzzles
 from llada_core.evaluation.worklist import AnswerStore, Shard
+from llada_core.files import FileError
 from llada_core.modeling import load_model, save_model
 from llada_core.settings import ConfigError
-from llada_core.text_files import FileError
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.metrics import MetricsFile, read_metrics
 from llada_core.training.ranks import Ranks
@@ -46,13 +46,13 @@ ROOT = Path(__file__).parents[2]
 def test_any_character_in_a_reply_comes_back_from_whatever_we_write(tmp_path, character, monkeypatch):
     monkeypatch.setenv("LLADAFLOW_HOME", str(tmp_path))
     reply = f"a{character}b"
-    line = json_lines.line_of({"id": 1, "reply": reply})
+    line = files.line_of({"id": 1, "reply": reply})
     assert line.encode().decode().splitlines() == [line.rstrip("\n")]  # one line for every reader, however it splits
     records = [{"id": f"q{i}", "score": 1.0, "reply": reply} for i in range(2)]
     path = tmp_path / "b" / "m.samples.jsonl"
     path.parent.mkdir()
-    path.write_text("".join(map(json_lines.line_of, records)), encoding="utf-8")
-    assert list(json_lines.read(path)) == records
+    path.write_text("".join(map(files.line_of, records)), encoding="utf-8")
+    assert list(files.read(path)) == records
     assert scores_of(path) == {"q0": 1.0, "q1": 1.0}
     assert samples(path)["reply"] == [reply, reply]
     assert _records(path)["q1"]["reply"] == reply
@@ -69,7 +69,7 @@ def test_files_of_earlier_versions_hold_the_characters_themselves(tmp_path, char
     records = [{"id": f"q{i}", "score": 1.0, "reply": character} for i in range(2)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    assert list(json_lines.read(path)) == records
+    assert list(files.read(path)) == records
     assert samples(path)["reply"] == [character] * 2
     assert scores_of(path) == {"q0": 1.0, "q1": 1.0}
     puzzle = {"id": "u", "task": "countdown", "prompt": f"one{character}two", "answer": {"numbers": [1], "target": 1}}
@@ -97,7 +97,7 @@ def test_a_damaged_line_is_told_with_its_file_its_line_and_a_remedy(tmp_path, co
     path = tmp_path / "mine.jsonl"
     path.write_bytes(content)
     with pytest.raises(FileError, match=rf"mine\.jsonl, {says}") as caught:
-        list(json_lines.read(path))
+        list(files.read(path))
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=rf"mine\.jsonl, {says}"):
         read_puzzles(path)
@@ -107,7 +107,7 @@ def test_a_run_that_is_written_at_this_moment_has_whole_lines_only(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "time": 0}\n{"step": 2, "ti')
     assert [line["step"] for line in read_metrics(path)] == [1]
-    assert json_lines.complete(path.read_bytes()) == [b'{"step": 1, "time": 0}']
+    assert files.complete(path.read_bytes()) == [b'{"step": 1, "time": 0}']
 
 
 def test_nobody_splits_json_lines_in_another_way():
@@ -117,7 +117,7 @@ def test_nobody_splits_json_lines_in_another_way():
                 continue
             source = path.read_text(encoding="utf-8")
             found = re.findall(r".*(?<!or)json\.loads\(line\).*|.*jsonl.*splitlines.*|.*map\(json\.loads.*", source)
-            assert not found, f"{path}: {found}; llada_core.json_lines reads and writes JSON lines"
+            assert not found, f"{path}: {found}; llada_core.files reads and writes JSON lines"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
