@@ -7,11 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llada_core.families import SpecialTokens
     from llada_core.likelihood import log_likelihood, log_likelihoods
     from llada_core.modeling import MaskPredictor, load_config, load_model, new_model, save_model
     from llada_core.sampling import Generation, SamplingParams, Step, generate, infill, stream, stream_infill
-    from llada_core.tokenizer import Tokenizer, train_tokenizer
+    from llada_core.tokenizer import SpecialTokens, Tokenizer, train_tokenizer
 
 _NAMES = {
     "families": ("SpecialTokens",),

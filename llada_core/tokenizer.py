@@ -1,38 +1,237 @@
-"""Tokenizer, chat template and special ids as one object, and the training of a new one.
-
-Knows text and ids; does not know models. `Tokenizer.dialogues` is the one place where a dialogue becomes ids, whether
-it is trained on, asked or scored. A special string inside a user's text is text, not a command. Threads may share one
-tokenizer.
-"""
+"""Text and dialogues to ids, the special tokens and the chat template: the one place where a dialogue becomes ids."""
 
 import json
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
+from jinja2 import Environment
+from jinja2.exceptions import TemplateError
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from llada_core.dialogue import ChatTemplate, Message
-from llada_core.families import (
-    BOS,
-    CHAT_TEMPLATE,
-    EOS,
-    EOT,
-    EOT_STRINGS,
-    HEADER_END,
-    HEADER_START,
-    MASK,
-    MASK_STRINGS,
-    SPECIAL_STRINGS,
-    SpecialTokens,
-)
 from llada_core.files import document
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The token ids a masked-diffusion model cannot do without, and the two that only a chat needs."""
+
+    mask_id: int
+    eos_id: int
+    pad_id: int
+    bos_id: int | None = None
+    eot_id: int | None = None
+
+    def check(self, vocab_size: int) -> "SpecialTokens":
+        """These tokens, once every id lies in `[0, vocab_size)` and MASK is none of the others; else `ValueError`."""
+        named = {k: v for k, v in vars(self).items() if v is not None}
+        for name, value in named.items():
+            if not 0 <= value < vocab_size:
+                raise ValueError(f"{name} {value} is outside the vocabulary (0..{vocab_size - 1})")
+            if name != "mask_id" and value == self.mask_id:
+                raise ValueError(f"{name} is {value}, which is also mask_id; the mask must be a token of its own")
+        return self
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The ids after which an answer is over."""
+        return frozenset(i for i in (self.eos_id, self.eot_id) if i is not None)
+
+
+BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
+HEADER_START, HEADER_END, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+SPECIAL_STRINGS = (BOS, EOS, MASK, HEADER_START, HEADER_END, EOT)
+"""LLaDA's special strings in the order in which a tokenizer trained here numbers them."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+"""LLaDA's chat format (LLaDA-8B-Instruct)."""
+
+MASK_STRINGS = (MASK, "<|mask|>", "[MASK]", "<mask>")
+EOT_STRINGS = (EOT, "<|role_end|>")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One published family: where its special tokens are when nothing nearer names them, and its config.json."""
+
+    name: str
+    special: SpecialTokens
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The published config.json."""
+        return dict(json.loads((Path(__file__).parent / "modeling" / f"{self.name}.json").read_text(encoding="utf-8")))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config["vocab_size"])
+
+
+LLADA = Family("LLaDA-8B", SpecialTokens(126336, 126081, 126081, bos_id=126080, eot_id=126348))
+LLADA_MOE = Family("LLaDA-MoE-7B-A1B", SpecialTokens(156895, 156892, 156892))
+FAMILIES = (LLADA, LLADA_MOE)
+
+
+def family_of(architectures: list[str], vocab_size: int) -> Family | None:
+    """The published family with this architecture and exactly this vocabulary (same vocabulary, same ids)."""
+    same = (f for f in FAMILIES if f.config["architectures"] == architectures and f.vocab_size == vocab_size)
+    return next(same, None)
+
+
+Message = dict[str, str]
+_MARKS = [chr(code) for code in range(0xE000, 0xF900)]  # for private use: nobody writes them, templates pass them on
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The text of a dialogue: a prompt, then each reply with what follows it; `marks` stand for special strings."""
+
+    texts: list[str]
+    marks: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a template writes around the contents of messages with the same roles: per part, the text between them."""
+
+    frames: list[list[str]]
+    trimmed: bool
+
+    def filled(self, contents: Sequence[str]) -> list[str]:
+        """The parts with these contents in them."""
+        said = iter([content.strip() for content in contents] if self.trimmed else contents)
+        parts = []
+        for first, *frames in self.frames:
+            pieces = [first]
+            for frame in frames:
+                pieces += next(said), frame
+            parts.append("".join(pieces))
+        return parts
+
+
+class ChatTemplate:
+    """The chat template of a transformers tokenizer, whose special strings `special` finds."""
+
+    def __init__(self, fast: Any, special: re.Pattern[str]) -> None:
+        self._fast, self._special = fast, special
+        self._layouts: dict[tuple[str, bool, tuple[str, ...]], Layout | None] = {}
+        self._literals: dict[str, list[str]] = {}
+
+    def text(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        """The dialogue as the template writes it; `ValueError` if there is no template, or it refuses the dialogue."""
+        try:
+            text = self._fast.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the dialogue: {error}") from None
+        return str(text)
+
+    def parts(self, messages: Sequence[Message], *, answered: bool) -> Parts:
+        """The dialogue (`answered`: up to its last reply; else with the prompt for the next) cut where replies start.
+
+        The template writes every dialogue that it could see something in. Where it cannot, what it writes for the same
+        roles is kept and filled, which is several times faster: a template can only look for what it names, so that
+        contents which hold none of its strings are to it like any others.
+        """
+        contents = [message["content"] for message in messages]
+        if self._plain(messages, contents):
+            key = (self._fast.chat_template, answered, tuple([message["role"] for message in messages]))
+            if key not in self._layouts:
+                self._layouts[key] = self._layout(messages, contents, answered)
+            layout = self._layouts[key]
+            if layout is not None:
+                return Parts(layout.filled(contents), {})
+        return self.written_parts(messages, answered=answered)
+
+    def written_parts(self, messages: Sequence[Message], *, answered: bool) -> Parts:
+        """`parts` as the template itself writes them.
+
+        A reply starts behind what the template writes for the messages before it and a generation prompt. An earlier
+        reply that is now announced otherwise (without room for its reasoning, say) is no place to cut.
+        """
+        hidden, marks = self._hidden(messages)
+        replies = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+        if answered and replies[-1:] != [len(messages) - 1]:
+            raise ValueError("a dialogue that is trained on ends with the assistant's reply to something")
+        whole = self.text(hidden, generation_prompt=not answered)
+        starts = [0]
+        for i in replies:
+            before = self.text(hidden[:i], generation_prompt=True)
+            if whole.startswith(before):
+                starts.append(len(before))
+            elif answered and i == replies[-1]:
+                raise ValueError("the chat template writes a reply in another way than its generation prompt announces")
+        return Parts([whole[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)], marks)
+
+    def _hidden(self, messages: Sequence[Message]) -> tuple[Sequence[Message], dict[str, str]]:
+        """The messages with a mark in place of each special string: in the text they would look like the template's.
+
+        The rest of what is said stays as it is, because templates may look into it.
+        """
+        texts = [text for message in messages for text in message.values() if isinstance(text, str)]
+        found = {string for text in texts for string in self._special.findall(text)}
+        if not found:
+            return messages, {}
+        free = (mark for mark in _MARKS if not any(mark in text for text in texts))
+        marks = dict(zip(sorted(found), free, strict=False))
+
+        def hide(value: Any) -> Any:
+            return self._special.sub(lambda match: marks[match[0]], value) if isinstance(value, str) else value
+
+        hidden = [{key: hide(value) for key, value in message.items()} for message in messages]
+        return hidden, {mark: string for string, mark in marks.items()}
+
+    def _plain(self, messages: Sequence[Message], contents: list[str]) -> bool:
+        """Whether a template sees nothing in these messages but that something is said, and by whom."""
+        said = "\0".join(contents)
+        template = self._fast.chat_template
+        if not isinstance(template, str):  # none, or several by name
+            return False
+        if template not in self._literals:
+            self._literals[template] = list(_strings_in(template))
+        return (
+            all(len(message) == 2 for message in messages)
+            and all(content and not content.isspace() for content in contents)
+            and not any(literal in said for literal in self._literals[template])
+            and self._special.search(said) is None
+        )
+
+    def _layout(self, messages: Sequence[Message], contents: list[str], answered: bool) -> Layout | None:
+        """What is written around contents, if they come once each, in order, either as they are or trimmed."""
+        marks = _MARKS[: len(messages)]
+        framed = [{**message, "content": f" {mark} "} for message, mark in zip(messages, marks, strict=False)]
+        written = self.written_parts(messages, answered=answered)
+        try:
+            texts = self.written_parts(framed, answered=answered).texts
+        except ValueError:
+            return None
+        if written.marks or len(marks) < len(messages) or [c for c in "".join(texts) if c in marks] != marks:
+            return None
+        for trimmed, pattern in ((True, f"[{''.join(marks)}]"), (False, f" [{''.join(marks)}] ")):
+            layout = Layout([re.split(pattern, text) for text in texts], trimmed)
+            if sum(map(len, layout.frames)) == len(texts) + len(marks) and layout.filled(contents) == written.texts:
+                return layout
+        return None
+
+
+def _strings_in(template: str) -> Iterator[str]:
+    """The strings that a template names, and could look for."""
+    for token in Environment().lexer.tokenize(template):
+        if token.type == "string" and token.value:  # an empty one finds only empty contents, which are not plain
+            yield token.value
+
 
 _FILES = ("tokenizer_config.json", "tokenizer.json")
 _AT_ONCE = 128  # texts: an encoding takes a hundred bytes for each of its tokens

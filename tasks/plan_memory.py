@@ -99,8 +99,8 @@ def trained_shape(params: Params, stage: str) -> tuple["MaskPredictor", int]:
     """`shape_of`, with the adapters and in the dtypes that the stage trains."""
     import torch
 
-    from llada_core.families import SpecialTokens
     from llada_core.modeling.model import LLaDAModelLM
+    from llada_core.tokenizer import SpecialTokens
     from llada_core.training.export import prepare_weights
 
     model, stored = shape_of(params, stage)
@@ -183,10 +183,10 @@ def shape_of(params: Params, stage: str) -> tuple["MaskPredictor", int]:
     import torch
     from transformers import AutoConfig
 
-    from llada_core.families import FAMILIES, SpecialTokens
     from llada_core.modeling.config import LLaDAConfig
     from llada_core.modeling.create import empty_model, new_model
     from llada_core.modeling.model import LLaDAModelLM, LLaDAMoEModelLM
+    from llada_core.tokenizer import FAMILIES, SpecialTokens
 
     source = params.training(stage).init_from
     if source in TRAINING_STAGES:
@@ -216,7 +216,7 @@ def shape_of(params: Params, stage: str) -> tuple["MaskPredictor", int]:
 
 def vocabulary(params: Params) -> int:
     """How many tokens a fresh model gets."""
-    from llada_core.families import FAMILIES
+    from llada_core.tokenizer import FAMILIES
 
     asked = params.data.tokenizer if params.data is not None else None
     if asked is None or asked.name is None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llada_core.families import SpecialTokens
 from llada_core.modeling import load_model
 from llada_core.modeling.predictor import MaskPredictor
+from llada_core.tokenizer import SpecialTokens
 
 GOLDEN = Path(__file__).parent / "golden"
 DENSE = SpecialTokens(mask_id=126, eos_id=120, pad_id=120, bos_id=121, eot_id=122)

@@ -16,12 +16,10 @@ from app.engine import Engine as Loaded
 from llada_core.config.data import GRPOData, PreferenceData, SFTData
 from llada_core.config.evaluation import Settings
 from llada_core.data import tokenise
-from llada_core.dialogue import ChatTemplate
 from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.harness import LladaLM
 from llada_core.evaluation.requests import pairs, wanted
-from llada_core.families import LLADA, SPECIAL_STRINGS
-from llada_core.tokenizer import Tokenizer
+from llada_core.tokenizer import LLADA, SPECIAL_STRINGS, ChatTemplate, Tokenizer
 from tests.tiny import TEXTS, tiny_tokenizer
 
 SPECIALS = {

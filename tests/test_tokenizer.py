@@ -10,9 +10,8 @@ import pytest
 from tokenizers import Tokenizer as Engine
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
-from llada_core.families import SpecialTokens
 from llada_core.modeling import save_model
-from llada_core.tokenizer import Tokenizer, named_ids, train_tokenizer
+from llada_core.tokenizer import SpecialTokens, Tokenizer, named_ids, train_tokenizer
 from tests.reference import GOLDEN
 from tests.tiny import TEXTS, tiny_pair, tiny_tokenizer
 

@@ -5,10 +5,9 @@ import tempfile
 from pathlib import Path
 
 from llada_core.config.model import ModelParams
-from llada_core.families import SpecialTokens
 from llada_core.modeling import new_model
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.tokenizer import Tokenizer, train_tokenizer
+from llada_core.tokenizer import SpecialTokens, Tokenizer, train_tokenizer
 
 SPECIAL = SpecialTokens(mask_id=126, eos_id=120, pad_id=120, bos_id=121, eot_id=122)
 """The ids of the golden dense models, valid for every tiny model of vocabulary 136."""

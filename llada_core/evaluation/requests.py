@@ -11,10 +11,9 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from llada_core.config.evaluation import SAMPLER_FIELDS, Settings
-from llada_core.families import SpecialTokens
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError, nearest
-from llada_core.tokenizer import Message, Tokenizer
+from llada_core.tokenizer import Message, SpecialTokens, Tokenizer
 
 log = logging.getLogger(__name__)
 DEFAULT_LENGTH = 256

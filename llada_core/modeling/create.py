@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from llada_core.config.model import ModelParams
-from llada_core.families import LLADA, LLADA_MOE, SpecialTokens
 from llada_core.modeling.architecture import TOKEN_KEYS
 from llada_core.modeling.config import LLaDAConfig, LLaDAMoEConfig
 from llada_core.modeling.experts import Experts
 from llada_core.modeling.masked_lm import new_masked_lm
 from llada_core.modeling.model import LLaDAModelLM, LLaDAMoEModelLM
 from llada_core.modeling.predictor import MaskPredictor
+from llada_core.tokenizer import LLADA, LLADA_MOE, SpecialTokens
 
 
 def new_model(params: ModelParams, vocab_size: int, special_tokens: SpecialTokens, seed: int = 0) -> MaskPredictor:

@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig
 
-from llada_core.families import SpecialTokens
 from llada_core.modeling.adapters import load_adapter, merge_adapter
 from llada_core.modeling.bases import base_of, is_adapter
 from llada_core.modeling.config import LLaDAConfig
@@ -23,6 +22,7 @@ from llada_core.modeling.predictor import MaskPredictor, feed_from_cpu
 from llada_core.modeling.special import special_tokens_of
 from llada_core.modeling.strict import require_folder, require_loaded, stored_weights
 from llada_core.settings import Bits
+from llada_core.tokenizer import SpecialTokens
 
 Device = str | torch.device | dict[str, Any] | Place
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
-from llada_core.families import SpecialTokens
 from llada_core.modeling.cache import KVCache
 from llada_core.modeling.nll import projected_nll
 from llada_core.modeling.predictor import MaskPredictor, Prediction, device_of
+from llada_core.tokenizer import SpecialTokens
 
 
 class MaskedLM(MaskPredictor):

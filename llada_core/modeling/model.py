@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llada_core.families import SpecialTokens
 from llada_core.modeling.architecture import TOKEN_KEYS, Architecture
 from llada_core.modeling.block import LLaDABlock, RMSNorm, Surroundings, key_bias
 from llada_core.modeling.cache import KVCache
@@ -24,6 +23,7 @@ from llada_core.modeling.packed import PackedBody
 from llada_core.modeling.predictor import MaskPredictor, Prediction, RouterLosses, device_of
 from llada_core.modeling.rope import RotaryTables
 from llada_core.modeling.strict import require_weights
+from llada_core.tokenizer import SpecialTokens
 
 
 class Transformer(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
-from llada_core.families import SpecialTokens
 from llada_core.modeling.cache import KVCache
+from llada_core.tokenizer import SpecialTokens
 
 
 class RouterLosses(NamedTuple):

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llada_core.families import SpecialTokens, family_of
 from llada_core.files import document
 from llada_core.modeling.architecture import TOKEN_KEYS
-from llada_core.tokenizer import named_ids
+from llada_core.tokenizer import SpecialTokens, family_of, named_ids
 
 
 def special_tokens_of(folder: Path, defaults: Mapping[str, Any], rows: int) -> SpecialTokens:

@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from llada_core.families import SpecialTokens
 from llada_core.modeling.predictor import MaskPredictor, require_in_vocabulary, require_no_mask
 from llada_core.sampling.params import SamplingParams
+from llada_core.tokenizer import SpecialTokens
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 
 from app import replay
 from app.session import ChatSession
-from llada_core.families import SpecialTokens
 from llada_core.modeling.predictor import Prediction
 from llada_core.sampling.canvas import Step
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.trace import Trace, find_runners_up
+from llada_core.tokenizer import SpecialTokens
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from llada_core.families import SpecialTokens
 from llada_core.sampling import generate, infill, stream
 from llada_core.sampling.params import SamplingParams
+from llada_core.tokenizer import SpecialTokens
 from tests.reference import golden_model
 from tests.tiny import tiny_model
 
