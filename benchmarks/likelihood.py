@@ -20,8 +20,7 @@ from benchmarks import oracle
 from benchmarks.sampling import reference_of
 from benchmarks.timing import interleaved, machine, table
 from benchmarks.trained import SPECIAL, texts, trained_model
-from llada_core.estimators import Estimator
-from llada_core.likelihood import Likelihood
+from llada_core.likelihood import Estimator, Likelihood
 from llada_core.modeling.predictor import MaskPredictor
 
 QUESTIONS, TIMED_QUESTIONS = 200, 2  # 200 should take about half an hour, by what 40 took

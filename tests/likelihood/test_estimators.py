@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from llada_core.estimators import Plan, antithetic, enumerated, plan, stock
-from llada_core.likelihood import Likelihood, greedy_matches, log_likelihood, log_likelihoods
+from llada_core.likelihood import (
+    Likelihood,
+    Plan,
+    antithetic,
+    enumerated,
+    greedy_matches,
+    log_likelihood,
+    log_likelihoods,
+    plan,
+    stock,
+)
 from tests.reference import golden_model
 from tests.tiny import tiny_model
 

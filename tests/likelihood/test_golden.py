@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from llada_core import likelihood
-from llada_core.estimators import Plan, lattice
-from llada_core.likelihood import Likelihood, greedy_matches, log_likelihood
+from llada_core.likelihood import Likelihood, Plan, greedy_matches, lattice, log_likelihood
 from tests.reference import DENSE, arrays, case, cases, golden_model, names
 
 MODEL = "llada_tiny"
