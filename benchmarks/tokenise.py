@@ -18,8 +18,8 @@ from pathlib import Path
 from tokenizers import Encoding, Tokenizer
 
 from benchmarks.timing import interleaved
-from llada_core.config.data import PartParams, PretrainData, SFTData, SourceParams
 from llada_core.data.build import Workers, build, chunks_of, texts_in
+from llada_core.data.params import PartParams, PretrainData, SFTData, SourceParams
 from llada_core.data.sources import find
 from llada_core.tokenizer import train_tokenizer
 

@@ -8,7 +8,6 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.config.data import DataParams
 from llada_core.config.evaluation import EvaluateParams, ReportParams
 from llada_core.config.launch import LaunchParams
 from llada_core.config.model import ModelParams
@@ -22,6 +21,7 @@ from llada_core.config.training import (
     SFTParams,
     TrainingParams,
 )
+from llada_core.data.params import DataParams
 from llada_core.settings import Block, ConfigError, read_yaml, with_overrides
 
 Stage = Literal["prepare", "pretrain", "sft", "grpo", "sft_control", "preference", "evaluate", "report", "register"]

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llada_core.config.data import PartParams, SourceParams
 from llada_core.data.files import DataError, Row, RowError, Unusable
 from llada_core.data.mapping import Chunk, Side, mapped, unusable
 from llada_core.data.overlap import QUESTIONS, joined, values_in
+from llada_core.data.params import PartParams, SourceParams
 from llada_core.data.preprocessed import encode as encode_ids
 from llada_core.data.preprocessed import has_ids
 from llada_core.data.readings import PLAIN, Reading, Readings

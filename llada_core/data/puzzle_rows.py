@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llada_core.config.data import PuzzleCounts, PuzzlesParams, SourceParams
 from llada_core.data import puzzles
 from llada_core.data.files import DataError, Row, Unusable
+from llada_core.data.params import PuzzleCounts, PuzzlesParams, SourceParams
 from llada_core.data.puzzles import Part, Puzzle
 from llada_core.data.sources import find, read, split_file
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llada_core.config.data import PartParams, PretrainData
+from llada_core.data.params import PartParams, PretrainData
 
 
 def schema_of(stage: str, params: PartParams, vocab_size: int, *, packed: bool = True) -> pa.Schema:

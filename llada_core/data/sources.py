@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 
 from llada_core import files
-from llada_core.config.data import SourceParams
 from llada_core.data.files import SUFFIXES, DataError, Numbered, Row, Unusable, rows_of
+from llada_core.data.params import SourceParams
 from llada_core.settings import nearest
 
 

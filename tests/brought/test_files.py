@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from llada_core.config.data import SourceParams
 from llada_core.data.files import DataError, Unusable, rows_of
+from llada_core.data.params import SourceParams
 from llada_core.data.sources import find, read, split_file
 
 A, B = {"text": "é one"}, {"text": "two 🙂"}

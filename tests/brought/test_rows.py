@@ -8,9 +8,9 @@ import json
 import datasets
 import pytest
 
-from llada_core.config.data import DataParams
 from llada_core.data import maps
 from llada_core.data.files import DataError, RowError
+from llada_core.data.params import DataParams
 from llada_core.data.shapes import shaped
 from llada_core.tokenizer import Tokenizer
 from tasks.folders import content_hash

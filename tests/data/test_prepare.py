@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from llada_core.config.data import DataParams
+from llada_core.data.params import DataParams
 from llada_core.data.sources import DataError
 from llada_core.settings import ConfigError
 from llada_core.tokenizer import Tokenizer
@@ -160,7 +160,7 @@ def test_killed_while_building_the_same_command_ends_as_if_undisturbed(texts, nu
     made(texts / "whole", values)
     program = f"""
 from pathlib import Path
-from llada_core.config.data import DataParams
+from llada_core.data.params import DataParams
 from tasks.prepare import prepare, summary
 home = Path({str(texts)!r})
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from llada_core.config.data import DataParams, PretrainData, SFTData
+from llada_core.data.params import DataParams, PretrainData, SFTData
 from llada_core.data.preprocessed import encode
 from llada_core.data.sources import DataError
 from tasks.prepare import prepare

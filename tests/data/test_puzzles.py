@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 
-from llada_core.config.data import PuzzlesParams
 from llada_core.data import puzzles
+from llada_core.data.params import PuzzlesParams
 from llada_core.data.puzzle_rows import as_rows, training_puzzles
 from llada_core.settings import ConfigError
 from llada_core.verifiers import verify

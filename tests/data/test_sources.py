@@ -7,9 +7,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from llada_core.config.data import PuzzlesParams, SourceParams, SudokuParams
 from llada_core.data import maps, sources
 from llada_core.data.files import DataError, Unusable
+from llada_core.data.params import PuzzlesParams, SourceParams, SudokuParams
 from llada_core.data.puzzle_rows import benchmarks
 from llada_core.data.sources import find, read
 from llada_core.training.rewards.published import gsm8k

@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llada_core.config.data import GRPOData, PreferenceData, PretrainData, SFTData
 from llada_core.data import tokenise
+from llada_core.data.params import GRPOData, PreferenceData, PretrainData, SFTData
 from llada_core.data.rows import Packer
 from llada_core.data.sources import DataError
 from tests.tiny import tiny_tokenizer

@@ -5,10 +5,10 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 
-from llada_core.config.data import SFTData
 from llada_core.config.model import LoraParams
 from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, SFTParams
 from llada_core.data.batches import Batch
+from llada_core.data.params import SFTData
 from llada_core.data.rows import RowFile, schema_of
 from llada_core.modeling import load_model, save_model
 from llada_core.sampling.params import SamplingParams
