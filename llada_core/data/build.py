@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llada_core.data.files import DataError, Row, RowError, Unusable
 from llada_core.data.mapping import Chunk, Side, mapped, unusable
 from llada_core.data.overlap import QUESTIONS, joined, values_in
 from llada_core.data.params import PartParams, SourceParams
@@ -28,7 +27,7 @@ from llada_core.data.preprocessed import has_ids
 from llada_core.data.readings import PLAIN, Reading, Readings
 from llada_core.data.rows import RowFile, schema_of, table_of
 from llada_core.data.shapes import Shaped
-from llada_core.data.sources import Origin, read
+from llada_core.data.sources import DataError, Origin, Row, RowError, Unusable, read
 from llada_core.data.tokenise import ENCODERS, Encoded, content_hash, text_in
 from llada_core.tokenizer import Tokenizer
 

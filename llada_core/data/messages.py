@@ -7,7 +7,7 @@ lies between. Knows no row and no template.
 import math
 from typing import Any
 
-from llada_core.data.files import RowError
+from llada_core.data.sources import RowError
 
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from llada_core.data.files import DataError, Row, RowError
 from llada_core.data.params import PartParams, PretrainData, SFTData
+from llada_core.data.sources import DataError, Row, RowError
 from llada_core.data.tokenise import Encoded
 from llada_core.tokenizer import Tokenizer
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llada_core.data import puzzles
-from llada_core.data.files import DataError, Row, Unusable
 from llada_core.data.params import PuzzleCounts, PuzzlesParams, SourceParams
 from llada_core.data.puzzles import Part, Puzzle
-from llada_core.data.sources import find, read, split_file
+from llada_core.data.sources import DataError, Row, Unusable, find, read, split_file
 
 _PARTS: dict[str, Part] = {"pretrain": "train", "sft": "train", "grpo": "grpo", "preference": "grpo"}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llada_core.data.files import DataError, Unusable
+from llada_core.data.sources import DataError, Unusable
 
 PLAIN = ""  # the shape of a row that is as its stage needs it
 ALWAYS_BEARABLE = 10  # rows of a source: in a small one they would be a large share

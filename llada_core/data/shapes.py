@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 
-from llada_core.data.files import Row, RowError
 from llada_core.data.messages import Message, messages_of, odd, text_from, trains
+from llada_core.data.sources import Row, RowError
 
 _DIALOGUES = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns")
 # What is asked, what it is about, and what is answered, by the names of fields; the first that a row has count.

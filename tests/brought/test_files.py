@@ -13,9 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from llada_core.data.files import DataError, Unusable, rows_of
 from llada_core.data.params import SourceParams
-from llada_core.data.sources import find, read, split_file
+from llada_core.data.sources import DataError, Unusable, find, read, rows_of, split_file
 
 A, B = {"text": "é one"}, {"text": "two 🙂"}
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (A, B))

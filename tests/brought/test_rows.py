@@ -9,9 +9,9 @@ import datasets
 import pytest
 
 from llada_core.data import maps
-from llada_core.data.files import DataError, RowError
 from llada_core.data.params import DataParams
 from llada_core.data.shapes import shaped
+from llada_core.data.sources import DataError, RowError
 from llada_core.tokenizer import Tokenizer
 from tasks.folders import content_hash
 from tasks.prepare import prepare, summary

@@ -8,10 +8,9 @@ import datasets
 import pytest
 
 from llada_core.data import maps, sources
-from llada_core.data.files import DataError, Unusable
 from llada_core.data.params import PuzzlesParams, SourceParams, SudokuParams
 from llada_core.data.puzzle_rows import benchmarks
-from llada_core.data.sources import find, read
+from llada_core.data.sources import DataError, Unusable, find, read
 from llada_core.training.rewards.published import gsm8k
 
 # What dllm@ca17675 and d1@837888f make of these rows, by their own code.
