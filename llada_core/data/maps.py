@@ -8,7 +8,7 @@ named in the source by its dotted path; it returns None for a row to be left out
 import re
 from typing import Any
 
-from llada_core.data.messages import text_from
+from llada_core.data.shapes import text_from
 from llada_core.data.sources import Row
 
 # The prompts that d1 (diffu-grpo/data_utils.py) and dllm (dllm/pipelines/rl/grpo/datasets.py) train GRPO with, character

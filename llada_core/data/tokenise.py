@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
 
-from llada_core.data.messages import text_from, trains
 from llada_core.data.params import GRPOData, PreferenceData, PretrainData, SFTData
+from llada_core.data.shapes import text_from, trains
 from llada_core.data.sources import Row, RowError
 from llada_core.tokenizer import Message, Tokenizer
 
