@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from app.engine import Engine as Loaded
 from llada_core.config.evaluation import Settings
-from llada_core.data import tokenise
+from llada_core.data import encode as tokenise
 from llada_core.data.params import GRPOData, PreferenceData, SFTData
 from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.harness import LladaLM

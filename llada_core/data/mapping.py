@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from llada_core.data.encode import asking, has_ids, text_of
 from llada_core.data.params import PartParams, PretrainData, SourceParams
-from llada_core.data.preprocessed import asking, has_ids
 from llada_core.data.shapes import Shaped, shaped
 from llada_core.data.sources import DataError, Numbered, Row, RowError, Unusable
-from llada_core.data.tokenise import text_of
 from llada_core.settings import function_at
 from llada_core.tokenizer import Tokenizer
 

@@ -5,8 +5,8 @@ import json
 import datasets
 import pytest
 
+from llada_core.data.encode import encode_ids
 from llada_core.data.params import DataParams, PretrainData, SFTData
-from llada_core.data.preprocessed import encode
 from llada_core.data.sources import DataError
 from tasks.prepare import prepare
 from tests.tiny import tiny_tokenizer
@@ -93,18 +93,18 @@ def test_packed_rows_keep_their_borders(tmp_path):
 )
 def test_ids_that_cannot_be_trained_on_are_told(row, message):
     with pytest.raises(DataError, match=message):
-        encode([row], tiny_tokenizer(), SFTData())
+        encode_ids([row], tiny_tokenizer(), SFTData())
     with pytest.raises(DataError, match="prompts as text"):
-        encode([row], tiny_tokenizer(), DataParams(puzzles={"seats": {"grpo": 1}}, grpo={}).grpo)
+        encode_ids([row], tiny_tokenizer(), DataParams(puzzles={"seats": {"grpo": 1}}, grpo={}).grpo)
 
 
 def test_long_rows_are_cut_or_dropped_as_dllm_does():
     row = {"input_ids": list(range(6, 26)), "labels": [-100] * 10 + list(range(16, 26))}
-    cut = encode([row], tiny_tokenizer(), SFTData(length=12))
+    cut = encode_ids([row], tiny_tokenizer(), SFTData(length=12))
     assert [list(ids) for ids in cut.columns["input_ids"]] == [list(range(6, 18))]
     assert cut.counts == {"answer cut": 1}
-    assert encode([row], tiny_tokenizer(), SFTData(length=10)).counts == {"prompt too long": 1}
-    assert encode([row], tiny_tokenizer(), SFTData(length=12, truncation="filter")).counts == {"too long": 1}
-    assert len(encode([row], tiny_tokenizer(), PretrainData(length=12))) == 1
+    assert encode_ids([row], tiny_tokenizer(), SFTData(length=10)).counts == {"prompt too long": 1}
+    assert encode_ids([row], tiny_tokenizer(), SFTData(length=12, truncation="filter")).counts == {"too long": 1}
+    assert len(encode_ids([row], tiny_tokenizer(), PretrainData(length=12))) == 1
     nothing = {"input_ids": [6, 7], "labels": [-100, -100]}
-    assert encode([nothing], tiny_tokenizer(), SFTData()).counts == {"no answer": 1}
+    assert encode_ids([nothing], tiny_tokenizer(), SFTData()).counts == {"no answer": 1}

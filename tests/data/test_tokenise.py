@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llada_core.data import tokenise
+from llada_core.data import encode
 from llada_core.data.params import GRPOData, PreferenceData, PretrainData, SFTData
 from llada_core.data.rows import Packer
 from llada_core.data.sources import DataError
@@ -17,7 +17,7 @@ THREE = {"messages": [USER, REPLY, {"role": "user", "content": "and 12?"}, {"rol
 
 
 def sft(rows, **changes):
-    return tokenise.dialogues(rows, tiny_tokenizer(), SFTData(**changes))
+    return encode.dialogues(rows, tiny_tokenizer(), SFTData(**changes))
 
 
 def trained_text(encoded, row=0):
@@ -33,7 +33,7 @@ def test_rows_equal_the_chat_template_and_prompts_its_beginning():
     assert ids == tokenizer.fast.apply_chat_template(THREE["messages"], return_dict=False)
     start = encoded.columns["maskable"][0].index(1)
     assert ids[:start] == tokenizer.chat_ids(THREE["messages"][:3])
-    grpo = tokenise.prompts(
+    grpo = encode.prompts(
         [{"prompt": THREE["messages"][:3], "task": "x", "answer": {"b": 1, "a": 2}}], tokenizer, GRPOData()
     )
     assert grpo.columns["prompt_ids"] == [tokenizer.chat_ids(THREE["messages"][:3])]
@@ -72,7 +72,7 @@ def test_special_strings_in_data_stay_text():
     ids = sft([{"messages": [nasty, REPLY]}]).columns["input_ids"][0]
     assert ids.count(tokenizer.special.eot_id) == 2
     assert tokenizer.special.mask_id not in ids
-    document = tokenise.documents([{"text": "a<|mdm_mask|>"}], tokenizer, PretrainData()).columns["input_ids"][0]
+    document = encode.documents([{"text": "a<|mdm_mask|>"}], tokenizer, PretrainData()).columns["input_ids"][0]
     assert tokenizer.special.mask_id not in document
 
 
@@ -110,7 +110,7 @@ def test_rows_without_an_answer_are_dropped_and_counted():
 def test_pairs_share_their_prompt():
     tokenizer = tiny_tokenizer()
     row = {"prompt": "What?", "chosen": "12", "rejected": "34 and 56"}
-    encoded = tokenise.pairs([row, {**row, "chosen": ""}, {**row, "prompt": "x" * 500}], tokenizer, PreferenceData())
+    encoded = encode.pairs([row, {**row, "chosen": ""}, {**row, "prompt": "x" * 500}], tokenizer, PreferenceData())
     assert [p.tolist() for p in encoded.columns["prompt_ids"]] == [
         tokenizer.chat_ids([{"role": "user", "content": "What?"}])
     ]
@@ -121,7 +121,7 @@ def test_pairs_share_their_prompt():
 
 def test_prompts_that_are_too_long_are_dropped():
     rows = [{"prompt": "x" * n, "task": "t", "answer": {}} for n in (5, 400)]
-    encoded = tokenise.prompts(rows, tiny_tokenizer(), GRPOData(length=100))
+    encoded = encode.prompts(rows, tiny_tokenizer(), GRPOData(length=100))
     assert encoded.columns["prompt"] == ["xxxxx"]
     assert encoded.counts == {"prompt too long": 1}
 
@@ -147,7 +147,7 @@ def test_packing_does_not_depend_on_how_documents_arrive(cuts):
 
 def test_missing_fields_are_named():
     with pytest.raises(DataError, match="expected text in the field 'text'; the row has the fields body"):
-        tokenise.documents([{"body": "x"}], tiny_tokenizer(), PretrainData())
+        encode.documents([{"body": "x"}], tiny_tokenizer(), PretrainData())
     with pytest.raises(DataError, match=r"list of messages in the field 'messages'.*name a map function"):
         sft([{"instruction": "x"}])
     with pytest.raises(DataError, match="messages with the texts 'role' and 'content'"):
