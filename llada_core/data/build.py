@@ -23,8 +23,7 @@ from llada_core.data.encode import ENCODERS, Encoded, content_hash, encode_ids, 
 from llada_core.data.mapping import Chunk, Side, mapped, unusable
 from llada_core.data.overlap import QUESTIONS, joined, values_in
 from llada_core.data.params import PartParams, SourceParams
-from llada_core.data.readings import PLAIN, Reading, Readings
-from llada_core.data.rows import RowFile, schema_of, table_of
+from llada_core.data.rows import PLAIN, Reading, Readings, RowFile, schema_of, table_of
 from llada_core.data.shapes import Shaped
 from llada_core.data.sources import DataError, Origin, Row, RowError, Unusable, read
 from llada_core.tokenizer import Tokenizer
