@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 import llada_core.data
-from llada_core.data.build import Workers, build, chunks_of, generated, texts_in
-from llada_core.data.mapping import Chunk
+from llada_core.data.build import Chunk, Workers, build, chunks_of, generated, texts_in
 from llada_core.data.overlap import QUESTIONS, saved_values, value_of
 from llada_core.data.params import DataParams, TokenizerParams
 from llada_core.data.puzzle_rows import as_rows, benchmarks, keys_of, training_puzzles
