@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from llada_core.data.encode import ENCODERS, Encoded, asking, content_hash, encode_ids, has_ids, text_in, text_of
-from llada_core.data.overlap import QUESTIONS, joined, values_in
 from llada_core.data.params import PartParams, PretrainData, SourceParams
 from llada_core.data.rows import PLAIN, Reading, Readings, RowFile, schema_of, table_of
 from llada_core.data.shapes import Shaped, shaped
 from llada_core.data.sources import DataError, Numbered, Origin, Row, RowError, Unusable, read
+from llada_core.data.values import QUESTIONS, joined, values_in
 from llada_core.settings import function_at
 from llada_core.tokenizer import Tokenizer
 

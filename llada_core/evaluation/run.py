@@ -124,7 +124,7 @@ def run(
 ) -> tuple[Result, list[Result]]:
     """The result of a benchmark (JSON values, equal for equal inputs) and one record per question.
 
-    trained: values of the questions that the run trained on (llada_core.data.overlap); a question among them is marked.
+    trained: values of the questions that the run trained on (llada_core.data.values); a question among them is marked.
     """
     recipe = asked.recipe
     if asked.absent:
