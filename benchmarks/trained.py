@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llada_core.config.model import ModelParams
 from llada_core.modeling import load_model, new_model, save_model
+from llada_core.modeling.architecture import ModelParams
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.tokenizer import SpecialTokens
 from llada_core.training.optimiser import Muon

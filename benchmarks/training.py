@@ -18,11 +18,11 @@ from torch import Tensor
 
 from benchmarks.oracle import Reference
 from benchmarks.timing import interleaved, matmul_rate, table
-from llada_core.config.model import ModelParams
 from llada_core.config.training import PretrainParams, SFTParams, TrainingParams
 from llada_core.data.batches import Batch, Order, RowBatches
 from llada_core.diffusion import Noise, alpha, corrupt, loss_weight
 from llada_core.modeling import new_model
+from llada_core.modeling.architecture import ModelParams
 from llada_core.tokenizer import SpecialTokens
 from llada_core.training.flops import active_parameters
 from llada_core.training.objectives import DiffusionObjective

@@ -7,9 +7,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada_core.config.model import LoraParams
 from llada_core.config.params import Params
 from llada_core.config.training import GRPOParams, PreferenceParams, TrainingParams
+from llada_core.modeling.architecture import LoraParams
 from llada_core.settings import ConfigError
 from tasks.folders import write_json
 from tasks.launch_script import ranks_per_node, render

@@ -4,8 +4,8 @@ import functools
 import tempfile
 from pathlib import Path
 
-from llada_core.config.model import ModelParams
 from llada_core.modeling import new_model
+from llada_core.modeling.architecture import ModelParams
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.tokenizer import SpecialTokens, Tokenizer, train_tokenizer
 

@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 
 from llada_core.config.evaluation import EvaluateParams, ReportParams
 from llada_core.config.launch import LaunchParams
-from llada_core.config.model import ModelParams
 from llada_core.config.registry import RegisterParams
 from llada_core.config.training import (
     PUBLISHED_LEARNING_RATE,
@@ -22,6 +21,7 @@ from llada_core.config.training import (
     TrainingParams,
 )
 from llada_core.data.params import DataParams
+from llada_core.modeling.architecture import ModelParams
 from llada_core.settings import Block, ConfigError, read_yaml, with_overrides
 
 Stage = Literal["prepare", "pretrain", "sft", "grpo", "sft_control", "preference", "evaluate", "report", "register"]

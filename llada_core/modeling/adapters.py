@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llada_core.config.model import LoraParams
+from llada_core.modeling.architecture import LoraParams
 from llada_core.modeling.masked_lm import MaskedLM
 from llada_core.modeling.model import LLaDAMoEModelLM
 from llada_core.modeling.names import own_name, published_name

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llada_core.config.model import ModelParams
-from llada_core.modeling.architecture import TOKEN_KEYS
+from llada_core.modeling.architecture import TOKEN_KEYS, ModelParams
 from llada_core.modeling.config import LLaDAConfig, LLaDAMoEConfig
 from llada_core.modeling.experts import Experts
 from llada_core.modeling.masked_lm import new_masked_lm

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from llada_core.config.model import LoraParams
 from llada_core.evaluation import kept
 from llada_core.evaluation.harness import LladaLM, _said
 from llada_core.evaluation.requests import ChatText
 from llada_core.evaluation.worklist import keys_of
 from llada_core.modeling import add_lora, save_model
 from llada_core.modeling.adapters import save_adapter
+from llada_core.modeling.architecture import LoraParams
 from tests.tiny import tiny_pair
 
 QUICK = "max_new_tokens=8,steps=8,block_length=8"

@@ -13,9 +13,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import llada_core
 from llada_core import settings
-from llada_core.config.model import LoraParams
 from llada_core.modeling import LLaDAModelLM, LLaDAMoEModelLM, add_lora, load_config, load_model, save_model
 from llada_core.modeling.adapters import save_adapter
+from llada_core.modeling.architecture import LoraParams
 from llada_core.tokenizer import LLADA, LLADA_MOE, SpecialTokens
 from tests.reference import DENSE, GOLDEN, MOE
 from tests.tiny import tiny_model, tiny_pair

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from llada_core.config.model import LoraParams
 from llada_core.modeling import packed
 from llada_core.modeling.adapters import add_lora, merge_adapter
+from llada_core.modeling.architecture import LoraParams
 from llada_core.modeling.packed import Product
 from tests.tiny import tiny_model
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llada_core.config.model import LoraParams, ModelParams
 from llada_core.config.training import DistributionParams, GRPOParams, PreferenceParams, PretrainParams, SFTParams
+from llada_core.modeling.architecture import LoraParams, ModelParams
 from llada_core.modeling.create import empty_model, new_model
 from llada_core.tokenizer import SpecialTokens
 from llada_core.training.export import prepare_weights

@@ -5,12 +5,12 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 
-from llada_core.config.model import LoraParams
 from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, SFTParams
 from llada_core.data.batches import Batch
 from llada_core.data.params import SFTData
 from llada_core.data.rows import RowFile, schema_of
 from llada_core.modeling import load_model, save_model
+from llada_core.modeling.architecture import LoraParams
 from llada_core.sampling.params import SamplingParams
 from llada_core.training.metrics import read_metrics
 from llada_core.training.objectives import DiffusionObjective

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llada_core.config.model import LoraParams
 from llada_core.config.training import Phase, TrainingParams
 from llada_core.modeling import add_lora
+from llada_core.modeling.architecture import LoraParams
 from llada_core.settings import ConfigError
 from llada_core.training.optimiser import Muon, learning_rate, optimiser_for
 from tests.tiny import tiny_model
