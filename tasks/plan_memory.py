@@ -183,8 +183,8 @@ def shape_of(params: Params, stage: str) -> tuple["MaskPredictor", int]:
     import torch
     from transformers import AutoConfig
 
-    from llada_core.modeling.config import LLaDAConfig
     from llada_core.modeling.create import empty_model, new_model
+    from llada_core.modeling.families import LLaDAConfig
     from llada_core.modeling.model import LLaDAModelLM, LLaDAMoEModelLM
     from llada_core.tokenizer import FAMILIES, SpecialTokens
 

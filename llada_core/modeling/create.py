@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from llada_core.modeling.architecture import TOKEN_KEYS, ModelParams
-from llada_core.modeling.config import LLaDAConfig, LLaDAMoEConfig
 from llada_core.modeling.experts import Experts
+from llada_core.modeling.families import LLaDAConfig, LLaDAMoEConfig
 from llada_core.modeling.masked_lm import new_masked_lm
 from llada_core.modeling.model import LLaDAModelLM, LLaDAMoEModelLM
 from llada_core.modeling.predictor import MaskPredictor

@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 from llada_core.modeling.architecture import TOKEN_KEYS, Architecture
 from llada_core.modeling.block import LLaDABlock, RMSNorm, Surroundings, key_bias
 from llada_core.modeling.cache import KVCache
-from llada_core.modeling.config import LLaDAConfig, LLaDAMoEConfig
 from llada_core.modeling.experts import Routing, router_losses
+from llada_core.modeling.families import LLaDAConfig, LLaDAMoEConfig, published_shapes, register_names
 from llada_core.modeling.linear import Linear, autocast_dtype, linear, plain
-from llada_core.modeling.names import published_shapes, register_names
 from llada_core.modeling.nll import projected_nll
 from llada_core.modeling.packed import PackedBody
 from llada_core.modeling.predictor import MaskPredictor, Prediction, RouterLosses, device_of

@@ -254,7 +254,7 @@ def test_special_tokens_from_config_tokenizer_family_and_caller(tmp_path):
     rewrite(tmp_path / "m", mask_token_id=9)
     with pytest.raises(ValueError, match="mask_token_id 9, its tokenizer 2"):
         load_model(tmp_path / "m")
-    from llada_core.modeling.special import special_tokens_of
+    from llada_core.modeling.families import special_tokens_of
 
     for family in (LLADA, LLADA_MOE):
         bare = {k: v for k, v in family.config.items() if not k.endswith("token_id")}
