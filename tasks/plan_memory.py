@@ -134,7 +134,7 @@ def _has_copy(block: TrainingParams) -> bool:
 def counted(model: "MaskPredictor", block: TrainingParams, ranks: int, tokens: int, stored: int) -> dict[str, float]:
     """By formula, bytes of one GPU; `tokens` go through a forward at once, frozen weights take `stored` bytes each."""
     from llada_core.modeling.adapters import linear_layers
-    from llada_core.modeling.nll import CHUNK_ELEMENTS
+    from llada_core.modeling.predictor import CHUNK_ELEMENTS
 
     kind = block.distribution.kind if block.distribution.kind != "auto" else "ddp" if ranks > 1 else "none"
     low, offload = 2 if block.precision == "bf16" else 4, block.distribution.offload

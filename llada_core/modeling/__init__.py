@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llada_core.modeling.adapters import add_lora, merge_adapter
-    from llada_core.modeling.cache import KVCache
     from llada_core.modeling.create import new_model
     from llada_core.modeling.families import LLaDAConfig, LLaDAMoEConfig
     from llada_core.modeling.load import load_config, load_model, load_to_answer
     from llada_core.modeling.masked_lm import MaskedLM
     from llada_core.modeling.model import LLaDAModelLM, LLaDAMoEModelLM
-    from llada_core.modeling.predictor import MaskPredictor, Prediction
+    from llada_core.modeling.predictor import KVCache, MaskPredictor, Prediction
     from llada_core.modeling.save import save_model
 
 _NAMES = {

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llada_core.modeling.architecture import Architecture
-from llada_core.modeling.cache import KVCache
 from llada_core.modeling.experts import GatedMLP, MoE, Routing
 from llada_core.modeling.linear import Linear, autocast_dtype
+from llada_core.modeling.predictor import KVCache
 from llada_core.modeling.rope import rotate
 
 

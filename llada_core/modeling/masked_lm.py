@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
-from llada_core.modeling.cache import KVCache
-from llada_core.modeling.nll import projected_nll
-from llada_core.modeling.predictor import MaskPredictor, Prediction, device_of
+from llada_core.modeling.predictor import KVCache, MaskPredictor, Prediction, device_of, projected_nll
 from llada_core.tokenizer import SpecialTokens
 
 

@@ -1,18 +1,127 @@
-"""What every mask predictor offers, whichever network is behind it; and whether an input fits one.
+"""The call that every mask predictor offers: its result, its key/value cache, its loss in chunks of the vocabulary's rows.
 
-Knows the call and its result; does not know any architecture.
-"""
+Shapes: B batch, L canvas, W tokens fed, M masked places, D width, V vocabulary."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from llada_core.modeling.cache import KVCache
 from llada_core.tokenizer import SpecialTokens
+
+
+class KVCache:
+    """Post-RoPE keys and values, per layer `(B, T, N_kv, H)`, preallocated with zeros and overwritten in place.
+
+    A slot that was never written holds zeros: hide it with the attention mask.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        self.keys, self.values = keys, values
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int, int], like: Sequence[Tensor]) -> Self:
+        """A cache for `shape` = (B, T, N_kv, H), each layer with the dtype and device of its one of `like`."""
+        keys, values = ([torch.zeros(shape, dtype=x.dtype, device=x.device) for x in like] for _ in range(2))
+        return cls(keys, values)
+
+    @property
+    def batch(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[1]
+
+    def rows(self, index: Tensor, length: int | None = None) -> "KVCache":
+        """A new cache with the batch rows `index` (R,) int64 and the first `length` slots; the old one stays as it is."""
+        both = (self.keys, self.values)
+        return KVCache(*([x[:, :length].index_select(0, index.to(x.device)) for x in kept] for kept in both))
+
+    def replace(self, index: Tensor, anew: "KVCache") -> None:
+        """Puts all rows of `anew` in the place of the batch rows `index` (R,) int64."""
+        for old, new in zip(self.keys + self.values, anew.keys + anew.values, strict=True):
+            old.index_copy_(0, index.to(old.device), new)
+
+    def write(self, layer: int, flat_slots: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores (B, W, N_kv, H) at `flat_slots` (B*W,) = row * T + slot, or everywhere if None; all T of the layer."""
+        keys, values = self.keys[layer], self.values[layer]
+        if flat_slots is None:
+            keys.copy_(key)
+            values.copy_(value)
+        else:
+            keys.flatten(0, 1).index_copy_(0, flat_slots, key.flatten(0, 1).to(keys.dtype))
+            values.flatten(0, 1).index_copy_(0, flat_slots, value.flatten(0, 1).to(values.dtype))
+        return keys, values
+
+
+CHUNK_ELEMENTS = 1 << 28
+"""Logits kept at a time; above this the rows are chunked and recomputed in the backward pass."""
+
+CACHED_ELEMENTS = 1 << 20
+"""Logits turned into probabilities at a time on a CPU: what stays in its cache."""
+
+
+Projection = Callable[[Tensor], Tensor]
+
+
+class _InPlaceNLL(torch.autograd.Function):
+    """Cross-entropy whose logits become probabilities, and these the gradient, in one and the same memory.
+
+    F.cross_entropy holds two such tables going forward and two going back. The caller gives its logits up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_PV: Tensor, targets_P: Tensor) -> Tensor:
+        cached = logits_PV.device.type == "cpu" and type(logits_PV) is Tensor  # a pretended tensor stands for a GPU's
+        rows = max(1, CACHED_ELEMENTS // logits_PV.shape[1]) if cached else max(1, len(logits_PV))
+        parts = []
+        for logits, targets in zip(logits_PV.split(rows), targets_P.split(rows), strict=True):
+            total = logits.logsumexp(-1, keepdim=True)
+            parts.append((total - logits.gather(-1, targets[:, None]))[:, 0])
+            logits.sub_(total).exp_()
+        # Saved, not kept as an attribute: what a checkpoint does not see, it cannot drop and compute again. A tensor of its
+        # own, because an input that is saved must not change.
+        ctx.save_for_backward(logits_PV.detach(), targets_P)
+        ctx.taken = False
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_P: Tensor) -> tuple[Tensor, None]:
+        if ctx.taken:
+            raise RuntimeError("the gradient of a masked loss can be taken once; its logits are gone")
+        ctx.taken = True
+        table, targets_P = ctx.saved_tensors
+        table.mul_(gradient_P[:, None])
+        table.scatter_add_(-1, targets_P[:, None], -gradient_P[:, None])
+        return table, None
+
+
+def _nll(x_PD: Tensor, head: Projection, targets_P: Tensor) -> Tensor:
+    logits = head(x_PD)
+    targets_P = targets_P.to(logits.device)  # where GPUs share a model
+    if not logits.requires_grad or len(targets_P) == 0 or torch.compiler.is_compiling():
+        return F.cross_entropy(logits.float(), targets_P, reduction="none")
+    return _InPlaceNLL.apply(logits.float(), targets_P)
+
+
+def projected_nll(x_PD: Tensor, head: Projection, vocab_rows: int, targets_P: Tensor) -> Tensor:
+    """-log p(target) of each row, (P,) fp32; with many rows in chunks, so that memory does not grow with P times V."""
+    rows = max(1, CHUNK_ELEMENTS // vocab_rows)
+    if x_PD.shape[0] <= rows:
+        return _nll(x_PD, head, targets_P)
+    chunks = zip(x_PD.split(rows), targets_P.split(rows), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([_nll(x, head, t) for x, t in chunks])
+    return torch.cat([checkpoint(_nll, x, head, t, use_reentrant=False) for x, t in chunks])
 
 
 class RouterLosses(NamedTuple):

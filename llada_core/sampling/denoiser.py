@@ -8,8 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from llada_core.modeling.cache import KVCache
-from llada_core.modeling.predictor import MaskPredictor
+from llada_core.modeling.predictor import KVCache, MaskPredictor
 from llada_core.sampling.canvas import Blocks, Canvas
 from llada_core.sampling.params import SamplingParams
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from llada_core.modeling import nll
+from llada_core.modeling import predictor
 from llada_core.modeling.rope import RotaryTables
 from tests.tiny import TINY_BACKBONES, tiny_model
 
@@ -32,9 +32,9 @@ def test_positions_give_the_rows_of_the_whole(kind, hidden):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chunk", [nll.CHUNK_ELEMENTS, 300])
+@pytest.mark.parametrize("chunk", [predictor.CHUNK_ELEMENTS, 300])
 def test_targets_give_the_cross_entropy_and_its_gradients_chunked_or_not(kind, chunk, monkeypatch):
-    monkeypatch.setattr(nll, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(predictor, "CHUNK_ELEMENTS", chunk)
     model, targets = tiny_model(kind), TOKENS.flatten()[ASKED]
     plain = F.cross_entropy(model(TOKENS).logits.flatten(0, 1)[ASKED], targets, reduction="none")
     expected = torch.autograd.grad(plain.sum(), list(model.parameters()), allow_unused=True)

@@ -5,7 +5,7 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 
-from llada_core.modeling import nll
+from llada_core.modeling import predictor
 
 
 def parts(rows=50, vocabulary=300, dtype=torch.float32):
@@ -22,10 +22,10 @@ def gradients(loss, *of):
 @pytest.mark.parametrize("cached", [1 << 20, 700])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_values_and_gradients(monkeypatch, chunk, cached, dtype, close):
-    monkeypatch.setattr(nll, "CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr(nll, "CACHED_ELEMENTS", cached)
+    monkeypatch.setattr(predictor, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(predictor, "CACHED_ELEMENTS", cached)
     x, weight, targets, factors = parts(dtype=dtype)
-    found = nll.projected_nll(x, lambda y: y @ weight.T, 300, targets)
+    found = predictor.projected_nll(x, lambda y: y @ weight.T, 300, targets)
     wanted = F.cross_entropy((x @ weight.T).float(), targets, reduction="none")
     torch.testing.assert_close(found, wanted)
     for mine, theirs in zip(gradients(found * factors, x, weight), gradients(wanted * factors, x, weight), strict=True):
@@ -34,14 +34,14 @@ def test_values_and_gradients(monkeypatch, chunk, cached, dtype, close):
 
 def test_no_position_costs_nothing_and_has_a_gradient():
     x, weight, targets, _ = parts(rows=0)
-    found = nll.projected_nll(x, lambda y: y @ weight.T, 300, targets)
+    found = predictor.projected_nll(x, lambda y: y @ weight.T, 300, targets)
     assert found.shape == (0,)
     assert gradients(found, weight)[0].count_nonzero() == 0
 
 
 def test_a_second_gradient_is_refused():
     x, weight, targets, _ = parts()
-    loss = nll.projected_nll(x, lambda y: y @ weight.T, 300, targets).sum()
+    loss = predictor.projected_nll(x, lambda y: y @ weight.T, 300, targets).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="can be taken once"):
         loss.backward()
@@ -49,10 +49,10 @@ def test_a_second_gradient_is_refused():
 
 def peak(rows, chunk, monkeypatch):
     """Bytes at the worst moment of a loss and its gradient, weights and inputs left out."""
-    monkeypatch.setattr(nll, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(predictor, "CHUNK_ELEMENTS", chunk)
     x, weight, targets, factors = parts(rows, vocabulary=4000)
     with MemTracker() as tracker:
-        (nll.projected_nll(x, lambda y: y @ weight.T, 4000, targets) * factors).sum().backward()
+        (predictor.projected_nll(x, lambda y: y @ weight.T, 4000, targets) * factors).sum().backward()
         return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
