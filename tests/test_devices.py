@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llada_core.config.training import GRPOParams, SFTParams
-from llada_core.modeling.experts import Experts
+from llada_core.modeling.block import Experts
 from llada_core.modeling.predictor import device_of
 from llada_core.sampling import generate
 from llada_core.sampling.params import SamplingParams

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llada_core.modeling.architecture import TOKEN_KEYS, ModelParams
-from llada_core.modeling.experts import Experts
+from llada_core.modeling.block import Experts
 from llada_core.modeling.families import LLaDAConfig, LLaDAMoEConfig
 from llada_core.modeling.masked_lm import new_masked_lm
 from llada_core.modeling.model import LLaDAModelLM, LLaDAMoEModelLM

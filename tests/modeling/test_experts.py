@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from llada_core.modeling.architecture import ExpertShape
-from llada_core.modeling.experts import Experts, Routing, router_losses
+from llada_core.modeling.block import Experts, Routing, router_losses
 from tests.tiny import tiny_model
 
 SHAPE = ExpertShape(n_experts=6, per_token=2, width=16, shared_width=0, sparse=(True,), router_bias=False)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from llada_core.modeling import predictor
-from llada_core.modeling.rope import RotaryTables
+from llada_core.modeling.block import RotaryTables
 from tests.tiny import TINY_BACKBONES, tiny_model
 
 KINDS = ["llada", "llada_moe", *TINY_BACKBONES]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llada_core.modeling.rope import RotaryTables, rotate
+from llada_core.modeling.block import RotaryTables, rotate
 from llada_core.modeling.save import save_model
 from tests.reference import GOLDEN, arrays, golden_model
 
