@@ -99,7 +99,7 @@ def trained_shape(params: Params, stage: str) -> tuple["MaskPredictor", int]:
     """`shape_of`, with the adapters and in the dtypes that the stage trains."""
     import torch
 
-    from llada_core.modeling.model import LLaDAModelLM
+    from llada_core.modeling.network import LLaDAModelLM
     from llada_core.tokenizer import SpecialTokens
     from llada_core.training.export import prepare_weights
 
@@ -116,7 +116,7 @@ def cut(model: "MaskPredictor", layers: int) -> "MaskPredictor":
     """The same model with its last `layers` blocks alone; it is changed."""
     from torch import nn
 
-    from llada_core.modeling.model import LLaDAModelLM
+    from llada_core.modeling.network import LLaDAModelLM
 
     blocks, _, _ = block_shape(model)
     where = next(n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and list(m) == blocks)
@@ -167,7 +167,7 @@ def counted(model: "MaskPredictor", block: TrainingParams, ranks: int, tokens: i
 
 def block_shape(model: "MaskPredictor") -> tuple[list[Any], int, int]:
     """The repeated layers of a model, its width, and how wide its feed-forward is for one token."""
-    from llada_core.modeling.model import LLaDAModelLM
+    from llada_core.modeling.network import LLaDAModelLM
 
     if isinstance(model, LLaDAModelLM):
         shape = model.shape
@@ -185,7 +185,7 @@ def shape_of(params: Params, stage: str) -> tuple["MaskPredictor", int]:
 
     from llada_core.modeling.create import empty_model, new_model
     from llada_core.modeling.families import LLaDAConfig
-    from llada_core.modeling.model import LLaDAModelLM, LLaDAMoEModelLM
+    from llada_core.modeling.network import LLaDAModelLM, LLaDAMoEModelLM
     from llada_core.tokenizer import FAMILIES, SpecialTokens
 
     source = params.training(stage).init_from

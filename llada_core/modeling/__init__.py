@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from llada_core.modeling.create import new_model
     from llada_core.modeling.families import LLaDAConfig, LLaDAMoEConfig
     from llada_core.modeling.load import load_config, load_model, load_to_answer
-    from llada_core.modeling.masked_lm import MaskedLM
-    from llada_core.modeling.model import LLaDAModelLM, LLaDAMoEModelLM
+    from llada_core.modeling.network import LLaDAModelLM, LLaDAMoEModelLM, MaskedLM
     from llada_core.modeling.predictor import KVCache, MaskPredictor, Prediction
     from llada_core.modeling.save import save_model
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from llada_core.modeling.architecture import LoraParams
 from llada_core.modeling.families import own_name, published_name
-from llada_core.modeling.masked_lm import MaskedLM
-from llada_core.modeling.model import LLaDAMoEModelLM
+from llada_core.modeling.network import LLaDAMoEModelLM, MaskedLM
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.modeling.save import SavesItself, written_whole
 from llada_core.settings import require_package

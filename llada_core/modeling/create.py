@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from llada_core.modeling.architecture import TOKEN_KEYS, ModelParams
 from llada_core.modeling.block import Experts
 from llada_core.modeling.families import LLaDAConfig, LLaDAMoEConfig
-from llada_core.modeling.masked_lm import new_masked_lm
-from llada_core.modeling.model import LLaDAModelLM, LLaDAMoEModelLM
+from llada_core.modeling.network import LLaDAModelLM, LLaDAMoEModelLM, new_masked_lm
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.tokenizer import LLADA, LLADA_MOE, SpecialTokens
 

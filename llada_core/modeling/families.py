@@ -110,7 +110,7 @@ def register_names() -> None:
 @functools.cache
 def _register_models() -> None:
     """Tells transformers which classes a LLaDA config stands for; done with the first config, as it imports torch."""
-    auto, model = import_module("transformers"), import_module("llada_core.modeling.model")
+    auto, model = import_module("transformers"), import_module("llada_core.modeling.network")
     for chooser in (auto.AutoModel, auto.AutoModelForCausalLM):
         chooser.register(LLaDAConfig, model.LLaDAModelLM, exist_ok=True)
         chooser.register(LLaDAMoEConfig, model.LLaDAMoEModelLM, exist_ok=True)

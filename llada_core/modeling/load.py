@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from llada_core.modeling.adapters import load_adapter, merge_adapter
 from llada_core.modeling.bases import base_of, is_adapter
 from llada_core.modeling.families import LLaDAConfig, special_tokens_of
-from llada_core.modeling.masked_lm import MaskedLM, choose_attention
-from llada_core.modeling.model import LLaDAModelLM
+from llada_core.modeling.network import LLaDAModelLM, MaskedLM, choose_attention
 from llada_core.modeling.place import Need, Place, kind_of, place_for
 from llada_core.modeling.predictor import MaskPredictor, feed_from_cpu
 from llada_core.modeling.strict import require_folder, require_loaded, stored_weights

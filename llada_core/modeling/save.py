@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from llada_core.modeling.masked_lm import MaskedLM
+from llada_core.modeling.network import MaskedLM
 from llada_core.modeling.predictor import MaskPredictor
 
 

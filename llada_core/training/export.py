@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor
 from llada_core.config.training import TrainingParams
 from llada_core.modeling import MaskPredictor, merge_adapter, save_model
 from llada_core.modeling.adapters import add_lora, save_adapter
-from llada_core.modeling.masked_lm import MaskedLM, choose_attention
-from llada_core.modeling.model import LLaDAModelLM, LLaDAMoEModelLM
+from llada_core.modeling.network import LLaDAModelLM, LLaDAMoEModelLM, MaskedLM, choose_attention
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.ranks import Ranks
 

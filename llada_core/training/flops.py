@@ -1,6 +1,6 @@
 """What training costs, by the usual count: 6 FLOPs per token and parameter trained, 2 per token and parameter of a forward."""
 
-from llada_core.modeling.model import LLaDAModelLM
+from llada_core.modeling.network import LLaDAModelLM
 from llada_core.modeling.predictor import MaskPredictor
 
 _PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by accelerator name

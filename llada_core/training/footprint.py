@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from llada_core.config.training import GRPOParams, PreferenceParams, TrainingParams
 from llada_core.data.batches import Batch
 from llada_core.modeling import MaskPredictor
-from llada_core.modeling.masked_lm import MaskedLM
+from llada_core.modeling.network import MaskedLM
 from llada_core.modeling.predictor import Prediction
 from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.objectives import DiffusionObjective, Loss

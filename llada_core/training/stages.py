@@ -18,7 +18,7 @@ from torch import nn
 from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, SFTParams, TrainingParams
 from llada_core.data.batches import Order, RowBatches
 from llada_core.modeling import MaskPredictor
-from llada_core.modeling.masked_lm import MaskedLM
+from llada_core.modeling.network import MaskedLM
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.export import Place, export, prepare_weights
 from llada_core.training.flops import active_parameters

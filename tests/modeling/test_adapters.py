@@ -11,7 +11,7 @@ from llada_core import settings
 from llada_core.modeling import add_lora, load_model, merge_adapter, save_model
 from llada_core.modeling.adapters import adapter_off, linear_layers, load_adapter, save_adapter
 from llada_core.modeling.architecture import LoraParams
-from llada_core.modeling.masked_lm import choose_attention
+from llada_core.modeling.network import choose_attention
 from tests.tiny import TINY_BACKBONES, tiny_model
 
 KINDS = ["llada", "llada_moe", *TINY_BACKBONES]

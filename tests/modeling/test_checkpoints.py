@@ -340,7 +340,7 @@ def test_memory_while_loading_is_the_model_and_a_shard(tmp_path):
     python(
         tmp_path,
         "import re, resource, threading, torch",
-        "import llada_core.modeling.model",
+        "import llada_core.modeling.network",
         "from llada_core.modeling import load_model",
         "def used():",
         "    return int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024",

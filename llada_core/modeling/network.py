@@ -1,15 +1,12 @@
-"""The LLaDA mask predictor as a transformers model in the published checkpoint layout, dense or mixture-of-experts.
+"""The networks behind the call: LLaDA, dense and sparse, and any masked language model of transformers."""
 
-Knows the forward pass; does not know files, tokenizers or losses' weights.
-Shapes: B batch, W tokens fed, T attended positions, P asked-for positions, D width, V vocabulary rows, E experts.
-"""
-
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from llada_core.modeling.architecture import TOKEN_KEYS, Architecture
 from llada_core.modeling.block import LLaDABlock, RMSNorm, RotaryTables, Routing, Surroundings, key_bias, router_losses
@@ -219,3 +216,135 @@ def _special_in(config: LLaDAConfig, vocab_rows: int) -> SpecialTokens | None:
     if not {"mask_id", "eos_id"} <= ids.keys():
         return None
     return SpecialTokens(**{"pad_id": ids["eos_id"], **ids}).check(vocab_rows)
+
+
+class MaskedLM(MaskPredictor):
+    """A masked-LM as mask predictor: no cache, learned positions, its own length limit."""
+
+    supports_cache = False
+    closes = True
+
+    def __init__(self, backbone: PreTrainedModel, special_tokens: SpecialTokens) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._special = special_tokens.check(backbone.config.vocab_size)
+        for name, value in vars(special_tokens).items():  # so that a saved copy names them by itself
+            if value is not None:
+                setattr(backbone.config, name.replace("_id", "_token_id"), value)
+
+    @property
+    def config(self) -> Any:
+        """The backbone's transformers config."""
+        return self.backbone.config
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self) if self._entrance is None else self._entrance
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.dtype
+
+    @property
+    def vocab_rows(self) -> int:
+        return int(self.backbone.config.vocab_size)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.backbone.get_output_embeddings()
+
+    @property
+    def max_length(self) -> int:
+        embeddings = dict(self.backbone.base_model.named_modules()).get("embeddings.position_embeddings")
+        first = getattr(embeddings, "padding_idx", None)  # RoBERTa counts positions from behind its padding id
+        return int(self.backbone.config.max_position_embeddings) - (0 if first is None else first + 1)
+
+    def forward(  # noqa: PLR0913 - the one call of the library, see LLaDAModelLM.forward
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        targets: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: KVCache | None = None,
+        slots: Tensor | None = None,
+        output_hidden_states: bool = False,
+        router_losses: bool = False,
+    ) -> Prediction:
+        """As `LLaDAModelLM.forward`; `cache`, `slots` and `router_losses` are refused by name."""
+        if attention_mask is not None and attention_mask.dim() == 3:
+            attention_mask = attention_mask[:, None].bool()
+        if cache is not None or slots is not None or router_losses:
+            raise ValueError(f"{type(self.backbone).__name__} knows no cache, slots or router_losses")
+        head = _head_of(self.backbone)
+        network = self.backbone if head is None else self.backbone.base_model
+        out = network(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+        )
+        x = out.logits if head is None else out.last_hidden_state
+        states = out.hidden_states if output_hidden_states else None
+        if positions is not None:
+            x = x.flatten(0, 1)[positions]
+        if targets is not None:
+            return Prediction(nll=projected_nll(x, self._project, self.vocab_rows, targets), hidden_states=states)
+        return Prediction(logits=self._project(x), hidden_states=states)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """All that the masked-LM applies after its body, position by position."""
+        for step in _head_of(self.backbone) or ():
+            x = step(x)
+        return x
+
+
+def choose_attention(model: MaskPredictor, name: str) -> None:
+    """Lets a masked-LM compute attention by transformers' `attn_implementation`; `ValueError` where it cannot.
+
+    LLaDA's networks call torch's scaled_dot_product_attention, so for them there is nothing but "sdpa".
+    """
+    why = "it calls torch's scaled_dot_product_attention, which takes FlashAttention by itself; use sdpa"
+    if isinstance(model, MaskedLM):
+        try:
+            model.backbone.set_attn_implementation(name)
+        except (ImportError, ValueError) as error:
+            why = str(error).strip().splitlines()[0]
+        else:
+            why = f"it does {model.config._attn_implementation} alone"
+        if model.config._attn_implementation == name:
+            return
+    elif name == "sdpa":
+        return
+    network = type(model.backbone if isinstance(model, MaskedLM) else model).__name__
+    raise ValueError(f"attn_implementation {name!r} is none of {network}'s: {why}")
+
+
+def _head_of(backbone: Any) -> list[Callable[[Tensor], Tensor]] | None:
+    """The modules after the body, in order; None for a masked-LM not known here, which then projects every position."""
+    parts: dict[str, Any] = dict(backbone.named_children())
+    if "vocab_transform" in parts:  # DistilBERT
+        return [parts["vocab_transform"], backbone.activation, parts["vocab_layer_norm"], parts["vocab_projector"]]
+    if "cls" in parts:  # BERT and its kin
+        return [parts["cls"]]
+    if "head" in parts and "decoder" in parts:  # ModernBERT
+        return [parts["head"], parts["decoder"]]
+    if "lm_head" in parts:  # RoBERTa and its kin
+        return [parts["lm_head"]]
+    return None
+
+
+def new_masked_lm(values: dict[str, Any], vocab_size: int, special_tokens: SpecialTokens, seed: int) -> MaskedLM:
+    """A freshly initialised masked-LM from its `model_type` and config keys."""
+    kind = values.pop("model_type")
+    eos, bos = special_tokens.eos_id, special_tokens.bos_id
+    ids = {"pad_token_id": special_tokens.pad_id, "eos_token_id": eos, "sep_token_id": eos}
+    if bos is not None:
+        ids |= {"bos_token_id": bos, "cls_token_id": bos}
+    config = AutoConfig.for_model(kind, **{**values, **ids, "vocab_size": vocab_size})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MaskedLM(AutoModelForMaskedLM.from_config(config), special_tokens)
