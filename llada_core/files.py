@@ -7,8 +7,11 @@ import io
 import json
 import lzma
 import re
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +182,26 @@ def _remedy(text: str, error: json.JSONDecodeError) -> str:
     if "Invalid control character" in error.msg:
         return "a line break or tab inside a string is written \\n or \\t"
     return "mend it there"
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which becomes `folder` if all went well; what was there stays until then."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        _replace(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(staging: Path, folder: Path) -> None:
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    old = staging.with_name(staging.name + ".old")
+    folder.rename(old)
+    staging.rename(folder)
+    shutil.rmtree(old)

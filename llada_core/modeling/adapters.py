@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llada_core.files import written_whole
 from llada_core.modeling.architecture import LoraParams
 from llada_core.modeling.families import own_name, published_name
 from llada_core.modeling.network import LLaDAMoEModelLM, MaskedLM
-from llada_core.modeling.predictor import MaskPredictor
-from llada_core.modeling.save import SavesItself, written_whole
+from llada_core.modeling.predictor import MaskPredictor, SavesItself
 from llada_core.settings import require_package
 
 _log = logging.getLogger(__name__)

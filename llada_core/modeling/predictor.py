@@ -4,7 +4,8 @@ Shapes: B batch, L canvas, W tokens fed, M masked places, D width, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -255,3 +256,10 @@ def require_length(model: MaskPredictor, needed: int, remedy: str) -> None:
     """A sequence of `needed` tokens is not longer than the model's longest."""
     if needed > model.max_length:
         raise ValueError(f"a sequence of {needed} tokens is longer than the model's {model.max_length}; {remedy}")
+
+
+class SavesItself(Protocol):
+    """A tokenizer, as far as saving goes."""
+
+    def save(self, folder: str | Path) -> None:
+        """Writes its files into `folder`."""

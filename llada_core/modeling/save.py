@@ -3,24 +3,14 @@
 Knows the order of writing; does not know which names the weights have (the model does).
 """
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
+from llada_core.files import written_whole
 from llada_core.modeling.network import MaskedLM
-from llada_core.modeling.predictor import MaskPredictor
-
-
-class SavesItself(Protocol):
-    """A tokenizer, as far as saving goes."""
-
-    def save(self, folder: str | Path) -> None:
-        """Writes its files into `folder`."""
+from llada_core.modeling.predictor import MaskPredictor, SavesItself
 
 
 def save_model(
@@ -40,26 +30,3 @@ def save_model(
         network.save_pretrained(staging, max_shard_size=max_shard_size, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save(staging)
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """An empty folder to write into, which becomes `folder` if all went well; what was there stays until then."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield staging
-        staging.chmod(0o755)
-        _replace(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _replace(staging: Path, folder: Path) -> None:
-    if not folder.exists():
-        staging.rename(folder)
-        return
-    old = staging.with_name(staging.name + ".old")
-    folder.rename(old)
-    staging.rename(folder)
-    shutil.rmtree(old)
