@@ -47,7 +47,7 @@ def export(
 ) -> None:
     """Copy a model into a self-contained folder: weights in the published layout, tokenizer, model card."""
     with one_line_errors():
-        from llada_core.modeling.save import written_whole
+        from llada_core.files import written_whole
         from tasks.registry import named, resolve, version_of
 
         name = name_or_champion(model)
@@ -83,7 +83,7 @@ def exportable(source: Path, *, merge: bool) -> tuple[str, str]:
     Raises FileNotFoundError for a folder that holds no model, `ConfigError` where nothing can be merged, or where an
     adapter alone would name weights that only this project has.
     """
-    from llada_core.modeling.bases import CONTENT, base_name, is_adapter
+    from llada_core.modeling.folder import CONTENT, base_name, is_adapter
 
     if not is_adapter(source):
         if not (source / "config.json").is_file():
@@ -106,7 +106,7 @@ def merge_into(source: Path, folder: Path) -> None:
     import torch
 
     from llada_core.modeling import load_model, save_model
-    from llada_core.modeling.bases import model_folders
+    from llada_core.modeling.folder import model_folders
     from llada_core.tokenizer import Tokenizer
 
     parts = model_folders(source)

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada_core.modeling.bases import CONTENT, base_name, is_adapter
+from llada_core.modeling.folder import CONTENT, base_name, is_adapter
 from tasks.checkout import has_git, prune_worktrees
 from tasks.errors import StageError
 from tasks.folders import read_json, size_of

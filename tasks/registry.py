@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llada_core.config.params import Params
 from llada_core.files import line_of, read
-from llada_core.modeling.bases import CONTENT, base_name, base_of, is_adapter, model_folders
+from llada_core.modeling.folder import CONTENT, base_name, base_of, is_adapter, model_folders
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError
 from tasks.databases import require, sqlite_file, sqlite_uri
@@ -177,7 +177,7 @@ def require_weights(folder: Path) -> None:
     """See by their headers that the files of a model, and of what it adapts, are whole; raises ValueError or OSError."""
     from safetensors import SafetensorError, safe_open
 
-    from llada_core.modeling.strict import require_folder, stored_weights
+    from llada_core.modeling.folder import require_folder, stored_weights
 
     for part in model_folders(folder):
         if not is_adapter(part):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_core.config.evaluation import EvaluateParams, ReportParams
-from llada_core.modeling.bases import is_adapter
+from llada_core.modeling.folder import is_adapter
 from llada_core.settings import ConfigError
 from tasks.checkout import commit_of
 from tasks.evaluate import Places, answering, as_asked, below, measure, quiet_lm_eval

@@ -123,7 +123,7 @@ def _base(work: Work, params: TrainingParams) -> str:
 
 
 def _write_receipts(work: Work, spent: dict[str, Any]) -> None:
-    from llada_core.modeling.strict import weight_distance
+    from llada_core.modeling.folder import weight_distance
     from llada_core.training.metrics import read_metrics
 
     lines = read_metrics(work.run.path / "metrics.jsonl")

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import snapshot_download
 
-from llada_core.modeling.bases import base_of, is_adapter
+from llada_core.modeling.folder import base_of, is_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,12 +13,11 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig
 
 from llada_core.modeling.adapters import load_adapter, merge_adapter
-from llada_core.modeling.bases import base_of, is_adapter
 from llada_core.modeling.families import LLaDAConfig, special_tokens_of
+from llada_core.modeling.folder import base_of, is_adapter, require_folder, require_loaded, stored_weights
 from llada_core.modeling.network import LLaDAModelLM, MaskedLM, choose_attention
 from llada_core.modeling.place import Need, Place, kind_of, place_for
 from llada_core.modeling.predictor import MaskPredictor, feed_from_cpu
-from llada_core.modeling.strict import require_folder, require_loaded, stored_weights
 from llada_core.settings import Bits
 from llada_core.tokenizer import SpecialTokens
 

@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from llada_core.modeling.architecture import TOKEN_KEYS, Architecture
 from llada_core.modeling.block import LLaDABlock, RMSNorm, RotaryTables, Routing, Surroundings, key_bias, router_losses
 from llada_core.modeling.families import LLaDAConfig, LLaDAMoEConfig, published_shapes, register_names
+from llada_core.modeling.folder import require_weights
 from llada_core.modeling.linear import Linear, autocast_dtype, linear, plain
 from llada_core.modeling.packed import PackedBody
 from llada_core.modeling.predictor import KVCache, MaskPredictor, Prediction, RouterLosses, device_of, projected_nll
-from llada_core.modeling.strict import require_weights
 from llada_core.tokenizer import SpecialTokens
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 
 from llada_core.modeling import save_model
-from llada_core.modeling.strict import weight_distance
+from llada_core.modeling.folder import weight_distance
 from tests.tiny import tiny_pair
 
 

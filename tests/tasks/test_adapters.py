@@ -11,7 +11,7 @@ import torch
 from cli.options import loaded
 from llada_core.config.params import Params
 from llada_core.modeling import load_model, save_model
-from llada_core.modeling.bases import base_name
+from llada_core.modeling.folder import base_name
 from llada_core.settings import ConfigError
 from llada_core.training.objectives import DiffusionObjective
 from tasks import cleaning, training

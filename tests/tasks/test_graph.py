@@ -21,7 +21,7 @@ PLUMBING = {
         "llada_core/config/params.py",
     ),
     *("llada_core/config/launch.py", "llada_core/config/registry.py", "llada_core/settings.py"),
-    *("llada_core/modeling/__init__.py", "llada_core/modeling/bases.py"),
+    *("llada_core/modeling/__init__.py", "llada_core/modeling/folder.py"),
     *(
         f"tasks/{n}.py"
         for n in (
