@@ -183,9 +183,9 @@ def shape_of(params: Params, stage: str) -> tuple["MaskPredictor", int]:
     import torch
     from transformers import AutoConfig
 
-    from llada_core.modeling.create import empty_model, new_model
     from llada_core.modeling.families import LLaDAConfig
     from llada_core.modeling.network import LLaDAModelLM, LLaDAMoEModelLM
+    from llada_core.modeling.pretrained import empty_model, new_model
     from llada_core.tokenizer import FAMILIES, SpecialTokens
 
     source = params.training(stage).init_from

@@ -15,8 +15,8 @@ from llada_core.evaluation.kept import key_of_answers
 from llada_core.evaluation.requests import OTHER_NAMES, TOKEN_LISTS, token_list
 from llada_core.evaluation.worklist import AnswerStore, Shard
 from llada_core.modeling import MaskPredictor, load_model, load_to_answer
-from llada_core.modeling.load import need_of
 from llada_core.modeling.place import checked_bits, processes_for
+from llada_core.modeling.pretrained import need_of
 from llada_core.settings import ConfigError, nearest
 from llada_core.tokenizer import Tokenizer
 

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llada_core.modeling.adapters import add_lora, merge_adapter
-    from llada_core.modeling.create import new_model
     from llada_core.modeling.families import LLaDAConfig, LLaDAMoEConfig
-    from llada_core.modeling.load import load_config, load_model, load_to_answer
     from llada_core.modeling.network import LLaDAModelLM, LLaDAMoEModelLM, MaskedLM
     from llada_core.modeling.predictor import KVCache, MaskPredictor, Prediction
-    from llada_core.modeling.save import save_model
+    from llada_core.modeling.pretrained import load_config, load_model, load_to_answer, new_model, save_model
 
 _NAMES = {
     "adapters": ("add_lora", "merge_adapter"),

@@ -119,7 +119,7 @@ def test_a_base_on_the_hub_is_taken_at_the_commit_that_was_trained_on(tmp_path, 
     save_model(tiny_model(n_kv_heads=2), tmp_path / "base")
     asked = []
     monkeypatch.setattr(
-        "llada_core.modeling.load.snapshot_download",
+        "llada_core.modeling.pretrained.snapshot_download",
         lambda name, revision, allow_patterns: asked.append((name, revision)) or str(tmp_path / "base"),
     )
     for name in ("owner/name@0a1b", "owner/name"):

@@ -312,7 +312,7 @@ def test_four_bits_are_nf4_with_the_scales_that_were_asked_for(monkeypatch, tmp_
     save_adapter(lightly_adapted(), tmp_path / "adapter", "../base")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(settings, "find_spec", lambda name: object())
-    monkeypatch.setattr("llada_core.modeling.load.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    monkeypatch.setattr("llada_core.modeling.pretrained.AutoModelForCausalLM.from_pretrained", from_pretrained)
     for name in ("base", "adapter"):
         with pytest.raises(ValueError, match="no GPU here"):
             load_model(tmp_path / name, device={"": "cuda:0"}, bits=4, double_quant=double_quant)

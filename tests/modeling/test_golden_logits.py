@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from llada_core.modeling.block import RotaryTables, rotate
-from llada_core.modeling.save import save_model
+from llada_core.modeling.pretrained import save_model
 from tests.reference import GOLDEN, arrays, golden_model
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}

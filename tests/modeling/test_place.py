@@ -15,11 +15,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llada_core.modeling import LLaDAModelLM, load_model, load_to_answer, save_model
-from llada_core.modeling import load as loading
-from llada_core.modeling.create import empty_model
+from llada_core.modeling import pretrained as loading
 from llada_core.modeling.families import LLaDAConfig, published_shapes
 from llada_core.modeling.place import GB, ROOM, Machine, Need, Place, checked_bits, kind_of, place_for, processes_for
 from llada_core.modeling.predictor import feed_from_cpu
+from llada_core.modeling.pretrained import empty_model
 from llada_core.sampling.params import SamplingParams
 from llada_core.tokenizer import LLADA
 from tests.tiny import SPECIAL, tiny_model, tiny_params

@@ -5,7 +5,7 @@ import torch
 
 from llada_core.config.training import DistributionParams, GRPOParams, PreferenceParams, PretrainParams, SFTParams
 from llada_core.modeling.architecture import LoraParams, ModelParams
-from llada_core.modeling.create import empty_model, new_model
+from llada_core.modeling.pretrained import empty_model, new_model
 from llada_core.tokenizer import SpecialTokens
 from llada_core.training.export import prepare_weights
 from llada_core.training.footprint import footprint
