@@ -14,8 +14,8 @@ import jinja2
 
 from llada_core.config.launch import LaunchParams, SlurmParams
 from llada_core.config.params import TRAINING_STAGES, Params
-from llada_core.config.training import GRPOParams, TrainingParams
 from llada_core.settings import DEVICE_SETTING, ConfigError
+from llada_core.training.params import GRPOParams, TrainingParams
 from tasks.folders import hash_of, write_text
 from tasks.runs import RunFolder
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_core.config.params import TRAINING_STAGES, Params
-from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, TrainingParams
 from llada_core.settings import ConfigError, nearest
+from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, TrainingParams
 
 if TYPE_CHECKING:
     from llada_core.modeling import MaskPredictor

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llada_core.config.params import TRAINING_STAGES, Params
-from llada_core.config.training import TrainingParams
 from llada_core.settings import flat
+from llada_core.training.params import TrainingParams
 from tasks.folders import content_hash, files_in, hash_of, home
 from tasks.graph import CODE, Stage, chosen
 

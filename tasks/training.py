@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llada_core.config.params import TRAINING_STAGES
-from llada_core.config.training import TrainingParams
 from llada_core.settings import ConfigError
+from llada_core.training.params import TrainingParams
 from tasks.errors import StageError, StoppedError
 from tasks.folders import content_hash, read_json, write_json
 from tasks.program import Work, rank

@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llada_core.config.training import GRPOParams, SFTParams
 from llada_core.modeling.block import Experts
 from llada_core.modeling.predictor import device_of
 from llada_core.sampling import generate
@@ -23,6 +22,7 @@ from llada_core.settings import ConfigError
 from llada_core.training.grpo import GRPO, Share
 from llada_core.training.loop import Loop, Parts
 from llada_core.training.metrics import Meter, MetricsFile
+from llada_core.training.params import GRPOParams, SFTParams
 from llada_core.training.policy import Completions, Masks
 from llada_core.training.ranks import Ranks
 from llada_core.training.stages import Place, objective_for, train

@@ -11,7 +11,10 @@ from pydantic import Field, model_validator
 from llada_core.config.evaluation import EvaluateParams, ReportParams
 from llada_core.config.launch import LaunchParams
 from llada_core.config.registry import RegisterParams
-from llada_core.config.training import (
+from llada_core.data.params import DataParams
+from llada_core.modeling.architecture import ModelParams
+from llada_core.settings import Block, ConfigError, read_yaml, with_overrides
+from llada_core.training.params import (
     PUBLISHED_LEARNING_RATE,
     TRAINING_STAGES,
     GRPOParams,
@@ -20,9 +23,6 @@ from llada_core.config.training import (
     SFTParams,
     TrainingParams,
 )
-from llada_core.data.params import DataParams
-from llada_core.modeling.architecture import ModelParams
-from llada_core.settings import Block, ConfigError, read_yaml, with_overrides
 
 Stage = Literal["prepare", "pretrain", "sft", "grpo", "sft_control", "preference", "evaluate", "report", "register"]
 LEARN_FROM_NOTHING = ("pretrain", "sft", "sft_control")  # whose own default rate is made for weights of this run

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from llada_core.config.training import TrainingParams
 from llada_core.modeling import MaskPredictor, merge_adapter, save_model
 from llada_core.modeling.adapters import add_lora, save_adapter
 from llada_core.modeling.network import LLaDAModelLM, LLaDAMoEModelLM, MaskedLM, choose_attention
 from llada_core.tokenizer import Tokenizer
+from llada_core.training.params import TrainingParams
 from llada_core.training.ranks import Ranks
 
 

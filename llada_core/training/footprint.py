@@ -22,7 +22,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llada_core.config.training import GRPOParams, PreferenceParams, TrainingParams
 from llada_core.data.batches import Batch
 from llada_core.modeling import MaskPredictor
 from llada_core.modeling.network import MaskedLM
@@ -30,6 +29,7 @@ from llada_core.modeling.predictor import Prediction
 from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.objectives import DiffusionObjective, Loss
 from llada_core.training.optimiser import optimiser_for
+from llada_core.training.params import GRPOParams, PreferenceParams, TrainingParams
 from llada_core.training.policy import mask_samples
 from llada_core.training.preference import Pairs, Preference
 from llada_core.training.ranks import precision_policy

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from llada_core.config.training import GRPOParams
 from llada_core.data.batches import Order
 from llada_core.diffusion import Noise
 from llada_core.modeling import MaskPredictor
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.objectives import Loss, Work
+from llada_core.training.params import GRPOParams
 from llada_core.training.policy import (
     Completions,
     Masks,

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from llada_core.config.training import TrainingParams
 from llada_core.data.batches import Batch, RowBatches
 from llada_core.diffusion import MaskedLoss, Noise, alpha, corrupt, loss_weight, masked_nll
 from llada_core.modeling.predictor import MaskPredictor
+from llada_core.training.params import TrainingParams
 
 BUCKETS = 10
 _VALIDATION_STEP = -1

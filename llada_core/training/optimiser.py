@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llada_core.config.training import TrainingParams
 from llada_core.modeling import MaskPredictor
+from llada_core.training.params import TrainingParams
 from llada_core.training.ranks import Ranks
 
 

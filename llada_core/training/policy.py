@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llada_core.config.training import GRPOParams
 from llada_core.diffusion import masked_nll
+from llada_core.training.params import GRPOParams
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llada_core.config.training import PreferenceParams
 from llada_core.data.batches import Order
 from llada_core.diffusion import Noise, alpha, corrupt, loss_weight, masked_nll
 from llada_core.modeling import MaskPredictor
 from llada_core.training.objectives import Loss, Objective, Work
+from llada_core.training.params import PreferenceParams
 from llada_core.training.reference import Reference
 
 _VALIDATION_STEP = -1

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llada_core.config.training import RecoveryParams, TrainingParams
 from llada_core.files import document
+from llada_core.training.params import RecoveryParams, TrainingParams
 from llada_core.training.ranks import Ranks
 
 

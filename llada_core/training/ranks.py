@@ -14,9 +14,9 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from llada_core.config.training import TrainingParams
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.settings import require_package
+from llada_core.training.params import TrainingParams
 
 LOCAL_RANK = "LOCAL_RANK"  # set by torchrun and by accelerate's launcher of several ranks: which one of this node
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from llada_core.config.training import GRPOParams, PreferenceParams
 from llada_core.modeling import MaskPredictor
 from llada_core.modeling.adapters import adapter_off
+from llada_core.training.params import GRPOParams, PreferenceParams
 
 
 class Reference:

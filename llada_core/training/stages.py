@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset, load_from_disk
 from torch import nn
 
-from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, SFTParams, TrainingParams
 from llada_core.data.batches import Order, RowBatches
 from llada_core.modeling import MaskPredictor
 from llada_core.modeling.network import MaskedLM
@@ -27,6 +26,7 @@ from llada_core.training.loop import Loop, Parts
 from llada_core.training.metrics import Follower, MetricsFile
 from llada_core.training.objectives import DiffusionObjective, Objective
 from llada_core.training.optimiser import optimiser_for
+from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, SFTParams, TrainingParams
 from llada_core.training.preference import Preference
 from llada_core.training.ranks import Ranks, accelerator_for, same_precision, tied_table_last
 from llada_core.training.rewards import reward_named

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from llada_core.config.training import SFTParams
 from llada_core.data.batches import Order, RowBatches
+from llada_core.training.params import SFTParams
 
 EOS = 9
 

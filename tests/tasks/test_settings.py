@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from llada_core.config.params import Params
-from llada_core.config.training import GRPOParams
 from llada_core.settings import ConfigError, flat, free_settings
+from llada_core.training.params import GRPOParams
 from tasks.graph import load_stage
 from tasks.runs import RunFolder, all_runs, open_run, stage_params
 from tests.tasks.test_runs import PREPARE, at_step, finish, open_toy, program, steps, the_run

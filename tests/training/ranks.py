@@ -16,10 +16,10 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 import llada_core.training.checkpoint as checkpoint_module
-from llada_core.config.training import GRPOParams, PretrainParams, SFTParams
 from llada_core.modeling import save_model
 from llada_core.training.checkpoint import Stored
 from llada_core.training.loop import Loop
+from llada_core.training.params import GRPOParams, PretrainParams, SFTParams
 from llada_core.training.stages import Place, train
 from tests.tiny import tiny_pair
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from llada_core.config.training import DistributionParams, GRPOParams, PreferenceParams, PretrainParams, SFTParams
 from llada_core.modeling.architecture import LoraParams, ModelParams
 from llada_core.modeling.pretrained import empty_model, new_model
 from llada_core.tokenizer import SpecialTokens
 from llada_core.training.export import prepare_weights
 from llada_core.training.footprint import footprint
+from llada_core.training.params import DistributionParams, GRPOParams, PreferenceParams, PretrainParams, SFTParams
 from tasks.plan_memory import cut
 from tests.tiny import TINY_BACKBONES
 

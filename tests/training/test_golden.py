@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from llada_core.config.training import GRPOParams, PretrainParams
 from llada_core.data.batches import Batch
 from llada_core.modeling import load_model
 from llada_core.sampling.denoiser import Guided, Plain, Query
 from llada_core.settings import NoiseParams
 from llada_core.tokenizer import SpecialTokens
 from llada_core.training.objectives import DiffusionObjective
+from llada_core.training.params import GRPOParams, PretrainParams
 from llada_core.training.policy import Completions, Masks, group_advantages, policy_loss, token_log_probabilities
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -5,7 +5,6 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 
-from llada_core.config.training import GRPOParams, PreferenceParams, PretrainParams, SFTParams
 from llada_core.data.batches import Batch
 from llada_core.data.params import SFTData
 from llada_core.data.rows import RowFile, schema_of
@@ -14,6 +13,7 @@ from llada_core.modeling.architecture import LoraParams
 from llada_core.sampling.params import SamplingParams
 from llada_core.training.metrics import read_metrics
 from llada_core.training.objectives import DiffusionObjective
+from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, SFTParams
 from llada_core.training.stages import Place, train
 from tests.tiny import tiny_model, tiny_pair
 from tests.training.data import write_data

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from llada_core.config.training import PreferenceParams
 from llada_core.likelihood import log_likelihood
 from llada_core.training.metrics import read_metrics
+from llada_core.training.params import PreferenceParams
 from llada_core.training.preference import Preference, pairs_of
 from llada_core.training.stages import Place, train
 from tests.tiny import tiny_model, tiny_pair

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import llada_core.training.stages as stages
-from llada_core.config.training import PretrainParams
+from llada_core.training.params import PretrainParams
 from llada_core.training.stages import Place, train
 from tests.tiny import tiny_pair
 from tests.training.data import write_data
