@@ -13,11 +13,10 @@ if TYPE_CHECKING:
     from llada_core.tokenizer import SpecialTokens, Tokenizer, train_tokenizer
 
 _NAMES = {
-    "families": ("SpecialTokens",),
     "likelihood": ("log_likelihood", "log_likelihoods"),
     "modeling": ("MaskPredictor", "load_config", "load_model", "new_model", "save_model"),
     "sampling": ("Generation", "SamplingParams", "Step", "generate", "infill", "stream", "stream_infill"),
-    "tokenizer": ("Tokenizer", "train_tokenizer"),
+    "tokenizer": ("SpecialTokens", "Tokenizer", "train_tokenizer"),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 __all__ = [*_HOMES]

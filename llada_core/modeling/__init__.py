@@ -15,14 +15,10 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "adapters": ("add_lora", "merge_adapter"),
-    "cache": ("KVCache",),
-    "config": ("LLaDAConfig", "LLaDAMoEConfig"),
-    "create": ("new_model",),
-    "load": ("load_config", "load_model", "load_to_answer"),
-    "masked_lm": ("MaskedLM",),
-    "model": ("LLaDAMoEModelLM", "LLaDAModelLM"),
-    "predictor": ("MaskPredictor", "Prediction"),
-    "save": ("save_model",),
+    "families": ("LLaDAConfig", "LLaDAMoEConfig"),
+    "network": ("LLaDAMoEModelLM", "LLaDAModelLM", "MaskedLM"),
+    "predictor": ("KVCache", "MaskPredictor", "Prediction"),
+    "pretrained": ("load_config", "load_model", "load_to_answer", "new_model", "save_model"),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 __all__ = [*_HOMES]
