@@ -101,7 +101,7 @@ def trained_shape(params: Params, stage: str) -> tuple["MaskPredictor", int]:
 
     from llada_core.modeling.network import LLaDAModelLM
     from llada_core.tokenizer import SpecialTokens
-    from llada_core.training.export import prepare_weights
+    from llada_core.training.train import prepare_weights
 
     model, stored = shape_of(params, stage)
     if stored == 2:

@@ -23,7 +23,7 @@ TIMINGS = ("_per_second", "seconds", "time", "memory_gb", "mfu", "step", "tokens
 def train_stage(work: Work) -> float:
     """Train, or go on; writes models/<stage> and reports/training/<stage>.*; returns the seconds it took in all."""
     from llada_core.tokenizer import Tokenizer
-    from llada_core.training.stages import Place, train
+    from llada_core.training.train import Place, train
 
     params = _settled(work)
     _verify_inputs(work)

@@ -25,7 +25,7 @@ from llada_core.training.metrics import Meter, MetricsFile
 from llada_core.training.params import GRPOParams, SFTParams
 from llada_core.training.policy import Completions, Masks
 from llada_core.training.ranks import Ranks
-from llada_core.training.stages import Place, objective_for, train
+from llada_core.training.train import Place, objective_for, train
 from tasks import training
 from tests.pretend_gpu import GPU, OnGPU, PretendGPU, moved
 from tests.tiny import tiny_model, tiny_pair

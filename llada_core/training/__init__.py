@@ -1,4 +1,4 @@
 """Training: one loop for pretraining, fine-tuning, policy optimisation and preference tuning.
 
-Import the stage entry point from `llada_core.training.stages`; this package imports nothing by itself.
+Import the stage entry point from `llada_core.training.train`; this package imports nothing by itself.
 """

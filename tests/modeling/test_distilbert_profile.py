@@ -14,7 +14,7 @@ from llada_core.sampling import generate
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import read_yaml, with_overrides
 from llada_core.tokenizer import Tokenizer
-from llada_core.training.stages import Place, train
+from llada_core.training.train import Place, train
 from tasks.prepare import prepare
 from tests.tiny import TEXTS, tiny_model
 

@@ -23,7 +23,7 @@ from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.modeling import add_lora, load_model
 from llada_core.training.metrics import read_metrics
 from llada_core.training.ranks import accelerator_for
-from llada_core.training.stages import block_classes
+from llada_core.training.train import block_classes
 from tasks.launch_script import render
 from tasks.prepare import prepare
 from tasks.runs import RunFolder

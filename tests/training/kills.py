@@ -20,7 +20,7 @@ from llada_core.modeling import load_model
 from llada_core.training.grpo import GRPO
 from llada_core.training.metrics import read_metrics
 from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, SFTParams
-from llada_core.training.stages import Place, train
+from llada_core.training.train import Place, train
 from tests.tiny import tiny_pair
 from tests.training.data import write_data
 from tests.training.test_grpo import SAMPLING, by_weights, write_prompts

@@ -20,7 +20,7 @@ from llada_core.modeling import save_model
 from llada_core.training.checkpoint import Stored
 from llada_core.training.loop import Loop
 from llada_core.training.params import GRPOParams, PretrainParams, SFTParams
-from llada_core.training.stages import Place, train
+from llada_core.training.train import Place, train
 from tests.tiny import tiny_pair
 
 STAGES = {"pretrain": PretrainParams, "sft": SFTParams, "grpo": GRPOParams}

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import llada_core.training.checkpoint as checkpoint_module
-import llada_core.training.export as export_module
+import llada_core.training.train as export_module
 from llada_core.modeling import load_model
 from llada_core.modeling.architecture import LoraParams
 from llada_core.training.checkpoint import damaged
 from llada_core.training.loop import DivergedError
 from llada_core.training.metrics import read_metrics
 from llada_core.training.objectives import DiffusionObjective, Loss
-from llada_core.training.stages import Place, fingerprint_of, train
+from llada_core.training.train import Place, fingerprint_of, train
 from tests.tiny import tiny_pair
 from tests.training.kills import STAGES, prepared, survive
 from tests.training.test_loop import losses, params, run

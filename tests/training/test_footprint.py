@@ -6,9 +6,9 @@ import torch
 from llada_core.modeling.architecture import LoraParams, ModelParams
 from llada_core.modeling.pretrained import empty_model, new_model
 from llada_core.tokenizer import SpecialTokens
-from llada_core.training.export import prepare_weights
 from llada_core.training.footprint import footprint
 from llada_core.training.params import DistributionParams, GRPOParams, PreferenceParams, PretrainParams, SFTParams
+from llada_core.training.train import prepare_weights
 from tasks.plan_memory import cut
 from tests.tiny import TINY_BACKBONES
 

@@ -17,7 +17,7 @@ from llada_core.training.metrics import read_metrics
 from llada_core.training.params import GRPOParams
 from llada_core.training.policy import Completions, divergence
 from llada_core.training.progress import Progress
-from llada_core.training.stages import Place, train
+from llada_core.training.train import Place, train
 from tests.tiny import tiny_pair
 
 SAMPLING = SamplingParams(max_new_tokens=6, block_length=6, steps=3, temperature=1.0)

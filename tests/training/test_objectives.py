@@ -14,7 +14,7 @@ from llada_core.sampling.params import SamplingParams
 from llada_core.training.metrics import read_metrics
 from llada_core.training.objectives import DiffusionObjective
 from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, SFTParams
-from llada_core.training.stages import Place, train
+from llada_core.training.train import Place, train
 from tests.tiny import tiny_model, tiny_pair
 from tests.training.data import write_data
 from tests.training.test_grpo import write_prompts

@@ -10,7 +10,7 @@ from llada_core.likelihood import log_likelihood
 from llada_core.training.metrics import read_metrics
 from llada_core.training.params import PreferenceParams
 from llada_core.training.preference import Preference, pairs_of
-from llada_core.training.stages import Place, train
+from llada_core.training.train import Place, train
 from tests.tiny import tiny_model, tiny_pair
 
 ROWS = {"prompt_ids": [[10, 11, 12], [20, 21]], "chosen_ids": [[30, 31, 32, 33], [40, 41, 42, 43]],

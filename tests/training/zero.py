@@ -15,9 +15,9 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-import llada_core.training.stages as stages
+import llada_core.training.train as stages
 from llada_core.training.params import PretrainParams
-from llada_core.training.stages import Place, train
+from llada_core.training.train import Place, train
 from tests.tiny import tiny_pair
 from tests.training.data import write_data
 
