@@ -23,10 +23,10 @@ from llada_core.diffusion import Noise, alpha, corrupt, loss_weight
 from llada_core.modeling import new_model
 from llada_core.modeling.architecture import ModelParams
 from llada_core.tokenizer import SpecialTokens
-from llada_core.training.flops import active_parameters
 from llada_core.training.objectives import DiffusionObjective
 from llada_core.training.optimiser import optimiser_for
 from llada_core.training.params import PretrainParams, SFTParams, TrainingParams
+from llada_core.training.progress import active_parameters
 
 SHAPE = ModelParams(d_model=384, n_layers=8, n_heads=6, mlp_hidden_size=1024, max_sequence_length=512)
 SIZES = {"8k": 8192, "126k": 126_464}

@@ -111,7 +111,7 @@ def _workspace(model: str, asked: list[str], limit: int | None, overrides: list[
 
 
 def _tell_costs(workspace: Workspace, params: Params, asked: list[str]) -> None:
-    from llada_core.training.flops import active_parameters, training_flops
+    from llada_core.training.progress import active_parameters, training_flops
 
     assert params.evaluate is not None
     base, gpu = home(workspace.path), params.launch.of("evaluate").gpu or YARDSTICK

@@ -41,7 +41,7 @@ class Need:
 
 def need(params: Params, stage: str, ranks: int, per_node: int = 1) -> Need:
     """The needs of a training stage on `ranks` GPUs."""
-    from llada_core.training.flops import active_parameters, training_flops
+    from llada_core.training.progress import active_parameters, training_flops
 
     block = params.settled(stage, gpu=True)
     model, stored = shape_of(params, stage)

@@ -124,7 +124,7 @@ def _base(work: Work, params: TrainingParams) -> str:
 
 def _write_receipts(work: Work, spent: dict[str, Any]) -> None:
     from llada_core.modeling.folder import weight_distance
-    from llada_core.training.metrics import read_metrics
+    from llada_core.training.progress import read_metrics
 
     lines = read_metrics(work.run.path / "metrics.jsonl")
     last = {key: value for line in lines for key, value in line.items() if _is_result(key, value)}

@@ -21,7 +21,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from llada_core import settings
 from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.modeling import add_lora, load_model
-from llada_core.training.metrics import read_metrics
+from llada_core.training.progress import read_metrics
 from llada_core.training.ranks import accelerator_for
 from llada_core.training.train import block_classes
 from tasks.launch_script import render

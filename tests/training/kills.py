@@ -18,8 +18,8 @@ import torch
 import llada_core.training.checkpoint as checkpoint_module
 from llada_core.modeling import load_model
 from llada_core.training.grpo import GRPO
-from llada_core.training.metrics import read_metrics
 from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, SFTParams
+from llada_core.training.progress import read_metrics
 from llada_core.training.train import Place, train
 from tests.tiny import tiny_pair
 from tests.training.data import write_data

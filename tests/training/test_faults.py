@@ -15,8 +15,8 @@ from llada_core.modeling import load_model
 from llada_core.modeling.architecture import LoraParams
 from llada_core.training.checkpoint import damaged
 from llada_core.training.loop import DivergedError
-from llada_core.training.metrics import read_metrics
 from llada_core.training.objectives import DiffusionObjective, Loss
+from llada_core.training.progress import read_metrics
 from llada_core.training.train import Place, fingerprint_of, train
 from tests.tiny import tiny_pair
 from tests.training.kills import STAGES, prepared, survive

@@ -9,8 +9,8 @@ from llada_core.modeling import load_model
 from llada_core.training import loop, objectives, preference
 from llada_core.training.grpo import GRPO
 from llada_core.training.loop import Loop
-from llada_core.training.metrics import read_metrics
 from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, SFTParams
+from llada_core.training.progress import read_metrics
 from llada_core.training.train import Place, train
 from tests.tiny import tiny_pair
 from tests.training.data import write_data

@@ -11,9 +11,9 @@ from llada_core.data.rows import RowFile, schema_of
 from llada_core.modeling import load_model, save_model
 from llada_core.modeling.architecture import LoraParams
 from llada_core.sampling.params import SamplingParams
-from llada_core.training.metrics import read_metrics
 from llada_core.training.objectives import DiffusionObjective
 from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, SFTParams
+from llada_core.training.progress import read_metrics
 from llada_core.training.train import Place, train
 from tests.tiny import tiny_model, tiny_pair
 from tests.training.data import write_data

@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 
 from llada_core.likelihood import log_likelihood
-from llada_core.training.metrics import read_metrics
 from llada_core.training.params import PreferenceParams
 from llada_core.training.preference import Preference, pairs_of
+from llada_core.training.progress import read_metrics
 from llada_core.training.train import Place, train
 from tests.tiny import tiny_model, tiny_pair
 

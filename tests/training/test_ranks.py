@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from llada_core.modeling import load_model
-from llada_core.training.metrics import read_metrics
+from llada_core.training.progress import read_metrics
 from tests.ports import free_port
 from tests.training.data import write_data
 from tests.training.test_grpo import write_prompts
