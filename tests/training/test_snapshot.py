@@ -10,9 +10,8 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 import llada_core.training.checkpoint as checkpoint_module
-from llada_core.training.checkpoint import Checkpoints
+from llada_core.training.checkpoint import Checkpoints, Snapshot
 from llada_core.training.ranks import Ranks
-from llada_core.training.snapshot import Snapshot
 
 
 class Splitting(nn.Linear):
