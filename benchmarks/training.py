@@ -23,8 +23,8 @@ from llada_core.diffusion import Noise, alpha, corrupt, loss_weight
 from llada_core.modeling import new_model
 from llada_core.modeling.architecture import ModelParams
 from llada_core.tokenizer import SpecialTokens
+from llada_core.training.engine import optimiser_for
 from llada_core.training.objectives import DiffusionObjective
-from llada_core.training.optimiser import optimiser_for
 from llada_core.training.params import PretrainParams, SFTParams, TrainingParams
 from llada_core.training.progress import active_parameters
 

@@ -50,7 +50,7 @@ def _settled(work: Work) -> TrainingParams:
     """The stage's block without a question left: `flops_of` is the number that the other stage's receipt gives, and what
     depends on the machine is as the run's first job was submitted, also where a later one runs on another machine.
     """
-    from llada_core.training.ranks import rank_device
+    from llada_core.training.engine import rank_device
 
     params = work.params.settled(work.stage, gpu=rank_device().type != "cpu")
     if work.params.training(work.stage).precision == "auto":
@@ -91,7 +91,7 @@ def _verify_inputs(work: Work) -> None:
 
 def _model(work: Work, params: TrainingParams, tokenizer: Any) -> Any:
     from llada_core.modeling import load_model, new_model
-    from llada_core.training.ranks import loading_device
+    from llada_core.training.engine import loading_device
 
     if params.init_from is not None:
         quantised = params.lora is not None and params.lora.four_bit

@@ -19,12 +19,12 @@ from llada_core.modeling.predictor import device_of
 from llada_core.sampling import generate
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError
+from llada_core.training.engine import Ranks
 from llada_core.training.grpo import GRPO, Share
 from llada_core.training.loop import Loop, Parts
 from llada_core.training.params import GRPOParams, SFTParams
 from llada_core.training.policy import Completions, Masks
 from llada_core.training.progress import Meter, MetricsFile
-from llada_core.training.ranks import Ranks
 from llada_core.training.train import Place, objective_for, train
 from tasks import training
 from tests.pretend_gpu import GPU, OnGPU, PretendGPU, moved

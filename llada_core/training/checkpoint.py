@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from llada_core.training.engine import Ranks
 from llada_core.training.objectives import Objective
-from llada_core.training.ranks import Ranks
 
 _log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"

@@ -26,13 +26,12 @@ from llada_core.data.batches import Batch
 from llada_core.modeling import MaskPredictor
 from llada_core.modeling.network import MaskedLM
 from llada_core.modeling.predictor import Prediction
+from llada_core.training.engine import optimiser_for, precision_policy
 from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.objectives import DiffusionObjective, Loss
-from llada_core.training.optimiser import optimiser_for
 from llada_core.training.params import GRPOParams, PreferenceParams, TrainingParams
 from llada_core.training.policy import mask_samples
 from llada_core.training.preference import Pairs, Preference
-from llada_core.training.ranks import precision_policy
 
 _NAMES = {
     "weights": ("Parameter", "Buffer"),

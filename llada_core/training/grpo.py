@@ -16,6 +16,7 @@ from llada_core.data.batches import Order
 from llada_core.diffusion import Noise
 from llada_core.modeling import MaskPredictor
 from llada_core.tokenizer import Tokenizer
+from llada_core.training.engine import Ranks
 from llada_core.training.objectives import Loss, Work
 from llada_core.training.params import GRPOParams
 from llada_core.training.policy import (
@@ -27,7 +28,6 @@ from llada_core.training.policy import (
     policy_loss,
     token_log_probabilities,
 )
-from llada_core.training.ranks import Ranks
 from llada_core.training.reference import Reference
 from llada_core.training.rollouts import (
     Prompt,

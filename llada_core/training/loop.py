@@ -20,11 +20,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from llada_core.training.checkpoint import Checkpoints, Snapshot
+from llada_core.training.engine import Ranks, learning_rate
 from llada_core.training.objectives import Objective, Work, pair
-from llada_core.training.optimiser import learning_rate
 from llada_core.training.params import TrainingParams
 from llada_core.training.progress import Meter, MetricsFile, Progress, Recovery, peak_flops, training_flops
-from llada_core.training.ranks import Ranks
 
 _log = logging.getLogger(__name__)
 Sampler = Callable[[nn.Module], list[dict[str, Any]]]

@@ -19,14 +19,13 @@ from llada_core.modeling import MaskPredictor, merge_adapter, save_model
 from llada_core.modeling.adapters import add_lora, save_adapter
 from llada_core.modeling.network import LLaDAModelLM, LLaDAMoEModelLM, MaskedLM, choose_attention
 from llada_core.tokenizer import Tokenizer
+from llada_core.training.engine import Ranks, accelerator_for, optimiser_for, same_precision, tied_table_last
 from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.loop import Loop, Parts
 from llada_core.training.objectives import DiffusionObjective, Objective
-from llada_core.training.optimiser import optimiser_for
 from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, SFTParams, TrainingParams
 from llada_core.training.preference import Preference
 from llada_core.training.progress import Follower, MetricsFile, active_parameters
-from llada_core.training.ranks import Ranks, accelerator_for, same_precision, tied_table_last
 from llada_core.training.rewards import reward_named
 from llada_core.training.rollouts import specimens_of, write_samples
 

@@ -13,8 +13,8 @@ from llada_core.files import FileError
 from llada_core.modeling import load_model, save_model
 from llada_core.settings import ConfigError
 from llada_core.tokenizer import Tokenizer
+from llada_core.training.engine import Ranks
 from llada_core.training.progress import MetricsFile, read_metrics
-from llada_core.training.ranks import Ranks
 from tasks.diff import _records
 from tasks.registry import receipts, write_receipt
 from tasks.report import scores_of

@@ -22,8 +22,8 @@ def main(kind: str) -> None:
         make("gloo", **kwargs)
 
     dist.init_process_group = noted
+    from llada_core.training.engine import Ranks, accelerator_for, rank_device
     from llada_core.training.params import SFTParams
-    from llada_core.training.ranks import Ranks, accelerator_for, rank_device
 
     params = SFTParams.model_validate({"max_steps": 1, "distribution": {"kind": kind}})
     engine = accelerator_for(params, cpu=False, block_classes=("LLaDABlock",))

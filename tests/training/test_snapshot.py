@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 
 import llada_core.training.checkpoint as checkpoint_module
 from llada_core.training.checkpoint import Checkpoints, Snapshot
-from llada_core.training.ranks import Ranks
+from llada_core.training.engine import Ranks
 
 
 class Splitting(nn.Linear):
