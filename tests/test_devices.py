@@ -23,8 +23,8 @@ from llada_core.training.engine import Ranks
 from llada_core.training.grpo import GRPO, Share
 from llada_core.training.loop import Loop, Parts
 from llada_core.training.params import GRPOParams, SFTParams
-from llada_core.training.policy import Completions, Masks
 from llada_core.training.progress import Meter, MetricsFile
+from llada_core.training.rollouts import Completions, Masks
 from llada_core.training.train import Place, objective_for, train
 from tasks import training
 from tests.pretend_gpu import GPU, OnGPU, PretendGPU, moved

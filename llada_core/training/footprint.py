@@ -30,8 +30,8 @@ from llada_core.training.engine import optimiser_for, precision_policy
 from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.objectives import DiffusionObjective, Loss
 from llada_core.training.params import GRPOParams, PreferenceParams, TrainingParams
-from llada_core.training.policy import mask_samples
 from llada_core.training.preference import Pairs, Preference
+from llada_core.training.rollouts import mask_samples
 
 _NAMES = {
     "weights": ("Parameter", "Buffer"),

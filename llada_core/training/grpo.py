@@ -19,25 +19,23 @@ from llada_core.tokenizer import Tokenizer
 from llada_core.training.engine import Ranks
 from llada_core.training.objectives import Loss, Work
 from llada_core.training.params import GRPOParams
-from llada_core.training.policy import (
-    Completions,
-    Masks,
-    group_advantages,
-    mask_samples,
-    masks_for,
-    policy_loss,
-    token_log_probabilities,
-)
 from llada_core.training.reference import Reference
 from llada_core.training.rollouts import (
+    Completions,
+    Masks,
     Prompt,
     PromptTable,
     Reward,
     Sampled,
+    group_advantages,
     judge,
+    mask_samples,
+    masks_for,
+    policy_loss,
     prompts_of,
     rewarded,
     sample,
+    token_log_probabilities,
     verified,
 )
 from llada_core.verifiers import verifiable

@@ -14,7 +14,7 @@ from llada_core.settings import NoiseParams
 from llada_core.tokenizer import SpecialTokens
 from llada_core.training.objectives import DiffusionObjective
 from llada_core.training.params import GRPOParams, PretrainParams
-from llada_core.training.policy import Completions, Masks, group_advantages, policy_loss, token_log_probabilities
+from llada_core.training.rollouts import Completions, Masks, group_advantages, policy_loss, token_log_probabilities
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())

@@ -14,8 +14,8 @@ from llada_core.settings import ConfigError
 from llada_core.training import grpo, rollouts
 from llada_core.training.grpo import GRPO, Problems
 from llada_core.training.params import GRPOParams
-from llada_core.training.policy import Completions, divergence
 from llada_core.training.progress import Progress, read_metrics
+from llada_core.training.rollouts import Completions, divergence
 from llada_core.training.train import Place, train
 from tests.tiny import tiny_pair
 
