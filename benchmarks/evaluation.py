@@ -21,9 +21,9 @@ from benchmarks import oracle
 from benchmarks.champion import recipe
 from benchmarks.likelihood import SAMPLES, looks_as_good
 from benchmarks.timing import interleaved, table
-from llada_core.config.evaluation import Settings
 from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.harness import LladaLM
+from llada_core.evaluation.params import Settings
 from llada_core.evaluation.requests import ChatText, prompt_ids
 from llada_core.files import read
 from llada_core.modeling import load_model

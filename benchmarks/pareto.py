@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.champion import recipe
 from benchmarks.timing import table
-from llada_core.config.evaluation import EvaluateParams, Settings
 from llada_core.evaluation.answering import Answerer
 from llada_core.evaluation.harness import LladaLM
+from llada_core.evaluation.params import EvaluateParams, Settings
 from llada_core.evaluation.requests import Wanted
 from llada_core.evaluation.run import Benchmark, benchmark, run
 from llada_core.evaluation.worklist import Answer

@@ -13,7 +13,7 @@ from cli.options import Bits, Device, Model, name_or_champion
 from tasks.errors import one_line_errors
 
 if TYPE_CHECKING:
-    from llada_core.config.evaluation import EvaluateParams
+    from llada_core.evaluation.params import EvaluateParams
     from tasks.evaluate import Places
 
 
@@ -95,8 +95,8 @@ def _swept(
 def _over_the_projects(file: Path, asked_for: dict[str, Any]) -> "EvaluateParams":
     """The project's own settings under what was asked for: a small model answers on the canvas that it was trained for,
     and on no other."""
-    from llada_core.config.evaluation import EvaluateParams
     from llada_core.config.params import Params
+    from llada_core.evaluation.params import EvaluateParams
 
     measured = (Params.load(file).evaluate if file.exists() else None) or EvaluateParams()
     return EvaluateParams.parse({**measured.model_dump(), **asked_for}, "llada eval")

@@ -17,9 +17,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
 
 from flows.walk import StageProcesses
-from llada_core.config.evaluation import ReportParams
 from llada_core.config.params import Params
 from llada_core.evaluation import recipes
+from llada_core.evaluation.params import ReportParams
 from tasks.checkout import commit_of
 from tasks.dvc_settings import configure_without_git
 from tasks.errors import StageError, one_line_errors

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from llada_core.config.evaluation import EvaluateParams
 from llada_core.config.params import Params
 from llada_core.data.values import saved_values
+from llada_core.evaluation.params import EvaluateParams
 from llada_core.files import line_of
 from llada_core.settings import ConfigError
 from tasks.folders import read_json, safe, write_json, write_text

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llada_core.config.evaluation import ReportParams
+from llada_core.evaluation.params import ReportParams
 from llada_core.files import read
 from llada_core.settings import ConfigError
 from tasks.checkout import commit_of

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_core.config.evaluation import EvaluateParams, ReportParams
+from llada_core.evaluation.params import EvaluateParams, ReportParams
 from llada_core.modeling.folder import is_adapter
 from llada_core.settings import ConfigError
 from tasks.checkout import commit_of

@@ -21,7 +21,7 @@ from tasks.runs import RunFolder, home
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-    from llada_core.config.evaluation import EvaluateParams
+    from llada_core.evaluation.params import EvaluateParams
     from tasks.evaluate import Places
 
 

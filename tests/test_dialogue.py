@@ -13,11 +13,11 @@ from tokenizers import Tokenizer as Engine
 from transformers import PreTrainedTokenizerFast
 
 from app.engine import Engine as Loaded
-from llada_core.config.evaluation import Settings
 from llada_core.data import encode as tokenise
 from llada_core.data.params import GRPOData, PreferenceData, SFTData
 from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.harness import LladaLM
+from llada_core.evaluation.params import Settings
 from llada_core.evaluation.requests import pairs, wanted
 from llada_core.tokenizer import LLADA, SPECIAL_STRINGS, ChatTemplate, Tokenizer
 from tests.tiny import TEXTS, tiny_tokenizer

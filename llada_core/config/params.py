@@ -8,10 +8,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.config.evaluation import EvaluateParams, ReportParams
 from llada_core.config.launch import LaunchParams
 from llada_core.config.registry import RegisterParams
 from llada_core.data.params import DataParams
+from llada_core.evaluation.params import EvaluateParams, ReportParams
 from llada_core.modeling.architecture import ModelParams
 from llada_core.settings import Block, ConfigError, read_yaml, with_overrides
 from llada_core.training.params import (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from llada_core.config.evaluation import Settings
+from llada_core.evaluation.params import Settings
 from llada_core.evaluation.requests import Wanted
 from llada_core.evaluation.worklist import Answer
 from llada_core.likelihood import greedy_matches, log_likelihoods

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from llada_core.config.evaluation import SAMPLER_FIELDS, Settings
 from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.kept import key_of_answers
+from llada_core.evaluation.params import SAMPLER_FIELDS, Settings
 from llada_core.evaluation.requests import OTHER_NAMES, TOKEN_LISTS, token_list
 from llada_core.evaluation.worklist import AnswerStore, Shard
 from llada_core.modeling import MaskPredictor, load_model, load_to_answer

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from llada_core.config.evaluation import Comparison, ReportParams
 from llada_core.evaluation import recipes
+from llada_core.evaluation.params import Comparison, ReportParams
 from llada_core.evaluation.statistics import paired
 
 Result = dict[str, Any]

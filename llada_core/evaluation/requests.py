@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from llada_core.config.evaluation import SAMPLER_FIELDS, Settings
+from llada_core.evaluation.params import SAMPLER_FIELDS, Settings
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError, nearest
 from llada_core.tokenizer import Message, SpecialTokens, Tokenizer

@@ -15,10 +15,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
-from llada_core.config.evaluation import EvaluateParams, Settings
 from llada_core.evaluation import recipes, taskset
 from llada_core.evaluation.answering import Answerer
 from llada_core.evaluation.harness import Cost, EstimatingLM, LladaLM
+from llada_core.evaluation.params import EvaluateParams, Settings
 from llada_core.evaluation.recipes import Recipe
 from llada_core.evaluation.statistics import estimate
 from llada_core.settings import ConfigError, nearest

@@ -5,9 +5,9 @@ A new case from a bug report is a line of the table. The tokenizer is that of `t
 
 import pytest
 
-from llada_core.config.evaluation import Settings
 from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.harness import LladaLM
+from llada_core.evaluation.params import Settings
 from llada_core.evaluation.requests import ChatText, pairs
 from tests.tiny import tiny_pair, tiny_tokenizer
 

@@ -9,9 +9,9 @@ import torch
 from jinja2 import Environment, StrictUndefined
 from torch import nn
 
-from llada_core.config.evaluation import Settings
 from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.harness import LladaLM
+from llada_core.evaluation.params import Settings
 from llada_core.evaluation.requests import pairs, wanted
 from llada_core.modeling.predictor import MaskPredictor, Prediction
 

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from llada_core.config.evaluation import ReportParams
 from llada_core.evaluation.compare import Side, compare
+from llada_core.evaluation.params import ReportParams
 from llada_core.evaluation.statistics import estimate
 from llada_core.settings import ConfigError
 from tasks.diff import diff, side, told

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from llada_core.config.evaluation import Settings
+from llada_core.evaluation.params import Settings
 from llada_core.evaluation.requests import ChatText, batches, cut, pairs, sampling_params, wanted
 from llada_core.settings import ConfigError
 from tests.tiny import tiny_tokenizer

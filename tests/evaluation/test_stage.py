@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llada_core.config.evaluation import EvaluateParams, ReportParams, Settings
 from llada_core.data.values import QUESTIONS, value_of
 from llada_core.evaluation.answering import Answerer
+from llada_core.evaluation.params import EvaluateParams, ReportParams, Settings
 from llada_core.modeling import save_model
 from llada_core.settings import ConfigError
 from tasks.evaluate import Places, answering, measure

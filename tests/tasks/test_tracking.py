@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llada_core.config.evaluation import EvaluateParams
+from llada_core.evaluation.params import EvaluateParams
 from tasks import tracking
 from tasks.evaluate import Places
 from tasks.graph import load_stage

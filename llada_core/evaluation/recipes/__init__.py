@@ -11,7 +11,7 @@ from typing import Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from llada_core.config.evaluation import Settings
+from llada_core.evaluation.params import Settings
 from llada_core.settings import Block, ConfigError, nearest, read_yaml
 
 FOLDER = Path(__file__).parent
