@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from llada_core.evaluation.definitions.code import humaneval_results, mbpp_results
+from llada_core.evaluation.definitions.scoring import humaneval_results, mbpp_results
 from llada_core.sandbox import Limits
 from llada_core.verifiers import judge, verify
 from llada_core.verifiers.cases import cases

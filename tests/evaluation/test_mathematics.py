@@ -2,7 +2,7 @@
 
 import pytest
 
-from llada_core.evaluation.definitions.mathematics import last_boxed, normalised, results
+from llada_core.evaluation.definitions.scoring import last_boxed, normalised, results
 
 
 @pytest.mark.parametrize(

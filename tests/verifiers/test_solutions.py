@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llada_core.evaluation.definitions.code import humaneval_results, mbpp_results
+from llada_core.evaluation.definitions.scoring import humaneval_results, mbpp_results
 from llada_core.verifiers import verify
 
 pytestmark = pytest.mark.solutions
