@@ -87,7 +87,7 @@ def _processes(work: Work, folders: list[Path]) -> int:
 
 def processes(folders: list[Path], params: EvaluateParams, device: str = "auto") -> int:
     """How many processes of this machine measure these models best."""
-    from llada_core.evaluation.arguments import processes
+    from llada_core.evaluation.answering import processes
 
     return processes(folders, params.dtype, device, params.bits)
 
@@ -98,10 +98,10 @@ def measure(name: str, model: str, answerer: "Answerer", params: EvaluateParams,
     Returns what is not the same every time: seconds, questions and tokens per second. Only the first of several
     processes and jobs scores, writes and returns; the others answer their share.
     """
+    from llada_core.evaluation.answering import AnswerStore, Shard
     from llada_core.evaluation.harness import LladaLM
     from llada_core.evaluation.run import answer, benchmark
     from llada_core.evaluation.run import run as run_benchmark
-    from llada_core.evaluation.worklist import AnswerStore, Shard
 
     asked = benchmark(name, params, root=places.root, puzzles=places.puzzles)
     store = AnswerStore(places.answers / safe(model) / asked.name, Shard.of_process())
@@ -132,8 +132,7 @@ def answering(folder: Path, params: EvaluateParams, device: str = "auto") -> Ite
     """A model and its tokenizer, loaded (device "meta": its shapes alone); their memory is given back at the end."""
     import torch
 
-    from llada_core.evaluation.answering import Answerer, Options
-    from llada_core.evaluation.arguments import AUTO_BATCH, load
+    from llada_core.evaluation.answering import AUTO_BATCH, Answerer, Options, load
     from llada_core.tokenizer import Tokenizer
 
     size = AUTO_BATCH if params.batch_size == "auto" else int(params.batch_size)

@@ -2,7 +2,7 @@
 share, the first also merges and scores.
 
 A job's share is a run folder below the run that it belongs to, so that its job is submitted, restarted and ended as any other
-is. All write finished answers into the run's own folder. How requests are shared is llada_core.evaluation.worklist's.
+is. All write finished answers into the run's own folder. How requests are shared is llada_core.evaluation.answering's.
 """
 
 import os

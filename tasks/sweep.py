@@ -101,7 +101,7 @@ def sweep_places(model: str, params: EvaluateParams, home: Path, root: Path | No
 
     root: local benchmark files; None: LLADAFLOW_DATA_ROOT, else `params.root`, else the Hub.
     """
-    from llada_core.evaluation.kept import ROOT, code_of_evaluation, whole_model
+    from llada_core.evaluation.answering import ROOT, code_of_evaluation, whole_model
 
     folder = resolve(model)
     if not (folder / "config.json").is_file() and not is_adapter(folder):

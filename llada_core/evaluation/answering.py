@@ -1,20 +1,241 @@
-"""A model that answers batches of requests: by generating, by filling blanks, or by scoring continuations.
+"""A model that answers batches of requests; finished answers kept on disk, shared by the ranks."""
 
-Knows a model and its tokenizer; does not know lm-eval, files, or which requests there are.
-"""
-
+import fcntl
+import hashlib
+import json
+import logging
+import os
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
+from huggingface_hub import snapshot_download
+from tqdm import tqdm
 
-from llada_core.evaluation.params import Settings
-from llada_core.evaluation.requests import Wanted
-from llada_core.evaluation.worklist import Answer
+from llada_core.evaluation.params import SAMPLER_FIELDS, Settings
+from llada_core.evaluation.requests import OTHER_NAMES, TOKEN_LISTS, Wanted, token_list
+from llada_core.files import line_of, parsed
 from llada_core.likelihood import greedy_matches, log_likelihoods
-from llada_core.modeling import MaskPredictor
+from llada_core.modeling import MaskPredictor, load_model, load_to_answer
+from llada_core.modeling.folder import base_of, is_adapter
+from llada_core.modeling.place import checked_bits, processes_for
+from llada_core.modeling.pretrained import need_of
 from llada_core.sampling.sampler import generate, infill
+from llada_core.settings import ConfigError, nearest
 from llada_core.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+Answer = dict[str, Any]
+Work = Callable[[Sequence[int]], list[Answer]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of the batches this process does: those whose number is `rank` modulo `world`."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_process(cls) -> "Shard":
+        """As the launcher (accelerate, torchrun, srun with our script) numbered this process in this job, and as
+        `LLADAFLOW_SHARD` (3/8: the fourth of eight) numbers this job."""
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        job, _, jobs = os.environ.get("LLADAFLOW_SHARD", "0/1").partition("/")
+        return cls(int(job) * world + rank, int(jobs) * world)
+
+
+def key_of(kind: str, arguments: Sequence[Any], repeat: int) -> str:
+    """What identifies a request within one model and its settings; `repeat` tells equal requests apart."""
+    return hashlib.sha256(json.dumps([kind, list(arguments), repeat], sort_keys=True).encode()).hexdigest()
+
+
+def keys_of(kind: str, requests: Sequence[Sequence[Any]]) -> list[str]:
+    """A key for each request."""
+    seen: dict[str, int] = {}
+    keys = []
+    for arguments in requests:
+        plain = key_of(kind, arguments, 0)
+        repeat = seen.get(plain, 0)
+        seen[plain] = repeat + 1
+        keys.append(plain if not repeat else key_of(kind, arguments, repeat))
+    return keys
+
+
+@dataclass
+class AnswerStore:
+    """Answers by key, in memory and (with a folder) in one append-only file per rank; a torn last line is dropped."""
+
+    folder: Path | None = None
+    shard: Shard = Shard()
+    seconds: float = 0.0  # spent on everything in the store, by all ranks and all earlier attempts
+    _answers: dict[str, Answer] = field(default_factory=dict)
+    _read: dict[Path, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._drop_torn_line()
+            self.refresh()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._answers
+
+    def get(self, key: str, otherwise: Answer) -> Answer:
+        """The answer with this key, else `otherwise`."""
+        return self._answers.get(key, otherwise)
+
+    def add(self, keys: Sequence[str], answers: Sequence[Answer], seconds: float) -> None:
+        """Keeps the answers of one batch: all of them or, if killed meanwhile, none."""
+        self._keep(keys, answers, seconds)
+        if self.folder is None:
+            return
+        line = line_of({"keys": list(keys), "answers": list(answers), "seconds": round(seconds, 6)})
+        with self._own.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # another evaluation of the same model may write here as well
+            file.write(line.encode())
+        self._read[self._own] = self._own.stat().st_size
+
+    def refresh(self) -> bool:
+        """Takes up what all ranks have written since; whether that was anything."""
+        grown = False
+        for path in sorted(self.folder.glob("answers-*.jsonl")) if self.folder else ():
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    record = parsed(line, str(path))
+                    self._keep(record["keys"], record["answers"], record["seconds"])
+                    self._read[path] = self._read.get(path, 0) + len(line)
+                    grown = True
+        return grown
+
+    def _keep(self, keys: Sequence[str], answers: Sequence[Answer], seconds: float) -> None:
+        self._answers.update(zip(keys, answers, strict=True))
+        self.seconds += seconds
+
+    @property
+    def _own(self) -> Path:
+        assert self.folder is not None
+        return self.folder / f"answers-{self.shard.rank:05d}-of-{self.shard.world:05d}.jsonl"
+
+    def _drop_torn_line(self) -> None:
+        with self._own.open("ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if (content := file.read()) and not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
+
+
+def work_off(
+    batches: Sequence[Sequence[int]], keys: Sequence[str], work: Work, store: AnswerStore, *, patience: float = 600.0
+) -> None:
+    """Puts an answer to every request into `store` (rank 0), or to those of this rank (the others).
+
+    `batches` hold numbers into `keys`; `work` answers the numbers it is given. A batch that runs out of GPU memory is
+    halved. Rank 0 does the batches of others itself once none of them has written for `patience` seconds.
+    """
+    rank, world = store.shard.rank, store.shard.world
+    mine = [batch for number, batch in enumerate(batches) if number % world == rank]
+    total = sum(map(len, mine))
+    with tqdm(total=total, unit=" answers", desc=f"rank {rank}" if world > 1 else "answers", mininterval=2.0) as bar:
+        for batch in mine:
+            if _open(batch, keys, store):
+                _do(batch, keys, work, store)
+            bar.update(len(batch))
+    if rank == 0:
+        for batch in _left_by_others(batches, keys, store, patience):
+            _do(batch, keys, work, store)
+
+
+def _left_by_others(
+    batches: Sequence[Sequence[int]], keys: Sequence[str], store: AnswerStore, patience: float
+) -> Iterator[Sequence[int]]:
+    """Waits for the other ranks' files; yields a batch whenever they have been silent for too long."""
+    last = time.monotonic()
+    while left := [batch for batch in batches if _open(batch, keys, store)]:
+        if store.refresh():
+            last = time.monotonic()
+        elif store.shard.world == 1 or time.monotonic() - last > patience:
+            log.warning("%d batches of other ranks were left undone; rank 0 does them", len(left))
+            yield left[0]
+        else:
+            time.sleep(0.2)
+
+
+def _open(batch: Sequence[int], keys: Sequence[str], store: AnswerStore) -> bool:
+    return any(keys[i] not in store for i in batch)
+
+
+def _do(batch: Sequence[int], keys: Sequence[str], work: Work, store: AnswerStore) -> None:
+    start = time.monotonic()
+    try:
+        answers = work(batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+        torch.cuda.empty_cache()
+        log.warning("a batch of %d does not fit the GPU; halving it", len(batch))
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            _do(half, keys, work, store)
+        return
+    store.add([keys[i] for i in batch], answers, time.monotonic() - start)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def whole_model(name: str) -> list[Path]:
+    """The folders that a model on this machine is made of: its own, for an adapter its base's too, and so on."""
+    found = [_folder(name)]
+    while is_adapter(found[-1]):
+        found.append(_folder(base_of(found[-1])))
+    return found
+
+
+def _folder(name: str) -> Path:
+    """A folder, or the Hub's cached copy of a repository, which loading has fetched."""
+    if Path(name).is_dir():
+        return Path(name)
+    repository, _, revision = name.partition("@")
+    return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+
+
+def code_of_evaluation() -> list[Path]:
+    """The files and folders of code that dvc.yaml lists for `evaluate`; without that file all of llada_core."""
+    listed = ROOT / "dvc.yaml"
+    if not listed.is_file():
+        return [ROOT / "llada_core"]
+    deps = yaml.safe_load(listed.read_text(encoding="utf-8"))["stages"]["evaluate"]["do"]["deps"]
+    return [ROOT / path for path in deps if path.partition("/")[0] in ("llada_core", "tasks")]
+
+
+def key_of_answers(name: str, settings: dict[str, Any]) -> str:
+    """16 hex digits for all that determines what a model answers, beside the prompt."""
+    weights = [_content(folder) for folder in whole_model(name)]
+    code = {str(path.relative_to(ROOT)): _content(path) for path in code_of_evaluation()}
+    text = json.dumps([weights, code, settings], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _content(path: Path) -> list[tuple[str, str]]:
+    return [(file.relative_to(path).as_posix(), _digest(file)) for file in _files(path)]
+
+
+def _files(path: Path) -> Iterable[Path]:
+    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return (file for file in found if file.suffix != ".pyc")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
 
 SAMPLES = 128
 Ids = list[int]
@@ -92,3 +313,64 @@ class Answerer:
             start = time.monotonic()
             self.model(part, positions=torch.arange(min(8, length), device=ids.device)).logits.sum().item()
         return rows * length / max(time.monotonic() - start, 1e-6)
+
+
+AUTO_BATCH = 32
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What the reference evaluators also take and what means nothing here.
+_SILENT = ("max_batch_size", "mask_id", "save_dir", "trust_remote_code", "parallelize")
+
+
+def from_arguments(given: Mapping[str, Any]) -> tuple[Answerer, AnswerStore]:
+    """What `--model_args` (and lm-eval's batch size and device) name; raises `ConfigError`."""
+    values = {OTHER_NAMES.get(k, k): v for k, v in given.items() if k not in _SILENT}
+    name = values.pop("pretrained", None) or values.pop("model_path", None)
+    if not name:
+        raise ConfigError("model_args lacks pretrained=FOLDER_OR_NAME")
+    samples = values.pop("mc_num", None) or values.pop("samples", None)
+    answers = values.pop("answers", None)
+    dtype, device, bits = str(values.pop("dtype", "auto")), values.pop("device", None), values.pop("bits", None)
+    model = load(str(name), dtype, str(device or "auto"), bits)
+    options = {k: values.pop(k) for k in ("max_length", "seed", "patience") if k in values}
+    batch, greedy = str(values.pop("batch_size", 1)), bool(values.pop("is_check_greedy", False))
+    allowed = [
+        *SAMPLER_FIELDS,
+        "eos",
+        "pretrained",
+        "dtype",
+        "device",
+        "bits",
+        "mc_num",
+        "is_check_greedy",
+        "answers",
+        *options,
+    ]
+    for key in values:
+        if key not in [*SAMPLER_FIELDS, "eos"]:
+            raise ConfigError(f"model_args: unknown setting {key!r}{nearest(key, allowed)}")
+    values |= {k: token_list(values[k]) for k in TOKEN_LISTS if k in values}
+    settings = Settings(sampling=values, samples=samples, cfg_scale=values.get("cfg_scale"))
+    size = AUTO_BATCH if batch.startswith("auto") else int(batch)
+    answerer = Answerer(model, Tokenizer.load(str(name)), Options(settings, size, check_greedy=greedy, **options))
+    if not answers:
+        return answerer, AnswerStore()
+    determining = {"dtype": dtype, "bits": bits, "settings": settings.model_dump(), "greedy": greedy}
+    determining |= {key: value for key, value in options.items() if key != "patience"}
+    return answerer, AnswerStore(Path(answers) / key_of_answers(str(name), determining), Shard.of_process())
+
+
+def processes(folders: Sequence[Path], dtype: str, device: str = "auto", bits: int | None = None) -> int:
+    """How many processes of this machine answer best with these models, one after the other."""
+    return processes_for([need_of(folder, DTYPES[dtype], bits) for folder in folders], device, bits)
+
+
+def load(name: str, dtype: str = "auto", device: str = "auto", bits: int | None = None) -> MaskPredictor:
+    """The model, ready to answer, on this process's own GPU if there is one; raises `ConfigError` for another dtype.
+
+    Of the device "meta" only its shapes.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}{nearest(dtype, list(DTYPES))}")
+    if device == "meta":
+        return load_model(name, device="meta")
+    return load_to_answer(name, dtype=DTYPES[dtype], device=device, bits=checked_bits(device, bits))

@@ -14,10 +14,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
-from llada_core.evaluation.answering import Answerer
-from llada_core.evaluation.arguments import from_arguments
+from llada_core.evaluation.answering import Answer, Answerer, AnswerStore, Work, from_arguments, keys_of, work_off
 from llada_core.evaluation.requests import ChatText, batches, cut, pairs, wanted
-from llada_core.evaluation.worklist import Answer, AnswerStore, Work, keys_of, work_off
 from llada_core.settings import ConfigError
 from llada_core.tokenizer import Message
 

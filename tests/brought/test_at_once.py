@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from llada_core.evaluation.worklist import AnswerStore
+from llada_core.evaluation.answering import AnswerStore
 from tasks import databases, folders
 from tasks.databases import NoDatabaseError, require, sqlite_uri
 from tasks.folders import content_hash, link_into

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from llada_core import files
+from llada_core.evaluation.answering import AnswerStore, Shard
 from llada_core.evaluation.taskset import read_puzzles
-from llada_core.evaluation.worklist import AnswerStore, Shard
 from llada_core.files import FileError
 from llada_core.modeling import load_model, save_model
 from llada_core.settings import ConfigError

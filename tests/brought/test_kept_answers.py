@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from llada_core.evaluation import kept
+from llada_core.evaluation import answering
+from llada_core.evaluation.answering import keys_of
 from llada_core.evaluation.harness import LladaLM, _said
 from llada_core.evaluation.requests import ChatText
-from llada_core.evaluation.worklist import keys_of
 from llada_core.modeling import add_lora, save_model
 from llada_core.modeling.adapters import save_adapter
 from llada_core.modeling.architecture import LoraParams
@@ -33,7 +33,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "code" / name).write_text("first")
     deps = ["llada_core/evaluation/run.py", "tasks/evaluate.py", "data/eval"]
     (tmp_path / "code/dvc.yaml").write_text(json.dumps({"stages": {"evaluate": {"do": {"deps": deps}}}}))
-    monkeypatch.setattr(kept, "ROOT", tmp_path / "code")
+    monkeypatch.setattr(answering, "ROOT", tmp_path / "code")
     return tmp_path
 
 

@@ -7,10 +7,9 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from llada_core.evaluation.answering import Answerer, Options
+from llada_core.evaluation.answering import Answerer, AnswerStore, Options, Shard
 from llada_core.evaluation.harness import EstimatingLM, LladaLM
 from llada_core.evaluation.params import Settings
-from llada_core.evaluation.worklist import AnswerStore, Shard
 from llada_core.likelihood import log_likelihood
 from llada_core.modeling import load_model, save_model
 from llada_core.sampling.sampler import generate

@@ -146,7 +146,7 @@ def test_a_sweep_goes_on_after_a_failure_and_tells_costs_first(places, data_root
 
 
 def test_a_model_is_loaded_once_for_all_benchmarks_of_a_sweep(places, monkeypatch):
-    from llada_core.evaluation import arguments
+    from llada_core.evaluation import answering as arguments
 
     (places.puzzles / "seats.jsonl").write_text((places.puzzles / "sudoku.jsonl").read_text())
     loaded, real = [], arguments.load_to_answer

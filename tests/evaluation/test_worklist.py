@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from llada_core.evaluation.worklist import AnswerStore, Shard, keys_of, work_off
+from llada_core.evaluation.answering import AnswerStore, Shard, keys_of, work_off
 
 BATCHES = [[0, 1], [2, 3], [4]]
 KEYS = [f"k{i}" for i in range(5)]
