@@ -18,10 +18,10 @@ import torch
 from benchmarks.champion import recipe
 from benchmarks.timing import table
 from llada_core.evaluation.answering import Answer, Answerer
+from llada_core.evaluation.benchmark import Benchmark, benchmark, run
 from llada_core.evaluation.harness import LladaLM
 from llada_core.evaluation.params import EvaluateParams, Settings
 from llada_core.evaluation.requests import Wanted
-from llada_core.evaluation.run import Benchmark, benchmark, run
 from tasks.evaluate import answering, below, quiet_lm_eval
 
 SHARES = (1, 2, 4)  # of the length: steps and blocks

@@ -28,7 +28,7 @@ from tasks.shards import sharing, whole
 
 if TYPE_CHECKING:
     from llada_core.evaluation.answering import Answerer
-    from llada_core.evaluation.run import Benchmark
+    from llada_core.evaluation.benchmark import Benchmark
 
 Result = dict[str, Any]
 
@@ -99,9 +99,9 @@ def measure(name: str, model: str, answerer: "Answerer", params: EvaluateParams,
     processes and jobs scores, writes and returns; the others answer their share.
     """
     from llada_core.evaluation.answering import AnswerStore, Shard
+    from llada_core.evaluation.benchmark import answer, benchmark
+    from llada_core.evaluation.benchmark import run as run_benchmark
     from llada_core.evaluation.harness import LladaLM
-    from llada_core.evaluation.run import answer, benchmark
-    from llada_core.evaluation.run import run as run_benchmark
 
     asked = benchmark(name, params, root=places.root, puzzles=places.puzzles)
     store = AnswerStore(places.answers / safe(model) / asked.name, Shard.of_process())

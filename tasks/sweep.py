@@ -78,8 +78,8 @@ def tell_costs(
     """Says what each benchmark costs at most, and last what all cost together: at `rate` tokens a second, or that of one
     measured forward. Returns why a benchmark cannot be put, for those that cannot.
     """
+    from llada_core.evaluation.benchmark import benchmark, cost_of
     from llada_core.evaluation.harness import Cost
-    from llada_core.evaluation.run import benchmark, cost_of
 
     failed, total = {}, Cost()
     for name in benchmarks:

@@ -28,10 +28,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_model(model, tmp_path / "base", tokenizer)
     add_lora(tiny := tiny_pair(seed=3)[0], LoraParams(r=2))
     save_adapter(tiny, tmp_path / "adapter", "../base", tokenizer)
-    for name in ("llada_core/evaluation/run.py", "llada_core/training/loop.py", "tasks/evaluate.py"):
+    for name in ("llada_core/evaluation/benchmark.py", "llada_core/training/loop.py", "tasks/evaluate.py"):
         (tmp_path / "code" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "code" / name).write_text("first")
-    deps = ["llada_core/evaluation/run.py", "tasks/evaluate.py", "data/eval"]
+    deps = ["llada_core/evaluation/benchmark.py", "tasks/evaluate.py", "data/eval"]
     (tmp_path / "code/dvc.yaml").write_text(json.dumps({"stages": {"evaluate": {"do": {"deps": deps}}}}))
     monkeypatch.setattr(answering, "ROOT", tmp_path / "code")
     return tmp_path

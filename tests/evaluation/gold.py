@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from llada_core.evaluation import recipes, taskset
-from llada_core.evaluation.run import Benchmark, run
+from llada_core.evaluation.benchmark import Benchmark, run
 from llada_core.settings import ConfigError
 from tests.evaluation.scripted import GoldLM
 from tests.tiny import tiny_tokenizer

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llada_core.evaluation import recipes, taskset
+from llada_core.evaluation.benchmark import Benchmark, benchmark, requests_of, run
 from llada_core.evaluation.params import EvaluateParams, Settings
-from llada_core.evaluation.run import Benchmark, benchmark, requests_of, run
 from llada_core.settings import ConfigError
 from tests.evaluation.scripted import GoldLM
 from tests.tiny import tiny_tokenizer
