@@ -53,8 +53,7 @@ def write_report(
 
     Raises `ConfigError` for a result that is not there.
     """
-    from llada_core.evaluation.render import markdown, picture
-    from llada_core.evaluation.report import table
+    from llada_core.evaluation.report import markdown, picture, table
 
     beside = beside or Beside()
     found: dict[str, dict[str, Any]] = {}
