@@ -14,7 +14,7 @@ from typing import Any
 from llada_core.sandbox import Limits
 from llada_core.verifiers import judge
 from llada_core.verifiers.cases import cases
-from llada_core.verifiers.text import tagged
+from llada_core.verifiers.notation import tagged
 
 _OPENING = re.compile(r"(^[ \t]*|(?<!`))(`{3,}|~{3,})[ \t]*\{?\.?([\w+#.-]*)[^`\n]*\n", re.MULTILINE)
 _PYTHON = re.compile(r"(|py|python|py3|python3|python-?3?\.\d+|pycon|ipython3?)", re.IGNORECASE)

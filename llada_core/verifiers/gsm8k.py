@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llada_core.verifiers.math import last_boxed
-from llada_core.verifiers.numbers import number
-from llada_core.verifiers.text import tagged
+from llada_core.verifiers.notation import number, tagged
 
 # A line behind four hashes answers if it is a number or says that it is the answer: "Step 2: add" is a heading.
 _MARKED = re.compile(

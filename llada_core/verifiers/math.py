@@ -13,8 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from llada_core.verifiers.notation import box_kind, notation, readable
-from llada_core.verifiers.numbers import single
+from llada_core.verifiers.notation import box_kind, notation, readable, single
 
 _PRECISION = 12  # digits to which decimals must agree
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from llada_core.verifiers.text import final_answer
+from llada_core.verifiers.notation import final_answer
 
 _UNITS = tuple(
     [tuple(range(4 * i, 4 * i + 4)) for i in range(4)]

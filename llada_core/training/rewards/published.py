@@ -17,7 +17,7 @@ from llada_core.data.puzzles import solutions
 from llada_core.settings import ConfigError
 from llada_core.verifiers import code, math, puzzles
 from llada_core.verifiers import gsm8k as gsm8k_rules
-from llada_core.verifiers.text import tagged
+from llada_core.verifiers.notation import tagged
 
 Answer = Mapping[str, Any]
 _STRICT = re.compile(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$", re.DOTALL)
