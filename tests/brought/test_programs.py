@@ -10,9 +10,8 @@ import pytest
 
 from llada_core.evaluation.definitions.scoring import humaneval_results, mbpp_results
 from llada_core.sandbox import Limits
-from llada_core.verifiers import judge, verify
-from llada_core.verifiers.cases import cases
-from llada_core.verifiers.code import fenced, passed_share
+from llada_core.verifiers import code, verify
+from llada_core.verifiers.code import cases, fenced, passed_share
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs of strangers are run on Linux only")
 
@@ -115,12 +114,12 @@ def test_a_trick_earns_nothing(program):
 
 @pytest.mark.parametrize("program", RIGHT.values(), ids=RIGHT)
 def test_a_right_program_is_right(program):
-    assert judge.passes(program, cases(TESTS), rename=True) == [True, True]
+    assert code.passes(program, cases(TESTS), rename=True) == [True, True]
 
 
 def test_an_endless_loop_fails_its_own_test_alone():
     program = "def add(a, b):\n    while a == 0: pass\n    return a + b"
-    assert judge.passes(program, cases(TESTS), Limits(seconds=60, cpu_seconds=1, processes=32)) == [True, False]
+    assert code.passes(program, cases(TESTS), Limits(seconds=60, cpu_seconds=1, processes=32)) == [True, False]
 
 
 # Tests as data sets write them, with a right and a wrong program.

@@ -10,8 +10,7 @@ import yaml
 from datasets import Dataset
 from math_verify import parse, verify
 
-from llada_core.verifiers.cases import Case, whole
-from llada_core.verifiers.judge import passes
+from llada_core.verifiers.code import Case, passes, whole
 
 
 def lettered_endings(documents: Dataset) -> Dataset:
