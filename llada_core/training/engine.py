@@ -13,7 +13,6 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from llada_core.modeling import MaskPredictor
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.settings import require_package
 from llada_core.training.params import TrainingParams
