@@ -22,7 +22,7 @@ from llada_core.modeling import load_model
 from llada_core.sampling import Generation, generate
 from llada_core.sampling.params import SamplingParams
 from llada_core.tokenizer import Tokenizer
-from llada_core.verifiers import verify
+from llada_core.verifiers.answers import verify
 
 PUZZLES, BATCH = 500, 50
 MODES: dict[str, dict[str, object]] = {

@@ -28,7 +28,7 @@ from llada_core.data.values import question_in, value_of
 from llada_core.evaluation.recipes import Recipe
 from llada_core.files import FileError
 from llada_core.settings import ConfigError
-from llada_core.verifiers import verify
+from llada_core.verifiers.answers import verify
 
 OURS = Path(__file__).parent / "definitions"
 STOCK = Path(lm_eval.__file__).parent / "tasks"
@@ -94,7 +94,7 @@ def local_files(recipe: Recipe, root: Path | None) -> Path | None:
 
 
 def puzzles(name: str, rows: list[dict[str, str | bool]]) -> Tasks:
-    """Questions (id, task, prompt, answer as JSON text), right or wrong by `llada_core.verifiers.verify`."""
+    """Questions (id, task, prompt, answer as JSON text), right or wrong by `llada_core.verifiers.answers.verify`."""
     task = ConfigurableTask(
         config={
             "task": name,

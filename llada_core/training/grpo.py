@@ -38,7 +38,7 @@ from llada_core.training.rollouts import (
     token_log_probabilities,
     verified,
 )
-from llada_core.verifiers import verifiable
+from llada_core.verifiers.answers import verifiable
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from llada_core.settings import ConfigError
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.params import GRPOParams
 from llada_core.training.rewards import Reward, correct
-from llada_core.verifiers import verifiable, verify_each
+from llada_core.verifiers.answers import verifiable, verify_each
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ A line per spelling; one from a bug report is a line more.
 
 import pytest
 
-from llada_core.verifiers import verify
+from llada_core.verifiers.answers import verify
 
 # reply, answer, right. A reply that has no tags and no marks is put into answer tags.
 NUMBERS = [

@@ -15,7 +15,7 @@ from llada_core.data.params import DataParams
 from llada_core.data.sources import DataError
 from llada_core.settings import ConfigError
 from llada_core.tokenizer import Tokenizer
-from llada_core.verifiers import verify
+from llada_core.verifiers.answers import verify
 from tasks.folders import content_hash
 from tasks.prepare import prepare, summary
 

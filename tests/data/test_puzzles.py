@@ -10,7 +10,7 @@ from llada_core.data import puzzles
 from llada_core.data.params import PuzzlesParams
 from llada_core.data.puzzle_rows import as_rows, training_puzzles
 from llada_core.settings import ConfigError
-from llada_core.verifiers import verify
+from llada_core.verifiers.answers import verify
 
 GENERATORS = {"sudoku": puzzles.sudoku, "countdown": puzzles.countdown, "seats": puzzles.seats}
 PARTS = ("train", "grpo", "validation", "evaluate")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llada_core.verifiers import verify
+from llada_core.verifiers.answers import verify
 from llada_core.verifiers.puzzles import value
 
 SUDOKU = {"puzzle": "0200040200034320"}

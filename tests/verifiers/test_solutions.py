@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from llada_core.evaluation.definitions.scoring import humaneval_results, mbpp_results
-from llada_core.verifiers import verify
+from llada_core.verifiers.answers import verify
 
 pytestmark = pytest.mark.solutions
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from llada_core.settings import ConfigError, function_at, nearest
 from llada_core.training.rewards import published
-from llada_core.verifiers import verify
+from llada_core.verifiers.answers import verify
 
 Reward = Callable[[str, str, Mapping[str, Any]], float]
 
