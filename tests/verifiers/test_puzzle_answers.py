@@ -2,8 +2,7 @@
 
 import pytest
 
-from llada_core.verifiers.answers import verify
-from llada_core.verifiers.puzzles import value
+from llada_core.verifiers.answers import value, verify
 
 SUDOKU = {"puzzle": "0200040200034320"}
 COUNTDOWN = {"numbers": [2, 4, 20], "target": 26}

@@ -2,8 +2,7 @@
 
 import pytest
 
-from llada_core.verifiers.answers import verify
-from llada_core.verifiers.math import last_boxed, normalised
+from llada_core.verifiers.answers import last_boxed, normalised, verify
 
 
 @pytest.mark.parametrize(

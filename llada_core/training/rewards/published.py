@@ -15,8 +15,8 @@ from typing import Any
 
 from llada_core.data.puzzles import solutions
 from llada_core.settings import ConfigError
-from llada_core.verifiers import code, math, puzzles
-from llada_core.verifiers import gsm8k as gsm8k_rules
+from llada_core.verifiers import answers, code
+from llada_core.verifiers import answers as gsm8k_rules
 from llada_core.verifiers.notation import tagged
 
 Answer = Mapping[str, Any]
@@ -42,7 +42,7 @@ def parts(task: str, text: str, answer: Answer) -> dict[str, float]:
             return gsm8k(text, answer)
         case "math":
             return {
-                "correctness": 2.0 * math.hendrycks(_boxed_or_whole(text), answer),
+                "correctness": 2.0 * answers.verify_math_hendrycks(_boxed_or_whole(text), answer),
                 "boxed_and_tags": boxed_and_tags(text),
             }
         case "countdown":
@@ -62,7 +62,7 @@ def gsm8k(text: str, answer: Answer) -> dict[str, float]:
         "soft_format": 0.5 * bool(_SOFT.match(text)),
         "strict_format": 0.5 * bool(_STRICT.match(text)),
         "int": 0.5 * reply.isdigit(),
-        "correctness": 2.0 * gsm8k_rules.exact(text, answer),
+        "correctness": 2.0 * gsm8k_rules.verify_gsm8k_exact(text, answer),
     }
 
 
@@ -82,7 +82,7 @@ def countdown_score(text: str, answer: Answer) -> float:
     reply = tagged(text)
     if reply is None:
         return 0.0
-    return 1.0 if puzzles.countdown(text, answer) else 0.1
+    return 1.0 if answers.verify_countdown(text, answer) else 0.1
 
 
 def sudoku_score(text: str, answer: Answer) -> float:
@@ -93,7 +93,7 @@ def sudoku_score(text: str, answer: Answer) -> float:
     if not digits or not empty:
         return 0.0
     grid = digits.ljust(16, "0")
-    if puzzles.sudoku(grid, answer):
+    if answers.verify_sudoku(grid, answer):
         return 1.0
     goals = solutions(answer["puzzle"])
     share = max((sum(grid[i] == goal[i] for i in empty) / len(empty) for goal in goals), default=0.0)
@@ -118,4 +118,4 @@ def code_score(text: str, answer: Answer) -> float:
 
 def _boxed_or_whole(text: str) -> str:
     """Theirs compares the whole reply when nothing is boxed; an unclosed box is none."""
-    return text if math.last_boxed(text) is not None else f"\\boxed{{{text}}}"
+    return text if answers.last_boxed(text) is not None else f"\\boxed{{{text}}}"
