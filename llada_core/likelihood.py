@@ -1,6 +1,7 @@
 """Bounds on log p(answer given prompt), and which parts of the answer are masked for them.
 
-Shapes: see the functions; B rows, L positions of a row."""
+Shapes: see the functions; B rows, L positions of a row.
+"""
 
 import hashlib
 from collections.abc import Sequence

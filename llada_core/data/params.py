@@ -1,6 +1,7 @@
 """What a run is trained on: sources, generated puzzles, tokenizer and how text becomes rows, as frozen values.
 
-Knows no file format and reads nothing: names are resolved in llada_core/data/sources.py."""
+Knows no file format and reads nothing: names are resolved in llada_core/data/sources.py.
+"""
 
 import math
 from typing import Annotated, Literal, Self

@@ -1,7 +1,8 @@
 """One pre-norm Transformer block, dense or sparse: attention, rotary tables, experts.
 
 Shapes: B batch, W tokens fed, T attended positions (of experts: tokens as rows), N heads, H head width, D width,
-E experts, K experts per token, F expert width."""
+E experts, K experts per token, F expert width.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple

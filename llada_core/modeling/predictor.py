@@ -1,6 +1,7 @@
 """The call that every mask predictor offers: its result, its key/value cache, its loss in chunks of the vocabulary's rows.
 
-Shapes: B batch, L canvas, W tokens fed, M masked places, D width, V vocabulary."""
+Shapes: B batch, L canvas, W tokens fed, M masked places, D width, V vocabulary.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """The rows being written, their blocks, what one step did; and whether an input can be sampled at all.
 
-Shapes: B rows, L canvas positions."""
+Shapes: B rows, L canvas positions.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

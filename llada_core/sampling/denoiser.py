@@ -1,6 +1,7 @@
 """How logits are got: plain, guided, shifted, or from a cache.
 
-Shapes: B rows, L canvas positions, W positions fed, V vocabulary."""
+Shapes: B rows, L canvas positions, W positions fed, V vocabulary.
+"""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol

@@ -1,6 +1,7 @@
 """From logits to proposed tokens and how sure the model is of each; the noise of a row.
 
-Shapes: B rows, W positions, V vocabulary."""
+Shapes: B rows, W positions, V vocabulary.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence

@@ -1,6 +1,7 @@
 """Which proposals become tokens in a step: rules and schedules, by name, and the step's choice.
 
-Shapes: B rows, W positions."""
+Shapes: B rows, W positions.
+"""
 
 import math
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """Every number a training stage depends on: one block per stage, all built on `TrainingParams`.
 
 Knows limits and what excludes what, and which settings are free to change while a run lasts; does not know torch, files,
-or where a stage's data comes from."""
+or where a stage's data comes from.
+"""
 
 from typing import Annotated, ClassVar, Literal, Self
 

@@ -1,6 +1,7 @@
 """Completions of the policy, judged by rewards, and the arithmetic of their probabilities.
 
-Shapes: B completions, L positions of a row, C positions of a completion."""
+Shapes: B completions, L positions of a row, C positions of a completion.
+"""
 
 import json
 import logging

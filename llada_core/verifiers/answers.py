@@ -5,7 +5,8 @@ for math-verify, which reads algebra, roots, intervals, sets and matrices. It is
 bases or clock times, which it would take for products, nor about expressions whose value would take long: a reply cannot
 make the comparison run long. `math_hendrycks` is the MATH benchmark's own comparison (Hendrycks et al.,
 arXiv:2103.03874) of texts alone, plus commas between thousands; d1's and dllm's rewards use it.
-GSM8K compares the reply's final number by value; the published reward, which wants equal strings, is `gsm8k_exact`."""
+GSM8K compares the reply's final number by value; the published reward, which wants equal strings, is `gsm8k_exact`.
+"""
 
 import ast
 import logging
