@@ -12,9 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llada_core.sandbox import Limits, run_python
-from llada_core.verifiers.borrowed import pytest_folder
 from llada_core.verifiers.notation import tagged
+from llada_core.verifiers.sandbox import Limits, pytest_folder, run_python
 
 _SOLUTION = "solution"
 _BUILTINS = frozenset(dir(builtins))

@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from llada_core.evaluation.definitions.scoring import humaneval_results, mbpp_results
-from llada_core.sandbox import Limits
 from llada_core.verifiers import code
 from llada_core.verifiers.answers import verify
 from llada_core.verifiers.code import cases, fenced, passed_share
+from llada_core.verifiers.sandbox import Limits
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs of strangers are run on Linux only")
 

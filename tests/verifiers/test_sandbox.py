@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llada_core import sandbox
-from llada_core.sandbox import Limits, SandboxError, run_python
+from llada_core.verifiers import sandbox
+from llada_core.verifiers.sandbox import Limits, SandboxError, run_python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs of strangers are run on Linux only")
 QUICK = Limits(seconds=2)
