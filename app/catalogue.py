@@ -14,7 +14,7 @@ from llada_core.files import document, read
 from llada_core.sampling.params import PUBLISHED, SamplingParams
 from llada_core.settings import ConfigError
 from tasks import registry
-from tasks.databases import sqlite_file
+from tasks.folders import sqlite_file
 
 HASH = re.compile(r"\b[0-9a-f]{40,}\b")
 EACH = 2  # examples of each benchmark

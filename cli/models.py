@@ -136,7 +136,7 @@ def ui(
 ) -> None:
     """MLflow (runs, models) and Prefect (flows, deployments) on this machine's loopback, until Ctrl-C."""
     with one_line_errors():
-        from tasks.databases import sqlite_file
+        from tasks.folders import sqlite_file
         from tasks.registry import client, tracking_uri
 
         if sqlite_file(tracking_uri(Path.cwd())):

@@ -238,8 +238,8 @@ def doctor() -> None:
     """Is this machine (and its cluster) fit: each finding with its remedy; exit status 1 if something is missing."""
     with one_line_errors():
         from flows.server import require_prefect
-        from tasks.databases import NoDatabaseError
         from tasks.doctor import Finding, findings, with_remedy
+        from tasks.folders import NoDatabaseError
 
         found = list(findings(Path.cwd()))
         try:

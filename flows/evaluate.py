@@ -20,11 +20,10 @@ from flows.walk import StageProcesses
 from llada_core.config.params import Params
 from llada_core.evaluation import recipes
 from llada_core.evaluation.params import ReportParams
-from tasks.checkout import commit_of
 from tasks.dvc_settings import configure_without_git
 from tasks.errors import StageError, one_line_errors
 from tasks.evaluate import Places, answering, data_root, quiet_lm_eval
-from tasks.folders import read_json
+from tasks.folders import commit_of, read_json
 from tasks.launch_script import visible_gpus
 from tasks.plan_memory import peak_of
 from tasks.report import Beside, write_report

@@ -6,7 +6,7 @@ import urllib.request
 
 from prefect.settings import get_current_settings
 
-from tasks.databases import SECONDS, NoDatabaseError, require, shown
+from tasks.folders import SECONDS, NoDatabaseError, require, shown
 
 
 def require_prefect() -> str:

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llada_core.modeling.folder import CONTENT, base_name, is_adapter
-from tasks.checkout import has_git, prune_worktrees
 from tasks.errors import StageError
-from tasks.folders import read_json, size_of
+from tasks.folders import has_git, prune_worktrees, read_json, size_of
 from tasks.registry import client
 from tasks.runs import all_runs, home
 from tasks.status import state_of

@@ -17,8 +17,8 @@ from pathlib import Path
 from llada_core.config.launch import LaunchParams
 from llada_core.config.params import Params
 from llada_core.settings import ConfigError
-from tasks.databases import NoDatabaseError, require, shown
 from tasks.doctor_nodes import two_nodes
+from tasks.folders import NoDatabaseError, require, shown
 from tasks.launch_slurm import ask
 from tasks.registry import tracking_uri
 from tasks.runs import home

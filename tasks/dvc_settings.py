@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from configobj import ConfigObj
 
-from tasks.checkout import has_git
+from tasks.folders import has_git
 
 
 def configure_workspace(root: Path, place: Path) -> None:

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from filelock import FileLock
 
-from tasks.databases import PATIENCE
+from tasks.folders import PATIENCE
 
 MAKING = 600.0  # seconds that another process may take to make the tables
 PLACES = (

@@ -20,9 +20,8 @@ from llada_core.config.params import Params
 from llada_core.config.registry import RegisterParams
 from llada_core.settings import ConfigError
 from tasks import tracking
-from tasks.checkout import commit_of
 from tasks.errors import one_line_errors
-from tasks.folders import content_hash, hash_of, read_json, write_json
+from tasks.folders import commit_of, content_hash, hash_of, read_json, write_json
 from tasks.gate import Decision, decide
 from tasks.registry import (
     Version,

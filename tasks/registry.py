@@ -19,8 +19,7 @@ from llada_core.files import line_of, read
 from llada_core.modeling.folder import CONTENT, base_name, base_of, is_adapter, model_folders
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError
-from tasks.databases import require, sqlite_file, sqlite_uri
-from tasks.folders import content_hash, link_into, read_json
+from tasks.folders import content_hash, link_into, read_json, require, sqlite_file, sqlite_uri
 from tasks.records import open_records
 from tasks.runs import home
 

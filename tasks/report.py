@@ -11,8 +11,7 @@ from typing import Any
 from llada_core.evaluation.params import ReportParams
 from llada_core.files import read
 from llada_core.settings import ConfigError
-from tasks.checkout import commit_of
-from tasks.folders import read_json, safe, write_json, write_text
+from tasks.folders import commit_of, read_json, safe, write_json, write_text
 from tasks.program import Work, stage_program
 
 Scores = dict[str, float]

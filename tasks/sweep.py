@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from llada_core.evaluation.params import EvaluateParams, ReportParams
 from llada_core.modeling.folder import is_adapter
 from llada_core.settings import ConfigError
-from tasks.checkout import commit_of
 from tasks.evaluate import Places, answering, as_asked, below, measure, quiet_lm_eval
-from tasks.folders import content_hash, hash_of, read_json, safe
+from tasks.folders import commit_of, content_hash, hash_of, read_json, safe
 from tasks.program import rank
 from tasks.registry import resolve
 

@@ -21,9 +21,8 @@ from filelock import FileLock
 
 from llada_core.config.params import Params
 from llada_core.settings import ConfigError, nearest, read_yaml, with_overrides
-from tasks.checkout import add_worktree, copied, mend_worktree, submitted
 from tasks.dvc_settings import configure_workspace
-from tasks.folders import hash_of, write_json, write_text
+from tasks.folders import add_worktree, copied, hash_of, mend_worktree, submitted, write_json, write_text
 from tasks.graph import prune, with_sources
 from tasks.runs import home
 

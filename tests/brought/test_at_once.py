@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from llada_core.evaluation.answering import AnswerStore
-from tasks import databases, folders
-from tasks.databases import NoDatabaseError, require, sqlite_uri
-from tasks.folders import content_hash, link_into
+from tasks import folders
+from tasks import folders as databases
+from tasks.folders import NoDatabaseError, content_hash, link_into, require, sqlite_uri
 from tasks.records import PLACES, open_records
 from tasks.registry import keep
 from tests.brought.test_folders import made

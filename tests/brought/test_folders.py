@@ -14,10 +14,8 @@ import pytest
 
 from llada_core.config.launch import LaunchParams
 from llada_core.settings import ConfigError
-from tasks.checkout import git, prune_worktrees
-from tasks.databases import require, sqlite_file, sqlite_uri
 from tasks.dvc_settings import configure_workspace
-from tasks.folders import home, write_json
+from tasks.folders import git, home, prune_worktrees, require, sqlite_file, sqlite_uri, write_json
 from tasks.graph import load_stage
 from tasks.launch_local import LocalLauncher
 from tasks.launch_script import render

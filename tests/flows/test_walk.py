@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from flows.walk import StageProcesses
-from tasks.databases import NoDatabaseError
 from tasks.errors import StageError
+from tasks.folders import NoDatabaseError
 from tests.tasks.conftest import project  # noqa: F401  (a fixture)
 from tests.tasks.test_runs import finish, program, steps, the_run
 

@@ -11,7 +11,7 @@ import pytest
 from llada_core.config.params import Params
 from llada_core.modeling import save_model
 from llada_core.settings import ConfigError
-from tasks import databases
+from tasks import folders
 from tasks import register as stage
 from tasks.errors import StageError
 from tasks.folders import content_hash, write_json
@@ -222,7 +222,7 @@ def test_an_odd_name_is_told_as_such(root: Path) -> None:
 
 
 def test_a_database_that_is_locked_damaged_or_gone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(databases, "PATIENCE", 0.1)
+    monkeypatch.setattr(folders, "PATIENCE", 0.1)
     with sqlite3.connect(root / "mlflow.db", isolation_level=None) as other:
         other.execute("begin exclusive")
         with pytest.raises(OSError, match="database is locked; another program is writing; try again, or use Postgre"):
