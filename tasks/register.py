@@ -1,28 +1,24 @@
-"""The stage `register`: a model version by reference to immutable weights; `champion` only if the gate lets it and it
-answers when it is tried.
-
-Everything is found before it is made, so that a killed registration goes on. Knows MLflow; does not know how models are
-trained or measured.
-"""
+"""A registered version by reference; the gate that lets it be champion, its promotion, the way back."""
 
 import getpass
 import importlib.metadata
 import json
+import math
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from llada_core.config.params import Params
-from llada_core.config.registry import RegisterParams
+from llada_core.config.registry import GateParams, RegisterParams
+from llada_core.evaluation.statistics import Difference, paired
 from llada_core.settings import ConfigError
 from tasks import tracking
 from tasks.errors import one_line_errors
 from tasks.folders import commit_of, content_hash, hash_of, read_json, write_json
-from tasks.gate import Decision, decide
 from tasks.registry import (
     Version,
     client,
@@ -32,12 +28,80 @@ from tasks.registry import (
     require_weights,
     scores_of,
     store_folder,
+    verified,
+    version_of,
     versions,
     write_receipt,
 )
 from tasks.report import scores_of as answered
 from tasks.runs import RunFolder, home, stage_params
 from tasks.trial import try_out
+
+Scores = dict[str, dict[str, float]]  # benchmark -> question -> score in [0, 1]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The verdict and, in words, what it rests on."""
+
+    passed: bool
+    reason: str
+
+
+def decide(gate: GateParams, candidate: Scores, champion: Scores | None) -> Decision:
+    """Apply the gate; `champion` is None when there is none yet.
+
+    A gate that names nothing lets a first champion through and no other: nothing says that the candidate is as good.
+    Raises ValueError for a benchmark nobody measured.
+    """
+    named = (*gate.better, *gate.not_worse, *gate.at_least)
+    if missing := [name for name in named if name not in candidate]:
+        raise ValueError(
+            f"the gate names benchmark {missing[0]!r}; measured are: {', '.join(sorted(candidate)) or 'none'}"
+        )
+    if broken := [name for name in named if not all(map(math.isfinite, candidate[name].values()))]:
+        return Decision(False, f"{broken[0]} has a score that is no number")
+    for name, floor in gate.at_least.items():
+        if (score := _mean(candidate[name])) < floor:
+            return Decision(False, f"{name} is {score:.3f}, below the required {floor:.3f}")
+    if champion is None:
+        return Decision(True, "there was no champion")
+    if not named:
+        ways = "name benchmarks in register.gate (better, not_worse, at_least), or `llada promote` by hand"
+        return Decision(False, f"the gate is empty, and there is a champion; {ways}")
+    if missing := [name for name in (*gate.better, *gate.not_worse) if not _common(candidate, champion, name)]:
+        return Decision(False, f"{missing[0]}: the champion was not measured on the same questions; evaluate it first")
+    for name in (*gate.not_worse, *gate.better):
+        difference = _difference([name], candidate, champion)
+        if difference.high < 0:
+            return Decision(False, f"worse on {name}: {_words(difference)}")
+    if not gate.better:
+        return Decision(True, "worse on nothing that the gate lists")
+    difference = _difference(list(gate.better), candidate, champion)
+    where = " and ".join(gate.better)
+    if difference.low <= 0:
+        return Decision(False, f"not better on {where} by more than noise: {_words(difference)}")
+    return Decision(True, f"better on {where}: {_words(difference)}")
+
+
+def _difference(names: list[str], candidate: Scores, champion: Scores) -> Difference:
+    questions = [(name, question) for name in names for question in _common(candidate, champion, name)]
+    return paired([candidate[n][q] for n, q in questions], [champion[n][q] for n, q in questions])
+
+
+def _common(candidate: Scores, champion: Scores, name: str) -> list[str]:
+    theirs = {question for question, score in champion.get(name, {}).items() if math.isfinite(score)}
+    return sorted(candidate[name].keys() & theirs)
+
+
+def _mean(scores: dict[str, float]) -> float:
+    return sum(scores.values()) / len(scores) if scores else 0.0
+
+
+def _words(difference: Difference) -> str:
+    low, high = difference.low, difference.high
+    return f"{difference.value:+.3f} (95 % interval {low:+.3f} to {high:+.3f}, {difference.n} questions)"
+
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "mlflow")
@@ -222,3 +286,33 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def gate(root: Path, name: str, which: str) -> Decision:
+    """What the gate of params.yaml says of a version against the present champion."""
+    params = Params.load(root / "params.yaml")
+    if params.register_ is None or params.register_.name != name:
+        raise ConfigError(
+            f"params.yaml has no gate for model {name!r}; promote without it (`llada promote`, gated=false)"
+        )
+    return judge(root, params, version_of(root, name, which), champion_among(versions(root, name)))
+
+
+def promote(root: Path, name: str, which: str, why: str) -> Version:
+    """Make a version (number or alias) champion, once its weights are verified and it has answered a question."""
+    version = version_of(root, name, which)
+    require_weights(verified(root, version.hash))
+    try_out(root, version)
+    point(root, version, CHAMPION, why)
+    return version
+
+
+def roll_back(root: Path, name: str, why: str = "rolled back") -> Version:
+    """Give the alias back to the last champion before the present one; raises `ConfigError` when there was none."""
+    present = version_of(root, name, CHAMPION)
+    held = [r["hash"] for r in receipts(root) if r["name"] == name and r.get("alias") == CHAMPION]
+    before = next((digest for digest in reversed(held) if digest != present.hash), None)
+    version = next((v for v in versions(root, name) if v.hash == before), None)
+    if version is None:
+        raise ConfigError(f"model {name!r} had no champion before version {present.number}")
+    return promote(root, name, version.number, why)

@@ -6,7 +6,7 @@ A new case from a bug report is a line of the table.
 import pytest
 
 from llada_core.config.registry import GateParams
-from tasks.gate import decide
+from tasks.register import decide
 
 NAN = float("nan")
 

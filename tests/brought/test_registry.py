@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llada_core.settings import ConfigError
 from tasks.errors import StageError
-from tasks.promote import promote, roll_back
+from tasks.register import promote, roll_back
 from tasks.registry import (
     Version,
     keep,
