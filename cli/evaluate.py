@@ -1,6 +1,6 @@
 """`llada eval`, `llada fetch`, `llada lm-eval`, `llada diff`: measure any model, and compare two measurements.
 
-Thin over tasks.evaluate, tasks.fetch, tasks.lm_eval and tasks.diff; heavy packages are imported inside.
+Thin over tasks.evaluate, tasks.fetch, tasks.lm_eval and tasks.measure; heavy packages are imported inside.
 """
 
 import sys
@@ -47,8 +47,8 @@ def evaluate(
         from llada_core.evaluation.recipes import table as published
         from llada_core.modeling.place import checked_bits
         from tasks.folders import safe
+        from tasks.measure import sweep_places
         from tasks.runs import home
-        from tasks.sweep import sweep_places
         from tasks.tracked_results import send_sweep
 
         if data is not None and not Path(data).expanduser().is_dir():
@@ -81,10 +81,10 @@ def _swept(
 ) -> dict[str, dict[str, Any]] | None:
     """The results, by all GPUs of this machine; None in the processes that only answer a share."""
     from tasks.evaluate import processes
+    from tasks.measure import sweep
     from tasks.program import rank
     from tasks.registry import resolve
     from tasks.shards import sharing
-    from tasks.sweep import sweep
 
     program = [sys.executable, "-m", "cli.main", *sys.argv[1:]]
     with sharing(processes([resolve(name)], params, device), program):
@@ -138,6 +138,6 @@ def diff(
 ) -> None:
     """Two measurements side by side: scores with a paired test, questions gained and lost, settings, code."""
     with one_line_errors():
-        from tasks import diff as comparison
+        from tasks import measure as comparison
 
         print(comparison.told(comparison.diff(first, second)))

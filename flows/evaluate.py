@@ -25,10 +25,10 @@ from tasks.errors import StageError, one_line_errors
 from tasks.evaluate import Places, answering, data_root, quiet_lm_eval
 from tasks.folders import commit_of, read_json
 from tasks.launch_script import visible_gpus
+from tasks.measure import FAILURES, tell_costs
 from tasks.plan_memory import peak_of
 from tasks.report import Beside, write_report
 from tasks.runs import home
-from tasks.sweep import FAILURES, tell_costs
 from tasks.tracking import send_pending
 from tasks.workspace import Workspace, open_workspace
 

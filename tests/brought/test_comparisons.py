@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llada_core.settings import ConfigError
-from tasks.diff import diff, side, told
 from tasks.folders import safe, write_json
+from tasks.measure import diff, side, told
 from tasks.runs import RunFolder
 from tasks.status import COLUMNS, line_of
 

@@ -15,7 +15,7 @@ from llada_core.settings import ConfigError
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.engine import Ranks
 from llada_core.training.progress import MetricsFile, read_metrics
-from tasks.diff import _records
+from tasks.measure import _records
 from tasks.registry import receipts, write_receipt
 from tasks.report import scores_of
 from tasks.tracked_results import samples
