@@ -237,7 +237,7 @@ def rollback(
 def doctor() -> None:
     """Is this machine (and its cluster) fit: each finding with its remedy; exit status 1 if something is missing."""
     with one_line_errors():
-        from flows.server import require_prefect
+        from flows.pipeline import require_prefect
         from tasks.doctor import Finding, findings, with_remedy
         from tasks.folders import NoDatabaseError
 

@@ -16,7 +16,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
 
-from flows.walk import StageProcesses
+from flows.pipeline import StageProcesses
 from llada_core.config.params import Params
 from llada_core.evaluation import recipes
 from llada_core.evaluation.params import ReportParams

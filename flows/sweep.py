@@ -10,7 +10,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.walk import StageProcesses, part_of, stage_graph
+from flows.pipeline import StageProcesses, part_of, stage_graph
 from llada_core.settings import ConfigError
 from tasks.errors import StageError
 from tasks.folders import read_json

@@ -87,7 +87,7 @@ def test_a_sweep_ranks_its_points(project: Path) -> None:  # noqa: F811
 
 
 def test_parts_of_a_graph() -> None:
-    from flows.walk import part_of
+    from flows.pipeline import part_of
 
     graph = {"a": set(), "b": {"a"}, "c@1": {"b"}, "c@2": {"b"}, "d": {"c@1", "c@2"}}
     assert set(part_of(graph, "b", "c")) == {"b", "c@1", "c@2"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.walk import StageProcesses
+from flows.pipeline import StageProcesses
 from tasks.errors import StageError
 from tasks.folders import NoDatabaseError
 from tests.tasks.conftest import project  # noqa: F401  (a fixture)
@@ -43,7 +43,7 @@ def old_server() -> Iterator[str]:
 def test_a_server_of_another_version_or_none_is_one_line(old_server: str) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.server import require_prefect
+    from flows.pipeline import require_prefect
 
     with (
         temporary_settings({PREFECT_API_URL: old_server}),
