@@ -16,7 +16,6 @@ from typing import Any
 from llada_core.data.puzzles import solutions
 from llada_core.settings import ConfigError
 from llada_core.verifiers import answers, code
-from llada_core.verifiers import answers as gsm8k_rules
 from llada_core.verifiers.notation import tagged
 
 Answer = Mapping[str, Any]
@@ -56,13 +55,13 @@ def parts(task: str, text: str, answer: Answer) -> dict[str, float]:
 
 def gsm8k(text: str, answer: Answer) -> dict[str, float]:
     """Five rewards, at most 4.0 together."""
-    reply = gsm8k_rules.without_commas(text.split("<answer>")[-1].split("</answer>")[0].strip())
+    reply = answers.without_commas(text.split("<answer>")[-1].split("</answer>")[0].strip())
     return {
         "xmlcount": xmlcount(text),
         "soft_format": 0.5 * bool(_SOFT.match(text)),
         "strict_format": 0.5 * bool(_STRICT.match(text)),
         "int": 0.5 * reply.isdigit(),
-        "correctness": 2.0 * gsm8k_rules.verify_gsm8k_exact(text, answer),
+        "correctness": 2.0 * answers.verify_gsm8k_exact(text, answer),
     }
 
 
