@@ -10,7 +10,7 @@ from rich.console import Console
 
 from app.render import conversation
 from app.session import ChatSession
-from cli.chat import Conversation
+from cli.talk import Conversation
 from llada_core.sampling.gaps import with_gaps
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.trace import printable, readable, typed
