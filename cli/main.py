@@ -2,7 +2,8 @@
 
 import typer
 
-from cli import evaluate, models, runs, talk
+from cli import models, runs, talk
+from cli import models as evaluate
 
 ANY_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
