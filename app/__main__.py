@@ -78,7 +78,7 @@ def launch(
     desk = Desk(Shelf(catalogue, setting=setting), catalogue, name, seconds=seconds, at_once=at_once)
     try:
         desk.engine(name)
-        blocks = page.build(desk)
+        blocks = page.build_page(desk)
     except Refused as error:
         if model:
             raise

@@ -1,11 +1,125 @@
-"""The page: a sidebar and six views over one session per person. Knows where things stand, not what they do."""
+"""The page: its sidebar, its tabs, the small views, the interface for programs."""
 
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
-from app.desk import Desk
-from app.views import chat, compare, infill, model, panel, remote, replay, sudoku
+from app import replay, settings
+from app.desk import Desk, sentence, told
+from app.engine import Refused, refusing
+from app.render import notice, table
+from app.session import ChatSession
+from app.views import chat, compare, infill, panel, sudoku
+from app.views.panel import QUICK, Panel
+from llada_core.sampling.params import preset as made_by
+from llada_core.sampling.trace import find_runners_up
+
+
+def build_api(desk: Desk) -> None:
+    """Adds the endpoint."""
+
+    def chat(
+        message: str, preset: str = "recommended", max_new_tokens: int = 0
+    ) -> Generator[dict[str, Any], None, None]:
+        yield from told(lambda: _answer(desk, message, preset, max_new_tokens), lambda text: {"error": text})
+
+    gr.api(chat, api_name="chat", **desk.line())
+
+
+def _answer(desk: Desk, message: str, preset: str, length: int) -> Generator[dict[str, Any], None, None]:
+    engine, _ = desk.engine(None)
+    params = desk.catalogue.recommended(desk.model)
+    if length > 0:
+        params = settings.params({**vars(params), "max_new_tokens": length, "steps": length, "block_length": length})
+    if preset != "recommended":
+        with refusing():
+            params = made_by(preset, params)
+    session = ChatSession()
+    session.ask(message)
+    for frame in session.reply(engine, params, limit=desk.seconds):
+        yield {"written": frame.written, "of": params.max_new_tokens}
+    counts = session.last.counts
+    yield {
+        "answer": session.turns[-1].answer,
+        "note": session.last.note,
+        "steps": counts.steps if counts else 0,
+        "forwards": counts.forwards if counts else 0,
+        "seconds": counts.seconds if counts else 0.0,
+    }
+
+
+def build_model(desk: Desk, panel: Panel, tab: gr.Tab) -> None:
+    """Draws the view and wires it; it is made anew whenever its tab is opened."""
+    load = gr.Button("Load the model chosen in the sidebar", size="sm", elem_id="load")
+    state = gr.HTML(notice(""), apply_default_css=False, elem_id="loaded")
+    gr.Markdown("### Its scores")
+    scores = gr.HTML("", apply_default_css=False, elem_id="scores")
+    gr.Markdown("### Where it comes from")
+    facts = gr.HTML("", apply_default_css=False, elem_id="facts")
+
+    def show(name: str) -> tuple[str, str]:
+        name = name or desk.model
+        known = desk.catalogue.scores(name)
+        nothing = notice("The registry holds no scores for it: llada eval measures them.")
+        return table(desk.catalogue.facts(name)), table(known) if known else nothing
+
+    def bring(name: str) -> Iterator[str]:
+        yield from told(lambda: _loaded(desk, name), lambda text: notice(text, "bad"))
+
+    seen = [show, panel.model, [facts, scores]]
+    load.click(bring, panel.model, state, **desk.queue()).then(*seen, **QUICK)
+    gr.on([tab.select, panel.model.change], *seen, **QUICK)
+
+
+def _loaded(desk: Desk, name: str) -> Iterator[str]:
+    engine, moved = yield from desk.bring(name, notice)
+    count = sum(p.numel() for p in engine.model.parameters())
+    size = f"{count / 1e6:.1f} M parameters on {engine.model.device}, {engine.context} tokens long"
+    yield notice(f"{engine.name} is loaded: {size}. {moved}", "good")
+
+
+AT_ONCE = 5.0  # seconds: an answer written in less is looked at again without being asked
+
+
+def build_replay(desk: Desk, session: gr.State, model: gr.Dropdown, tab: gr.Tab) -> None:
+    """Draws the view; it is made anew whenever its tab is opened."""
+    runners = gr.Button("Look up the runners-up of every position", size="sm", elem_id="runners")
+    shown = gr.HTML(replay.empty(), apply_default_css=False, elem_id="replay")
+    dark = gr.Checkbox(visible=False)  # told by the browser, which a State would not be
+
+    def show(chat: ChatSession | None, is_dark: bool, _: str) -> str:
+        if chat is None or not chat.last.trace.frames:
+            return replay.empty()
+        asked = chat.turns[-1].user if chat.turns else ""
+        return replay.frame(replay.document(chat.last.trace, prompt=asked, dark=is_dark))
+
+    def quick_look(chat: ChatSession | None, is_dark: bool, name: str) -> Any:
+        last = None if chat is None else chat.last
+        if last is None or last.counts is None or last.counts.seconds > AT_ONCE or last.trace.runners:
+            return gr.skip()
+        return look(chat, is_dark, name, unasked=True)
+
+    def look(chat: ChatSession | None, is_dark: bool, name: str, unasked: bool = False) -> Any:
+        try:
+            if chat is not None and chat.last.trace.frames:
+                engine, _ = desk.engine(name)
+                if engine.folder != chat.last.by:
+                    raise Refused("Another model wrote this answer; choose it in the sidebar to look up runners-up.")
+                with engine.turn:
+                    find_runners_up(chat.last.trace, engine.model)
+                chat.last.trace.spell(engine.decode)
+            return show(chat, is_dark, name)
+        except Exception as error:  # noqa: BLE001 - shown to the person, the page lives on
+            return gr.skip() if unasked else notice(sentence(error), "bad") + show(chat, is_dark, name)
+
+    with_theme = "(chat, _, name) => [chat, document.body.classList.contains('dark'), name]"
+    inputs = [session, dark, model]
+    opened = tab.select(show, inputs, shown, js=with_theme, **QUICK)
+    opened.then(quick_look, inputs, shown, js=with_theme, **desk.queue())
+    runners.click(look, inputs, shown, js=with_theme, **desk.queue())
+
 
 CSS = Path(__file__).parent / "page.css"
 FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]  # whatever the machine has; nothing is fetched
@@ -19,7 +133,7 @@ def theme() -> gr.themes.Base:
     )
 
 
-def build(desk: Desk) -> gr.Blocks:
+def build_page(desk: Desk) -> gr.Blocks:
     """The page around a desk."""
     with gr.Blocks(title="lladaflow", analytics_enabled=False, fill_width=True) as page:
         session = gr.State(None)
@@ -35,10 +149,10 @@ def build(desk: Desk) -> gr.Blocks:
         with gr.Tab("Compare"):
             models = [side.model, *compare.build(desk, side)]
         with gr.Tab("Replay") as tab:
-            replay.build(desk, session, side.model, tab)
+            build_replay(desk, session, side.model, tab)
         with gr.Tab("Model") as tab:
-            model.build(desk, side, tab)
-        remote.build(desk)
+            build_model(desk, side, tab)
+        build_api(desk)
         page.load(lambda: [gr.update(choices=panel.choices(desk))] * len(models), None, models, **panel.QUICK)
         page.load(None, js=NARROW)
     return page.queue(max_size=64)

@@ -39,7 +39,7 @@ def page_url(model_folder: Path) -> Iterator[str]:
 
     catalogue = Catalogue(model_folder.parent)
     desk = Desk(Shelf(catalogue), catalogue, str(model_folder), pace=0)
-    blocks = page.build(desk)
+    blocks = page.build_page(desk)
     blocks.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, **options())
     yield blocks.local_url
     blocks.close()

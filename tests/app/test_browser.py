@@ -63,7 +63,7 @@ def url(desk) -> Iterator[str]:
     from app import page
     from app.__main__ import options
 
-    blocks = page.build(desk)
+    blocks = page.build_page(desk)
     blocks.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, **options())
     yield blocks.local_url
     blocks.close()
