@@ -70,9 +70,7 @@ def launch(
 
     name = model or champion_of(Path.cwd())  # first: Gradio takes seconds to import
     from app import page
-    from app.catalogue import Catalogue
-    from app.desk import Desk
-    from app.engine import Refused, Setting, Shelf
+    from app.models import Catalogue, Desk, Refused, Setting, Shelf
 
     catalogue, setting = Catalogue(Path.cwd()), Setting.checked(*lies)
     desk = Desk(Shelf(catalogue, setting=setting), catalogue, name, seconds=seconds, at_once=at_once)

@@ -7,8 +7,7 @@ from typing import Any
 import gradio as gr
 
 from app import replay, settings
-from app.desk import Desk, sentence, told
-from app.engine import Refused, refusing
+from app.models import Desk, Refused, refusing, sentence, told
 from app.render import notice, table
 from app.session import ChatSession
 from app.views import chat, compare, infill, panel, sudoku

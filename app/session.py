@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
-from app.engine import Engine, Refused
+from app.models import Engine, Refused
 from app.writing import Writing
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.trace import Frame, Trace, typed

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter
 
-from app.engine import Refused, refusing
+from app.models import Refused, refusing
 from llada_core.sampling.params import SENTENCES, SamplingParams
 
 Kind = Literal["choice", "integer", "number", "switch", "tokens"]

@@ -5,7 +5,7 @@ Knows the rules of the puzzle; does not know models.
 
 from collections.abc import Sequence
 
-from app.engine import Refused
+from app.models import Refused
 from app.render import STATE_CLASS, escape, level
 from llada_core.sampling.trace import Cell
 

@@ -12,7 +12,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 from transformers import PreTrainedTokenizerFast
 
-from app.engine import Engine as Loaded
+from app.models import Engine as Loaded
 from llada_core.data import encode as tokenise
 from llada_core.data.params import GRPOData, PreferenceData, SFTData
 from llada_core.evaluation.answering import Answerer, Options

@@ -6,8 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.desk import Desk, told
-from app.engine import Refused
+from app.models import Desk, Refused, told
 from app.render import CLICKS, conversation, legend
 from app.session import ChatSession
 from app.views.panel import QUICK, Panel, Values

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.desk import Desk, told
+from app.models import Desk, told
 from app.render import notice, table
 from app.session import ChatSession
 from app.views.panel import QUICK, Panel, Values, choices

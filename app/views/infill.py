@@ -6,8 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.desk import Desk, told
-from app.engine import Refused, refusing
+from app.models import Desk, Refused, refusing, told
 from app.render import notice
 from app.session import ChatSession, fits
 from app.views.panel import QUICK, Panel, Values

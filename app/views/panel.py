@@ -12,8 +12,7 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.desk import Desk, paced, sentence
-from app.engine import Engine
+from app.models import Desk, Engine, paced, sentence
 from app.render import canvas, notice
 from app.writing import Writing
 from llada_core.sampling.params import PRESETS, SamplingParams, exactness

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from app import sudoku
-from app.desk import Desk, told
+from app.models import Desk, told
 from app.render import notice
 from app.views.panel import QUICK, Panel, Values
 from app.writing import Writing

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.engine import Engine
+from app.models import Engine
 from llada_core.modeling import save_model
 from tests.ports import free_port
 from tests.tiny import tiny_pair
@@ -33,9 +33,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page_url(model_folder: Path) -> Iterator[str]:
     from app import page
     from app.__main__ import options
-    from app.catalogue import Catalogue
-    from app.desk import Desk
-    from app.engine import Shelf
+    from app.models import Catalogue, Desk, Shelf
 
     catalogue = Catalogue(model_folder.parent)
     desk = Desk(Shelf(catalogue), catalogue, str(model_folder), pace=0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.engine import Engine
+from app.models import Engine
 from llada_core.data.puzzles import solutions
 from llada_core.modeling.predictor import MaskPredictor, Prediction
 from llada_core.tokenizer import Tokenizer

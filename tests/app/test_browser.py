@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.catalogue import Catalogue
-from app.desk import Desk
-from app.engine import Engine, Refused
+from app.models import Catalogue, Desk, Engine, Refused
 from llada_core.sampling.params import SamplingParams
 from tests.app.oracle import oracle
 from tests.ports import free_port

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from app import engine as engines
-from app.catalogue import Catalogue
-from app.desk import Desk
-from app.engine import Engine, Refused, Setting, Shelf, load
+from app import models as engines
+from app.models import Catalogue, Desk, Engine, Refused, Setting, Shelf, load
 
 
 class Names:

@@ -149,7 +149,7 @@ def test_a_reply_that_nobody_waits_for_leaves_the_conversation_on_the_page():
 
 
 def test_an_unexpected_error_is_a_sentence_with_a_number_and_the_log_has_the_rest(caplog):
-    from app.desk import sentence, told
+    from app.models import sentence, told
 
     def broken():
         yield "fine"

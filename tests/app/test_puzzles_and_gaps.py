@@ -5,7 +5,7 @@ import re
 import pytest
 
 from app import sudoku
-from app.engine import Refused
+from app.models import Refused
 from app.writing import Writing
 from llada_core.sampling.gaps import for_template, pinned, with_gaps
 from llada_core.sampling.params import SamplingParams

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from app.engine import Engine, Refused
+from app.models import Engine, Refused
 from app.session import LONGEST_MESSAGE, MOST_TURNS, ChatSession
 from llada_core.sampling.params import SamplingParams
 from tests.app.oracle import oracle

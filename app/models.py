@@ -1,0 +1,406 @@
+"""Loaded models, what is known of others without loading them, and what every view shares."""
+
+import json
+import logging
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llada_core.config.params import Params
+from llada_core.data.puzzles import countdown, draw, seats, sudoku
+from llada_core.evaluation import recipes
+from llada_core.files import document, read
+from llada_core.modeling import load_to_answer
+from llada_core.modeling.place import checked_bits, held_bytes
+from llada_core.modeling.predictor import MaskPredictor
+from llada_core.sampling import Step, stream, stream_infill
+from llada_core.sampling.params import PUBLISHED, SamplingParams
+from llada_core.sampling.trace import speller
+from llada_core.settings import Bits, ConfigError
+from llada_core.tokenizer import Tokenizer
+from tasks import registry
+from tasks.folders import sqlite_file
+
+HASH = re.compile(r"\b[0-9a-f]{40,}\b")
+EACH = 2  # examples of each benchmark
+GENERAL = (
+    "What is 72 divided by 6? Explain step by step.",
+    "Write a short poem about the sea.",
+    "List three uses of a paper clip.",
+)
+
+
+class Catalogue:
+    """The registry of one project folder, and its params for what a version does not say itself."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            self.params: Params | None = Params.load(root / "params.yaml")
+        except ConfigError:
+            self.params = None
+
+    def names(self) -> list[str]:
+        """Every alias and version of every registered model, newest first."""
+        found = []
+        for model in self._models():
+            for version in reversed(registry.versions(self.root, model)):
+                found += [f"models:/{model}@{alias}" for alias in version.aliases]
+                found.append(f"models:/{model}/{version.number}")
+        return found
+
+    def version(self, name: str) -> registry.Version | None:
+        """The registered version behind a name; None for folders and Hub names. Raises ConfigError when it is gone."""
+        match = registry.REFERENCE.fullmatch(name)
+        if not match or Path(name).is_dir():
+            return None
+        model, which = match[1] or match[4], match[2] or match[3] or match[5]
+        if model not in self._models():
+            raise ConfigError(f"no model {model!r} is registered; make run trains and registers one")
+        return registry.version_of(self.root, model, which)
+
+    def locate(self, name: str) -> str:
+        """What changes when a name leads to other weights: cheap, unlike `resolve`, which verifies them."""
+        version = self.version(name)
+        return name if version is None else version.hash
+
+    def resolve(self, name: str) -> Path:
+        """The verified folder."""
+        return registry.resolve(name, self.root)
+
+    def facts(self, name: str) -> list[tuple[str, str]]:
+        """Where a model comes from: version, aliases, lineage, and the receipt of its last training stage."""
+        try:
+            version, folder = self.version(name), self._folder(name)
+        except ConfigError as error:
+            return [("registry", str(error))]
+        rows = [("name", name)]
+        if version is not None:
+            aliases = ", ".join(version.aliases) or "none"
+            rows += [("version", version.number), ("aliases", aliases)]
+            told = sorted((key, value) for key, value in version.tags.items() if key != "folder")  # a path of ours
+            rows += [(key.replace("_", " ").replace(".", " "), _told(value)) for key, value in told]
+            usual = vars(SamplingParams(max_new_tokens=1, block_length=1, steps=1))
+            rows.append(
+                ("recommended", _told({k: v for k, v in vars(self.recommended(name)).items() if v != usual[k]}))
+            )
+        receipt = folder / "training.json"
+        if receipt.is_file():
+            values = document(receipt)
+            rows += [(f"training {key}", _told(v)) for key, v in sorted(values.items()) if key != "inputs"]
+        return rows
+
+    def size(self, name: str) -> int:
+        """Bytes of the weights; 0 where they are not on this machine yet."""
+        try:
+            return sum(path.stat().st_size for path in self._folder(name).glob("*.safetensors"))
+        except (ConfigError, OSError):
+            return 0
+
+    def scores(self, name: str) -> list[tuple[str, str]]:
+        """Benchmark, mean score and number of questions as registered, and what is published for it."""
+        try:
+            version = self.version(name)
+        except ConfigError:
+            return []
+        measured = {} if version is None else registry.scores_of(self.root, version.hash)
+        return [
+            (benchmark, f"{100 * sum(each.values()) / len(each):.1f} % of {len(each)} questions{_published(benchmark)}")
+            for benchmark, each in sorted(measured.items())
+            if each
+        ]
+
+    def recommended(self, name: str) -> SamplingParams:
+        """The settings registered with a model; for others those of params.yaml, or of LLaDA's own demo."""
+        try:
+            version = self.version(name)
+        except ConfigError:
+            version = None
+        if version is not None:
+            return registry.sampling_of(self.root, version) or PUBLISHED
+        if self._is_ours(name) and self.params is not None and self.params.register_ is not None:
+            return self.params.register_.sampling
+        return PUBLISHED
+
+    def examples(self, name: str) -> list[str]:
+        """Questions that this model answers: held-out ones it answered right, else fresh ones, else general ones."""
+        if not self._is_ours(name):
+            return list(GENERAL)
+        makers = (sudoku, countdown, seats)
+        fresh = [p.prompt for make in makers for p in draw(make, part="evaluate", count=2, seed="examples")]
+        return self._answered(name) or fresh
+
+    def _answered(self, name: str) -> list[str]:
+        """Two questions of each benchmark of data/eval that the registered model got right."""
+        try:
+            version = self.version(name)
+        except ConfigError:
+            return []
+        found: list[str] = []
+        for benchmark, scores in (registry.scores_of(self.root, version.hash) if version else {}).items():
+            file = registry.home(self.root) / "data" / "eval" / f"{benchmark}.jsonl"
+            if file.is_file() and any(scores.values()):
+                found += [q["prompt"] for q in read(file) if scores.get(q["id"])][:EACH]
+        return found
+
+    def knows_sudoku(self, name: str) -> bool:
+        """Whether the grid fits the model."""
+        return self._is_ours(name)
+
+    def _folder(self, name: str) -> Path:
+        version = self.version(name)
+        return Path(name) if version is None else registry.store_folder(self.root, version.hash)
+
+    def _is_ours(self, name: str) -> bool:
+        """Trained on this project's puzzles: registered here, or a folder with a training receipt."""
+        if Path(name).is_dir():
+            return (Path(name) / "training.json").is_file()
+        return registry.REFERENCE.fullmatch(name) is not None
+
+    def _models(self) -> list[str]:
+        """Names of all registered models; MLflow is not asked when it has no files yet, since asking makes them."""
+        lost = {receipt["name"] for receipt in registry.receipts(self.root)}
+        file = sqlite_file(registry.tracking_uri(self.root))
+        if file is not None and not file.is_file():
+            return sorted(lost)
+        return sorted(lost | {model.name for model in registry.client(self.root).search_registered_models()})
+
+
+def _published(benchmark: str) -> str:
+    found = recipes.figures(benchmark) if recipes.exists(benchmark) else []
+    return "".join(f" · {each.source}: {100 * each.value:.1f} % ({each.model})" for each in found)
+
+
+def _told(value: object) -> str:
+    """A tag or receipt entry for people: mappings as a list, long hashes cut."""
+    if isinstance(value, str) and value.startswith("{"):
+        value = json.loads(value)
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {_told(each)}" for key, each in value.items())
+    if isinstance(value, float) and value.is_integer():
+        return f"{value:,.0f}"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return HASH.sub(lambda found: found[0][:12] + "…", text)
+
+
+class Refused(ValueError):  # noqa: N818 - a sentence for a person rather than a fault
+    """Something the person asked for that cannot be done; the text is a sentence for them."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What the library says of a value that does not fit is a sentence for the person."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+MOST_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One model, ready to write. `turn` lets simultaneous writers share it step by step."""
+
+    name: str
+    folder: Path
+    model: MaskPredictor
+    tokenizer: Tokenizer
+    turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def context(self) -> int:
+        """Longest canvas in tokens."""
+        return min(self.model.max_length, MOST_CONTEXT)
+
+    @property
+    def mask_id(self) -> int:
+        """The token that stands for a masked position."""
+        return self.model.special_tokens.mask_id
+
+    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """The prompt of a conversation."""
+        return self.tokenizer.chat_ids(messages)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a person's text; nothing in it is read as a special token."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, token: int) -> str:
+        """One token as text, end tokens as a sign."""
+        return speller(self.tokenizer)(token)
+
+    def text(self, tokens: list[int]) -> str:
+        """The plain answer."""
+        return self.tokenizer.answer_text(tokens)
+
+    def whole(self, tokens: list[int]) -> str:
+        """The text of a filled template, nothing cut off."""
+        return self.tokenizer.decode(tokens)
+
+    def write(
+        self, prompt: list[int], params: SamplingParams, *, pinned: dict[int, int] | None = None, watch: bool = False
+    ) -> Generator[Step, None, None]:
+        """Denoises an answer after `prompt`; with `watch`, guesses are made beyond the present block too."""
+        with refusing():
+            return self._in_turn(stream(self.model, [prompt], params, pinned=pinned, look_ahead=watch))
+
+    def fill(self, template: list[int], params: SamplingParams, *, watch: bool = False) -> Generator[Step, None, None]:
+        """Denoises the masks of a template."""
+        with refusing():
+            return self._in_turn(stream_infill(self.model, [template], params, look_ahead=watch))
+
+    def _in_turn(self, steps: Iterator[Step]) -> Generator[Step, None, None]:
+        while True:
+            with self.turn:
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the page's models lie, and with how many bits a weight; as `load_to_answer` takes them."""
+
+    device: str = "auto"
+    bits: Bits | None = None
+
+    @classmethod
+    def checked(cls, device: str, bits: int | None) -> "Setting":
+        """As a person gave it; `ValueError` in one line if this machine has no such thing."""
+        return cls(device, checked_bits(device, bits))
+
+
+def load(name: str, resolve: Callable[[str], Path], setting: Setting = Setting()) -> Engine:
+    """Resolves, checks memory and loads; raises Refused with one sentence when any of it fails."""
+    try:
+        folder = resolve(name)
+        model, tokenizer = load_to_answer(folder, device=setting.device, bits=setting.bits), Tokenizer.load(folder)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise Refused(f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return Engine(name, folder, model, tokenizer)
+
+
+class Shelf:
+    """The loaded models, at most `most`; the one asked for longest ago makes room.
+
+    A name is looked up at every `get`, so that a moved champion is the one that answers next.
+    """
+
+    def __init__(self, source: Catalogue, most: int = 2, setting: Setting = Setting()) -> None:
+        self._source, self._most, self._setting = source, most, setting
+        self._engines: dict[str, tuple[str, Engine]] = {}
+        self._lock, self._loading = threading.Lock(), threading.Lock()  # who loads waits; who has a model does not
+
+    def get(self, name: str) -> tuple[Engine, str]:
+        """The engine, and a sentence when it is another than last time or the registry no longer names it."""
+        place, loaded = self._engines.get(name, ("", None))
+        try:
+            with self._lock:
+                now = self._source.locate(name)
+        except (ValueError, OSError) as error:
+            if loaded is None:
+                raise Refused(f"There is no model {name!r}: {str(error).splitlines()[0]}") from error
+            return loaded, f"{name} is no longer in the registry; the version that was loaded goes on."
+        if loaded is not None and place == now:
+            return self._kept(name, now, loaded), ""
+        try:
+            with self._loading:
+                return self._brought(name, now), f"{name} moved: another version answers from now on." if loaded else ""
+        except Refused as error:
+            if loaded is None:
+                raise
+            return loaded, f"{name} moved, but the version before goes on. {error}"
+
+    def _brought(self, name: str, place: str) -> Engine:
+        """The weights at `place`, loaded unless some name has them already."""
+        with self._lock:
+            same = next((engine for at, engine in self._engines.values() if at == place), None)
+            while same is None and len(self._engines.keys() - {name}) >= self._most:
+                del self._engines[next(key for key in self._engines if key != name)]
+        return self._kept(name, place, same or load(name, self._source.resolve, self._setting))
+
+    def _kept(self, name: str, place: str, engine: Engine) -> Engine:
+        """The engine, now the one asked for last."""
+        with self._lock:
+            self._engines.pop(name, None)
+            self._engines[name] = place, engine
+        return engine
+
+
+Shown = TypeVar("Shown")
+log = logging.getLogger("lladaflow.app")
+
+
+@dataclass
+class Desk:
+    """The page's surroundings. `seconds` bounds one generation, `at_once` how many run, `pace` the steps a second."""
+
+    shelf: Shelf
+    catalogue: Catalogue
+    model: str
+    seconds: float = 120.0
+    at_once: int = 4
+    pace: float = 25.0
+
+    def queue(self) -> dict[str, Any]:
+        """How events of the page that generate share the model: in order of arrival, so many at once."""
+        return {**self.line(), "show_progress": "minimal", "api_visibility": "private"}
+
+    def line(self) -> dict[str, Any]:
+        """The one line that every question waits in."""
+        return {"concurrency_limit": self.at_once, "concurrency_id": "model"}
+
+    def engine(self, name: str | None) -> tuple[Engine, str]:
+        """The engine of a registered or given name (empty: the page's own), and a sentence if it changed."""
+        return self.shelf.get((name or "").strip() or self.model)
+
+    def bring(self, name: str | None, show: Callable[[str], Shown]) -> Generator[Shown, None, tuple[Engine, str]]:
+        """`engine`, with a sentence to `show` every half second while a model is read."""
+        loader = ThreadPoolExecutor(1)
+        found, begun, before = loader.submit(self.engine, name), time.monotonic(), held_bytes()
+        loader.shutdown(wait=False)
+        size = self.catalogue.size(name or self.model)
+        while wait([found], 0.5).not_done:
+            taken = max(0, held_bytes() - before) / 2**30
+            spent = time.monotonic() - begun
+            yield show(f"Loading: {taken:.1f} of {size / 2**30:.1f} GB in memory after {spent:.0f} s.")
+        return found.result()
+
+
+def sentence(error: Exception) -> str:
+    """What the person reads: a refusal as it is, anything else with the number under which the log has the details."""
+    if isinstance(error, Refused):
+        return str(error)
+    number = secrets.token_hex(3)
+    log.error("error %s", number, exc_info=error)
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return f"The machine ran out of memory; ask for fewer tokens or a smaller model. (Error {number} in the log.)"
+    return f"Something went wrong here; error {number} in the log of the page has the details."
+
+
+def paced(frames: Iterator[Shown], per_second: float) -> Iterator[Shown]:
+    """The same frames, no more than so many a second (0: as they come)."""
+    due = time.monotonic()
+    for frame in frames:
+        if per_second > 0:
+            time.sleep(max(0.0, due - time.monotonic()))
+            due = max(due, time.monotonic()) + 1 / per_second
+        yield frame
+
+
+def told(work: Callable[[], Iterator[Shown]], tell: Callable[[str], Shown]) -> Iterator[Shown]:
+    """The values of `work()`; an error becomes one more value, so that the page lives on."""
+    try:
+        yield from work()
+    except Exception as error:  # noqa: BLE001 - the boundary between the model and a person: nothing may pass it
+        yield tell(sentence(error))
