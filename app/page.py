@@ -7,9 +7,9 @@ from typing import Any
 import gradio as gr
 
 from app import replay, settings
+from app.conversation import ChatSession
 from app.models import Desk, Refused, refusing, sentence, told
 from app.render import notice, table
-from app.session import ChatSession
 from app.views import chat, compare, infill, panel, sudoku
 from app.views.panel import QUICK, Panel
 from llada_core.sampling.params import preset as made_by

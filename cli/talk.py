@@ -43,7 +43,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from app.writing import Writing
+from app.conversation import Writing
 from cli.options import changed
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import stream

@@ -6,9 +6,9 @@ from typing import Any
 
 import gradio as gr
 
+from app.conversation import ChatSession
 from app.models import Desk, Refused, told
 from app.render import CLICKS, conversation, legend
-from app.session import ChatSession
 from app.views.panel import QUICK, Panel, Values
 
 Shown = tuple[Any, ...]

@@ -7,9 +7,9 @@ from typing import Any
 
 import gradio as gr
 
+from app.conversation import ChatSession
 from app.models import Desk, told
 from app.render import notice, table
-from app.session import ChatSession
 from app.views.panel import QUICK, Panel, Values, choices
 from llada_core.sampling.params import PRESETS, preset
 from llada_core.sampling.trace import readable

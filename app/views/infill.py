@@ -6,11 +6,10 @@ from typing import Any
 
 import gradio as gr
 
+from app.conversation import ChatSession, Writing, fits
 from app.models import Desk, Refused, refusing, told
 from app.render import notice
-from app.session import ChatSession, fits
 from app.views.panel import QUICK, Panel, Values
-from app.writing import Writing
 from llada_core.sampling.gaps import GAP, for_template, pinned, with_gaps
 from llada_core.sampling.trace import Trace, readable
 

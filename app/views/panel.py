@@ -12,9 +12,9 @@ from typing import Any
 import gradio as gr
 
 from app import settings
+from app.conversation import Writing
 from app.models import Desk, Engine, paced, sentence
 from app.render import canvas, notice
-from app.writing import Writing
 from llada_core.sampling.params import PRESETS, SamplingParams, exactness
 from llada_core.sampling.params import preset as made_by
 from llada_core.sampling.trace import Frame

@@ -9,10 +9,10 @@ from typing import Any
 import gradio as gr
 
 from app import sudoku
+from app.conversation import Writing
 from app.models import Desk, told
 from app.render import notice
 from app.views.panel import QUICK, Panel, Values
-from app.writing import Writing
 from llada_core.data import puzzles
 from llada_core.sampling.trace import Trace
 

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from app import sudoku
+from app.conversation import Writing
 from app.models import Refused
-from app.writing import Writing
 from llada_core.sampling.gaps import for_template, pinned, with_gaps
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.trace import Cell

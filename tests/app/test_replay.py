@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from app import replay
-from app.session import ChatSession
+from app.conversation import ChatSession
 from llada_core.modeling.predictor import Prediction
 from llada_core.sampling.canvas import Step
 from llada_core.sampling.params import SamplingParams

@@ -67,7 +67,7 @@ def test_presets_say_whether_they_are_exact():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_run(engine, name):
-    from app.session import ChatSession
+    from app.conversation import ChatSession
 
     chat = ChatSession()
     chat.ask("12 + 3")

@@ -8,8 +8,8 @@ import io
 import pytest
 from rich.console import Console
 
+from app.conversation import ChatSession
 from app.render import conversation
-from app.session import ChatSession
 from cli.talk import Conversation
 from llada_core.sampling.gaps import with_gaps
 from llada_core.sampling.params import SamplingParams
