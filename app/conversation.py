@@ -5,10 +5,10 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from app.canvas import FRESH, OPEN, Frame, Trace, typed
 from app.models import Engine, Refused
 from llada_core.sampling.canvas import Step
 from llada_core.sampling.params import SamplingParams
-from llada_core.sampling.trace import FRESH, OPEN, Frame, Trace, typed
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from app.canvas import speller
 from llada_core.config.params import Params
 from llada_core.data.puzzles import countdown, draw, seats, sudoku
 from llada_core.evaluation import recipes
@@ -22,7 +23,6 @@ from llada_core.modeling.place import checked_bits, held_bytes
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import Step, stream, stream_infill
 from llada_core.sampling.params import PUBLISHED, SamplingParams
-from llada_core.sampling.trace import speller
 from llada_core.settings import Bits, ConfigError
 from llada_core.tokenizer import Tokenizer
 from tasks import registry

@@ -7,13 +7,13 @@ from typing import Any
 import gradio as gr
 
 from app import replay, settings
+from app.canvas import find_runners_up
 from app.conversation import ChatSession
 from app.models import Desk, Refused, refusing, sentence, told
 from app.render import notice, table
 from app.views import chat, compare, infill, panel, sudoku
 from app.views.panel import QUICK, Panel
 from llada_core.sampling.params import preset as made_by
-from llada_core.sampling.trace import find_runners_up
 
 
 def build_api(desk: Desk) -> None:

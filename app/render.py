@@ -6,7 +6,7 @@ Pure functions; every text is escaped here and nowhere else. Knows no model, no 
 import html
 from collections.abc import Iterable, Sequence
 
-from llada_core.sampling.trace import Cell, readable
+from app.canvas import Cell, readable
 
 LEVELS = 5  # shades of one hue, told apart by lightness alone
 STATE_CLASS = {"given": "g", "open": "m", "fresh": "d f", "done": "d"}

@@ -6,10 +6,10 @@ Knows traces and the template `replay.html`; does not know models or Gradio. The
 import json
 from importlib.resources import files
 
+from app.canvas import OPEN, Trace, readable
 from app.render import escape, notice
-from llada_core.sampling.trace import OPEN, Trace, readable
 
-LETTERS = "gmfd"  # the states of llada_core.sampling.trace.STATES
+LETTERS = "gmfd"  # the states of app.canvas.STATES
 
 
 def document(trace: Trace, *, prompt: str = "", dark: bool = False) -> str:

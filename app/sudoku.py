@@ -5,9 +5,9 @@ Knows the rules of the puzzle; does not know models.
 
 from collections.abc import Sequence
 
+from app.canvas import Cell
 from app.models import Refused
 from app.render import STATE_CLASS, escape, level
-from llada_core.sampling.trace import Cell
 
 SIDE = 4
 CELLS = SIDE * SIDE

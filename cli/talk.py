@@ -32,9 +32,9 @@ from llada_core.sampling.params import SamplingParams
 from tasks.errors import one_line_errors
 
 if TYPE_CHECKING:
+    from app.canvas import Trace
     from llada_core.modeling.predictor import MaskPredictor
     from llada_core.sampling import Step
-    from llada_core.sampling.trace import Trace
     from llada_core.tokenizer import Tokenizer
 import time
 from collections.abc import Callable
@@ -43,12 +43,12 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from app.canvas import Trace, readable, speller, typed
 from app.conversation import Writing
 from cli.options import changed
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import stream
 from llada_core.sampling.params import exactness, preset
-from llada_core.sampling.trace import Trace, readable, speller, typed
 from llada_core.tokenizer import Tokenizer
 
 
@@ -79,7 +79,7 @@ def sample(
     llada sample "Solve the sudoku 1030340020030001" -v
     """
     with one_line_errors():
-        from llada_core.sampling.trace import readable, typed
+        from app.canvas import readable, typed
 
         given = {
             "max_new_tokens": max_new_tokens, "block_length": block_length, "steps": steps, "temperature": temperature,
@@ -103,15 +103,14 @@ Batch = tuple[list[list[int]], "list[Trace]", SamplingParams]
 
 
 def _questions(texts: list[str], tokenizer: "Tokenizer", params: SamplingParams, *, raw: bool) -> Batch:
-    from llada_core.sampling.trace import Trace
+    from app.canvas import Trace
 
     rows = [tokenizer.encode(t) if raw else tokenizer.chat_ids([{"role": "user", "content": t}]) for t in texts]
     return rows, [Trace(row, params.max_new_tokens) for row in rows], params
 
 
 def _gaps(texts: list[str], tokenizer: "Tokenizer", params: SamplingParams) -> Batch:
-    from llada_core.sampling.gaps import for_template, with_gaps
-    from llada_core.sampling.trace import Trace
+    from app.canvas import Trace, for_template, with_gaps
 
     mask = tokenizer.special.mask_id
     rows = [with_gaps(t, tokenizer.encode, mask, 1 << 20) for t in texts]
@@ -127,8 +126,8 @@ def _steps(
     infill: bool,
     pin: str,
 ) -> "Iterator[Step]":
+    from app.canvas import pinned
     from llada_core.sampling import stream, stream_infill
-    from llada_core.sampling.gaps import pinned
 
     if infill:
         return stream_infill(writer, rows, params)
@@ -148,8 +147,7 @@ def _watch(steps: "Iterator[Step]", traces: "list[Trace]", tokenizer: "Tokenizer
 
 def draw(trace: "Trace", tokenizer: "Tokenizer", width: int, number: int = -1, *, guesses: bool = False) -> Group:
     """One frame of a trace with its caption."""
-    from cli.canvas import picture
-    from llada_core.sampling.trace import speller
+    from app.canvas import picture, speller
 
     frame = trace.frames[number]
     step = len(trace.frames) if number < 0 else number + 1

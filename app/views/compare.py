@@ -7,12 +7,12 @@ from typing import Any
 
 import gradio as gr
 
+from app.canvas import readable
 from app.conversation import ChatSession
 from app.models import Desk, told
 from app.render import notice, table
 from app.views.panel import QUICK, Panel, Values, choices
 from llada_core.sampling.params import PRESETS, preset
-from llada_core.sampling.trace import readable
 
 AS_SET = "as in the sidebar"
 Pictures = tuple[Any, ...]

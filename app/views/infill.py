@@ -6,12 +6,11 @@ from typing import Any
 
 import gradio as gr
 
+from app.canvas import GAP, Trace, for_template, pinned, readable, with_gaps
 from app.conversation import ChatSession, Writing, fits
 from app.models import Desk, Refused, refusing, told
 from app.render import notice
 from app.views.panel import QUICK, Panel, Values
-from llada_core.sampling.gaps import GAP, for_template, pinned, with_gaps
-from llada_core.sampling.trace import Trace, readable
 
 GAPS = (
     ("Once upon a time there was [[12]] who liked to read.", ""),

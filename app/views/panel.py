@@ -12,12 +12,12 @@ from typing import Any
 import gradio as gr
 
 from app import settings
+from app.canvas import Frame
 from app.conversation import Writing
 from app.models import Desk, Engine, paced, sentence
 from app.render import canvas, notice
 from llada_core.sampling.params import PRESETS, SamplingParams, exactness
 from llada_core.sampling.params import preset as made_by
-from llada_core.sampling.trace import Frame
 
 FIRST = ("max_new_tokens", "steps", "block_length", "temperature", "threshold")  # the rest folds away
 Values = Mapping[Any, Any]

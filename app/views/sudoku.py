@@ -9,12 +9,12 @@ from typing import Any
 import gradio as gr
 
 from app import sudoku
+from app.canvas import Trace
 from app.conversation import Writing
 from app.models import Desk, told
 from app.render import notice
 from app.views.panel import QUICK, Panel, Values
 from llada_core.data import puzzles
-from llada_core.sampling.trace import Trace
 
 Shown = tuple[str, str]
 

@@ -5,11 +5,10 @@ import re
 import pytest
 
 from app import sudoku
+from app.canvas import Cell, for_template, pinned, with_gaps
 from app.conversation import Writing
 from app.models import Refused
-from llada_core.sampling.gaps import for_template, pinned, with_gaps
 from llada_core.sampling.params import SamplingParams
-from llada_core.sampling.trace import Cell
 
 SOLVED = "1234341221434321"
 

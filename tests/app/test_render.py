@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from app.canvas import Cell, printable, readable
 from app.render import LEVELS, canvas, conversation, escape, level, notice, table, tile
-from llada_core.sampling.trace import Cell, printable, readable
 
 CSS = Path(__file__).parents[2] / "app" / "page.css"
 NASTY = [

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from app import replay
+from app.canvas import Trace, find_runners_up
 from app.conversation import ChatSession
 from llada_core.modeling.predictor import Prediction
 from llada_core.sampling.canvas import Step
 from llada_core.sampling.params import SamplingParams
-from llada_core.sampling.trace import Trace, find_runners_up
 from llada_core.tokenizer import SpecialTokens
 
 

@@ -8,12 +8,11 @@ import io
 import pytest
 from rich.console import Console
 
+from app.canvas import printable, readable, typed, with_gaps
 from app.conversation import ChatSession
 from app.render import conversation
 from cli.talk import Conversation
-from llada_core.sampling.gaps import with_gaps
 from llada_core.sampling.params import SamplingParams
-from llada_core.sampling.trace import printable, readable, typed
 from tests.tiny import tiny_model, tiny_tokenizer
 
 # name: what is typed, and how it is shown (None: as it is)

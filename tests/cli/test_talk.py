@@ -6,9 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from cli.canvas import BOX, picture, shown
+from app.canvas import BOX, Cell, picture, shown
 from cli.options import PUBLISHED, settings, with_length
-from llada_core.sampling.trace import Cell
 from tests.tiny import tiny_pair
 
 SHORT = ("--max-new-tokens", "8")

@@ -1,19 +1,20 @@
-"""What happened on one canvas, step by step, as plain arrays: what a page, a terminal or a file shows.
+"""What happened on a canvas as plain arrays; gaps to fill and tokens that stay; a canvas in a terminal."""
 
-Knows Steps and how to print a token safely; does not know HTML, terminals, models or text formats.
-"""
-
+import dataclasses
+import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.text import Text
 
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling.canvas import Step
+from llada_core.sampling.params import SamplingParams
 from llada_core.tokenizer import Tokenizer
 
 State = Literal["given", "open", "fresh", "done"]
@@ -193,3 +194,91 @@ def harmless(character: str) -> bool:
     if character in _STEERING:
         return False
     return unicodedata.category(character) not in {"Cc", "Cs", "Zl", "Zp"}
+
+
+Encode = Callable[[str], list[int]]
+GAP = re.compile(r"\[\[\s*(\d*)\s*\]\]")
+PIN = re.compile(r"\s*(\d+)\s*:\s*([^,]+?)\s*(?:,|$)")
+DEFAULT_GAP = 8
+
+
+def with_gaps(text: str, encode: Encode, mask_id: int, longest: int) -> list[int]:
+    """The ids of `text` with each `[[n]]` as n masks (`[[ ]]`: 8); raises ValueError without a gap or with too many."""
+    pieces = GAP.split(typed(text))
+    if len(pieces) == 1:
+        raise ValueError("Mark where the model shall write: [[5]] is a gap of five tokens, for example 2+[[1]]=5.")
+    ids: list[int] = []
+    for literal, size in zip(pieces[::2], [*pieces[1::2], None], strict=True):
+        ids += encode(literal) if literal else []
+        if size is not None:
+            ids += [mask_id] * min(int(size or DEFAULT_GAP), longest + 1)
+    if len(ids) > longest:
+        raise ValueError(
+            f"Text and gaps have {len(ids)} tokens; at most {longest} fit. Make a gap or the text shorter."
+        )
+    if mask_id not in ids:
+        raise ValueError("Every gap has length 0; write [[5]] for five tokens.")
+    return ids
+
+
+def for_template(params: SamplingParams, rows: Sequence[Sequence[int]], mask_id: int) -> SamplingParams:
+    """The settings for templates: one block over the longest, at most as many steps as the most masks of a row."""
+    masks = max(list(row).count(mask_id) for row in rows)
+    return dataclasses.replace(
+        params,
+        max_new_tokens=masks,
+        block_length=max(map(len, rows)),
+        steps=min(params.steps, masks),
+        stop_at_eos=False,
+    )
+
+
+def pinned(length: int, pins: str, encode: Encode) -> dict[int, int]:
+    """Answer position -> token of words pinned as `0:Once, 12:end`; raises ValueError when one does not fit."""
+    found: dict[int, int] = {}
+    at = 0
+    while at < len(pins):
+        match = PIN.match(pins, at)
+        if not match:
+            raise ValueError(
+                f"Write pins as position:word with commas between them, as 0:Once, 12:end (got {pins[at : at + 40]!r})."
+            )
+        position, ids = int(match[1]), encode(typed(match[2]))
+        if position + len(ids) > length:
+            raise ValueError(f"The pin {match[2]!r} ends at token {position + len(ids)}, the answer at {length}.")
+        found |= dict(enumerate(ids, start=position))
+        at = match.end()
+    return found
+
+
+BOX = 6  # columns of one position, a space included
+SHADES = ("dim", "", "cyan", "bold cyan", "bold bright_white")  # unsure to sure
+MASK, MASK_IN_BLOCK = "░" * (BOX - 1), "▒" * (BOX - 1)
+
+
+def picture(cells: Sequence[Cell], width: int) -> Text:
+    """The canvas in lines of `width` columns: masked hatched (closer in the present block), given underlined, fresh in reverse, others by confidence."""
+    text, per_line = Text(), max(1, width // BOX)
+    for number, cell in enumerate(cells):
+        text.append(shown(cell), style_of(cell))
+        text.append("\n" if number % per_line == per_line - 1 else " ")
+    return text
+
+
+def shown(cell: Cell) -> str:
+    """The text of a position, cut or padded to its box."""
+    if cell.state == "open" and not cell.text:
+        return MASK_IN_BLOCK if cell.in_block else MASK
+    return cell.text.ljust(BOX - 1) if len(cell.text) < BOX else cell.text[: BOX - 2] + "…"
+
+
+def style_of(cell: Cell) -> str:
+    """How a position looks; no meaning hangs on colour alone."""
+    if cell.state == "open":
+        return "italic yellow" if cell.text else ("bright_black" if cell.in_block else "dim bright_black")
+    if cell.state == "given":
+        return "underline"
+    if cell.state == "fresh":
+        return "reverse bold"
+    sure = 0.5 if cell.confidence is None else cell.confidence
+    return SHADES[min(len(SHADES) - 1, int(max(0.0, sure) * len(SHADES)))]
