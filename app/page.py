@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from app import replay, settings
+from app import render, settings
 from app.canvas import find_runners_up
 from app.conversation import ChatSession
 from app.models import Desk, Refused, refusing, sentence, told
@@ -85,14 +85,14 @@ AT_ONCE = 5.0  # seconds: an answer written in less is looked at again without b
 def build_replay(desk: Desk, session: gr.State, model: gr.Dropdown, tab: gr.Tab) -> None:
     """Draws the view; it is made anew whenever its tab is opened."""
     runners = gr.Button("Look up the runners-up of every position", size="sm", elem_id="runners")
-    shown = gr.HTML(replay.empty(), apply_default_css=False, elem_id="replay")
+    shown = gr.HTML(render.empty(), apply_default_css=False, elem_id="replay")
     dark = gr.Checkbox(visible=False)  # told by the browser, which a State would not be
 
     def show(chat: ChatSession | None, is_dark: bool, _: str) -> str:
         if chat is None or not chat.last.trace.frames:
-            return replay.empty()
+            return render.empty()
         asked = chat.turns[-1].user if chat.turns else ""
-        return replay.frame(replay.document(chat.last.trace, prompt=asked, dark=is_dark))
+        return render.frame(render.document(chat.last.trace, prompt=asked, dark=is_dark))
 
     def quick_look(chat: ChatSession | None, is_dark: bool, name: str) -> Any:
         last = None if chat is None else chat.last

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from app import replay
+from app import render
 from app.canvas import Trace, find_runners_up
 from app.conversation import ChatSession
 from llada_core.modeling.predictor import Prediction
@@ -30,7 +30,7 @@ def data_of(text):
 
 
 def test_the_file_holds_every_frame_and_asks_nothing_of_the_network(chat):
-    text = replay.document(chat.last.trace, prompt="12 + 3")
+    text = render.document(chat.last.trace, prompt="12 + 3")
     data = data_of(text)
     assert len(data["frames"]) == 6
     assert [f["s"].count("m") for f in data["frames"]] == [10, 8, 6, 4, 2, 0]
@@ -44,9 +44,9 @@ def test_texts_cannot_end_the_script_or_leave_the_frame(chat):
     trace = chat.last.trace
     for token in trace.texts:
         trace.texts[token] = "</script><script>alert(1)</script>${1}"
-    text = replay.document(trace, prompt='</pre><img src=x onerror="alert(1)">')
+    text = render.document(trace, prompt='</pre><img src=x onerror="alert(1)">')
     assert text.count("</script>") == 2
-    framed = replay.frame(text)
+    framed = render.frame(text)
     assert framed.count("<") == 2
     assert "${" not in framed
     assert 'sandbox="allow-scripts allow-downloads"' in framed
@@ -63,7 +63,7 @@ def test_runners_up_are_what_the_sampler_saw(chat, engine):
         shares = [share for _, share in others]
         assert shares == sorted(shares, reverse=True)
     trace.spell(engine.decode)
-    assert len(data_of(replay.document(trace))["runners"]) == 12
+    assert len(data_of(render.document(trace))["runners"]) == 12
 
 
 def test_a_stopped_answer_can_be_replayed(engine):
@@ -73,7 +73,7 @@ def test_a_stopped_answer_can_be_replayed(engine):
         if frame.written == 3:
             chat.stop()
     find_runners_up(chat.last.trace, engine.model)
-    data = data_of(replay.document(chat.last.trace))
+    data = data_of(render.document(chat.last.trace))
     assert len(data["frames"]) == 3
     assert len(data["runners"]) == 3
     assert data["order"].count(-1) == 5
