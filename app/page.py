@@ -6,13 +6,14 @@ from typing import Any
 
 import gradio as gr
 
-from app import render, settings
+from app import panel, render
+from app import panel as settings
 from app.canvas import find_runners_up
 from app.conversation import ChatSession
 from app.models import Desk, Refused, refusing, sentence, told
+from app.panel import QUICK, Panel
 from app.render import notice, table
-from app.views import chat, compare, infill, panel, sudoku
-from app.views.panel import QUICK, Panel
+from app.views import chat, compare, infill, sudoku
 from llada_core.sampling.params import preset as made_by
 
 
@@ -138,7 +139,7 @@ def build_page(desk: Desk) -> gr.Blocks:
         session = gr.State(None)
         with gr.Sidebar(width=340):
             gr.Markdown("## lladaflow\nA language model that writes by unmasking.")
-            side = panel.build(desk)
+            side = panel.build_panel(desk)
         with gr.Tab("Chat"):
             chat.build(desk, side, session)
         with gr.Tab("Sudoku", visible=desk.catalogue.knows_sudoku(desk.model)):

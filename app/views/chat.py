@@ -8,8 +8,8 @@ import gradio as gr
 
 from app.conversation import ChatSession
 from app.models import Desk, Refused, told
+from app.panel import QUICK, Panel, Values
 from app.render import CLICKS, conversation, legend
-from app.views.panel import QUICK, Panel, Values
 
 Shown = tuple[Any, ...]
 

@@ -10,8 +10,8 @@ import gradio as gr
 from app.canvas import readable
 from app.conversation import ChatSession
 from app.models import Desk, told
+from app.panel import QUICK, Panel, Values, choices
 from app.render import notice, table
-from app.views.panel import QUICK, Panel, Values, choices
 from llada_core.sampling.params import PRESETS, preset
 
 AS_SET = "as in the sidebar"

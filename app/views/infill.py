@@ -9,8 +9,8 @@ import gradio as gr
 from app.canvas import GAP, Trace, for_template, pinned, readable, with_gaps
 from app.conversation import ChatSession, Writing, fits
 from app.models import Desk, Refused, refusing, told
+from app.panel import QUICK, Panel, Values
 from app.render import notice
-from app.views.panel import QUICK, Panel, Values
 
 GAPS = (
     ("Once upon a time there was [[12]] who liked to read.", ""),

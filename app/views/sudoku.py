@@ -12,8 +12,8 @@ from app import sudoku
 from app.canvas import Trace
 from app.conversation import Writing
 from app.models import Desk, told
+from app.panel import QUICK, Panel, Values
 from app.render import notice
-from app.views.panel import QUICK, Panel, Values
 from llada_core.data import puzzles
 
 Shown = tuple[str, str]

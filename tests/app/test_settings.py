@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from app import settings
+from app import panel
 from app.models import Refused
 from llada_core.sampling.params import PRESETS, SENTENCES, SamplingParams, exactness, preset
 
@@ -13,13 +13,13 @@ BASE = SamplingParams(max_new_tokens=32, block_length=8, steps=32, stop_at_eos=T
 
 def test_every_sampler_value_has_a_knob_and_a_sentence():
     names = [field.name for field in dataclasses.fields(SamplingParams)]
-    assert [knob.name for knob in settings.knobs()] == names
+    assert [knob.name for knob in panel.knobs()] == names
     assert set(SENTENCES) == set(names)
     assert all(len(s) > 20 for s in SENTENCES.values())
 
 
 def test_ranges_are_those_of_the_params():
-    knobs = {knob.name: knob for knob in settings.knobs()}
+    knobs = {knob.name: knob for knob in panel.knobs()}
     assert (knobs["steps"].low, knobs["steps"].kind) == (1, "integer")
     assert (knobs["threshold"].low, knobs["threshold"].high, knobs["threshold"].optional) == (0, 1, True)
     assert knobs["remasking"].choices == ("low_confidence", "random", "margin", "entropy")
@@ -33,7 +33,7 @@ def test_what_the_panel_shows_comes_back_unchanged():
         name: ", ".join(map(str, value)) if isinstance(value, tuple) else "" if value is None else value
         for name, value in vars(made).items()
     }
-    assert settings.params(shown) == made
+    assert panel.params(shown) == made
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,12 @@ def test_what_the_panel_shows_comes_back_unchanged():
 )  # fmt: skip
 def test_a_value_out_of_range_is_one_sentence(name, value, says):
     with pytest.raises(Refused, match=says):
-        settings.params({**vars(BASE), name: value})
+        panel.params({**vars(BASE), name: value})
 
 
 def test_settings_that_exclude_each_other_are_refused():
     with pytest.raises(Refused, match="one choice"):
-        settings.params({**vars(BASE), "threshold": "0.9", "factor": "1"})
+        panel.params({**vars(BASE), "threshold": "0.9", "factor": "1"})
 
 
 def test_presets_say_whether_they_are_exact():

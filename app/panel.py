@@ -1,23 +1,88 @@
-"""The sidebar: which model answers, with which sampler settings, and how a canvas is shown while it is written.
-
-The settings are made from `app.settings.knobs`.
-"""
+"""The sidebar: a model and the settings of its sampler."""
 
 import dataclasses
+import types
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
 import gradio as gr
+from pydantic import TypeAdapter
 
-from app import settings
 from app.canvas import Frame
 from app.conversation import Writing
-from app.models import Desk, Engine, paced, sentence
+from app.models import Desk, Engine, Refused, paced, refusing, sentence
 from app.render import canvas, notice
-from llada_core.sampling.params import PRESETS, SamplingParams, exactness
+from llada_core.sampling.params import PRESETS, SENTENCES, SamplingParams, exactness
 from llada_core.sampling.params import preset as made_by
+
+Kind = Literal["choice", "integer", "number", "switch", "tokens"]
+MOST_TOKENS = 1024
+LONGEST = 2000  # characters of a value, which an error repeats
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One setting: `low` and `high` are None where there is no limit; `optional` ones may be left empty."""
+
+    name: str
+    kind: Kind
+    default: Any
+    sentence: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+
+def knobs() -> list[Knob]:
+    """Every field of SamplingParams, in its order."""
+    fields = TypeAdapter(SamplingParams).json_schema()["properties"]
+    return [_knob(field, fields[field.name]) for field in dataclasses.fields(SamplingParams)]
+
+
+def _knob(field: dataclasses.Field[Any], schema: dict[str, Any]) -> Knob:
+    annotation = field.type
+    optional = get_origin(annotation) in (Union, types.UnionType)
+    inner = next(a for a in get_args(annotation) if a is not type(None)) if optional else annotation
+    limits = next((part for part in schema.get("anyOf", []) if part.get("type") != "null"), schema)
+    low = limits.get("minimum", limits.get("exclusiveMinimum"))
+    high = limits.get("maximum", limits.get("exclusiveMaximum"))
+    if get_origin(inner) is Literal:
+        kind: Kind = "choice"
+    elif inner is bool:
+        kind = "switch"
+    else:
+        kind = "integer" if inner is int else "number" if inner is float else "tokens"
+    choices = tuple(str(c) for c in get_args(inner)) if kind == "choice" else ()
+    default = schema.get("default")
+    return Knob(field.name, kind, default, SENTENCES[field.name], low, high, choices, optional)
+
+
+def params(values: Mapping[str, Any]) -> SamplingParams:
+    """The settings as the person left them; raises Refused with one sentence for a value out of range."""
+    given: dict[str, Any] = {}
+    for knob in knobs():
+        value = values.get(knob.name, knob.default)
+        if isinstance(value, str) and len(value) > LONGEST:
+            raise Refused(f"{knob.name}: {len(value):,} characters are no setting.")
+        if value is None or value == "":
+            value = knob.default
+        given[knob.name] = _tokens(knob.name, value) if knob.kind == "tokens" else value
+    with refusing():
+        made = SamplingParams(**given)
+    if made.max_new_tokens > MOST_TOKENS:
+        raise Refused(f"max_new_tokens is {made.max_new_tokens}; this page writes at most {MOST_TOKENS} at a time.")
+    return made
+
+
+def _tokens(name: str, value: Any) -> tuple[int, ...]:
+    parts = [str(part) for part in value] if isinstance(value, list | tuple) else str(value).replace(",", " ").split()
+    if not all(part.isdecimal() for part in parts):
+        raise Refused(f"{name}: write token numbers with commas between them (got {value!r})")
+    return tuple(int(part) for part in parts)
+
 
 FIRST = ("max_new_tokens", "steps", "block_length", "temperature", "threshold")  # the rest folds away
 Values = Mapping[Any, Any]
@@ -41,7 +106,7 @@ class Panel:
 
     def params(self, values: Values) -> SamplingParams:
         """The settings in a handler's values; raises Refused."""
-        return settings.params({name: values[knob] for name, knob in self.knobs.items()})
+        return params({name: values[knob] for name, knob in self.knobs.items()})
 
     def live(
         self,
@@ -67,7 +132,7 @@ class Panel:
         return [_shown(getattr(params, name)) for name in self.knobs]
 
 
-def build(desk: Desk) -> Panel:
+def build_panel(desk: Desk) -> Panel:
     """Draws the sidebar and wires presets to knobs."""
     start = desk.catalogue.recommended(desk.model)
     model = gr.Dropdown(
@@ -76,7 +141,7 @@ def build(desk: Desk) -> Panel:
     )  # fmt: skip
     preset = gr.Radio(["recommended", *PRESETS], value="recommended", label="Preset")
     exact = gr.HTML(notice(exactness(start)), elem_id="exactness", apply_default_css=False)
-    all_knobs = {knob.name: knob for knob in settings.knobs()}
+    all_knobs = {knob.name: knob for knob in knobs()}
     made = {name: _component(all_knobs[name], getattr(start, name)) for name in FIRST}
     pace = gr.Slider(
         0, 60, value=desk.pace, step=1, label="Steps shown a second", info="0: as fast as the model writes"
@@ -119,7 +184,7 @@ def choices(desk: Desk) -> list[str]:
     return list(dict.fromkeys([desk.model, *desk.catalogue.names()]))
 
 
-def _component(knob: settings.Knob, value: Any) -> gr.components.Component:
+def _component(knob: Knob, value: Any) -> gr.components.Component:
     label, info = knob.name, knob.sentence + _range(knob)
     if knob.kind == "choice":
         return gr.Dropdown(list(knob.choices), value=value, label=label, info=info)
@@ -132,7 +197,7 @@ def _component(knob: settings.Knob, value: Any) -> gr.components.Component:
     return gr.Number(value, label=label, info=info, minimum=low, precision=0 if step == 1 else None, step=step)
 
 
-def _range(knob: settings.Knob) -> str:
+def _range(knob: Knob) -> str:
     limits = [
         f"from {knob.low:g}" if knob.low is not None else "",
         f"to {knob.high:g}" if knob.high is not None else "",
