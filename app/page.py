@@ -6,14 +6,15 @@ from typing import Any
 
 import gradio as gr
 
-from app import panel, render
+from app import chat, panel, render
+from app import chat as compare
 from app import panel as settings
 from app.canvas import find_runners_up
 from app.conversation import ChatSession
 from app.models import Desk, Refused, refusing, sentence, told
 from app.panel import QUICK, Panel
 from app.render import notice, table
-from app.views import chat, compare, infill, sudoku
+from app.views import infill, sudoku
 from llada_core.sampling.params import preset as made_by
 
 
@@ -141,13 +142,13 @@ def build_page(desk: Desk) -> gr.Blocks:
             gr.Markdown("## lladaflow\nA language model that writes by unmasking.")
             side = panel.build_panel(desk)
         with gr.Tab("Chat"):
-            chat.build(desk, side, session)
+            chat.build_chat(desk, side, session)
         with gr.Tab("Sudoku", visible=desk.catalogue.knows_sudoku(desk.model)):
             sudoku.build(desk, side)
         with gr.Tab("Infill"):
             infill.build(desk, side)
         with gr.Tab("Compare"):
-            models = [side.model, *compare.build(desk, side)]
+            models = [side.model, *compare.build_compare(desk, side)]
         with gr.Tab("Replay") as tab:
             build_replay(desk, session, side.model, tab)
         with gr.Tab("Model") as tab:

@@ -142,7 +142,7 @@ def test_without_a_registered_model_the_page_says_what_to_run():
 def test_a_reply_that_nobody_waits_for_leaves_the_conversation_on_the_page():
     import gradio as gr
 
-    from app.views.chat import ChatView
+    from app.chat import ChatView
 
     view = ChatView(*[None] * 7)
     assert list(view.reply({None: None})) == [(gr.skip(), gr.skip())]
