@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from app import chat, panel, render
+from app import chat, fill, panel, render
 from app import chat as compare
 from app import panel as settings
 from app.canvas import find_runners_up
@@ -14,7 +14,6 @@ from app.conversation import ChatSession
 from app.models import Desk, Refused, refusing, sentence, told
 from app.panel import QUICK, Panel
 from app.render import notice, table
-from app.views import infill, sudoku
 from llada_core.sampling.params import preset as made_by
 
 
@@ -144,9 +143,9 @@ def build_page(desk: Desk) -> gr.Blocks:
         with gr.Tab("Chat"):
             chat.build_chat(desk, side, session)
         with gr.Tab("Sudoku", visible=desk.catalogue.knows_sudoku(desk.model)):
-            sudoku.build(desk, side)
+            fill.build_sudoku(desk, side)
         with gr.Tab("Infill"):
-            infill.build(desk, side)
+            fill.build_infill(desk, side)
         with gr.Tab("Compare"):
             models = [side.model, *compare.build_compare(desk, side)]
         with gr.Tab("Replay") as tab:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from app import sudoku
+from app import fill
 from app.canvas import Cell, for_template, pinned, with_gaps
 from app.conversation import Writing
 from app.models import Refused
@@ -56,23 +56,23 @@ def test_a_gap_is_filled_and_the_rest_stays(engine):
 
 def test_a_typed_grid_is_checked():
     values = ["1", "", None, "0", *[""] * 12]
-    assert sudoku.typed(values) == "1" + "0" * 15
+    assert fill.typed(values) == "1" + "0" * 15
     with pytest.raises(Refused, match="1 to 4"):
-        sudoku.typed(["5", *[""] * 15])
+        fill.typed(["5", *[""] * 15])
     with pytest.raises(Refused, match="row 1 column 1, row 1 column 2"):
-        sudoku.typed(["1", "1", *[""] * 14])
+        fill.typed(["1", "1", *[""] * 14])
 
 
 def test_cells_that_break_a_rule_are_marked():
-    assert sudoku.conflicts(SOLVED) == set()
-    assert sudoku.solved(SOLVED)
-    assert sudoku.conflicts("1" + "0" * 14 + "1") == set()
-    assert sudoku.conflicts("10001" + "0" * 11) == {0, 4}
+    assert fill.conflicts(SOLVED) == set()
+    assert fill.solved(SOLVED)
+    assert fill.conflicts("1" + "0" * 14 + "1") == set()
+    assert fill.conflicts("10001" + "0" * 11) == {0, 4}
     wrong = "1134" + SOLVED[4:]
-    html = sudoku.grid(SOLVED, [Cell(d, "done", 0.9, False) for d in wrong], "")
+    html = fill.grid(SOLVED, [Cell(d, "done", 0.9, False) for d in wrong], "")
     assert [i for i, t in enumerate(re.findall(r"<i [^>]*>", html)) if "breaks a rule" in t] == [0, 1, 9]
 
 
 def test_a_changed_given_is_marked():
-    html = sudoku.grid("2" + "0" * 15, [Cell(d, "done", 0.9, False) for d in SOLVED], "")
+    html = fill.grid("2" + "0" * 15, [Cell(d, "done", 0.9, False) for d in SOLVED], "")
     assert html.count("breaks a rule") == 1
