@@ -6,13 +6,14 @@ from typing import Any
 
 import gradio as gr
 
-from app import chat, fill, panel, render
-from app import chat as compare
-from app import panel as settings
+from app import render
 from app.canvas import find_runners_up
+from app.chat import build_chat, build_compare
 from app.conversation import ChatSession
+from app.fill import build_infill, build_sudoku
 from app.models import Desk, Refused, refusing, sentence, told
-from app.panel import QUICK, Panel
+from app.panel import QUICK, Panel, build_panel, choices
+from app.panel import params as params_of
 from app.render import notice, table
 from llada_core.sampling.params import preset as made_by
 
@@ -32,7 +33,7 @@ def _answer(desk: Desk, message: str, preset: str, length: int) -> Generator[dic
     engine, _ = desk.engine(None)
     params = desk.catalogue.recommended(desk.model)
     if length > 0:
-        params = settings.params({**vars(params), "max_new_tokens": length, "steps": length, "block_length": length})
+        params = params_of({**vars(params), "max_new_tokens": length, "steps": length, "block_length": length})
     if preset != "recommended":
         with refusing():
             params = made_by(preset, params)
@@ -139,21 +140,21 @@ def build_page(desk: Desk) -> gr.Blocks:
         session = gr.State(None)
         with gr.Sidebar(width=340):
             gr.Markdown("## lladaflow\nA language model that writes by unmasking.")
-            side = panel.build_panel(desk)
+            side = build_panel(desk)
         with gr.Tab("Chat"):
-            chat.build_chat(desk, side, session)
+            build_chat(desk, side, session)
         with gr.Tab("Sudoku", visible=desk.catalogue.knows_sudoku(desk.model)):
-            fill.build_sudoku(desk, side)
+            build_sudoku(desk, side)
         with gr.Tab("Infill"):
-            fill.build_infill(desk, side)
+            build_infill(desk, side)
         with gr.Tab("Compare"):
-            models = [side.model, *compare.build_compare(desk, side)]
+            models = [side.model, *build_compare(desk, side)]
         with gr.Tab("Replay") as tab:
             build_replay(desk, session, side.model, tab)
         with gr.Tab("Model") as tab:
             build_model(desk, side, tab)
         build_api(desk)
-        page.load(lambda: [gr.update(choices=panel.choices(desk))] * len(models), None, models, **panel.QUICK)
+        page.load(lambda: [gr.update(choices=choices(desk))] * len(models), None, models, **QUICK)
         page.load(None, js=NARROW)
     return page.queue(max_size=64)
 
