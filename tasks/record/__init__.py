@@ -1,0 +1,1 @@
+"""What is remembered: runs, what MLflow is told, the registry."""
