@@ -24,7 +24,7 @@ from tasks.launch import follow
 from tasks.launch_local import LocalLauncher, start_time
 from tasks.launch_slurm import SlurmLauncher
 from tasks.pipeline import environment
-from tasks.runs import RunFolder, all_runs
+from tasks.record.runs import RunFolder, all_runs
 from tests.slurm.cluster import Cluster, missing
 
 SECONDS = 90  # the first sending compiles what the others use

@@ -55,7 +55,7 @@ def evaluate(
         from llada_core.modeling.place import checked_bits
         from tasks.folders import safe
         from tasks.measure import sweep_places
-        from tasks.runs import home
+        from tasks.record.runs import home
         from tasks.tracked_results import send_sweep
 
         if data is not None and not Path(data).expanduser().is_dir():
@@ -123,7 +123,7 @@ def fetch(
         os.environ["HF_HOME"] = str(folder.resolve())  # read when the Hub's packages are first imported
         from llada_core.config.params import Params
         from tasks.fetch import fetch as bring
-        from tasks.runs import home
+        from tasks.record.runs import home
         from tasks.workspace import profile_file
 
         failed = bring(Params.load(profile_file(Path.cwd(), profile)), home(Path.cwd()))

@@ -93,7 +93,7 @@ def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
     from llada_core.config.params import Params
     from tasks.graph import load_stage, with_sources
     from tasks.launch_script import render
-    from tasks.runs import open_run, stage_params
+    from tasks.record.runs import open_run, stage_params
     from tasks.workspace import open_workspace
 
     workspace = open_workspace(Path.cwd(), profile, overrides)
@@ -114,7 +114,7 @@ def runs() -> None:
 def status() -> None:
     """Every run: stage, state, job, step of total, loss, time left, size of its checkpoints."""
     with one_line_errors():
-        from tasks.runs import all_runs
+        from tasks.record.runs import all_runs
         from tasks.status import COLUMNS, line_of
 
         table = Table(*COLUMNS, box=None)
@@ -129,7 +129,7 @@ def logs(
     """The log of a run."""
     with one_line_errors():
         from tasks.launch import LogReader
-        from tasks.runs import find_run
+        from tasks.record.runs import find_run
         from tasks.status import state_of
 
         found = find_run(Path.cwd(), name)
@@ -147,7 +147,7 @@ def cancel(name: Run) -> None:
     with one_line_errors():
         from llada_core.config.params import Params
         from tasks.launch import grace, launcher_of
-        from tasks.runs import find_run
+        from tasks.record.runs import find_run
         from tasks.status import state_of
 
         found = find_run(Path.cwd(), name)
@@ -188,8 +188,8 @@ def lineage(
 ) -> None:
     """Where a registered version comes from: commit, dvc.lock, parameters, data, runs, jobs, environment."""
     with one_line_errors():
+        from tasks.record.runs import home
         from tasks.registry import named, trained_on, version_of
-        from tasks.runs import home
 
         registered = named(reference)
         if registered is None and (reference.startswith("models:") or "@" in reference):

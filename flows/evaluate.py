@@ -27,8 +27,8 @@ from tasks.folders import commit_of, read_json
 from tasks.launch_script import visible_gpus
 from tasks.measure import FAILURES, tell_costs
 from tasks.plan_memory import peak_of
+from tasks.record.runs import home
 from tasks.report import Beside, write_report
-from tasks.runs import home
 from tasks.tracking import send_pending
 from tasks.workspace import Workspace, open_workspace
 

@@ -19,8 +19,7 @@ from llada_core.settings import ConfigError
 from tasks.errors import StageError
 from tasks.launch_local import LocalLauncher
 from tasks.launch_slurm import SlurmLauncher
-from tasks.request import Request, changed_settings
-from tasks.runs import RunFolder, take_settings
+from tasks.record.runs import Request, RunFolder, changed_settings, take_settings
 
 Launcher = LocalLauncher | SlurmLauncher  # each verb (submit, state, cancel) acts on the job that a run folder names
 

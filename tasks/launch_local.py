@@ -16,7 +16,7 @@ from typing import Literal
 from llada_core.config.launch import LaunchParams
 from llada_core.settings import ConfigError
 from tasks.launch_script import write_job
-from tasks.runs import RunFolder
+from tasks.record.runs import RunFolder
 
 State = Literal["alive", "gone", "unknown"]
 

@@ -17,7 +17,7 @@ from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.settings import DEVICE_SETTING, ConfigError
 from llada_core.training.params import GRPOParams, TrainingParams
 from tasks.folders import hash_of, write_text
-from tasks.runs import RunFolder
+from tasks.record.runs import RunFolder
 
 TEMPLATE = Path(__file__).with_name("job.sh.jinja")
 OWN_ACCELERATE = "accelerate.yaml"  # launch.accelerate_config, as it was when the job was submitted

@@ -12,7 +12,7 @@ from llada_core.config.launch import LaunchParams
 from llada_core.settings import ConfigError
 from tasks.launch_local import State
 from tasks.launch_script import job_name, write_job
-from tasks.runs import RunFolder
+from tasks.record.runs import RunFolder
 
 TIMEOUT = 30  # seconds that a Slurm command may take
 ENDED = {

@@ -14,7 +14,7 @@ from llada_core.training.params import GRPOParams, PreferenceParams, TrainingPar
 from tasks.folders import write_json
 from tasks.launch_script import ranks_per_node, render
 from tasks.plan_memory import GIB, Asked, estimate, memory_of, peak_of, room, shape_of
-from tasks.runs import RunFolder, home
+from tasks.record.runs import RunFolder, home
 
 FSDP = "distribution.kind: fsdp"
 

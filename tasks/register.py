@@ -19,6 +19,7 @@ from llada_core.settings import ConfigError
 from tasks import tracking
 from tasks.errors import one_line_errors
 from tasks.folders import commit_of, content_hash, hash_of, read_json, write_json
+from tasks.record.runs import RunFolder, home, stage_params
 from tasks.registry import (
     Version,
     client,
@@ -34,7 +35,6 @@ from tasks.registry import (
     write_receipt,
 )
 from tasks.report import scores_of as answered
-from tasks.runs import RunFolder, home, stage_params
 from tasks.trial import try_out
 
 Scores = dict[str, dict[str, float]]  # benchmark -> question -> score in [0, 1]

@@ -20,8 +20,8 @@ from llada_core.modeling.folder import CONTENT, base_name, base_of, is_adapter, 
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError
 from tasks.folders import content_hash, link_into, read_json, require, sqlite_file, sqlite_uri
+from tasks.record.runs import home
 from tasks.records import open_records
-from tasks.runs import home
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

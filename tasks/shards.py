@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from llada_core.config.launch import LaunchParams
 from tasks.folders import write_json
 from tasks.launch import attach_or_submit, launcher_of
-from tasks.runs import RunFolder
+from tasks.record.runs import RunFolder
 
 FOLDER = "shards"
 

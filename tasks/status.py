@@ -6,7 +6,7 @@ from llada_core.config.launch import LaunchParams
 from tasks.folders import size_of
 from tasks.launch import launcher_of
 from tasks.launch_slurm import NoAnswerError
-from tasks.runs import RunFolder
+from tasks.record.runs import RunFolder
 
 COLUMNS = ("run", "state", "job", "step", "loss", "left", "GB")
 

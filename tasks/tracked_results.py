@@ -15,8 +15,8 @@ from filelock import FileLock
 from llada_core.files import read
 from llada_core.settings import flat
 from tasks.folders import hash_of, read_json, safe
+from tasks.record.runs import RunFolder, home
 from tasks.records import lock_of
-from tasks.runs import RunFolder, home
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

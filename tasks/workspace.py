@@ -24,7 +24,7 @@ from llada_core.settings import ConfigError, nearest, read_yaml, with_overrides
 from tasks.dvc_settings import configure_workspace
 from tasks.folders import add_worktree, copied, hash_of, mend_worktree, submitted, write_json, write_text
 from tasks.graph import prune, with_sources
-from tasks.runs import home
+from tasks.record.runs import home
 
 PATIENCE = 600.0  # seconds for another process to make the same workspace
 

@@ -11,7 +11,7 @@ import pytest
 from llada_core.settings import ConfigError
 from tasks.folders import safe, write_json
 from tasks.measure import diff, side, told
-from tasks.runs import RunFolder
+from tasks.record.runs import RunFolder
 from tasks.status import COLUMNS, line_of
 
 MODEL = "models:/toy@champion"

@@ -20,7 +20,7 @@ from tasks.graph import load_stage
 from tasks.launch_local import LocalLauncher
 from tasks.launch_script import render
 from tasks.pipeline import reproduce
-from tasks.runs import RunFolder, all_runs, open_run, stage_params
+from tasks.record.runs import RunFolder, all_runs, open_run, stage_params
 from tasks.workspace import open_workspace
 from tests.tasks.conftest import DVC, PARAMS, REPOSITORY, project  # noqa: F401  (a fixture)
 

@@ -14,7 +14,7 @@ from llada_core.config.params import Params
 from llada_core.modeling import save_model
 from tasks import evaluate as stage
 from tasks.program import Work
-from tasks.runs import RunFolder
+from tasks.record.runs import RunFolder
 from tasks.shards import sharing
 from tests.tasks.conftest import REPOSITORY, project  # noqa: F401  (a fixture)
 from tests.tiny import tiny_pair

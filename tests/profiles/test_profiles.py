@@ -26,7 +26,7 @@ from llada_core.training.progress import read_metrics
 from llada_core.training.train import block_classes
 from tasks.launch_script import render
 from tasks.prepare import prepare
-from tasks.runs import RunFolder
+from tasks.record.runs import RunFolder
 from tests.profiles.shrink import PROFILES, shrunk, write_sources
 from tests.tiny import tiny_model
 

@@ -6,7 +6,7 @@
 import time
 from dataclasses import dataclass, field
 
-from tasks.runs import RunFolder
+from tasks.record.runs import RunFolder
 
 
 @dataclass

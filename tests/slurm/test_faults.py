@@ -15,7 +15,7 @@ import pytest
 
 from tasks.launch_script import job_name
 from tasks.launch_slurm import refused
-from tasks.runs import RunFolder
+from tasks.record.runs import RunFolder
 from tests.ports import free_port
 from tests.slurm.cluster import Cluster
 from tests.slurm.recovery import Recovery

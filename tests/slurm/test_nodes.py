@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tasks.runs import RunFolder, all_runs
+from tasks.record.runs import RunFolder, all_runs
 from tests.slurm.cluster import Cluster
 from tests.slurm.recovery import Recovery
 from tests.tasks.test_runs import finish, program

@@ -20,7 +20,7 @@ from tasks.graph import load_stage
 from tasks.launch_local import start_time
 from tasks.launch_script import render
 from tasks.program import run_stage
-from tasks.runs import RunFolder, all_runs, find_run, open_run, stage_params
+from tasks.record.runs import RunFolder, all_runs, find_run, open_run, stage_params
 from tests.tasks.conftest import REPOSITORY
 from tests.waiting import PATIENCE, says, wait_for
 

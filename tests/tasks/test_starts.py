@@ -11,8 +11,7 @@ from tasks.graph import load_stage
 from tasks.launch import settle
 from tasks.launch_script import machine_settings
 from tasks.program import Work
-from tasks.request import request_of
-from tasks.runs import open_run, stage_params
+from tasks.record.runs import open_run, request_of, stage_params
 
 HUB = "GSAI-ML/LLaDA-8B-Base"
 SLURM = {"kind": "slurm", "slurm": {"gpus_per_node": 8}}
