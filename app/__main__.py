@@ -66,7 +66,7 @@ def launch(
 ) -> None:
     """Loads the model on a device in so many bits, then serves the page until Ctrl-C; without a model the page says
     what to run."""
-    from tasks.registry import champion_of
+    from tasks.record.registry import champion_of
 
     name = model or champion_of(Path.cwd())  # first: Gradio takes seconds to import
     from app import page

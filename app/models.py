@@ -25,8 +25,8 @@ from llada_core.sampling import Step, stream, stream_infill
 from llada_core.sampling.params import PUBLISHED, SamplingParams
 from llada_core.settings import Bits, ConfigError
 from llada_core.tokenizer import Tokenizer
-from tasks import registry
 from tasks.folders import sqlite_file
+from tasks.record import registry
 
 HASH = re.compile(r"\b[0-9a-f]{40,}\b")
 EACH = 2  # examples of each benchmark

@@ -90,7 +90,7 @@ def _swept(
     from tasks.evaluate import processes
     from tasks.measure import sweep
     from tasks.program import rank
-    from tasks.registry import resolve
+    from tasks.record.registry import resolve
     from tasks.shards import sharing
 
     program = [sys.executable, "-m", "cli.main", *sys.argv[1:]]
@@ -179,7 +179,7 @@ def export(
     """Copy a model into a self-contained folder: weights in the published layout, tokenizer, model card."""
     with one_line_errors():
         from llada_core.files import written_whole
-        from tasks.registry import named, resolve, version_of
+        from tasks.record.registry import named, resolve, version_of
 
         name = name_or_champion(model)
         source = resolve(name)
@@ -268,7 +268,7 @@ def ui(
     """MLflow (runs, models) and Prefect (flows, deployments) on this machine's loopback, until Ctrl-C."""
     with one_line_errors():
         from tasks.folders import sqlite_file
-        from tasks.registry import client, tracking_uri
+        from tasks.record.registry import client, tracking_uri
 
         if sqlite_file(tracking_uri(Path.cwd())):
             client(Path.cwd())  # its tables are there before a server, and a run beside it, look for them

@@ -36,7 +36,7 @@ Set = Annotated[list[str], typer.Option("-S", "--set", help=f"any sampler settin
 
 def name_or_champion(name: str) -> str:
     """The name that was given, else that of the project's champion."""
-    from tasks.registry import champion_of
+    from tasks.record.registry import champion_of
 
     return name or champion_of(Path.cwd())
 
@@ -48,7 +48,7 @@ def loaded(name: str, device: str = "auto", bits: int | None = None) -> "tuple[M
     from llada_core.modeling import load_to_answer
     from llada_core.modeling.place import checked_bits
     from llada_core.tokenizer import Tokenizer
-    from tasks.registry import resolve
+    from tasks.record.registry import resolve
 
     logging.disable_progress_bar()
     as_wished = checked_bits(device, bits)
@@ -86,7 +86,7 @@ def changed(base: SamplingParams, values: dict[str, Any]) -> SamplingParams:
 
 def recommended(name: str) -> SamplingParams:
     """The settings that a model was registered with, else those of LLaDA's demo."""
-    from tasks.registry import named, sampling_of, version_of
+    from tasks.record.registry import named, sampling_of, version_of
 
     reference = None if Path(name).is_dir() else named(name)
     if reference is None:

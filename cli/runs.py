@@ -188,8 +188,8 @@ def lineage(
 ) -> None:
     """Where a registered version comes from: commit, dvc.lock, parameters, data, runs, jobs, environment."""
     with one_line_errors():
+        from tasks.record.registry import named, trained_on, version_of
         from tasks.record.runs import home
-        from tasks.registry import named, trained_on, version_of
 
         registered = named(reference)
         if registered is None and (reference.startswith("models:") or "@" in reference):

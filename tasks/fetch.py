@@ -11,7 +11,7 @@ from pathlib import Path
 from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.settings import ConfigError
 from tasks.evaluate import data_root
-from tasks.registry import named, resolve
+from tasks.record.registry import named, resolve
 
 Item = tuple[str, Callable[[], object]]
 PARTS = ("pretrain", "sft", "grpo", "preference")

@@ -110,7 +110,7 @@ def _labelled(names: list[str], root: Path) -> list[str]:
 
 
 def _folder(name: str, root: Path) -> str:
-    from tasks.registry import resolve
+    from tasks.record.registry import resolve
 
     return str(resolve(name, root))
 

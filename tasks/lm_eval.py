@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from tasks.errors import one_line_errors
-from tasks.registry import named, resolve
+from tasks.record.registry import named, resolve
 
 
 def run(arguments: Sequence[str]) -> None:

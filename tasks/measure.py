@@ -17,8 +17,8 @@ from llada_core.settings import ConfigError, flat, nearest
 from tasks.evaluate import Places, answering, as_asked, below, measure, quiet_lm_eval
 from tasks.folders import commit_of, content_hash, hash_of, read_json, safe
 from tasks.program import rank
+from tasks.record.registry import resolve
 from tasks.record.runs import differences, find_run
-from tasks.registry import resolve
 
 if TYPE_CHECKING:
     from llada_core.evaluation.answering import Answerer

@@ -17,7 +17,7 @@ from tasks import tracking
 from tasks.dvc_settings import configure_without_git
 from tasks.errors import StageError
 from tasks.folders import PATIENCE, read_json, sqlite_file
-from tasks.registry import receipts, tracking_uri, versions
+from tasks.record.registry import receipts, tracking_uri, versions
 from tasks.workspace import Workspace, pipeline_lock
 
 

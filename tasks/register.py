@@ -19,8 +19,7 @@ from llada_core.settings import ConfigError
 from tasks import tracking
 from tasks.errors import one_line_errors
 from tasks.folders import commit_of, content_hash, hash_of, read_json, write_json
-from tasks.record.runs import RunFolder, home, stage_params
-from tasks.registry import (
+from tasks.record.registry import (
     Version,
     client,
     hold_base,
@@ -34,6 +33,7 @@ from tasks.registry import (
     versions,
     write_receipt,
 )
+from tasks.record.runs import RunFolder, home, stage_params
 from tasks.report import scores_of as answered
 from tasks.trial import try_out
 

@@ -15,8 +15,8 @@ from filelock import FileLock
 from llada_core.files import read
 from llada_core.settings import flat
 from tasks.folders import hash_of, read_json, safe
+from tasks.record.registry import lock_of
 from tasks.record.runs import RunFolder, home
-from tasks.records import lock_of
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -44,7 +44,7 @@ def send_sweep(root: Path, model: str, params: "EvaluateParams", places: "Places
 
     The same measurement sent again adds nothing. False when MLflow does not take it (or is not wanted); nothing fails.
     """
-    from tasks.registry import client
+    from tasks.record.registry import client
     from tasks.tracking import delivered, experiment_of
 
     def work() -> None:

@@ -19,8 +19,8 @@ from filelock import FileLock
 from llada_core.files import complete, parsed
 from llada_core.settings import flat
 from tasks.folders import hash_of, read_json, sqlite_file, write_json
+from tasks.record.registry import artifacts, lock_of
 from tasks.record.runs import RunFolder, all_runs, home
-from tasks.records import artifacts, lock_of
 from tasks.tracked_results import log_params, send_results
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Sender:
     """Sends one run folder; `cursor` remembers what arrived."""
 
     def __init__(self, run: RunFolder) -> None:
-        from tasks.registry import client
+        from tasks.record.registry import client
 
         self.run, self.request = run, run.request
         self.client: MlflowClient = client(run.path.parents[1])

@@ -14,7 +14,7 @@ from tasks.errors import StageError, StoppedError
 from tasks.folders import content_hash, read_json, write_json
 from tasks.program import Work, rank
 from tasks.progress import TrainingProgress
-from tasks.registry import keep_base, lasting_name
+from tasks.record.registry import keep_base, lasting_name
 
 # What differs from machine to machine, and so must not be in an output that DVC hashes.
 TIMINGS = ("_per_second", "seconds", "time", "memory_gb", "mfu", "step", "tokens", "flops", "share")

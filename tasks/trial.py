@@ -21,8 +21,8 @@ from tasks.folders import content_hash, hash_of, home, read_json, write_json
 from tasks.graph import CODE
 from tasks.launch import attach_or_submit, follow
 from tasks.program import Work, run_inline, stage_program
+from tasks.record.registry import Version, settings_of, store_folder, verified
 from tasks.record.runs import RunFolder, copy_code, stage_params
-from tasks.registry import Version, settings_of, store_folder, verified
 
 STAGE = "trial"
 QUESTION = [{"role": "user", "content": "Hello"}]

@@ -18,8 +18,7 @@ from llada_core.evaluation.answering import AnswerStore
 from tasks import folders
 from tasks import folders as databases
 from tasks.folders import NoDatabaseError, content_hash, link_into, require, sqlite_uri
-from tasks.records import PLACES, open_records
-from tasks.registry import keep
+from tasks.record.registry import PLACES, keep, open_records
 from tests.brought.test_folders import made
 
 ROUNDS = 15
@@ -193,7 +192,7 @@ def test_other_places_of_artifacts_stay(tmp_path: Path, kind: str) -> None:
 
 
 def _client(root: Path) -> None:
-    from tasks.registry import client
+    from tasks.record.registry import client
 
     client(root).search_registered_models()
 

@@ -16,7 +16,7 @@ from llada_core.tokenizer import Tokenizer
 from llada_core.training.engine import Ranks
 from llada_core.training.progress import MetricsFile, read_metrics
 from tasks.measure import _records
-from tasks.registry import receipts, write_receipt
+from tasks.record.registry import receipts, write_receipt
 from tasks.report import scores_of
 from tasks.tracked_results import samples
 from tests.tiny import tiny_pair, tiny_tokenizer

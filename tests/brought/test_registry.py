@@ -13,9 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llada_core.settings import ConfigError
 from tasks.errors import StageError
-from tasks.record.runs import all_runs
-from tasks.register import promote, roll_back
-from tasks.registry import (
+from tasks.record.registry import (  # fmt: skip
     Version,
     keep,
     require_weights,
@@ -24,7 +22,9 @@ from tasks.registry import (
     verified,
     versions,
     write_receipt,
-)  # fmt: skip
+)
+from tasks.record.runs import all_runs
+from tasks.register import promote, roll_back
 from tasks.status import COLUMNS, line_of, state_of
 from tasks.trial import try_out
 from tests.tasks.test_registry import PARAMS, empty_database, register, root, saved, trained  # noqa: F401  (fixtures)

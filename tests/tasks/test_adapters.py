@@ -18,8 +18,8 @@ from tasks import cleaning, training
 from tasks.errors import StageError
 from tasks.folders import content_hash
 from tasks.program import run_stage
+from tasks.record.registry import hold_base, keep, keep_base, lasting_name, resolve, store_folder, verified
 from tasks.register import register
-from tasks.registry import hold_base, keep, keep_base, lasting_name, resolve, store_folder, verified
 from tests.tiny import tiny_pair
 from tests.training.data import write_data
 

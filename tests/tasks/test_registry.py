@@ -15,8 +15,8 @@ from tasks import folders
 from tasks import register as stage
 from tasks.errors import StageError
 from tasks.folders import content_hash, write_json
+from tasks.record.registry import resolve, store_folder, trained_on, version_of, versions
 from tasks.register import gate, promote, roll_back
-from tasks.registry import resolve, store_folder, trained_on, version_of, versions
 from tests.tiny import tiny_pair
 
 PARAMS = """\

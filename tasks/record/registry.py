@@ -1,30 +1,108 @@
-"""Names of models resolved to verified folders: a folder, `models:/NAME@alias`, `models:/NAME/3`, a Hub name
-(with `@` a commit, branch or tag of it).
-
-Keeps the store: immutable folders named by content hash, which registered versions point to. The receipts beside them
-(`store/receipts.jsonl`) are enough to register everything anew when the database is lost. MLflow is imported only when
-it is asked; this file knows neither gates nor stages.
-"""
+"""MLflow's records opened; names to verified folders; the store, receipts and aliases."""
 
 import json
 import os
 import re
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from filelock import FileLock
 
 from llada_core.config.params import Params
 from llada_core.files import line_of, read
 from llada_core.modeling.folder import CONTENT, base_name, base_of, is_adapter, model_folders
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError
-from tasks.folders import content_hash, link_into, read_json, require, sqlite_file, sqlite_uri
+from tasks.folders import PATIENCE, content_hash, link_into, read_json, require, sqlite_file, sqlite_uri
 from tasks.record.runs import home
-from tasks.records import open_records
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
+
+
+MAKING = 600.0  # seconds that another process may take to make the tables
+PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+
+def artifacts(home: Path) -> Path:
+    """Where files of runs and notes of registered models lie."""
+    return home / "mlartifacts"
+
+
+def lock_of(home: Path) -> Path:
+    """What whoever finds out that something is missing holds while it is made."""
+    return home / "mlflow.db.lock"
+
+
+def open_records(file: Path, home: Path) -> None:
+    """See that the tables are there (two processes that make them at once fail), and that their places are `home`'s."""
+    if not _made(file):
+        from mlflow.tracking import MlflowClient
+
+        with FileLock(lock_of(file.parent), timeout=MAKING):
+            if not _made(file):
+                MlflowClient().search_registered_models(max_results=1)
+                MlflowClient().search_experiments(max_results=1)
+    if file.parent == home:
+        _tell_places_anew(file, home)
+
+
+def _made(file: Path) -> bool:
+    """Whether MLflow has finished making the tables: the first experiment comes last."""
+    if not file.exists():
+        return False
+    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=PATIENCE)) as database:
+        try:
+            return bool(database.execute("select 1 from experiments limit 1").fetchall())
+        except sqlite3.OperationalError:
+            return False
+
+
+def _tell_places_anew(file: Path, home: Path) -> None:
+    now = artifacts(home.resolve()).as_uri()
+    with closing(sqlite3.connect(file, timeout=PATIENCE, isolation_level=None)) as database:
+        known = database.execute("select distinct artifact_location from experiments").fetchall()
+        moved = [old for (old,) in known if old and old != now and _is_elsewhere(old, home)]
+        if not moved:
+            return
+        database.execute("begin immediate")
+        for old in moved:
+            for table, column in PLACES:
+                database.execute(
+                    f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? or {column} like ? escape '!'",
+                    (now, len(old) + 1, old, _escaped(old) + "/%"),
+                )
+        database.execute("commit")
+    print(f"{home} was moved or copied: MLflow's records now name it and not {unquote(moved[0])}", flush=True)
+
+
+def _is_elsewhere(location: str, home: Path) -> bool:
+    """Whether a location is this project's artifacts where they lay before.
+
+    Another name of the same folder is not, nor is a folder that somebody chose: there is no mlflow.db beside it.
+    """
+    before, here = Path(unquote(location.removeprefix("file://"))), artifacts(home)
+    if not location.startswith("file:///") or before.name != here.name:
+        return False
+    if not before.exists():
+        return True
+    return (before.parent / "mlflow.db").exists() and not (here.exists() and before.samefile(here))
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"!{c}" if c in "!%_" else c for c in text)
+
 
 # A repository's snapshot in the Hub's cache. Its folder is somewhere else on every machine, its name and commit are not.
 CACHED = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
