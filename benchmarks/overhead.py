@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llada_core.config.launch import LaunchParams
-from tasks import tracking
 from tasks.folders import read_json, write_json
 from tasks.launch import follow
 from tasks.launch_local import LocalLauncher, start_time
 from tasks.launch_slurm import SlurmLauncher
 from tasks.pipeline import environment
+from tasks.record import tracking
 from tasks.record.runs import RunFolder, all_runs
 from tests.slurm.cluster import Cluster, missing
 

@@ -56,7 +56,7 @@ def evaluate(
         from tasks.folders import safe
         from tasks.measure import sweep_places
         from tasks.record.runs import home
-        from tasks.tracked_results import send_sweep
+        from tasks.record.tracking import send_sweep
 
         if data is not None and not Path(data).expanduser().is_dir():
             raise FileNotFoundError(f"--data {data}: no such folder")

@@ -28,8 +28,8 @@ from tasks.launch_script import visible_gpus
 from tasks.measure import FAILURES, tell_costs
 from tasks.plan_memory import peak_of
 from tasks.record.runs import home
+from tasks.record.tracking import send_pending
 from tasks.report import Beside, write_report
-from tasks.tracking import send_pending
 from tasks.workspace import Workspace, open_workspace
 
 # Half of its peak is what a forward of LLaDA-8B's shape reaches on a GPU of its kind (an H200: 54 to 56 %).

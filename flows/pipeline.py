@@ -31,7 +31,7 @@ from tasks.errors import StageError, one_line_errors
 from tasks.folders import SECONDS, NoDatabaseError, require, shown
 from tasks.pipeline import environment, restore_lost_records, summary
 from tasks.record.runs import all_runs
-from tasks.tracking import mlflow_link
+from tasks.record.tracking import mlflow_link
 from tasks.workspace import open_workspace, pipeline_lock
 
 

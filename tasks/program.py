@@ -68,7 +68,7 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
     asked = request_of(root, stage, params) | {"machine": machine_settings(parsed, stage.kind, launch)}
     run = open_run(root, stage, params, asked)
     again = stage.kind in OPEN_ENDED and not _inside_ranks()
-    from tasks import tracking
+    from tasks.record import tracking
 
     with tracking.forwarding(run):
         if run.succeeded and not again:

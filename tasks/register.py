@@ -16,9 +16,9 @@ from llada_core.config.params import Params
 from llada_core.config.registry import GateParams, RegisterParams
 from llada_core.evaluation.statistics import Difference, paired
 from llada_core.settings import ConfigError
-from tasks import tracking
 from tasks.errors import one_line_errors
 from tasks.folders import commit_of, content_hash, hash_of, read_json, write_json
+from tasks.record import tracking
 from tasks.record.registry import (
     Version,
     client,

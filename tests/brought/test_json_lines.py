@@ -17,8 +17,8 @@ from llada_core.training.engine import Ranks
 from llada_core.training.progress import MetricsFile, read_metrics
 from tasks.measure import _records
 from tasks.record.registry import receipts, write_receipt
+from tasks.record.tracking import samples
 from tasks.report import scores_of
-from tasks.tracked_results import samples
 from tests.tiny import tiny_pair, tiny_tokenizer
 
 # What str.splitlines, an editor or another language takes for the end of a line, and what has no UTF-8.

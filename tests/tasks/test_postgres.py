@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.record.registry import client, resolve
-from tasks.tracking import EXPERIMENT
+from tasks.record.tracking import EXPERIMENT
 from tests.ports import free_port
 from tests.tasks.test_registry import empty_database, root, trained  # noqa: F401  (fixtures)
 
