@@ -124,7 +124,7 @@ def test_registered_by_reference_and_once(root: Path) -> None:
 def test_a_served_version_lies_where_it_was_registered_to(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.models import get_model_info
 
-    from tasks.mlflow_model import ChatModel
+    from tasks.record.mlflow_model import ChatModel
 
     save_model(tiny_pair()[0], root / "weights", tiny_pair()[1])
     (root / "params.yaml").write_text(PARAMS + "  device: cuda:5\n  bits: 8\n")
