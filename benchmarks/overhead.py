@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tasks.launch.jobs.jobs import follow
+
 from llada_core.config.launch import LaunchParams
 from tasks.folders import read_json, write_json
-from tasks.launch import follow
 from tasks.launch_local import LocalLauncher, start_time
 from tasks.launch_slurm import SlurmLauncher
 from tasks.pipeline import environment

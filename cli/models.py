@@ -87,11 +87,12 @@ def _swept(
     name: str, asked: list[str], params: "EvaluateParams", places: "Places", device: str
 ) -> dict[str, dict[str, Any]] | None:
     """The results, by all GPUs of this machine; None in the processes that only answer a share."""
+    from tasks.launch.jobs.jobs import sharing
+
     from tasks.evaluate import processes
     from tasks.measure import sweep
     from tasks.program import rank
     from tasks.record.registry import resolve
-    from tasks.shards import sharing
 
     program = [sys.executable, "-m", "cli.main", *sys.argv[1:]]
     with sharing(processes([resolve(name)], params, device), program):

@@ -22,9 +22,9 @@ from llada_core.evaluation.params import EvaluateParams
 from llada_core.files import line_of
 from llada_core.settings import ConfigError
 from tasks.folders import read_json, safe, write_json, write_text
+from tasks.launch.jobs.jobs import sharing, whole
 from tasks.launch_script import visible_gpus
 from tasks.program import Work, stage_program
-from tasks.shards import sharing, whole
 
 if TYPE_CHECKING:
     from llada_core.evaluation.answering import Answerer

@@ -215,7 +215,7 @@ def sweep(
     """Any checkpoint (folder, alias, Hub name) against a list of benchmarks; one that fails does not stop the others.
 
     The model is loaded once, for all of them. Says what each and all cost before the first starts. Of several processes
-    (`tasks.shards.sharing`) only the first tells, returns and writes more than answers. Returns a result, or `{"error": why}`, for each benchmark;
+    (`tasks.launch.jobs.sharing`) only the first tells, returns and writes more than answers. Returns a result, or `{"error": why}`, for each benchmark;
     results are also written as the stage writes them, with a report (table.json, table.md, table.png) of those that
     succeeded.
     """

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tasks.launch.jobs.jobs import sharing
 
 from llada_core.config.params import Params
 from llada_core.modeling import save_model
 from tasks import evaluate as stage
 from tasks.program import Work
 from tasks.record.runs import RunFolder
-from tasks.shards import sharing
 from tests.tasks.conftest import REPOSITORY, project  # noqa: F401  (a fixture)
 from tests.tiny import tiny_pair
 from tests.waiting import wait_for

@@ -4,11 +4,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tasks.launch.jobs.jobs import settle
 
 from llada_core.config.params import Params
 from tasks import launch_script, training
 from tasks.graph import load_stage
-from tasks.launch import settle
 from tasks.launch_script import machine_settings
 from tasks.program import Work
 from tasks.record.runs import open_run, request_of, stage_params

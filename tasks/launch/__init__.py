@@ -1,0 +1,1 @@
+"""How a job is started and followed: launchers, workspaces, plans."""
