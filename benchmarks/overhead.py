@@ -21,8 +21,7 @@ from tasks.launch.jobs.jobs import follow
 
 from llada_core.config.launch import LaunchParams
 from tasks.folders import read_json, write_json
-from tasks.launch_local import LocalLauncher, start_time
-from tasks.launch_slurm import SlurmLauncher
+from tasks.launch.launchers import LocalLauncher, SlurmLauncher, start_time
 from tasks.pipeline import environment
 from tasks.record import tracking
 from tasks.record.runs import RunFolder, all_runs

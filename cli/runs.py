@@ -92,7 +92,7 @@ def plan(
 def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
     from llada_core.config.params import Params
     from tasks.graph import load_stage, with_sources
-    from tasks.launch_script import render
+    from tasks.launch.launchers import render
     from tasks.record.runs import open_run, stage_params
     from tasks.workspace import open_workspace
 

@@ -24,7 +24,7 @@ from tasks.dvc_settings import configure_without_git
 from tasks.errors import StageError, one_line_errors
 from tasks.evaluate import Places, answering, data_root, quiet_lm_eval
 from tasks.folders import commit_of, read_json
-from tasks.launch_script import visible_gpus
+from tasks.launch.launchers import visible_gpus
 from tasks.measure import FAILURES, tell_costs
 from tasks.plan_memory import peak_of
 from tasks.record.runs import home

@@ -19,7 +19,7 @@ from llada_core.config.params import Params
 from llada_core.settings import ConfigError
 from tasks.doctor_nodes import two_nodes
 from tasks.folders import NoDatabaseError, require, shown
-from tasks.launch_slurm import ask
+from tasks.launch.launchers import ask
 from tasks.record.registry import tracking_uri
 from tasks.record.runs import home
 

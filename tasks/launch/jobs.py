@@ -15,8 +15,7 @@ from llada_core.config.launch import LaunchParams
 from llada_core.settings import ConfigError
 from tasks.errors import StageError
 from tasks.folders import write_json
-from tasks.launch_local import LocalLauncher
-from tasks.launch_slurm import SlurmLauncher
+from tasks.launch.launchers import LocalLauncher, SlurmLauncher
 from tasks.record.runs import Request, RunFolder, changed_settings, take_settings
 
 Launcher = LocalLauncher | SlurmLauncher  # each verb (submit, state, cancel) acts on the job that a run folder names

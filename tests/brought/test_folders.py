@@ -17,8 +17,7 @@ from llada_core.settings import ConfigError
 from tasks.dvc_settings import configure_workspace
 from tasks.folders import git, home, prune_worktrees, require, sqlite_file, sqlite_uri, write_json
 from tasks.graph import load_stage
-from tasks.launch_local import LocalLauncher
-from tasks.launch_script import render
+from tasks.launch.launchers import LocalLauncher, render
 from tasks.pipeline import reproduce
 from tasks.record.runs import RunFolder, all_runs, open_run, stage_params
 from tasks.workspace import open_workspace
@@ -165,7 +164,7 @@ def test_a_copy_never_writes_into_the_original(checkout: Path, how: str) -> None
 def test_a_copy_has_no_part_in_the_originals_job(checkout: Path) -> None:
     run, launcher = run_of(checkout), LocalLauncher()
     own = os.getpid()
-    from tasks.launch_local import start_time
+    from tasks.launch.launchers import start_time
 
     run.note_job({"launcher": "local", "pid": own, "start": start_time(own), "log_start": 0})
     assert launcher.state(run) == "alive"
@@ -181,7 +180,7 @@ def test_a_copy_has_no_part_in_the_originals_job(checkout: Path) -> None:
 
 
 def test_a_machine_that_was_started_anew_has_no_old_jobs(checkout: Path) -> None:
-    from tasks.launch_local import start_time
+    from tasks.launch.launchers import start_time
 
     run = run_of(checkout)
     run.note_job({"launcher": "local", "pid": os.getpid(), "start": start_time(os.getpid()), "boot": "before"})

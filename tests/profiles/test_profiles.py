@@ -24,7 +24,7 @@ from llada_core.modeling import add_lora, load_model
 from llada_core.training.engine import accelerator_for
 from llada_core.training.progress import read_metrics
 from llada_core.training.train import block_classes
-from tasks.launch_script import render
+from tasks.launch.launchers import render
 from tasks.prepare import prepare
 from tasks.record.runs import RunFolder
 from tests.profiles.shrink import PROFILES, shrunk, write_sources

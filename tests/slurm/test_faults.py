@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.launch_script import job_name
-from tasks.launch_slurm import refused
+from tasks.launch.launchers import job_name, refused
 from tasks.record.runs import RunFolder
 from tests.ports import free_port
 from tests.slurm.cluster import Cluster

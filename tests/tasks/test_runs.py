@@ -14,11 +14,10 @@ from llada_core import settings
 from llada_core.config.launch import LaunchParams
 from llada_core.config.params import Params
 from llada_core.settings import ConfigError
-from tasks import launch_script
 from tasks.folders import write_json
 from tasks.graph import load_stage
-from tasks.launch_local import start_time
-from tasks.launch_script import render
+from tasks.launch import launchers
+from tasks.launch.launchers import render, start_time
 from tasks.program import run_stage
 from tasks.record.runs import RunFolder, all_runs, find_run, open_run, stage_params
 from tests.tasks.conftest import REPOSITORY
@@ -229,7 +228,7 @@ def test_processes_without_a_gpu_have_a_thread_each_and_give_way_to_gpus(project
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def script(gpus: int, *changes: str, slurm: bool = False) -> str:
-        monkeypatch.setattr(launch_script, "visible_gpus", lambda: gpus)
+        monkeypatch.setattr(launchers, "visible_gpus", lambda: gpus)
         launch = Params.parse(stage_params(project, list(changes)), "").launch
         return render(open_toy(project, "pretrain.batch_size=12"), launch, slurm=slurm)
 
@@ -329,7 +328,7 @@ def test_evaluation_on_several_nodes_is_a_process_a_gpu_and_on_one_node_starts_i
 
 @pytest.mark.parametrize(("chosen", "seen"), [(None, 3), ("0,2", 2), ("", 0), ("-1", 0), ("1,-1,0", 1)])
 def test_gpus_are_counted_as_cuda_counts_them(chosen: str | None, seen: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.launch_script import visible_gpus
+    from tasks.launch.launchers import visible_gpus
 
     devices = [Path(f"/dev/nvidia{n}") for n in (0, 1, 2)] + [Path("/dev/nvidia-caps"), Path("/dev/nvidiactl")]
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [d for d in devices if d.name[6].isdigit()])

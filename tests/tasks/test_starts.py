@@ -7,9 +7,10 @@ import pytest
 from tasks.launch.jobs.jobs import settle
 
 from llada_core.config.params import Params
-from tasks import launch_script, training
+from tasks import training
 from tasks.graph import load_stage
-from tasks.launch_script import machine_settings
+from tasks.launch import launchers
+from tasks.launch.launchers import machine_settings
 from tasks.program import Work
 from tasks.record.runs import open_run, request_of, stage_params
 
@@ -54,7 +55,7 @@ def test_defaults_follow_the_kind_of_start(blocks, rate, on_gpu):
     ],
 )
 def test_the_machine_that_will_train_decides(monkeypatch, launch, here, precision):
-    monkeypatch.setattr(launch_script, "visible_gpus", lambda: here)
+    monkeypatch.setattr(launchers, "visible_gpus", lambda: here)
     params = a_run(launch, sft={"init_from": HUB})
     assert machine_settings(params, "sft", params.launch) == {"precision": precision}
 

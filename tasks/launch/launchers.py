@@ -1,0 +1,381 @@
+"""Launchers, local and Slurm, and the script of their jobs."""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+
+from llada_core.config.launch import LaunchParams, SlurmParams
+from llada_core.config.params import TRAINING_STAGES, Params
+from llada_core.settings import DEVICE_SETTING, ConfigError
+from llada_core.training.params import GRPOParams, TrainingParams
+from tasks.folders import hash_of, write_text
+from tasks.record.runs import RunFolder
+
+TEMPLATE = Path(__file__).with_name("job.sh.jinja")
+OWN_ACCELERATE = "accelerate.yaml"  # launch.accelerate_config, as it was when the job was submitted
+# What a job sees of the submitter's environment, beside what the cluster gives it.
+PASSED_ON = (
+    "PATH", "VIRTUAL_ENV", "LLADAFLOW_DATA_ROOT", "HF_HOME", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", DEVICE_SETTING,
+)  # fmt: skip
+
+
+def render(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
+    """The whole script of one job."""
+    options = launch.slurm if slurm else SlurmParams()
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        run=run.path,
+        slurm=slurm,
+        sbatch=sbatch_options(run, options) if slurm else [],
+        setup=[*(f"module load {name}" for name in options.modules), *options.setup],
+        env=_environment(run, launch, slurm=slurm),
+        command=_command(run, launch, slurm=slurm),
+        restarts=launch.restarts,
+    )
+
+
+def write_job(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> Path:
+    """Put the script, and a person's own accelerate file, into the run folder: later edits reach no waiting job."""
+    if launch.accelerate_config:
+        own = run.root / Path(launch.accelerate_config).expanduser()
+        if not own.is_file():
+            raise ConfigError(
+                f"launch.accelerate_config: there is no {own}; give a path from the project's folder, or a whole one"
+            )
+        write_text(run.path / OWN_ACCELERATE, own.read_text(encoding="utf-8"))
+    write_text(run.path / "job.sh", render(run, launch, slurm=slurm))
+    return run.path / "job.sh"
+
+
+def job_name(run: RunFolder) -> str:
+    """The name that finds a run's job again: its key, and which folder of that name it is."""
+    return f"{run.key}-{hash_of(str(run.path))[:6]}"
+
+
+def sbatch_options(run: RunFolder, slurm: SlurmParams) -> list[str]:
+    """The `#SBATCH` lines. One name and `singleton`: two jobs of one run never run at once."""
+    values = {
+        "job-name": job_name(run),
+        "dependency": "singleton",
+        "output": _as_option(run.log),
+        "open-mode": "append",
+        "nodes": slurm.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": slurm.cpus_per_task,
+        "gpus-per-node": slurm.gpus_per_node or None,
+        "mem": slurm.memory,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.time,
+        "constraint": slurm.constraint,
+        "signal": f"B:USR1@{slurm.signal_seconds}" if slurm.time else None,
+    }
+    return ["--requeue", *(f"--{key}={value}" for key, value in values.items() if value is not None), *slurm.extra]
+
+
+def _as_option(path: Path) -> str:
+    """A path for `#SBATCH`: Slurm fills in what follows a `%`, and a space or `#` outside of quotes ends an option."""
+    text = str(path).replace("%", "%%")
+    plain = re.fullmatch(r"[\w/.@+,=:~%-]+", text)
+    return text if plain else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def _environment(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> dict[str, str]:
+    passed = {} if slurm else {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    places = [str(run.tree), str(run.root)]
+    if any(":" in place for place in places):  # which ends an entry; the script starts in the first of them
+        places = [os.path.relpath(place, run.tree) for place in places]
+    own = {"LLADAFLOW_RUN": str(run.path), "PYTHONUNBUFFERED": "1", "PYTHONPATH": ":".join(places)}
+    # Several processes of one thread each are faster than one of several threads: a small model's products are small.
+    single = {"OMP_NUM_THREADS": "1"} if launch.cpu_processes > 1 and not gpus_of(launch, slurm=slurm) else {}
+    threads = {"OMP_NUM_THREADS": str(launch.threads)} if launch.threads else {}
+    return single | passed | own | threads | launch.env
+
+
+def _command(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
+    kind, _, item = run.stage.partition("@")
+    program = f"-m tasks.{kind}" + (f" {shlex.quote(item)}" if item else "")
+    python = shlex.quote(sys.executable)
+    nodes = launch.slurm.nodes if slurm else 1
+    training = Params.parse(run.request["all_params"], run.key).training(kind) if kind in TRAINING_STAGES else None
+    count = ranks_per_node(training, launch, slurm=slurm)
+    if kind == "evaluate" and nodes > 1 and launch.processes is None:
+        count = max(1, launch.slurm.gpus_per_node)  # on one node evaluate starts one process a GPU itself
+    processes = nodes * count
+    config = _accelerate_config(run, launch, training)
+    if processes == 1 and config is None:  # a kind that was asked for by name gets its process group even alone
+        command = f"{python} {program}"
+        return f"srun --kill-on-bad-exit=1 {_srun(launch)}{command}" if slurm else command
+    kinds = f"--config_file {shlex.quote(str(config))}" if config else "--multi_gpu"
+    ranks = f"{kinds} --num_processes {processes} --num_machines {nodes}"
+    accelerate = f"{python} -m accelerate.commands.launch {ranks} --mixed_precision no --dynamo_backend no"
+    if not slurm:
+        return f"{accelerate} --main_process_port 0 {program}"
+    per_node = f'{accelerate} --machine_rank "$SLURM_NODEID" --main_process_ip "$0" --main_process_port "$1" {program}'
+    return f'srun --kill-on-bad-exit=1 {_srun(launch)}bash -c {shlex.quote("exec " + per_node)} "$address" "$port"'
+
+
+def machine_settings(params: Params, stage: str, launch: LaunchParams) -> dict[str, Any]:
+    """What a training stage's settings are where its job will run, whatever the machine that submits it has."""
+    if stage not in TRAINING_STAGES:
+        return {}
+    slurm = launch.kind == "slurm"
+    otherwise = launch.gpu is not None or any("gpu" in option for option in launch.slurm.extra)
+    gpu = gpus_of(launch, slurm=slurm) > 0 or (slurm and otherwise)
+    return {"precision": params.settled(stage, gpu=gpu).precision}
+
+
+def ranks_per_node(training: TrainingParams | None, launch: LaunchParams, *, slurm: bool) -> int:
+    """`launch.processes`, or for a training stage as many of the visible GPUs as its rows of a step divide over.
+
+    Without a GPU `launch.cpu_processes` stands in for their number.
+    """
+    if launch.processes is not None or training is None:
+        return launch.processes or 1
+    nodes = launch.slurm.nodes if slurm else 1
+    most = gpus_of(launch, slurm=slurm) or launch.cpu_processes
+    rows = training.prompts if isinstance(training, GRPOParams) else training.batch_size
+    return max((n for n in range(1, most + 1) if rows % (n * nodes) == 0), default=1)
+
+
+def gpus_of(launch: LaunchParams, *, slurm: bool) -> int:
+    """GPUs of each node that a job will see."""
+    return launch.slurm.gpus_per_node if slurm else visible_gpus()
+
+
+def visible_gpus() -> int:
+    """As CUDA would count them, without the seconds that importing torch takes."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+    if chosen is None:
+        return devices
+    names = [name.strip() for name in chosen.split(",") if name.strip()]
+    return min(devices, next((n for n, name in enumerate(names) if name == "-1"), len(names)))  # CUDA stops at -1
+
+
+def _accelerate_config(run: RunFolder, launch: LaunchParams, training: TrainingParams | None) -> Path | None:
+    """A file of the run folder: the snapshot's for the kind of distribution, or the copy of a person's own."""
+    if launch.accelerate_config:
+        return run.path / OWN_ACCELERATE
+    kind = training.distribution.kind if training is not None else "auto"
+    return None if kind in ("auto", "none") else run.tree / "tasks" / "accelerate" / f"{kind}.yaml"
+
+
+def _srun(launch: LaunchParams) -> str:
+    return "".join(f"{shlex.quote(option)} " for option in launch.slurm.srun_options)
+
+
+State = Literal["alive", "gone", "unknown"]
+
+
+class LocalLauncher:
+    """Starts, looks after and ends jobs on this machine."""
+
+    poll_seconds = 0.3
+
+    def submit(self, run: RunFolder, launch: LaunchParams) -> None:
+        """Start a job and note who it is."""
+        script = write_job(run, launch, slurm=False)
+        with run.log.open("ab") as log:
+            log_start = run.log_size
+            process = subprocess.Popen(
+                ["bash", str(script)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        started = {"pid": process.pid, "start": start_time(process.pid), "boot": boot()}
+        run.note_job({"launcher": "local", "log_start": log_start} | started)
+
+    def state(self, run: RunFolder) -> State:
+        """Whether the job of `run` is still there; raises `ConfigError` for a job of another machine."""
+        job = run.job
+        if job is None:
+            return "gone"
+        if job["host"] != socket.gethostname():
+            raise ConfigError(f"{run.key} was started on {job['host']}; go on there, or remove {run.path / 'job.json'}")
+        if job.get("boot", boot()) != boot():
+            return "gone"
+        return "alive" if job["start"] is not None and start_time(job["pid"]) == job["start"] else "gone"
+
+    def cancel(self, run: RunFolder, grace: float) -> None:
+        """End the job: it may save itself for `grace` seconds, then its whole session is killed."""
+        job = run.job
+        if job is None or self.state(run) != "alive":
+            return
+        (run.path / "CANCELLED").touch()
+        (run.path / "STOP").touch()
+        for wait, number in ((grace, signal.SIGTERM), (5.0, signal.SIGKILL)):
+            if self._ends_within(run, wait):
+                return
+            try:
+                os.killpg(job["pid"], number)
+            except ProcessLookupError:
+                return
+        self._ends_within(run, 5.0)
+
+    def _ends_within(self, run: RunFolder, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.state(run) == "alive":
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+
+def boot() -> str:
+    """Which start of this machine this is."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if it is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+TIMEOUT = 30  # seconds that a Slurm command may take
+ENDED = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED"),
+    *("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT", "REVOKED"),
+}
+# Reasons for which a job would wait for ever.
+IMPOSSIBLE = {
+    *("PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "AccountNotAllowed"),
+    *("InvalidAccount", "InvalidQOS", "QOSNotAllowed"),
+}
+REMEDIES = {
+    "invalid partition": "`sinfo -s` lists the partitions; set launch.slurm.partition",
+    "invalid account": "`sacctmgr show assoc user=$USER` lists your accounts; set launch.slurm.account",
+    "invalid qos": "`sacctmgr show qos` lists them; set launch.slurm.qos",
+    "node configuration is not available": "no node has what launch.slurm asks for; see `sinfo -N -o '%N %c %m %G'`",
+    "not permitted to use this partition": "`sinfo -s` lists the partitions; ask for the right, or set another one",
+    "time limit": "see `sinfo -o '%P %l'`; set launch.slurm.time",
+}
+
+
+class NoAnswerError(OSError):
+    """The Slurm controller did not answer; nothing is known."""
+
+
+class SlurmLauncher:
+    """Submits, looks after and ends jobs of a cluster."""
+
+    def __init__(self, poll_seconds: float) -> None:
+        self.poll_seconds = poll_seconds
+        self._said = ""
+
+    def submit(self, run: RunFolder, launch: LaunchParams) -> None:
+        """Submit a job and note its id; waits while the controller does not answer, and never submits twice."""
+        script = write_job(run, launch, slurm=True)
+        while self._adopt(run) is None:
+            try:
+                log_start = run.log_size
+                number = ask("sbatch", "--parsable", str(script)).partition(";")[0].strip()
+                self._note(run, number, log_start)
+                return
+            except NoAnswerError as error:
+                self._say(f"{error}; trying again")
+                time.sleep(self.poll_seconds)
+
+    def state(self, run: RunFolder) -> State:
+        """Whether the job of `run` is still to run or running; `unknown` while the controller does not answer."""
+        try:
+            job = run.job
+            number = job["id"] if job and job["launcher"] == "slurm" else self._adopt(run)
+            if number is None:
+                return "gone"
+            word, reason = _state_of(number)
+        except NoAnswerError as error:
+            self._say(f"{error}; asking again")
+            return "unknown"
+        if word == "PENDING" and reason in IMPOSSIBLE:
+            ask("scancel", str(number), unknown="")
+            raise ConfigError(
+                f"Slurm can never start this job ({reason}), it was taken back; see launch.slurm and `sinfo`"
+            )
+        self._say(f"Slurm job {number}: {word}" + (f" ({reason})" if reason not in ("", "None") else ""))
+        if word == "COMPLETING":  # its end is known once it has left: what it wrote may still arrive
+            return "unknown"
+        return "gone" if word in ENDED or word == "GONE" else "alive"
+
+    def cancel(self, run: RunFolder, grace: float) -> None:
+        """End the job: a running one may save itself for `grace` seconds first."""
+        (run.path / "CANCELLED").touch()
+        (run.path / "STOP").touch()
+        if (number := (run.job or {}).get("id") or self._adopt(run)) is None:
+            return
+        deadline = time.monotonic() + grace
+        while _state_of(number)[0] == "RUNNING" and time.monotonic() < deadline:
+            time.sleep(min(1.0, self.poll_seconds))
+        ask("scancel", str(number))
+
+    def _adopt(self, run: RunFolder) -> str | None:
+        """The id of a job of this run that Slurm knows, written down; None when there is none."""
+        found = ask("squeue", "--me", "--noheader", f"--name={job_name(run)}", "--format=%A").split()
+        if found:
+            self._note(run, found[0])
+        return found[0] if found else None
+
+    def _note(self, run: RunFolder, number: str, log_start: int = 0) -> None:
+        run.note_job({"launcher": "slurm", "id": number, "log_start": log_start})
+
+    def _say(self, text: str) -> None:
+        if text != self._said:
+            self._said = text
+            print(text, flush=True)
+
+
+def _state_of(number: str) -> tuple[str, str]:
+    """State and reason; `GONE` when a controller that answers no longer knows the job. Raises `NoAnswerError`."""
+    answer = ask("squeue", "--noheader", f"--jobs={number}", "--format=%T %r", unknown="")
+    if not answer.strip():
+        text = ask("scontrol", "show", "job", "-o", number, unknown="")
+        match = re.search(r"JobState=(\w+) Reason=(\S+)", text)
+        return (match[1], match[2]) if match else ("GONE", "")
+    word, _, reason = answer.strip().partition(" ")
+    return word, reason
+
+
+def ask(*command: str, unknown: str | None = None) -> str:
+    """What a Slurm command prints; `unknown` for a job that an answering controller does not know."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except FileNotFoundError:
+        remedy = "run this on the cluster's login node, or set launch.kind to local"
+        raise ConfigError(f"{command[0]} is not on the PATH of this machine; {remedy}") from None
+    except subprocess.TimeoutExpired:
+        raise NoAnswerError(f"{command[0]} got no answer within {TIMEOUT} s") from None
+    if done.returncode == 0:
+        return done.stdout
+    text = next((line.strip() for line in done.stderr.splitlines() if line.strip()), "")
+    if unknown is not None and "invalid job id" in text.lower():
+        return unknown
+    if command[0] == "sbatch" and (refusal := refused(text)):
+        raise ConfigError(refusal)
+    raise NoAnswerError(f"{command[0]}: {text or f'exit status {done.returncode}'}")
+
+
+def refused(text: str) -> str | None:
+    """One line with a remedy when sbatch refused the job for good; None for an error that may pass."""
+    passing = ("contact slurm controller", "socket timed out", "connection refused", "zero bytes", "try again")
+    if any(word in text.lower() for word in passing):
+        return None
+    remedy = next(
+        (remedy for word, remedy in REMEDIES.items() if word in text.lower()), "see `llada plan` for the script"
+    )
+    return f"{text.removeprefix('sbatch: error: ')}; {remedy}"
