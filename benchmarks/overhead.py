@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tasks.launch.jobs.jobs import follow
+from tasks.launch.jobs import follow
 
 from llada_core.config.launch import LaunchParams
 from tasks.folders import read_json, write_json

@@ -87,7 +87,7 @@ def _swept(
     name: str, asked: list[str], params: "EvaluateParams", places: "Places", device: str
 ) -> dict[str, dict[str, Any]] | None:
     """The results, by all GPUs of this machine; None in the processes that only answer a share."""
-    from tasks.launch.jobs.jobs import sharing
+    from tasks.launch.jobs import sharing
 
     from tasks.evaluate import processes
     from tasks.measure import sweep

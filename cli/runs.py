@@ -128,7 +128,7 @@ def logs(
 ) -> None:
     """The log of a run."""
     with one_line_errors():
-        from tasks.launch.jobs.jobs import LogReader
+        from tasks.launch.jobs import LogReader
 
         from tasks.record.runs import find_run
         from tasks.status import state_of
@@ -146,7 +146,7 @@ def logs(
 def cancel(name: Run) -> None:
     """End the job of a run; training saves itself first, and the next `llada run` goes on from there."""
     with one_line_errors():
-        from tasks.launch.jobs.jobs import grace, launcher_of
+        from tasks.launch.jobs import grace, launcher_of
 
         from llada_core.config.params import Params
         from tasks.record.runs import find_run

@@ -22,7 +22,7 @@ from llada_core.evaluation.params import EvaluateParams
 from llada_core.files import line_of
 from llada_core.settings import ConfigError
 from tasks.folders import read_json, safe, write_json, write_text
-from tasks.launch.jobs.jobs import sharing, whole
+from tasks.launch.jobs import sharing, whole
 from tasks.launch.launchers import visible_gpus
 from tasks.program import Work, stage_program
 

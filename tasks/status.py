@@ -4,7 +4,7 @@ import time
 
 from llada_core.config.launch import LaunchParams
 from tasks.folders import size_of
-from tasks.launch.jobs.jobs import launcher_of
+from tasks.launch.jobs import launcher_of
 from tasks.launch.launchers import NoAnswerError
 from tasks.record.runs import RunFolder
 

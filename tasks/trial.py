@@ -19,7 +19,7 @@ from llada_core.sampling.params import SamplingParams
 from tasks.errors import StageError
 from tasks.folders import content_hash, hash_of, home, read_json, write_json
 from tasks.graph import CODE
-from tasks.launch.jobs.jobs import attach_or_submit, follow
+from tasks.launch.jobs import attach_or_submit, follow
 from tasks.program import Work, run_inline, stage_program
 from tasks.record.registry import Version, settings_of, store_folder, verified
 from tasks.record.runs import RunFolder, copy_code, stage_params

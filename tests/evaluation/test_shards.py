@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tasks.launch.jobs.jobs import sharing
+from tasks.launch.jobs import sharing
 
 from llada_core.config.params import Params
 from llada_core.modeling import save_model

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tasks.launch.jobs.jobs import settle
+from tasks.launch.jobs import settle
 
 from llada_core.config.params import Params
 from tasks import training
