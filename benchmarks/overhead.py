@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tasks.launch.jobs import follow
-
 from llada_core.config.launch import LaunchParams
 from tasks.folders import read_json, write_json
+from tasks.launch.jobs import follow
 from tasks.launch.launchers import LocalLauncher, SlurmLauncher, start_time
 from tasks.pipeline import environment
 from tasks.record import tracking

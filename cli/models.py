@@ -87,9 +87,8 @@ def _swept(
     name: str, asked: list[str], params: "EvaluateParams", places: "Places", device: str
 ) -> dict[str, dict[str, Any]] | None:
     """The results, by all GPUs of this machine; None in the processes that only answer a share."""
-    from tasks.launch.jobs import sharing
-
     from tasks.evaluate import processes
+    from tasks.launch.jobs import sharing
     from tasks.measure import sweep
     from tasks.program import rank
     from tasks.record.registry import resolve
@@ -123,9 +122,9 @@ def fetch(
 
         os.environ["HF_HOME"] = str(folder.resolve())  # read when the Hub's packages are first imported
         from llada_core.config.params import Params
-        from tasks.fetch import fetch as bring
+        from tasks.launch.workspace import fetch as bring
+        from tasks.launch.workspace import profile_file
         from tasks.record.runs import home
-        from tasks.workspace import profile_file
 
         failed = bring(Params.load(profile_file(Path.cwd(), profile)), home(Path.cwd()))
         print(f"with HF_HOME={folder.resolve()} HF_HUB_OFFLINE=1 all of it is found by its name")

@@ -35,8 +35,8 @@ def run(
 ) -> None:
     """Run the pipeline: params.yaml in place, a profile (or overrides) in its own workspace. Resumes what was cut."""
     with one_line_errors():
+        from tasks.launch.workspace import open_workspace
         from tasks.pipeline import reproduce, summary
-        from tasks.workspace import open_workspace
 
         if yes:
             os.environ["LLADAFLOW_YES"] = "1"
@@ -74,8 +74,8 @@ def plan(
     with one_line_errors():
         from llada_core.config.params import TRAINING_STAGES, Params
         from llada_core.settings import read_yaml, with_overrides
+        from tasks.launch.workspace import profile_file
         from tasks.plan import refuse, script_of, told
-        from tasks.workspace import profile_file
 
         if stage is not None:
             _show_script(stage, profile, overrides)
@@ -93,8 +93,8 @@ def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
     from llada_core.config.params import Params
     from tasks.graph import load_stage, with_sources
     from tasks.launch.launchers import render
+    from tasks.launch.workspace import open_workspace
     from tasks.record.runs import open_run, stage_params
-    from tasks.workspace import open_workspace
 
     workspace = open_workspace(Path.cwd(), profile, overrides)
     print(f"in {workspace.path}")
@@ -129,7 +129,6 @@ def logs(
     """The log of a run."""
     with one_line_errors():
         from tasks.launch.jobs import LogReader
-
         from tasks.record.runs import find_run
         from tasks.status import state_of
 
@@ -146,9 +145,8 @@ def logs(
 def cancel(name: Run) -> None:
     """End the job of a run; training saves itself first, and the next `llada run` goes on from there."""
     with one_line_errors():
-        from tasks.launch.jobs import grace, launcher_of
-
         from llada_core.config.params import Params
+        from tasks.launch.jobs import grace, launcher_of
         from tasks.record.runs import find_run
         from tasks.status import state_of
 
@@ -163,8 +161,8 @@ def cancel(name: Run) -> None:
 def accept(stages: Annotated[list[str], typer.Argument(help="stages whose outputs stay as they are")]) -> None:
     """Take outputs as still valid although code or parameters have changed (`dvc commit`): nothing is run again."""
     with one_line_errors():
+        from tasks.launch.workspace import Workspace
         from tasks.pipeline import dvc, known
-        from tasks.workspace import Workspace
 
         raise typer.Exit(dvc(Workspace(Path.cwd()), "commit", "--force", *known(Workspace(Path.cwd()), stages)))
 

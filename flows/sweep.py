@@ -15,8 +15,8 @@ from llada_core.settings import ConfigError
 from tasks.errors import StageError
 from tasks.folders import read_json
 from tasks.graph import lookup
+from tasks.launch.workspace import Workspace, open_workspace
 from tasks.record.tracking import gather, send_pending
-from tasks.workspace import Workspace, open_workspace
 
 Grid = dict[str, list[Any]] | list[list[str]]
 Row = dict[str, Any]

@@ -7,10 +7,10 @@ from pathlib import Path
 from llada_core.modeling.folder import CONTENT, base_name, is_adapter
 from tasks.errors import StageError
 from tasks.folders import has_git, prune_worktrees, read_json, size_of
+from tasks.launch.workspace import Workspace, pipeline_lock
 from tasks.record.registry import client
 from tasks.record.runs import all_runs, home
 from tasks.status import state_of
-from tasks.workspace import Workspace, pipeline_lock
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from pathlib import Path
 from types import FrameType
 
 from llada_core.settings import ConfigError, nearest, read_yaml
-from tasks.dvc_settings import configure_without_git
 from tasks.errors import StageError
 from tasks.folders import PATIENCE, read_json, sqlite_file
+from tasks.launch.workspace import Workspace, configure_without_git, pipeline_lock
 from tasks.record import tracking
 from tasks.record.registry import receipts, tracking_uri, versions
-from tasks.workspace import Workspace, pipeline_lock
 
 
 def dvc(workspace: Workspace, *arguments: str) -> int:

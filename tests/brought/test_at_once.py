@@ -44,7 +44,7 @@ def _answer(root: Path) -> None:
 
 
 def _workspace(root: Path) -> None:
-    from tasks.workspace import open_workspace
+    from tasks.launch.workspace import open_workspace
 
     open_workspace(root, overrides=["seed=2"])
 

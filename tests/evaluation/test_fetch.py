@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llada_core.config.params import Params
-from tasks.fetch import fetch
+from tasks.launch.workspace import fetch
 
 PROFILE = {
     "name": "published",

@@ -4,12 +4,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tasks.launch.jobs import settle
 
 from llada_core.config.params import Params
 from tasks import training
 from tasks.graph import load_stage
 from tasks.launch import launchers
+from tasks.launch.jobs import settle
 from tasks.launch.launchers import machine_settings
 from tasks.program import Work
 from tasks.record.runs import open_run, request_of, stage_params

@@ -1,0 +1,246 @@
+"""A folder of its own for a profile, and what the profile needs of the Hub."""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+from configobj import ConfigObj
+from filelock import FileLock
+
+from llada_core.config.params import TRAINING_STAGES, Params
+from llada_core.settings import ConfigError, nearest, read_yaml, with_overrides
+from tasks.evaluate import data_root
+from tasks.folders import add_worktree, copied, has_git, hash_of, mend_worktree, submitted, write_json, write_text
+from tasks.graph import prune, with_sources
+from tasks.record.registry import named, resolve
+from tasks.record.runs import home
+
+
+def configure_workspace(root: Path, place: Path) -> None:
+    """The checkout's own settings for a workspace of it: the same cache and remotes, told from where it lies.
+
+    A path in DVC's settings counts from the folder that holds them; a relative one moves with the project.
+    """
+    shared, own = _settings(root, "config"), _settings(root, "config.local")
+    settings = ConfigObj(own.dict(), encoding="utf-8", interpolation=False)
+    given = own.get("cache", {}).get("dir") or shared.get("cache", {}).get("dir") or "cache"
+    settings.setdefault("cache", {})["dir"] = _from(place, root, given)
+    for part in (shared, own):
+        for name, section in part.items():
+            if name.strip("'").startswith("remote ") and _is_relative(str(section.get("url", ""))):
+                settings.setdefault(name, {})["url"] = _from(place, root, section["url"])
+    if not has_git(root):
+        settings.setdefault("core", {})["no_scm"] = "true"
+    _write(settings, place)
+
+
+def configure_without_git(root: Path) -> None:
+    """Tell DVC that there is no git here (a tarball): without it every command fails."""
+    settings = _settings(root, "config.local")
+    if not (root / ".git").exists() and "no_scm" not in settings.get("core", {}):
+        settings.setdefault("core", {})["no_scm"] = "true"
+        _write(settings, root)
+
+
+def _settings(root: Path, name: str) -> ConfigObj:
+    file = root / ".dvc" / name
+    return ConfigObj(str(file) if file.exists() else [], encoding="utf-8", interpolation=False)
+
+
+def _is_relative(url: str) -> bool:
+    return bool(url) and not urlsplit(url).scheme and not os.path.isabs(url)
+
+
+def _from(place: Path, root: Path, given: str) -> str:
+    """A path of `root`'s settings as one of `place`'s: relative where it lies in the project."""
+    whole = (root.resolve() / ".dvc" / given).resolve()
+    if whole.is_relative_to(root.resolve()):
+        return os.path.relpath(whole, place.resolve() / ".dvc")
+    return str(whole)
+
+
+def _write(settings: ConfigObj, root: Path) -> None:
+    file = root / ".dvc" / "config.local"
+    if settings != _settings(root, "config.local"):
+        settings.filename = str(file.with_suffix(".new"))
+        settings.write()
+        os.replace(settings.filename, file)
+
+
+Item = tuple[str, Callable[[], object]]
+PARTS = ("pretrain", "sft", "grpo", "preference")
+
+
+def fetch(params: Params, home: Path, tell: Callable[[str], None] = print) -> list[str]:
+    """Brings everything, one line each; what failed does not stop the rest and is returned, with its reason."""
+    failed = []
+    for what, bring in (*_models(params, home), *_sources(params, home), *_benchmarks(params, home)):
+        try:
+            bring()
+        except (ConfigError, ValueError, OSError) as error:
+            failed.append(f"{what}: {' '.join(str(error).split())}")
+            tell(f"failed   {failed[-1]}")
+        else:
+            tell(f"fetched  {what}")
+    return failed
+
+
+def _models(params: Params, home: Path) -> Iterator[Item]:
+    """Models and tokenizers that the profile starts from or measures, by their names on the Hub."""
+    names = [params.training(stage).init_from for stage in params.stages if stage in TRAINING_STAGES]
+    names += [name.rpartition("=")[2] for name in (params.evaluate.models if params.evaluate else ())]
+    names += [params.data.tokenizer.name if params.data else None]
+    for name in dict.fromkeys(filter(None, names)):
+        if name not in TRAINING_STAGES and not (home / Path(name).expanduser()).is_dir() and not named(name):
+            yield f"model {name}", partial(resolve, name, home)
+
+
+def _sources(params: Params, home: Path) -> Iterator[Item]:
+    """Training data that is not below the data root."""
+    from llada_core.data.sources import find
+
+    blocks = [(stage, getattr(params.data, stage)) for stage in PARTS if params.data and getattr(params.data, stage)]
+    roots = [root for root in (data_root(params, home), home) if root]
+    for stage, source in ((stage, source) for stage, block in blocks for source in block.sources):
+        origin = find(source, stage, roots)
+        if origin.kind == "hub":
+            yield (
+                f"data set {origin.place}",
+                partial(_load, origin.place, origin.config, origin.split, source.revision),
+            )
+
+
+def _load(name: str, config: str | None, split: str, revision: str | None) -> None:
+    import datasets
+
+    try:
+        datasets.load_dataset(name, config, split=split, revision=revision)
+    except datasets.exceptions.DatasetsError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _benchmarks(params: Params, home: Path) -> Iterator[Item]:
+    """Questions of the recipes whose files are not below the data root."""
+    from llada_core.evaluation import recipes, taskset
+
+    for name in params.evaluate.benchmarks if params.evaluate else ():
+        if recipes.exists(name) and taskset.local_files(recipes.find(name), data_root(params, home)) is None:
+            yield f"benchmark {name}", partial(taskset.tasks_of, recipes.find(name))
+
+
+PATIENCE = 600.0  # seconds for another process to make the same workspace
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where a pipeline runs."""
+
+    path: Path
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return read_yaml(self.path / "params.yaml")
+
+
+def open_workspace(
+    root: Path, profile: str | None = None, overrides: list[str] | None = None, *, own: bool = False
+) -> Workspace:
+    """The checkout itself for its own params.yaml, else the workspace of a profile and overrides, made if need be.
+
+    `own`: a workspace in any case. Raises `ConfigError` for an unknown profile or one that does not make sense.
+    """
+    if profile is None and not overrides and not own:
+        Params.load(root / "params.yaml")
+        return Workspace(root.resolve())
+    values = with_overrides(read_yaml(profile_file(root, profile)), overrides or [])
+    params = Params.parse(values, profile or "params.yaml")
+    if params.evaluate is not None:  # dvc.yaml names its keys one by one, and DVC wants every named key in the file
+        values["evaluate"] = params.evaluate.model_dump(mode="json") | values["evaluate"]
+    values = with_sources(values, root)
+    base = home(root)
+    commit, tree = submitted(root)
+    place = base / "workspaces" / f"{values['name']}-{hash_of([_determining(values, base), tree])[:8]}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_name(f".{place.name}.lock"), timeout=PATIENCE):
+        if not (place / "workspace.json").exists():
+            _make(root, place, commit)
+            note = {"home": str(base), "profile": profile, "overrides": overrides or [], "commit": commit}
+            write_json(place / "workspace.json", note | {"time": time.time()})
+        _settle(root, place, values)
+    return Workspace(place)
+
+
+def _determining(values: dict[str, Any], base: Path) -> dict[str, Any]:
+    """What names a workspace: all but how it is launched, with models of the project told from where it lies."""
+    kept = {key: value for key, value in values.items() if key != "launch"}
+    inside = json.dumps(f"{base}/", ensure_ascii=False)[1:-1]
+    return json.loads(json.dumps(kept, ensure_ascii=False).replace(inside, ""))
+
+
+def _settle(root: Path, place: Path, values: dict[str, Any]) -> None:
+    """Write what a workspace holds of its place and of its models' places: it, or the project, may have moved."""
+    if home(place).resolve() != home(root).resolve():
+        raise ConfigError(f"{place} belongs to {home(place)}; remove the link {place.parent}, which leads there")
+    write_text(place / "params.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    spec = yaml.safe_dump(prune(read_yaml(root / "dvc.yaml"), values), sort_keys=False, width=120)
+    if not (place / "dvc.yaml").exists() or (place / "dvc.yaml").read_text(encoding="utf-8") != spec:
+        write_text(place / "dvc.yaml", spec)
+    configure_workspace(root, place)
+    if (place / ".git").is_file():
+        mend_worktree(root, place)
+
+
+def profile_file(root: Path, profile: str | None) -> Path:
+    """params.yaml, a file of profiles/ by name, or any YAML file; raises `ConfigError` with the nearest name."""
+    if profile is None:
+        return root / "params.yaml"
+    for path in (root / "profiles" / f"{profile}.yaml", Path(profile)):
+        if path.is_file():
+            return path
+    known = [path.stem for path in sorted((root / "profiles").glob("*.yaml"))]
+    raise ConfigError(f"no profile {profile!r}{nearest(profile, known)}")
+
+
+@contextmanager
+def pipeline_lock(workspace: Workspace) -> Iterator[None]:
+    """One pipeline at a time in a folder; raises `ConfigError` that names who is at it."""
+    with _holding(workspace.path / ".dvc" / "tmp" / "lladaflow.lock", f"running the pipeline in {workspace.path}"):
+        yield
+
+
+@contextmanager
+def _holding(path: Path, doing: str) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = json.loads(lock.read() or "{}")
+            who = f"process {holder.get('pid', '?')}, since {holder.get('since', '?')}"
+            ways = "`llada logs -f` follows it, `llada status` shows its runs"
+            raise ConfigError(f"another process is {doing} ({who}); {ways}") from None
+        lock.truncate(0)
+        lock.write(json.dumps({"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
+        lock.flush()
+        yield
+
+
+def _make(root: Path, place: Path, commit: str | None) -> None:
+    if commit is None:
+        shutil.rmtree(place, ignore_errors=True)
+        for file in copied(root):
+            (place / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, place / file.relative_to(root))
+    else:
+        add_worktree(root, place, commit)
