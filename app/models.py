@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from app.canvas import speller
-from llada_core.config.params import Params
 from llada_core.data.puzzles import countdown, draw, seats, sudoku
 from llada_core.evaluation import recipes
 from llada_core.files import document, read
@@ -26,6 +25,7 @@ from llada_core.sampling.params import PUBLISHED, SamplingParams
 from llada_core.settings import Bits, ConfigError
 from llada_core.tokenizer import Tokenizer
 from tasks.folders import sqlite_file
+from tasks.project import Params
 from tasks.record import registry
 
 HASH = re.compile(r"\b[0-9a-f]{40,}\b")

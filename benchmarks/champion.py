@@ -16,13 +16,13 @@ import torch
 
 from benchmarks import oracle
 from benchmarks.timing import interleaved, machine, table
-from llada_core.config.params import Params
 from llada_core.files import read
 from llada_core.modeling import load_model
 from llada_core.sampling import Generation, generate
 from llada_core.sampling.params import SamplingParams
 from llada_core.tokenizer import Tokenizer
 from llada_core.verifiers.answers import verify
+from tasks.project import Params
 
 PUZZLES, BATCH = 500, 50
 MODES: dict[str, dict[str, object]] = {

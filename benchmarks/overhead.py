@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llada_core.config.launch import LaunchParams
 from tasks.folders import read_json, write_json
 from tasks.launch.jobs import follow
 from tasks.launch.launchers import LocalLauncher, SlurmLauncher, start_time
 from tasks.pipeline import environment
+from tasks.project import LaunchParams
 from tasks.record import tracking
 from tasks.record.runs import RunFolder, all_runs
 from tests.slurm.cluster import Cluster, missing

@@ -102,8 +102,8 @@ def _swept(
 def _over_the_projects(file: Path, asked_for: dict[str, Any]) -> "EvaluateParams":
     """The project's own settings under what was asked for: a small model answers on the canvas that it was trained for,
     and on no other."""
-    from llada_core.config.params import Params
     from llada_core.evaluation.params import EvaluateParams
+    from tasks.project import Params
 
     measured = (Params.load(file).evaluate if file.exists() else None) or EvaluateParams()
     return EvaluateParams.parse({**measured.model_dump(), **asked_for}, "llada eval")
@@ -121,9 +121,9 @@ def fetch(
         import os
 
         os.environ["HF_HOME"] = str(folder.resolve())  # read when the Hub's packages are first imported
-        from llada_core.config.params import Params
         from tasks.launch.workspace import fetch as bring
         from tasks.launch.workspace import profile_file
+        from tasks.project import Params
         from tasks.record.runs import home
 
         failed = bring(Params.load(profile_file(Path.cwd(), profile)), home(Path.cwd()))

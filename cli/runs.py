@@ -72,10 +72,10 @@ def plan(
 ) -> None:
     """What a run would need and how it would run: memory of a GPU, disk, time, commands. Starts and fetches nothing."""
     with one_line_errors():
-        from llada_core.config.params import TRAINING_STAGES, Params
         from llada_core.settings import read_yaml, with_overrides
         from tasks.launch.workspace import profile_file
         from tasks.plan import refuse, script_of, told
+        from tasks.project import TRAINING_STAGES, Params
 
         if stage is not None:
             _show_script(stage, profile, overrides)
@@ -90,10 +90,10 @@ def plan(
 
 
 def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
-    from llada_core.config.params import Params
     from tasks.graph import load_stage, with_sources
     from tasks.launch.launchers import render
     from tasks.launch.workspace import open_workspace
+    from tasks.project import Params
     from tasks.record.runs import open_run, stage_params
 
     workspace = open_workspace(Path.cwd(), profile, overrides)
@@ -145,8 +145,8 @@ def logs(
 def cancel(name: Run) -> None:
     """End the job of a run; training saves itself first, and the next `llada run` goes on from there."""
     with one_line_errors():
-        from llada_core.config.params import Params
         from tasks.launch.jobs import grace, launcher_of
+        from tasks.project import Params
         from tasks.record.runs import find_run
         from tasks.status import state_of
 

@@ -17,7 +17,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
 
 from flows.pipeline import StageProcesses
-from llada_core.config.params import Params
 from llada_core.evaluation import recipes
 from llada_core.evaluation.params import ReportParams
 from tasks.errors import StageError, one_line_errors
@@ -27,6 +26,7 @@ from tasks.launch.launchers import visible_gpus
 from tasks.launch.workspace import Workspace, configure_without_git, open_workspace
 from tasks.measure import FAILURES, tell_costs
 from tasks.plan_memory import peak_of
+from tasks.project import Params
 from tasks.record.runs import home
 from tasks.record.tracking import send_pending
 from tasks.report import Beside, write_report

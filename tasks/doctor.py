@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada_core.config.launch import LaunchParams
-from llada_core.config.params import Params
 from llada_core.settings import ConfigError
 from tasks.doctor_nodes import two_nodes
 from tasks.folders import NoDatabaseError, require, shown
 from tasks.launch.launchers import ask
+from tasks.project import LaunchParams, Params
 from tasks.record.registry import tracking_uri
 from tasks.record.runs import home
 

@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from llada_core.config.launch import LaunchParams
 from tasks.folders import write_json
+from tasks.project import LaunchParams
 
 MEGABYTES, REPEATS = 16, 4
 PLACES = {"huggingface.co": ("huggingface.co", 443), "pypi.org": ("pypi.org", 443)}

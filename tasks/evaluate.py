@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from llada_core.config.params import Params
 from llada_core.data.values import saved_values
 from llada_core.evaluation.params import EvaluateParams
 from llada_core.files import line_of
@@ -25,6 +24,7 @@ from tasks.folders import read_json, safe, write_json, write_text
 from tasks.launch.jobs import sharing, whole
 from tasks.launch.launchers import visible_gpus
 from tasks.program import Work, stage_program
+from tasks.project import Params
 
 if TYPE_CHECKING:
     from llada_core.evaluation.answering import Answerer

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llada_core.config.params import TRAINING_STAGES
 from llada_core.settings import ConfigError, nearest, read_yaml
+from tasks.project import TRAINING_STAGES
 
 CODE = frozenset({"llada_core", "tasks"})
 LABEL, NOT_LABEL = re.compile(r"[\w.@+-]+"), re.compile(r"[^\w.@+-]+")

@@ -7,13 +7,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada_core.config.params import Params
 from llada_core.modeling.architecture import LoraParams
 from llada_core.settings import ConfigError
 from llada_core.training.params import GRPOParams, PreferenceParams, TrainingParams
 from tasks.folders import write_json
 from tasks.launch.launchers import ranks_per_node, render
 from tasks.plan_memory import GIB, Asked, estimate, memory_of, peak_of, room, shape_of
+from tasks.project import Params
 from tasks.record.runs import RunFolder, home
 
 FSDP = "distribution.kind: fsdp"

@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.settings import ConfigError, nearest
 from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, TrainingParams
+from tasks.project import TRAINING_STAGES, Params
 
 if TYPE_CHECKING:
     from llada_core.modeling import MaskPredictor

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llada_core.config.launch import LaunchParams
-from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.settings import ConfigError, require_package
 from tasks.errors import StageError, one_line_errors
 from tasks.graph import load_stage, with_sources
 from tasks.launch.jobs import attach_or_submit, follow, settle, shared
 from tasks.launch.launchers import machine_settings
+from tasks.project import TRAINING_STAGES, LaunchParams, Params
 from tasks.record.registry import hold_base
 from tasks.record.runs import RunFolder, differences, open_run, previous_run, request_of, stage_params
 

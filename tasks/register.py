@@ -12,12 +12,11 @@ from typing import Any
 
 from filelock import FileLock
 
-from llada_core.config.params import Params
-from llada_core.config.registry import GateParams, RegisterParams
 from llada_core.evaluation.statistics import Difference, paired
 from llada_core.settings import ConfigError
 from tasks.errors import one_line_errors
 from tasks.folders import commit_of, content_hash, hash_of, read_json, write_json
+from tasks.project import GateParams, Params, RegisterParams
 from tasks.record import tracking
 from tasks.record.registry import (
     Version,

@@ -2,10 +2,10 @@
 
 import time
 
-from llada_core.config.launch import LaunchParams
 from tasks.folders import size_of
 from tasks.launch.jobs import launcher_of
 from tasks.launch.launchers import NoAnswerError
+from tasks.project import LaunchParams
 from tasks.record.runs import RunFolder
 
 COLUMNS = ("run", "state", "job", "step", "loss", "left", "GB")

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llada_core.config.params import TRAINING_STAGES
 from llada_core.settings import ConfigError
 from llada_core.training.params import TrainingParams
 from tasks.errors import StageError, StoppedError
 from tasks.folders import content_hash, read_json, write_json
 from tasks.program import Work, rank
 from tasks.progress import TrainingProgress
+from tasks.project import TRAINING_STAGES
 from tasks.record.registry import keep_base, lasting_name
 
 # What differs from machine to machine, and so must not be in an output that DVC hashes.

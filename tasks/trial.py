@@ -12,15 +12,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from llada_core.config.launch import LaunchParams
-from llada_core.config.params import Params
-from llada_core.config.registry import RegisterParams
 from llada_core.sampling.params import SamplingParams
 from tasks.errors import StageError
 from tasks.folders import content_hash, hash_of, home, read_json, write_json
 from tasks.graph import CODE
 from tasks.launch.jobs import attach_or_submit, follow
 from tasks.program import Work, run_inline, stage_program
+from tasks.project import LaunchParams, Params, RegisterParams
 from tasks.record.registry import Version, settings_of, store_folder, verified
 from tasks.record.runs import RunFolder, copy_code, stage_params
 

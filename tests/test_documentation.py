@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from llada_core.config.params import Params
 from llada_core.settings import _block_in
+from tasks.project import Params
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

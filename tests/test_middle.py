@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llada_core.config.params import Params
 from llada_core.modeling import save_model
+from tasks.project import Params
 from tests.test_pipeline import clone, llada
 from tests.tiny import tiny_pair
 

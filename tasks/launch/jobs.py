@@ -11,11 +11,11 @@ from types import FrameType
 
 from filelock import FileLock
 
-from llada_core.config.launch import LaunchParams
 from llada_core.settings import ConfigError
 from tasks.errors import StageError
 from tasks.folders import write_json
 from tasks.launch.launchers import LocalLauncher, SlurmLauncher
+from tasks.project import LaunchParams
 from tasks.record.runs import Request, RunFolder, changed_settings, take_settings
 
 Launcher = LocalLauncher | SlurmLauncher  # each verb (submit, state, cancel) acts on the job that a run folder names

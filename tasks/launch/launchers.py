@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import jinja2
 
-from llada_core.config.launch import LaunchParams, SlurmParams
-from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.settings import DEVICE_SETTING, ConfigError
 from llada_core.training.params import GRPOParams, TrainingParams
 from tasks.folders import hash_of, write_text
+from tasks.project import TRAINING_STAGES, LaunchParams, Params, SlurmParams
 from tasks.record.runs import RunFolder
 
 TEMPLATE = Path(__file__).with_name("job.sh.jinja")

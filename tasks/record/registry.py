@@ -13,12 +13,12 @@ from urllib.parse import unquote
 
 from filelock import FileLock
 
-from llada_core.config.params import Params
 from llada_core.files import line_of, read
 from llada_core.modeling.folder import CONTENT, base_name, base_of, is_adapter, model_folders
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError
 from tasks.folders import PATIENCE, content_hash, link_into, read_json, require, sqlite_file, sqlite_uri
+from tasks.project import Params
 from tasks.record.runs import home
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.files import complete, parsed
 from llada_core.settings import ConfigError, flat, read_yaml, with_overrides
 from llada_core.training.params import TrainingParams
 from tasks.folders import content_hash, files_in, hash_of, home, link_into, read_json, write_json, write_text
 from tasks.graph import CODE, Stage, chosen
+from tasks.project import TRAINING_STAGES, Params
 
 FINGERPRINT_DIGITS = 16
 DETERMINING = ("stage", "settings", "code", "inputs")

@@ -5,7 +5,7 @@ A new case from a bug report is a line of the table.
 
 import pytest
 
-from llada_core.config.registry import GateParams
+from tasks.project import GateParams
 from tasks.register import decide
 
 NAN = float("nan")

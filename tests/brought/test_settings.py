@@ -5,8 +5,8 @@ A new case from a bug report is a line of the table.
 
 import pytest
 
-from llada_core.config.params import Params
 from llada_core.settings import ConfigError
+from tasks.project import Params
 
 LORA = {"max_steps": 1, "optimiser": "muon"}
 REFUSED = [

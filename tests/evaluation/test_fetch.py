@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llada_core.config.params import Params
 from tasks.launch.workspace import fetch
+from tasks.project import Params
 
 PROFILE = {
     "name": "published",

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llada_core.config.params import Params
 from llada_core.modeling import save_model
 from tasks import evaluate as stage
 from tasks.launch.jobs import sharing
 from tasks.program import Work
+from tasks.project import Params
 from tasks.record.runs import RunFolder
 from tests.tasks.conftest import REPOSITORY, project  # noqa: F401  (a fixture)
 from tests.tiny import tiny_pair

@@ -8,7 +8,6 @@ from tokenizers import Tokenizer as Engine
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llada_core.config.params import Params
 from llada_core.modeling import MaskedLM, load_model, save_model
 from llada_core.sampling import generate
 from llada_core.sampling.params import SamplingParams
@@ -16,6 +15,7 @@ from llada_core.settings import read_yaml, with_overrides
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.train import Place, train
 from tasks.prepare import prepare
+from tasks.project import Params
 from tests.tiny import TEXTS, tiny_model
 
 PROFILE = Path(__file__).parents[2] / "profiles" / "distilbert.yaml"

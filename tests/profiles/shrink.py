@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.settings import read_yaml
+from tasks.project import TRAINING_STAGES, Params
 from tests.tiny import tiny_tokenizer
 
 PROFILES = Path(__file__).parents[2] / "profiles"

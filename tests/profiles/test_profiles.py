@@ -19,13 +19,13 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from peft import LoraConfig, inject_adapter_in_model
 
 from llada_core import settings
-from llada_core.config.params import TRAINING_STAGES, Params
 from llada_core.modeling import add_lora, load_model
 from llada_core.training.engine import accelerator_for
 from llada_core.training.progress import read_metrics
 from llada_core.training.train import block_classes
 from tasks.launch.launchers import render
 from tasks.prepare import prepare
+from tasks.project import TRAINING_STAGES, Params
 from tasks.record.runs import RunFolder
 from tests.profiles.shrink import PROFILES, shrunk, write_sources
 from tests.tiny import tiny_model

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from cli.options import loaded
-from llada_core.config.params import Params
 from llada_core.modeling import load_model, save_model
 from llada_core.modeling.folder import base_name
 from llada_core.settings import ConfigError
@@ -18,6 +17,7 @@ from tasks import cleaning, training
 from tasks.errors import StageError
 from tasks.folders import content_hash
 from tasks.program import run_stage
+from tasks.project import Params
 from tasks.record.registry import hold_base, keep, keep_base, lasting_name, resolve, store_folder, verified
 from tasks.register import register
 from tests.tiny import tiny_pair

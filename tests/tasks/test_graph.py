@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llada_core.config.params import TRAINING_STAGES
 from llada_core.settings import ConfigError
 from tasks.graph import load_stage, lookup, prune, with_sources
+from tasks.project import TRAINING_STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
@@ -18,9 +18,9 @@ PLUMBING = {
     *(
         "llada_core/__init__.py",
         "llada_core/settings.py",
-        "llada_core/config/params.py",
+        "tasks/project.py",
     ),
-    *("llada_core/config/launch.py", "llada_core/config/registry.py", "llada_core/settings.py"),
+    *("tasks/project.py", "tasks/project.py", "llada_core/settings.py"),
     *("llada_core/modeling/__init__.py", "llada_core/modeling/folder.py"),
     *(
         f"tasks/{n}.py"

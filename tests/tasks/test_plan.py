@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 import tasks.plan
 from cli.runs import plan
-from llada_core.config.params import Params
 from tasks.plan import GIB, need, ranks_of
 from tasks.plan_memory import KEPT
+from tasks.project import Params
 from tests.tasks.test_runs import program
 from tests.tiny import tiny_model
 

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 
 from llada_core import settings
-from llada_core.config.launch import LaunchParams
-from llada_core.config.params import Params
 from llada_core.settings import ConfigError
 from tasks.folders import write_json
 from tasks.graph import load_stage
 from tasks.launch import launchers
 from tasks.launch.launchers import render, start_time
 from tasks.program import run_stage
+from tasks.project import LaunchParams, Params
 from tasks.record.runs import RunFolder, all_runs, find_run, open_run, stage_params
 from tests.tasks.conftest import REPOSITORY
 from tests.waiting import PATIENCE, says, wait_for

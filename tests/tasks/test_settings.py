@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llada_core.config.params import Params
 from llada_core.settings import ConfigError, flat, free_settings
 from llada_core.training.params import GRPOParams
 from tasks.graph import load_stage
+from tasks.project import Params
 from tasks.record.runs import RunFolder, all_runs, open_run, stage_params
 from tests.tasks.test_runs import PREPARE, at_step, finish, open_toy, program, steps, the_run
 from tests.waiting import PATIENCE, wait_for

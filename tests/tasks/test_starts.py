@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from llada_core.config.params import Params
 from tasks import training
 from tasks.graph import load_stage
 from tasks.launch import launchers
 from tasks.launch.jobs import settle
 from tasks.launch.launchers import machine_settings
 from tasks.program import Work
+from tasks.project import Params
 from tasks.record.runs import open_run, request_of, stage_params
 
 HUB = "GSAI-ML/LLaDA-8B-Base"

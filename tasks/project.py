@@ -1,0 +1,212 @@
+"""A project's parameters: params.yaml as frozen values, how its stages are started, what is registered."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from llada_core.data.params import DataParams
+from llada_core.evaluation.params import EvaluateParams, ReportParams
+from llada_core.modeling.architecture import ModelParams
+from llada_core.sampling.params import SamplingParams
+from llada_core.settings import Bits, Block, ConfigError, read_yaml, with_overrides
+from llada_core.training.params import (
+    PUBLISHED_LEARNING_RATE,
+    TRAINING_STAGES,
+    GRPOParams,
+    PreferenceParams,
+    PretrainParams,
+    SFTParams,
+    TrainingParams,
+)
+
+TIME = r"^(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})$"  # what sbatch --time takes
+
+
+class SlurmParams(Block):
+    """What is asked of sbatch; `extra` are further `#SBATCH` options, verbatim."""
+
+    nodes: int = Field(default=1, ge=1)
+    gpus_per_node: int = Field(default=0, ge=0)
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    memory: str | None = Field(default=None, pattern=r"^\d+[KMGT]?$")
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = Field(default=None, pattern=TIME)  # shorter than the run is normal: the job requeues itself
+    constraint: str | None = None
+    signal_seconds: int = Field(
+        default=180, ge=60
+    )  # saving starts this long before the limit (Slurm is late by up to 30)
+    modules: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()  # shell lines before the program
+    srun_options: tuple[str, ...] = ()  # the container line, among others
+    extra: tuple[str, ...] = ()
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise ValueError("write the time in quotes, such as '12:00:00': YAML takes it for a number otherwise")
+        return value
+
+    @model_validator(mode="after")
+    def _time_to_work(self) -> Self:
+        if self.time is not None and _seconds(self.time) < 2 * self.signal_seconds:
+            least = f"{2 * self.signal_seconds} s, or lower signal_seconds"
+            raise ValueError(f"time {self.time} leaves nothing beside saving (signal_seconds); give at least {least}")
+        return self
+
+
+def _seconds(time: str) -> int:
+    """Slurm's ways to write a time: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+
+
+class LaunchParams(Block):
+    """Where and how stages run. `stages` holds other settings for single stages, e.g. `{evaluate: {kind: local}}`."""
+
+    kind: Literal["inline", "local", "slurm"] = "local"
+    # Ranks on each node; None: training takes every visible GPU (on Slurm: gpus_per_node) that its batch divides over.
+    processes: int | None = Field(default=None, ge=1)
+    cpu_processes: int = Field(
+        default=1, ge=1
+    )  # what None means where there is no GPU, also to evaluate; a thread each
+    shards: int = Field(default=1, ge=1)  # jobs that share one benchmark of the stage evaluate
+    accelerate_config: str | None = None  # for `accelerate launch --config_file`; None: that of distribution.kind
+    threads: int | None = Field(default=None, ge=1)  # OMP_NUM_THREADS of each rank
+    env: dict[str, str] = Field(default_factory=dict)
+    restarts: int = Field(default=2, ge=0)  # of a job that failed, from its last checkpoint
+    grace_seconds: int = Field(default=60, ge=0)  # what a cancelled training stage has to save itself
+    confirm_hours: float = Field(default=1.0, ge=0)  # ask before doing again what took longer
+    poll_seconds: float = Field(default=5.0, gt=0)  # between questions to Slurm
+    gpu: Literal["A100-40", "A100", "H100", "H200"] | None = None  # what cannot fit it is refused before submission
+    slurm: SlurmParams = SlurmParams()
+    stages: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _stages_are_settings(self) -> Self:
+        for stage in self.stages:
+            self.of(stage)
+        return self
+
+    def of(self, stage: str) -> "LaunchParams":
+        """The settings of one stage."""
+        own = self.stages.get(stage)
+        if own is None:
+            return self
+        values = self.model_dump(exclude={"stages"}) | own
+        values["slurm"] = self.slurm.model_dump() | own.get("slurm", {})
+        return LaunchParams.parse(values, f"launch.stages.{stage}")
+
+
+class GateParams(Block):
+    """A candidate becomes champion if it is better on `better` by more than noise, and worse on none of `not_worse`.
+
+    A name is a benchmark of `reports/eval`. Scores are compared question by question, with a paired 95 % interval.
+    `at_least` are floors that hold for the first champion too. With none of the three only a first champion passes.
+    """
+
+    better: tuple[str, ...] = ()  # over the questions of all of these; empty: one that is not worse
+    not_worse: tuple[str, ...] = ()
+    at_least: dict[str, float] = Field(default_factory=dict)
+
+
+class RegisterParams(Block):
+    """The model that a run registers."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: str = "grpo"  # a training stage
+    gate: GateParams = GateParams()
+    device: str = "auto"  # where a served version lies: auto, cuda, cuda:N, mps, cpu
+    bits: Bits | None = None  # of its weights; None: as stored
+    sampling: SamplingParams = SamplingParams(max_new_tokens=64, block_length=64, steps=64, stop_at_eos=True)  # serving
+
+
+Stage = Literal["prepare", "pretrain", "sft", "grpo", "sft_control", "preference", "evaluate", "report", "register"]
+LEARN_FROM_NOTHING = ("pretrain", "sft", "sft_control")  # whose own default rate is made for weights of this run
+
+
+class Params(Block):
+    """Every number a run depends on. `stages` lists what this run has; a listed stage needs its block."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    data: DataParams | None = None
+    model: ModelParams | None = None
+    pretrain: PretrainParams | None = None
+    sft: SFTParams | None = None
+    grpo: GRPOParams | None = None
+    sft_control: SFTParams | None = None
+    preference: PreferenceParams | None = None
+    evaluate: EvaluateParams | None = None
+    report: ReportParams | None = None
+    register_: RegisterParams | None = Field(default=None, alias="register")
+    launch: LaunchParams = LaunchParams()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_weights_learn_slowly(cls, values: Any) -> Any:
+        """Fills in the learning rate of stages that do not say one and whose weights come from outside of this run."""
+        blocks = {stage: values.get(stage) for stage in LEARN_FROM_NOTHING} if isinstance(values, dict) else {}
+        slow = {
+            stage: {**block, "learning_rate": PUBLISHED_LEARNING_RATE}
+            for stage, block in blocks.items()
+            if isinstance(block, dict) and "learning_rate" not in block and _origin(values, stage) is not None
+        }
+        return values | slow if slow else values
+
+    @model_validator(mode="after")
+    def _every_stage_has_its_block(self) -> Self:
+        for stage in self.stages:
+            block = {"prepare": self.data, "register": self.register_}.get(stage, getattr(self, stage, None))
+            if block is None:
+                key = "data" if stage == "prepare" else stage
+                raise ValueError(f"stages lists {stage!r}, which needs a block named {key!r}")
+        if len(set(self.stages)) != len(self.stages):
+            raise ValueError(f"stages names one stage twice: {', '.join(self.stages)}")
+        fresh = [s for s in TRAINING_STAGES if s in self.stages and self.training(s).init_from is None]
+        if fresh and self.model is None:
+            raise ValueError(
+                f"{fresh[0]}.init_from is empty, so the stage builds a model: the block 'model' is missing"
+            )
+        return self
+
+    def training(self, stage: str) -> TrainingParams:
+        """The block of a training stage; raises `ConfigError` when the run has none of that name."""
+        block = getattr(self, stage) if stage in TRAINING_STAGES else None
+        if block is None:
+            raise ConfigError(f"this run has no training stage {stage!r}; it has {', '.join(self.stages)}")
+        return block
+
+    def origin(self, stage: str) -> str | None:
+        """The folder or name outside of this run that a stage's weights began as, over all stages before it; or None."""
+        return _origin({name: {"init_from": self.training(name).init_from} for name in self._trained()}, stage)
+
+    def settled(self, stage: str, *, gpu: bool) -> TrainingParams:
+        """The block of a training stage with what depends on the machine written out."""
+        return self.training(stage).settled(gpu=gpu, published=self.origin(stage) is not None)
+
+    def _trained(self) -> list[str]:
+        return [stage for stage in TRAINING_STAGES if getattr(self, stage) is not None]
+
+    @classmethod
+    def load(cls, path: str | Path = "params.yaml", overrides: list[str] | None = None) -> Self:
+        """The run that a file describes, with `block.key=value` overrides on top; raises `ConfigError`."""
+        values: dict[str, Any] = with_overrides(read_yaml(Path(path)), overrides or [])
+        return cls.parse(values, str(path))
+
+
+def _origin(blocks: dict[str, Any], stage: str) -> str | None:
+    """Follows `init_from` from stage to stage to what lies outside of this run; None where a model begins as noise."""
+    source: str | None = stage
+    for _ in TRAINING_STAGES:  # no chain is longer, and one that bites its tail is told of elsewhere
+        block = blocks.get(source) if source in TRAINING_STAGES else None
+        if not isinstance(block, dict):
+            break
+        source = block.get("init_from")
+    return None if source in TRAINING_STAGES else source
