@@ -5,7 +5,6 @@ benchmark is put and scored is llada_core.evaluation's.
 """
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,8 +22,9 @@ from llada_core.settings import ConfigError
 from tasks.folders import read_json, safe, write_json, write_text
 from tasks.launch.jobs import sharing, whole
 from tasks.launch.launchers import visible_gpus
-from tasks.program import Work, stage_program
-from tasks.project import Params
+from tasks.program import stage_program
+from tasks.project import data_root
+from tasks.record.runs import Work
 
 if TYPE_CHECKING:
     from llada_core.evaluation.answering import Answerer
@@ -143,19 +143,6 @@ def answering(folder: Path, params: EvaluateParams, device: str = "auto") -> Ite
     del answerer
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def data_root(params: Params, home: Path) -> Path | None:
-    """The folder with local benchmark files: LLADAFLOW_DATA_ROOT, evaluate.root or data.root, relative to `home`."""
-    own = params.evaluate.root if params.evaluate else None
-    return below(home, own or (params.data.root if params.data else None))
-
-
-def below(home: Path, given: str | None) -> Path | None:
-    """LLADAFLOW_DATA_ROOT, else `given`, relative to `home`; None where there is no such folder."""
-    given = os.environ.get("LLADAFLOW_DATA_ROOT") or given
-    root = home / Path(given).expanduser() if given else None
-    return root if root is not None and root.is_dir() else None
 
 
 def quiet_lm_eval(*, harness: int = logging.INFO) -> None:

@@ -14,9 +14,10 @@ from llada_core.evaluation.statistics import paired
 from llada_core.files import parsed
 from llada_core.modeling.folder import is_adapter
 from llada_core.settings import ConfigError, flat, nearest
-from tasks.evaluate import Places, answering, as_asked, below, measure, quiet_lm_eval
+from tasks.evaluate import Places, answering, as_asked, measure, quiet_lm_eval
 from tasks.folders import commit_of, content_hash, hash_of, read_json, safe
 from tasks.program import rank
+from tasks.project import below
 from tasks.record.registry import resolve
 from tasks.record.runs import differences, find_run
 

@@ -29,9 +29,11 @@ from llada_core.data.values import QUESTIONS, saved_values, value_of
 from llada_core.files import line_of
 from llada_core.settings import ConfigError, function_at
 from llada_core.tokenizer import Tokenizer, train_tokenizer
-from tasks.evaluate import data_root, quiet_lm_eval
+from tasks.evaluate import quiet_lm_eval
 from tasks.folders import content_hash, hash_of, link_into, read_json, write_json, write_text
-from tasks.program import Work, stage_program
+from tasks.program import stage_program
+from tasks.project import data_root
+from tasks.record.runs import Work
 
 _CODE = Path(llada_core.data.__file__).parent  # a change there makes everything anew
 PARTS = ("pretrain", "sft", "grpo", "preference")

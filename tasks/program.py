@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,7 @@ from tasks.launch.jobs import attach_or_submit, follow, settle, shared
 from tasks.launch.launchers import machine_settings
 from tasks.project import TRAINING_STAGES, LaunchParams, Params
 from tasks.record.registry import hold_base
-from tasks.record.runs import RunFolder, differences, open_run, previous_run, request_of, stage_params
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a stage's function is given; the working directory is the run's snapshot, laid out like the project."""
-
-    params: Params
-    run: RunFolder
-    stage: str
-    item: str | None  # the benchmark, for an instance of evaluate
-
+from tasks.record.runs import RunFolder, Work, differences, open_run, previous_run, request_of, stage_params
 
 OPEN_ENDED = {"prepare"}  # reads files that no fingerprint covers, and keeps what it made by their content itself
 Function = Callable[[Work], float | None]  # returns what it cost in seconds, if it knows better than the clock

@@ -1,15 +1,24 @@
 """A project's parameters: params.yaml as frozen values, how its stages are started, what is registered."""
 
+import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any
+
+from llada_core.evaluation.params import EvaluateParams
+from llada_core.settings import ConfigError
+
+if TYPE_CHECKING:
+    pass
+
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from llada_core.data.params import DataParams
-from llada_core.evaluation.params import EvaluateParams, ReportParams
+from llada_core.evaluation.params import ReportParams
 from llada_core.modeling.architecture import ModelParams
 from llada_core.sampling.params import SamplingParams
-from llada_core.settings import Bits, Block, ConfigError, read_yaml, with_overrides
+from llada_core.settings import Bits, Block, read_yaml, with_overrides
 from llada_core.training.params import (
     PUBLISHED_LEARNING_RATE,
     TRAINING_STAGES,
@@ -210,3 +219,16 @@ def _origin(blocks: dict[str, Any], stage: str) -> str | None:
             break
         source = block.get("init_from")
     return None if source in TRAINING_STAGES else source
+
+
+def data_root(params: Params, home: Path) -> Path | None:
+    """The folder with local benchmark files: LLADAFLOW_DATA_ROOT, evaluate.root or data.root, relative to `home`."""
+    own = params.evaluate.root if params.evaluate else None
+    return below(home, own or (params.data.root if params.data else None))
+
+
+def below(home: Path, given: str | None) -> Path | None:
+    """LLADAFLOW_DATA_ROOT, else `given`, relative to `home`; None where there is no such folder."""
+    given = os.environ.get("LLADAFLOW_DATA_ROOT") or given
+    root = home / Path(given).expanduser() if given else None
+    return root if root is not None and root.is_dir() else None

@@ -12,7 +12,8 @@ from llada_core.evaluation.params import ReportParams
 from llada_core.files import read
 from llada_core.settings import ConfigError
 from tasks.folders import commit_of, read_json, safe, write_json, write_text
-from tasks.program import Work, stage_program
+from tasks.program import stage_program
+from tasks.record.runs import Work
 
 Scores = dict[str, float]
 

@@ -11,10 +11,11 @@ from llada_core.settings import ConfigError
 from llada_core.training.params import TrainingParams
 from tasks.errors import StageError, StoppedError
 from tasks.folders import content_hash, read_json, write_json
-from tasks.program import Work, rank
+from tasks.program import rank
 from tasks.progress import TrainingProgress
 from tasks.project import TRAINING_STAGES
 from tasks.record.registry import keep_base, lasting_name
+from tasks.record.runs import Work
 
 # What differs from machine to machine, and so must not be in an output that DVC hashes.
 TIMINGS = ("_per_second", "seconds", "time", "memory_gb", "mfu", "step", "tokens", "flops", "share")

@@ -18,10 +18,9 @@ from configobj import ConfigObj
 from filelock import FileLock
 
 from llada_core.settings import ConfigError, nearest, read_yaml, with_overrides
-from tasks.evaluate import data_root
 from tasks.folders import add_worktree, copied, has_git, hash_of, mend_worktree, submitted, write_json, write_text
 from tasks.graph import prune, with_sources
-from tasks.project import TRAINING_STAGES, Params
+from tasks.project import TRAINING_STAGES, Params, data_root
 from tasks.record.registry import named, resolve
 from tasks.record.runs import home
 

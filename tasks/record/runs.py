@@ -367,3 +367,13 @@ def stage_params(root: Path, overrides: list[str]) -> dict[str, Any]:
     values = with_overrides(read_yaml(root / "params.yaml"), overrides)
     Params.parse(values, "params.yaml")
     return values
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage's function is given; the working directory is the run's snapshot, laid out like the project."""
+
+    params: Params
+    run: RunFolder
+    stage: str
+    item: str | None  # the benchmark, for an instance of evaluate

@@ -13,9 +13,8 @@ import yaml
 from llada_core.modeling import save_model
 from tasks import evaluate as stage
 from tasks.launch.jobs import sharing
-from tasks.program import Work
 from tasks.project import Params
-from tasks.record.runs import RunFolder
+from tasks.record.runs import RunFolder, Work
 from tests.tasks.conftest import REPOSITORY, project  # noqa: F401  (a fixture)
 from tests.tiny import tiny_pair
 from tests.waiting import wait_for

@@ -10,9 +10,8 @@ from tasks.graph import load_stage
 from tasks.launch import launchers
 from tasks.launch.jobs import settle
 from tasks.launch.launchers import machine_settings
-from tasks.program import Work
 from tasks.project import Params
-from tasks.record.runs import open_run, request_of, stage_params
+from tasks.record.runs import Work, open_run, request_of, stage_params
 
 HUB = "GSAI-ML/LLaDA-8B-Base"
 SLURM = {"kind": "slurm", "slurm": {"gpus_per_node": 8}}
