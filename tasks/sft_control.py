@@ -1,7 +1,7 @@
 """The stage `sft_control`: fine-tuning continued for the compute that GRPO spent."""
 
 from tasks.program import stage_program
-from tasks.training import train_stage
+from tasks.work.training import train_stage
 
 if __name__ == "__main__":
     stage_program("sft_control", train_stage)

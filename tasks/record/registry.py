@@ -168,7 +168,7 @@ def versions(root: Path, name: str) -> list[Version]:
     """All versions of a model, oldest first. A lost database is noticed here and filled again from the receipts."""
     found = _versions(root, name)
     if not found and any(receipt["name"] == name for receipt in receipts(root)):
-        from tasks.register import register_anew
+        from tasks.work.register import register_anew
 
         register_anew(root, name)
         found = _versions(root, name)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
     from llada_core.evaluation.params import EvaluateParams
-    from tasks.evaluate import Places
+    from tasks.work.evaluate import Places
 import logging
 import threading
 from collections.abc import Callable, Iterator

@@ -14,12 +14,12 @@ from llada_core.evaluation.statistics import paired
 from llada_core.files import parsed
 from llada_core.modeling.folder import is_adapter
 from llada_core.settings import ConfigError, flat, nearest
-from tasks.evaluate import Places, answering, as_asked, measure, quiet_lm_eval
 from tasks.folders import commit_of, content_hash, hash_of, read_json, safe
 from tasks.program import rank
 from tasks.project import below
 from tasks.record.registry import resolve
 from tasks.record.runs import differences, find_run
+from tasks.work.evaluate import Places, answering, as_asked, measure, quiet_lm_eval
 
 if TYPE_CHECKING:
     from llada_core.evaluation.answering import Answerer
@@ -220,7 +220,7 @@ def sweep(
     results are also written as the stage writes them, with a report (table.json, table.md, table.png) of those that
     succeeded.
     """
-    from tasks.report import Beside, write_report
+    from tasks.work.report import Beside, write_report
 
     quiet_lm_eval(harness=logging.WARNING)
     results: dict[str, Result] = {}

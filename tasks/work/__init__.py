@@ -1,0 +1,1 @@
+"""What a stage does, whoever starts it: data, training, evaluation, report, registration."""

@@ -1,0 +1,162 @@
+"""The stage `evaluate`: one benchmark with every model of the run.
+
+What is written is equal for equal inputs; how long it took goes to the run's metrics. Knows folders and names; how a
+benchmark is put and scored is llada_core.evaluation's.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from llada_core.data.values import saved_values
+from llada_core.evaluation.params import EvaluateParams
+from llada_core.files import line_of
+from llada_core.settings import ConfigError
+from tasks.folders import read_json, safe, write_json, write_text
+from tasks.launch.jobs import sharing, whole
+from tasks.launch.launchers import visible_gpus
+from tasks.project import data_root
+from tasks.record.runs import Work
+
+if TYPE_CHECKING:
+    from llada_core.evaluation.answering import Answerer
+    from llada_core.evaluation.benchmark import Benchmark
+
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where an evaluation finds and leaves things: local benchmark files (None: the Hub), puzzle files, results,
+    and finished answers, which a killed evaluation takes up again."""
+
+    root: Path | None
+    puzzles: Path
+    out: Path
+    answers: Path
+    trained: Path | None = None  # the folder with the values of questions that this run's models were trained on
+
+
+def run(work: Work) -> None:
+    """The stage's work, in the run's snapshot."""
+    params = work.params.evaluate
+    assert params is not None
+    if work.item is None:
+        raise ConfigError(f"evaluate: say which benchmark; this run has: {', '.join(params.benchmarks)}")
+    quiet_lm_eval()
+    own = whole(work.run).path
+    root = data_root(work.params, own.parents[1])
+    puzzles = Path("data/eval")
+    places = Places(root, puzzles, Path("reports/eval"), own / "answers", trained=puzzles)
+    models = {name: Path("models") / name for name in params.models if (Path("models") / name).is_dir()}
+    models |= {label: Path(folder) for label, sign, folder in (name.partition("=") for name in params.models) if sign}
+    if not models:
+        raise ConfigError(f"none of the models to evaluate is there: {', '.join(params.models)}")
+    timings = {}
+    program = [sys.executable, "-m", "tasks.work.evaluate", work.item]
+    with sharing(_processes(work, list(models.values())), program, {"LLADAFLOW_RUN": str(work.run.path)}):
+        for name, folder in models.items():
+            with answering(folder, params) as answerer:
+                timings[name] = measure(work.item, name, answerer, params, places)
+    if any(timings.values()):
+        path = places.out / f"{work.item}.json"
+        write_json(path, read_json(path) | {"run": work.run.key})
+        for step, (name, line) in enumerate(timings.items()):
+            record = {f"{safe(name)}/{key}": value for key, value in line.items()} | {"step": step, "time": time.time()}
+            _append(work.run.path / "metrics.jsonl", record)
+
+
+def _processes(work: Work, folders: list[Path]) -> int:
+    """One a GPU of this machine, or `launch.cpu_processes`, unless `launch.processes` says another number (whose ranks
+    the launcher starts)."""
+    assert work.params.evaluate is not None
+    launch = work.params.launch.of("evaluate")
+    if launch.processes:
+        return 1
+    found = processes(folders, work.params.evaluate)
+    return found if visible_gpus() else max(found, launch.cpu_processes)
+
+
+def processes(folders: list[Path], params: EvaluateParams, device: str = "auto") -> int:
+    """How many processes of this machine measure these models best."""
+    from llada_core.evaluation.answering import processes
+
+    return processes(folders, params.dtype, device, params.bits)
+
+
+def measure(name: str, model: str, answerer: "Answerer", params: EvaluateParams, places: Places) -> Result:
+    """One benchmark with one model: writes `<out>/<benchmark>.json` and `<out>/<benchmark>/<model>.samples.jsonl`.
+
+    Returns what is not the same every time: seconds, questions and tokens per second. Only the first of several
+    processes and jobs scores, writes and returns; the others answer their share.
+    """
+    from llada_core.evaluation.answering import AnswerStore, Shard
+    from llada_core.evaluation.benchmark import answer, benchmark
+    from llada_core.evaluation.benchmark import run as run_benchmark
+    from llada_core.evaluation.harness import LladaLM
+
+    asked = benchmark(name, params, root=places.root, puzzles=places.puzzles)
+    store = AnswerStore(places.answers / safe(model) / asked.name, Shard.of_process())
+    lm = LladaLM(as_asked(answerer, asked), store)
+    if store.shard.rank != 0:
+        answer(asked, lm, limit=params.limit)
+        return {}
+    trained = saved_values(places.trained) if places.trained is not None else frozenset()
+    result, records = run_benchmark(asked, lm, limit=params.limit, trained=trained)
+    if params.bits is not None:
+        result["bits"] = params.bits
+    if lm.forwards:
+        result["forwards_per_answer"] = round(sum(lm.forwards) / len(lm.forwards), 2)
+        result["tokens_per_answer"] = round(sum(lm.new_tokens) / len(lm.new_tokens), 2)
+    path = places.out / f"{asked.name}.json"
+    samples = "".join(map(line_of, records))
+    write_text(places.out / asked.name / f"{safe(model)}.samples.jsonl", samples)
+    with FileLock(places.out / f".{asked.name}.lock"):  # another evaluation may add its model's result
+        known = read_json(path)["models"] if path.exists() else {}
+        write_json(path, {"benchmark": asked.name, "models": known | {safe(model): result}})
+    seconds = max(store.seconds, 1e-9)
+    line = {"score": result.get("score"), "seconds": store.seconds, "questions_per_second": len(records) / seconds}
+    return line | ({"tokens_per_second": sum(lm.new_tokens) / seconds} if lm.new_tokens else {})
+
+
+@contextmanager
+def answering(folder: Path, params: EvaluateParams, device: str = "auto") -> Iterator["Answerer"]:
+    """A model and its tokenizer, loaded (device "meta": its shapes alone); their memory is given back at the end."""
+    import torch
+
+    from llada_core.evaluation.answering import AUTO_BATCH, Answerer, Options, load
+    from llada_core.tokenizer import Tokenizer
+
+    size = AUTO_BATCH if params.batch_size == "auto" else int(params.batch_size)
+    model = load(str(folder), params.dtype, device, params.bits)
+    answerer = Answerer(model, Tokenizer.load(folder), Options(batch_size=size))
+    del model
+    yield answerer
+    del answerer
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def quiet_lm_eval(*, harness: int = logging.INFO) -> None:
+    """lm-eval warns of what recipes do on purpose; what our harness says is shown from the level `harness` on."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("llada_core.evaluation").setLevel(harness)
+
+
+def as_asked(answerer: "Answerer", asked: "Benchmark") -> "Answerer":
+    """The answerer with a benchmark's settings."""
+    return replace(answerer, options=replace(answerer.options, settings=asked.settings))
+
+
+def _append(path: Path, record: Result) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(line_of(record))

@@ -1,0 +1,313 @@
+"""A registered version by reference; the gate that lets it be champion, its promotion, the way back."""
+
+import getpass
+import importlib.metadata
+import json
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from llada_core.evaluation.statistics import Difference, paired
+from llada_core.settings import ConfigError
+from tasks.errors import one_line_errors
+from tasks.folders import commit_of, content_hash, hash_of, read_json, write_json
+from tasks.project import GateParams, Params, RegisterParams
+from tasks.record import tracking
+from tasks.record.registry import (
+    Version,
+    client,
+    hold_base,
+    keep,
+    receipts,
+    require_weights,
+    scores_of,
+    store_folder,
+    verified,
+    version_of,
+    versions,
+    write_receipt,
+)
+from tasks.record.runs import RunFolder, home, stage_params
+from tasks.trial import try_out
+from tasks.work.report import scores_of as answered
+
+Scores = dict[str, dict[str, float]]  # benchmark -> question -> score in [0, 1]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The verdict and, in words, what it rests on."""
+
+    passed: bool
+    reason: str
+
+
+def decide(gate: GateParams, candidate: Scores, champion: Scores | None) -> Decision:
+    """Apply the gate; `champion` is None when there is none yet.
+
+    A gate that names nothing lets a first champion through and no other: nothing says that the candidate is as good.
+    Raises ValueError for a benchmark nobody measured.
+    """
+    named = (*gate.better, *gate.not_worse, *gate.at_least)
+    if missing := [name for name in named if name not in candidate]:
+        raise ValueError(
+            f"the gate names benchmark {missing[0]!r}; measured are: {', '.join(sorted(candidate)) or 'none'}"
+        )
+    if broken := [name for name in named if not all(map(math.isfinite, candidate[name].values()))]:
+        return Decision(False, f"{broken[0]} has a score that is no number")
+    for name, floor in gate.at_least.items():
+        if (score := _mean(candidate[name])) < floor:
+            return Decision(False, f"{name} is {score:.3f}, below the required {floor:.3f}")
+    if champion is None:
+        return Decision(True, "there was no champion")
+    if not named:
+        ways = "name benchmarks in register.gate (better, not_worse, at_least), or `llada promote` by hand"
+        return Decision(False, f"the gate is empty, and there is a champion; {ways}")
+    if missing := [name for name in (*gate.better, *gate.not_worse) if not _common(candidate, champion, name)]:
+        return Decision(False, f"{missing[0]}: the champion was not measured on the same questions; evaluate it first")
+    for name in (*gate.not_worse, *gate.better):
+        difference = _difference([name], candidate, champion)
+        if difference.high < 0:
+            return Decision(False, f"worse on {name}: {_words(difference)}")
+    if not gate.better:
+        return Decision(True, "worse on nothing that the gate lists")
+    difference = _difference(list(gate.better), candidate, champion)
+    where = " and ".join(gate.better)
+    if difference.low <= 0:
+        return Decision(False, f"not better on {where} by more than noise: {_words(difference)}")
+    return Decision(True, f"better on {where}: {_words(difference)}")
+
+
+def _difference(names: list[str], candidate: Scores, champion: Scores) -> Difference:
+    questions = [(name, question) for name in names for question in _common(candidate, champion, name)]
+    return paired([candidate[n][q] for n, q in questions], [champion[n][q] for n, q in questions])
+
+
+def _common(candidate: Scores, champion: Scores, name: str) -> list[str]:
+    theirs = {question for question, score in champion.get(name, {}).items() if math.isfinite(score)}
+    return sorted(candidate[name].keys() & theirs)
+
+
+def _mean(scores: dict[str, float]) -> float:
+    return sum(scores.values()) / len(scores) if scores else 0.0
+
+
+def _words(difference: Difference) -> str:
+    low, high = difference.low, difference.high
+    return f"{difference.value:+.3f} (95 % interval {low:+.3f} to {high:+.3f}, {difference.n} questions)"
+
+
+CHAMPION, CANDIDATE = "champion", "candidate"
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "mlflow")
+
+
+def register(root: Path, params: Params) -> dict[str, Any]:
+    """Register the model that the run names; returns what became of it, which is also the stage's output."""
+    spec = params.register_
+    if spec is None:
+        raise ConfigError("params.yaml has no block 'register'")
+    with FileLock(_lock(root)):  # two runs with the same weights are one version
+        return _register(root, params, spec)
+
+
+def _lock(root: Path) -> Path:
+    store_folder(root, "").mkdir(parents=True, exist_ok=True)
+    return store_folder(root, ".register.lock")
+
+
+def _register(root: Path, params: Params, spec: RegisterParams) -> dict[str, Any]:
+    digest = keep(root, root / "models" / spec.model)
+    hold_base(root, store_folder(root, digest))  # a champion whose base is nowhere could not be loaded
+    require_weights(store_folder(root, digest))
+    answers = (root / "reports" / "eval").glob(f"*/{spec.model}.samples.jsonl")
+    write_json(store_folder(root, digest).with_suffix(".scores.json"), {p.parent.name: answered(p) for p in answers})
+    tracking.send_pending(root)
+    known = versions(root, spec.name)
+    version = next((v for v in known if v.hash == digest), None)
+    if version is None:
+        receipt: dict[str, Any] = {"event": "version", "name": spec.name, "hash": digest}
+        receipt |= {"sampling": asdict(spec.sampling), "device": spec.device, "bits": spec.bits}
+        receipt["tags"] = lineage(root, spec.model)
+        write_receipt(root, receipt)  # first, so that a registration cut short is found again
+        version = make_version(root, receipt)
+    point(root, version, CANDIDATE, "registered by the pipeline")
+    champion = champion_among(known)
+    decision = judge(root, params, version, champion)
+    if decision.passed and (champion is None or champion.number != version.number):
+        try_out(root, version)
+        now = champion_among(versions(root, spec.name))  # a trial may wait for hours
+        if now is not None and (champion is None or now.number != champion.number):
+            champion, decision = now, judge(root, params, version, now)
+        if decision.passed:
+            point(root, version, CHAMPION, decision.reason)
+    client(root).set_model_version_tag(spec.name, version.number, "gate", decision.reason)
+    holder = version.number if decision.passed else (champion.number if champion else None)
+    aliases = [CANDIDATE, *([CHAMPION] if decision.passed else [])]
+    return {
+        "name": spec.name,
+        "version": version.number,
+        "hash": digest,
+        "aliases": aliases,
+        "gate": asdict(decision),
+        "champion": holder,
+    }
+
+
+def champion_among(known: list[Version]) -> Version | None:
+    """The champion, if there is one."""
+    return next((version for version in known if CHAMPION in version.aliases), None)
+
+
+def judge(root: Path, params: Params, version: Version, champion: Version | None) -> Decision:
+    """What the gate in params says of a version."""
+    assert params.register_ is not None
+    if champion is not None and champion.hash == version.hash:
+        return Decision(True, "it is the champion already")
+    return decide(
+        params.register_.gate, scores_of(root, version.hash), scores_of(root, champion.hash) if champion else None
+    )
+
+
+def make_version(root: Path, receipt: dict[str, Any]) -> Version:
+    """A new version that points to stored weights; nothing is copied but a note of some 30 KB."""
+    talk, digest = client(root), receipt["hash"]
+    import mlflow
+
+    config = {"path": str(store_folder(root, digest)), "hash": digest, "sampling": receipt["sampling"]}
+    config |= {"device": receipt.get("device", "auto"), "bits": receipt.get("bits")}  # receipts of old have neither
+    run_id = _mlflow_run(root, receipt["tags"])
+    with mlflow.start_run(run_id=run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(__file__).with_name("mlflow_model.py")),
+            model_config=config,
+            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES],
+            registered_model_name=receipt["name"],
+        )
+    number = str(logged.registered_model_version)
+    tags = {**receipt["tags"], "content_hash": digest}
+    for key, value in tags.items():
+        talk.set_model_version_tag(receipt["name"], number, key, value)
+    return Version(receipt["name"], number, digest, tags)
+
+
+def point(root: Path, version: Version, alias: str, why: str) -> None:
+    """Set an alias, with a record of who, when and why."""
+    client(root).set_registered_model_alias(version.name, alias, version.number)
+    if alias in version.aliases:
+        return
+    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    record = {"alias": alias, "hash": version.hash, "why": why, "who": getpass.getuser(), "when": when}
+    write_receipt(root, {"event": "alias", "name": version.name, **record})
+    client(root).set_model_version_tag(
+        version.name, version.number, f"{alias}.record", json.dumps(record, sort_keys=True)
+    )
+
+
+def register_anew(root: Path, name: str) -> None:
+    """Fill a lost registry from the receipts: versions in their order, then the aliases as they last were."""
+    print(f"the registry has lost model {name!r}; registering it anew from {home(root) / 'store' / 'receipts.jsonl'}")
+    made: dict[str, Version] = {}
+    aliases: dict[str, str] = {}
+    for receipt in (r for r in receipts(root) if r["name"] == name):
+        if receipt["event"] == "alias":
+            aliases[receipt["alias"]] = receipt["hash"]
+        elif receipt["hash"] not in made and store_folder(root, receipt["hash"]).is_dir():
+            made[receipt["hash"]] = make_version(root, receipt)
+    for alias, digest in aliases.items():
+        if digest in made:
+            client(root).set_registered_model_alias(name, alias, made[digest].number)
+
+
+def lineage(root: Path, stage: str) -> dict[str, str]:
+    """Where a model comes from: commit, lock file, parameters, data, the run of every stage, the environment."""
+    runs, inputs = _chain(root, stage)
+    lock = root / "dvc.lock"
+    return {
+        "git_commit": commit_of(root),
+        "dvc_lock": content_hash(lock) if lock.exists() else "none",
+        "params": hash_of(stage_params(root, [])),
+        "stage_runs": json.dumps(runs, sort_keys=True),
+        "jobs": json.dumps({stage: _job(root, key) for stage, key in runs.items()}, sort_keys=True),
+        "inputs": json.dumps(inputs, sort_keys=True),
+        "environment": f"python {platform.python_version()}, "
+        + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+        "folder": str(root.resolve()),
+    }
+
+
+def _chain(root: Path, stage: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Stage -> key of its run, and input -> hash, back to the first training stage of this project."""
+    runs: dict[str, str] = {}
+    inputs: dict[str, str] = {}
+    receipt = root / "models" / stage / "training.json"
+    while receipt.exists():
+        values = read_json(receipt)
+        runs[values["stage"]] = values["run"]
+        inputs |= values["inputs"]
+        before = next(
+            (Path(path) for path in values["inputs"] if Path(path).name not in runs and "models/" in path), None
+        )
+        receipt = root / before / "training.json" if before else Path("none")
+    return runs, inputs
+
+
+def _mlflow_run(root: Path, tags: dict[str, str]) -> str | None:
+    """The MLflow run of the stage that made the weights; None when its run folder is gone."""
+    for key in json.loads(tags["stage_runs"]).values():
+        run = RunFolder(home(root) / "runs" / key)
+        if (run.path / "request.json").exists():
+            return tracking.Sender(run).send()
+    return None
+
+
+def _job(root: Path, key: str) -> str:
+    run = RunFolder(home(root) / "runs" / key)
+    return run.job_name if run.path.exists() else "unknown"
+
+
+def main() -> None:
+    """What dvc.yaml runs."""
+    import sys
+
+    with one_line_errors():
+        root = Path.cwd()
+        result = register(root, Params.load(root / "params.yaml", sys.argv[1:]))
+        write_json(root / "reports" / "registered.json", result)
+        verdict = "champion" if result["gate"]["passed"] else f"not champion ({result['gate']['reason']})"
+        print(f"{result['name']} version {result['version']}: {verdict}")
+
+
+def gate(root: Path, name: str, which: str) -> Decision:
+    """What the gate of params.yaml says of a version against the present champion."""
+    params = Params.load(root / "params.yaml")
+    if params.register_ is None or params.register_.name != name:
+        raise ConfigError(
+            f"params.yaml has no gate for model {name!r}; promote without it (`llada promote`, gated=false)"
+        )
+    return judge(root, params, version_of(root, name, which), champion_among(versions(root, name)))
+
+
+def promote(root: Path, name: str, which: str, why: str) -> Version:
+    """Make a version (number or alias) champion, once its weights are verified and it has answered a question."""
+    version = version_of(root, name, which)
+    require_weights(verified(root, version.hash))
+    try_out(root, version)
+    point(root, version, CHAMPION, why)
+    return version
+
+
+def roll_back(root: Path, name: str, why: str = "rolled back") -> Version:
+    """Give the alias back to the last champion before the present one; raises `ConfigError` when there was none."""
+    present = version_of(root, name, CHAMPION)
+    held = [r["hash"] for r in receipts(root) if r["name"] == name and r.get("alias") == CHAMPION]
+    before = next((digest for digest in reversed(held) if digest != present.hash), None)
+    version = next((v for v in versions(root, name) if v.hash == before), None)
+    if version is None:
+        raise ConfigError(f"model {name!r} had no champion before version {present.number}")
+    return promote(root, name, version.number, why)
