@@ -22,8 +22,8 @@ from llada_core.evaluation.benchmark import Benchmark, benchmark, run
 from llada_core.evaluation.harness import LladaLM
 from llada_core.evaluation.params import EvaluateParams, Settings
 from llada_core.evaluation.requests import Wanted
-from tasks.evaluate import answering, quiet_lm_eval
 from tasks.project import below
+from tasks.work.evaluate import answering, quiet_lm_eval
 
 SHARES = (1, 2, 4)  # of the length: steps and blocks
 RULES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from tasks.errors import one_line_errors
 
 if TYPE_CHECKING:
     from llada_core.evaluation.params import EvaluateParams
-    from tasks.evaluate import Places
+    from tasks.work.evaluate import Places
 import os
 import shutil
 import signal
@@ -54,9 +54,9 @@ def evaluate(
         from llada_core.evaluation.recipes import table as published
         from llada_core.modeling.place import checked_bits
         from tasks.folders import safe
-        from tasks.measure import sweep_places
         from tasks.record.runs import home
         from tasks.record.tracking import send_sweep
+        from tasks.work.measure import sweep_places
 
         if data is not None and not Path(data).expanduser().is_dir():
             raise FileNotFoundError(f"--data {data}: no such folder")
@@ -87,11 +87,11 @@ def _swept(
     name: str, asked: list[str], params: "EvaluateParams", places: "Places", device: str
 ) -> dict[str, dict[str, Any]] | None:
     """The results, by all GPUs of this machine; None in the processes that only answer a share."""
-    from tasks.evaluate import processes
     from tasks.launch.jobs import sharing
-    from tasks.measure import sweep
     from tasks.program import rank
     from tasks.record.registry import resolve
+    from tasks.work.evaluate import processes
+    from tasks.work.measure import sweep
 
     program = [sys.executable, "-m", "cli.main", *sys.argv[1:]]
     with sharing(processes([resolve(name)], params, device), program):
@@ -145,7 +145,7 @@ def diff(
 ) -> None:
     """Two measurements side by side: scores with a paired test, questions gained and lost, settings, code."""
     with one_line_errors():
-        from tasks import measure as comparison
+        from tasks.work import measure as comparison
 
         print(comparison.told(comparison.diff(first, second)))
 

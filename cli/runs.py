@@ -218,7 +218,7 @@ def promote(
 ) -> None:
     """Make a version champion, once its weights are verified."""
     with one_line_errors():
-        from tasks import register as promotion
+        from tasks.work import register as promotion
 
         print(f"champion: version {promotion.promote(Path.cwd(), name, version, why).number}")
 
@@ -229,7 +229,7 @@ def rollback(
 ) -> None:
     """Give `champion` back to the version that held it before."""
     with one_line_errors():
-        from tasks import register as promotion
+        from tasks.work import register as promotion
 
         print(f"champion: version {promotion.roll_back(Path.cwd(), name, why).number}")
 

@@ -20,16 +20,16 @@ from flows.pipeline import StageProcesses
 from llada_core.evaluation import recipes
 from llada_core.evaluation.params import ReportParams
 from tasks.errors import StageError, one_line_errors
-from tasks.evaluate import Places, answering, quiet_lm_eval
 from tasks.folders import commit_of, read_json
 from tasks.launch.launchers import visible_gpus
 from tasks.launch.workspace import Workspace, configure_without_git, open_workspace
-from tasks.measure import FAILURES, tell_costs
 from tasks.plan_memory import peak_of
 from tasks.project import Params, data_root
 from tasks.record.runs import home
 from tasks.record.tracking import send_pending
-from tasks.report import Beside, write_report
+from tasks.work.evaluate import Places, answering, quiet_lm_eval
+from tasks.work.measure import FAILURES, tell_costs
+from tasks.work.report import Beside, write_report
 
 # Half of its peak is what a forward of LLaDA-8B's shape reaches on a GPU of its kind (an H200: 54 to 56 %).
 YARDSTICK = "H100"

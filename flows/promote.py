@@ -5,7 +5,7 @@ from pathlib import Path
 from prefect import flow, task
 
 from llada_core.settings import ConfigError
-from tasks import register as registry
+from tasks.work import register as registry
 
 
 @task(task_run_name="{name}@{version}")

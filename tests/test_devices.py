@@ -26,7 +26,7 @@ from llada_core.training.params import GRPOParams, SFTParams
 from llada_core.training.progress import Meter, MetricsFile
 from llada_core.training.rollouts import Completions, Masks
 from llada_core.training.train import Place, objective_for, train
-from tasks import training
+from tasks.work import training
 from tests.pretend_gpu import GPU, OnGPU, PretendGPU, moved
 from tests.tiny import tiny_model, tiny_pair
 from tests.training.data import write_data

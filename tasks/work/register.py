@@ -184,7 +184,7 @@ def make_version(root: Path, receipt: dict[str, Any]) -> Version:
     with mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name="model",
-            python_model=str(Path(__file__).with_name("mlflow_model.py")),
+            python_model=str(Path(__file__).parents[1] / "record" / "mlflow_model.py"),
             model_config=config,
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES],
             registered_model_name=receipt["name"],

@@ -10,9 +10,9 @@ import pytest
 
 from llada_core.settings import ConfigError
 from tasks.folders import safe, write_json
-from tasks.measure import diff, side, told
 from tasks.record.runs import RunFolder
 from tasks.status import COLUMNS, line_of
+from tasks.work.measure import diff, side, told
 
 MODEL = "models:/toy@champion"
 ODD = "a line\u2028and a paragraph\u2029 and \x85, in one reply"

@@ -6,7 +6,7 @@ A new case from a bug report is a line of the table.
 import pytest
 
 from tasks.project import GateParams
-from tasks.register import decide
+from tasks.work.register import decide
 
 NAN = float("nan")
 

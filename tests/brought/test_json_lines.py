@@ -15,10 +15,10 @@ from llada_core.settings import ConfigError
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.engine import Ranks
 from llada_core.training.progress import MetricsFile, read_metrics
-from tasks.measure import _records
 from tasks.record.registry import receipts, write_receipt
 from tasks.record.tracking import samples
-from tasks.report import scores_of
+from tasks.work.measure import _records
+from tasks.work.report import scores_of
 from tests.tiny import tiny_pair, tiny_tokenizer
 
 # What str.splitlines, an editor or another language takes for the end of a line, and what has no UTF-8.

@@ -24,9 +24,9 @@ from tasks.record.registry import (  # fmt: skip
     write_receipt,
 )
 from tasks.record.runs import all_runs
-from tasks.register import promote, roll_back
 from tasks.status import COLUMNS, line_of, state_of
 from tasks.trial import try_out
+from tasks.work.register import promote, roll_back
 from tests.tasks.test_registry import PARAMS, empty_database, register, root, saved, trained  # noqa: F401  (fixtures)
 
 

@@ -14,7 +14,7 @@ from llada_core.data.shapes import shaped
 from llada_core.data.sources import DataError, RowError
 from llada_core.tokenizer import Tokenizer
 from tasks.folders import content_hash
-from tasks.prepare import prepare, summary
+from tasks.work.prepare import prepare, summary
 from tests.tiny import tiny_tokenizer
 
 U, A, S = (

@@ -17,7 +17,7 @@ from llada_core.settings import ConfigError
 from llada_core.tokenizer import Tokenizer
 from llada_core.verifiers.answers import verify
 from tasks.folders import content_hash
-from tasks.prepare import prepare, summary
+from tasks.work.prepare import prepare, summary
 
 COUNTS = {"pretrain": 60, "sft": 40, "grpo": 20, "preference": 10, "validation": 10, "evaluate": 12}
 PUZZLES = {
@@ -103,7 +103,7 @@ def test_what_a_run_before_built_is_used_again(tmp_path, monkeypatch):
     few = {"workers": 1, "puzzles": {"seats": {"sft": 20, "grpo": 10}}, "sft": {}, "grpo": {}}
     made(tmp_path, few)
     before = content_hash(tmp_path / "data")
-    monkeypatch.setattr("tasks.prepare.build", None)
+    monkeypatch.setattr("tasks.work.prepare.build", None)
     made(tmp_path, few)
     assert content_hash(tmp_path / "data") == before
     with pytest.raises(TypeError):
@@ -161,7 +161,7 @@ def test_killed_while_building_the_same_command_ends_as_if_undisturbed(texts, nu
     program = f"""
 from pathlib import Path
 from llada_core.data.params import DataParams
-from tasks.prepare import prepare, summary
+from tasks.work.prepare import prepare, summary
 home = Path({str(texts)!r})
 if __name__ == "__main__":
     prepare(DataParams.parse({values!r}, "data"), seed=3, out=home / "data", home=home)

@@ -8,7 +8,7 @@ import pytest
 from llada_core.data.encode import encode_ids
 from llada_core.data.params import DataParams, PretrainData, SFTData
 from llada_core.data.sources import DataError
-from tasks.prepare import prepare
+from tasks.work.prepare import prepare
 from tests.tiny import tiny_tokenizer
 
 TURNS = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"It is {i}."}] for i in range(30)]

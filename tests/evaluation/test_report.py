@@ -10,8 +10,8 @@ from llada_core.evaluation.params import ReportParams
 from llada_core.evaluation.statistics import estimate
 from llada_core.settings import ConfigError
 from tasks.folders import read_json, write_json, write_text
-from tasks.measure import Side, compare, diff, side, told
-from tasks.report import Beside, write_report
+from tasks.work.measure import Side, compare, diff, side, told
+from tasks.work.report import Beside, write_report
 
 
 def result(scores, *, recipe="sudoku", chance=0.0, **more):
@@ -134,7 +134,7 @@ def test_no_gain_is_said_too(tmp_path):
 
 
 def test_two_models_question_by_question(results, monkeypatch):
-    monkeypatch.setattr("tasks.measure.RESULTS", results)
+    monkeypatch.setattr("tasks.work.measure.RESULTS", results)
     found = diff("sft", f"{results}:grpo", results.parent)
     assert set(found) == {"countdown", "sudoku", "piqa"}
     c = found["countdown"]

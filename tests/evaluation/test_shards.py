@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from llada_core.modeling import save_model
-from tasks import evaluate as stage
 from tasks.launch.jobs import sharing
 from tasks.project import Params
 from tasks.record.runs import RunFolder, Work
+from tasks.work import evaluate as stage
 from tests.tasks.conftest import REPOSITORY, project  # noqa: F401  (a fixture)
 from tests.tiny import tiny_pair
 from tests.waiting import wait_for
@@ -70,7 +70,7 @@ def measured(root: Path, **launch: object) -> dict[str, bytes]:
     }  # fmt: skip
     params["launch"] |= launch
     (root / "params.yaml").write_text(yaml.safe_dump(params))
-    command = [sys.executable, "-m", "tasks.evaluate", "sudoku"]
+    command = [sys.executable, "-m", "tasks.work.evaluate", "sudoku"]
     done = subprocess.run(command, cwd=root, env=dict(os.environ), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     out = root / "reports/eval"

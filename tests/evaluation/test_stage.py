@@ -14,10 +14,10 @@ from llada_core.evaluation.answering import Answerer
 from llada_core.evaluation.params import EvaluateParams, ReportParams, Settings
 from llada_core.modeling import save_model
 from llada_core.settings import ConfigError
-from tasks.evaluate import Places, answering, measure
 from tasks.folders import safe
-from tasks.measure import sweep, tell_costs
-from tasks.report import write_report
+from tasks.work.evaluate import Places, answering, measure
+from tasks.work.measure import sweep, tell_costs
+from tasks.work.report import write_report
 from tests.tiny import tiny_pair
 
 QUICK = {"max_new_tokens": 8, "block_length": 8, "steps": 8}

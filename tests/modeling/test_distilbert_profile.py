@@ -14,8 +14,8 @@ from llada_core.sampling.params import SamplingParams
 from llada_core.settings import read_yaml, with_overrides
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.train import Place, train
-from tasks.prepare import prepare
 from tasks.project import Params
+from tasks.work.prepare import prepare
 from tests.tiny import TEXTS, tiny_model
 
 PROFILE = Path(__file__).parents[2] / "profiles" / "distilbert.yaml"

@@ -13,13 +13,14 @@ from llada_core.modeling import load_model, save_model
 from llada_core.modeling.folder import base_name
 from llada_core.settings import ConfigError
 from llada_core.training.objectives import DiffusionObjective
-from tasks import cleaning, training
+from tasks import cleaning
 from tasks.errors import StageError
 from tasks.folders import content_hash
 from tasks.program import run_stage
 from tasks.project import Params
 from tasks.record.registry import hold_base, keep, keep_base, lasting_name, resolve, store_folder, verified
-from tasks.register import register
+from tasks.work import training
+from tasks.work.register import register
 from tests.tiny import tiny_pair
 from tests.training.data import write_data
 

@@ -11,12 +11,12 @@ import pytest
 from llada_core.modeling import save_model
 from llada_core.settings import ConfigError
 from tasks import folders
-from tasks import register as stage
 from tasks.errors import StageError
 from tasks.folders import content_hash, write_json
 from tasks.project import Params
 from tasks.record.registry import resolve, store_folder, trained_on, version_of, versions
-from tasks.register import gate, promote, roll_back
+from tasks.work import register as stage
+from tasks.work.register import gate, promote, roll_back
 from tests.tiny import tiny_pair
 
 PARAMS = """\

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from tasks import training
 from tasks.graph import load_stage
 from tasks.launch import launchers
 from tasks.launch.jobs import settle
 from tasks.launch.launchers import machine_settings
 from tasks.project import Params
 from tasks.record.runs import Work, open_run, request_of, stage_params
+from tasks.work import training
 
 HUB = "GSAI-ML/LLaDA-8B-Base"
 SLURM = {"kind": "slurm", "slurm": {"gpus_per_node": 8}}

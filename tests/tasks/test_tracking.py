@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from llada_core.evaluation.params import EvaluateParams
-from tasks.evaluate import Places
 from tasks.graph import load_stage
 from tasks.pipeline import restore_lost_records
 from tasks.record import tracking
 from tasks.record.registry import client
 from tasks.record.runs import RunFolder, open_run, stage_params
 from tasks.record.tracking import send_sweep
+from tasks.work.evaluate import Places
 from tests.tasks.test_registry import empty_database  # noqa: F401  (a fixture)
 from tests.tasks.test_runs import finish, open_toy, program, the_run
 
