@@ -155,7 +155,7 @@ def send_pending(root: Path, *, again: bool = False) -> bool:
 
 
 def _made_in(root: Path, folder: Path) -> Iterator[RunFolder]:
-    """The runs of a folder that make something: a trial (tasks.trial) has nothing to tell."""
+    """The runs of a folder that make something: a trial (tasks.launch.trial) has nothing to tell."""
     yield from (run for run in all_runs(root) if run.root.resolve() == folder and run.request["outs"])
 
 

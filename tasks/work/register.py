@@ -16,6 +16,7 @@ from llada_core.evaluation.statistics import Difference, paired
 from llada_core.settings import ConfigError
 from tasks.errors import one_line_errors
 from tasks.folders import commit_of, content_hash, hash_of, read_json, write_json
+from tasks.launch.trial import try_out
 from tasks.project import GateParams, Params, RegisterParams
 from tasks.record import tracking
 from tasks.record.registry import (
@@ -33,7 +34,6 @@ from tasks.record.registry import (
     write_receipt,
 )
 from tasks.record.runs import RunFolder, home, stage_params
-from tasks.trial import try_out
 from tasks.work.report import scores_of as answered
 
 Scores = dict[str, dict[str, float]]  # benchmark -> question -> score in [0, 1]
