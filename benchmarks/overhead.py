@@ -20,7 +20,7 @@ from pathlib import Path
 from tasks.folders import read_json, write_json
 from tasks.launch.jobs import follow
 from tasks.launch.launchers import LocalLauncher, SlurmLauncher, start_time
-from tasks.pipeline import environment
+from tasks.launch.program import environment
 from tasks.project import LaunchParams
 from tasks.record import tracking
 from tasks.record.runs import RunFolder, all_runs

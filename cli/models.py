@@ -88,7 +88,7 @@ def _swept(
 ) -> dict[str, dict[str, Any]] | None:
     """The results, by all GPUs of this machine; None in the processes that only answer a share."""
     from tasks.launch.jobs import sharing
-    from tasks.program import rank
+    from tasks.launch.program import rank
     from tasks.record.registry import resolve
     from tasks.work.evaluate import processes
     from tasks.work.measure import sweep

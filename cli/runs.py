@@ -35,8 +35,8 @@ def run(
 ) -> None:
     """Run the pipeline: params.yaml in place, a profile (or overrides) in its own workspace. Resumes what was cut."""
     with one_line_errors():
+        from tasks.launch.program import reproduce, summary
         from tasks.launch.workspace import open_workspace
-        from tasks.pipeline import reproduce, summary
 
         if yes:
             os.environ["LLADAFLOW_YES"] = "1"
@@ -161,8 +161,8 @@ def cancel(name: Run) -> None:
 def accept(stages: Annotated[list[str], typer.Argument(help="stages whose outputs stay as they are")]) -> None:
     """Take outputs as still valid although code or parameters have changed (`dvc commit`): nothing is run again."""
     with one_line_errors():
+        from tasks.launch.program import dvc, known
         from tasks.launch.workspace import Workspace
-        from tasks.pipeline import dvc, known
 
         raise typer.Exit(dvc(Workspace(Path.cwd()), "commit", "--force", *known(Workspace(Path.cwd()), stages)))
 

@@ -28,8 +28,8 @@ from prefect.states import Completed
 from llada_core.settings import ConfigError, nearest
 from tasks.errors import StageError, one_line_errors
 from tasks.folders import SECONDS, NoDatabaseError, require, shown
+from tasks.launch.program import environment, restore_lost_records, summary
 from tasks.launch.workspace import configure_without_git, open_workspace, pipeline_lock
-from tasks.pipeline import environment, restore_lost_records, summary
 from tasks.record.runs import all_runs
 from tasks.record.tracking import mlflow_link
 

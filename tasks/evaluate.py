@@ -1,6 +1,6 @@
 """The stage `evaluate`, as DVC calls it."""
 
-from tasks.program import stage_program
+from tasks.launch.program import stage_program
 from tasks.work.evaluate import run
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The stage `prepare`, as DVC calls it."""
 
-from tasks.program import stage_program
+from tasks.launch.program import stage_program
 from tasks.work.prepare import run
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The stage `report`, as DVC calls it."""
 
-from tasks.program import stage_program
+from tasks.launch.program import stage_program
 from tasks.work.report import run
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The stage `sft`: supervised fine-tuning."""
 
-from tasks.program import stage_program
+from tasks.launch.program import stage_program
 from tasks.work.training import train_stage
 
 if __name__ == "__main__":

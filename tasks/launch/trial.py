@@ -17,7 +17,7 @@ from tasks.errors import StageError
 from tasks.folders import content_hash, hash_of, home, read_json, write_json
 from tasks.graph import CODE
 from tasks.launch.jobs import attach_or_submit, follow
-from tasks.program import run_inline, stage_program
+from tasks.launch.program import run_inline, stage_program
 from tasks.project import LaunchParams, Params, RegisterParams
 from tasks.record.registry import Version, settings_of, store_folder, verified
 from tasks.record.runs import RunFolder, Work, copy_code, stage_params

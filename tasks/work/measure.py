@@ -15,7 +15,7 @@ from llada_core.files import parsed
 from llada_core.modeling.folder import is_adapter
 from llada_core.settings import ConfigError, flat, nearest
 from tasks.folders import commit_of, content_hash, hash_of, read_json, safe
-from tasks.program import rank
+from tasks.launch.program import rank
 from tasks.project import below
 from tasks.record.registry import resolve
 from tasks.record.runs import differences, find_run

@@ -16,8 +16,8 @@ from llada_core.settings import ConfigError
 from tasks.folders import git, home, prune_worktrees, require, sqlite_file, sqlite_uri, write_json
 from tasks.graph import load_stage
 from tasks.launch.launchers import LocalLauncher, render
+from tasks.launch.program import reproduce
 from tasks.launch.workspace import configure_workspace, open_workspace
-from tasks.pipeline import reproduce
 from tasks.project import LaunchParams
 from tasks.record.runs import RunFolder, all_runs, open_run, stage_params
 from tests.tasks.conftest import DVC, PARAMS, REPOSITORY, project  # noqa: F401  (a fixture)

@@ -107,7 +107,7 @@ EVALUATE = '''\
 """A toy evaluation: scores 1, fails for the benchmark `broken`, and notes how many are at work at once."""
 import json, os, time
 from pathlib import Path
-from tasks.program import Work, stage_program
+from tasks.launch.program import Work, stage_program
 
 SCORE = {"score": 1.0, "n": 2, "low": 0.3, "high": 1.0, "recipe": "sudoku", "variant": "official", "metric": "acc,none",
          "chance": 0.0, "subset": "", "shots": 0, "chat": True, "settings": {}, "as_pinned": True, "versions": {}}

@@ -46,7 +46,7 @@ TOY = '''\
 import json, os, time
 from pathlib import Path
 from tasks.errors import StoppedError
-from tasks.program import Work, stage_program
+from tasks.launch.program import Work, stage_program
 
 SOURCE = {source!r}
 LABEL = "first"

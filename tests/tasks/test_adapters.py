@@ -16,7 +16,7 @@ from llada_core.training.objectives import DiffusionObjective
 from tasks import cleaning
 from tasks.errors import StageError
 from tasks.folders import content_hash
-from tasks.program import run_stage
+from tasks.launch.program import run_stage
 from tasks.project import Params
 from tasks.record.registry import hold_base, keep, keep_base, lasting_name, resolve, store_folder, verified
 from tasks.work import training

@@ -16,7 +16,7 @@ from tasks.folders import write_json
 from tasks.graph import load_stage
 from tasks.launch import launchers
 from tasks.launch.launchers import render, start_time
-from tasks.program import run_stage
+from tasks.launch.program import run_stage
 from tasks.project import LaunchParams, Params
 from tasks.record.runs import RunFolder, all_runs, find_run, open_run, stage_params
 from tests.tasks.conftest import REPOSITORY
@@ -135,7 +135,7 @@ PREPARE = '''\
 """A toy of the stage that is always done again: notes that it was, and waits while a file asks for it."""
 import time
 from pathlib import Path
-from tasks.program import Work, stage_program
+from tasks.launch.program import Work, stage_program
 
 def work(w: Work) -> None:
     asked = Path(w.run.request["root"])
@@ -301,7 +301,7 @@ def test_damaged_state_is_named(project: Path) -> None:
 
 
 def test_a_stage_tells_its_usage_and_refuses_what_is_no_override(capsys):
-    from tasks.program import stage_program
+    from tasks.launch.program import stage_program
 
     stage_program("sft", lambda work: None, ["--help"])
     assert capsys.readouterr().out.startswith("python -m tasks.sft [block.key=value ...]")

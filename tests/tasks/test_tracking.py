@@ -8,7 +8,7 @@ import pytest
 
 from llada_core.evaluation.params import EvaluateParams
 from tasks.graph import load_stage
-from tasks.pipeline import restore_lost_records
+from tasks.launch.program import restore_lost_records
 from tasks.record import tracking
 from tasks.record.registry import client
 from tasks.record.runs import RunFolder, open_run, stage_params

@@ -11,8 +11,8 @@ import yaml
 
 from llada_core.settings import ConfigError
 from tasks.graph import prune
+from tasks.launch.program import dvc, reproduce
 from tasks.launch.workspace import Workspace, open_workspace, pipeline_lock
-from tasks.pipeline import dvc, reproduce
 
 SFT_ONLY = """\
 name: tuned
