@@ -22,8 +22,8 @@ from llada_core.evaluation.params import ReportParams
 from tasks.errors import StageError, one_line_errors
 from tasks.folders import commit_of, read_json
 from tasks.launch.launchers import visible_gpus
+from tasks.launch.plan_memory import peak_of
 from tasks.launch.workspace import Workspace, configure_without_git, open_workspace
-from tasks.plan_memory import peak_of
 from tasks.project import Params, data_root
 from tasks.record.runs import home
 from tasks.record.tracking import send_pending

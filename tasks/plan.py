@@ -12,7 +12,7 @@ from llada_core.settings import ConfigError
 from llada_core.training.params import GRPOParams, PreferenceParams, TrainingParams
 from tasks.folders import write_json
 from tasks.launch.launchers import ranks_per_node, render
-from tasks.plan_memory import GIB, Asked, estimate, memory_of, peak_of, room, shape_of
+from tasks.launch.plan_memory import GIB, Asked, estimate, memory_of, peak_of, room, shape_of
 from tasks.project import Params
 from tasks.record.runs import RunFolder, home
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import tasks.plan
 from cli.runs import plan
+from tasks.launch.plan_memory import KEPT
 from tasks.plan import GIB, need, ranks_of
-from tasks.plan_memory import KEPT
 from tasks.project import Params
 from tests.tasks.test_runs import program
 from tests.tiny import tiny_model

@@ -9,7 +9,7 @@ from llada_core.tokenizer import SpecialTokens
 from llada_core.training.footprint import footprint
 from llada_core.training.params import DistributionParams, GRPOParams, PreferenceParams, PretrainParams, SFTParams
 from llada_core.training.train import prepare_weights
-from tasks.plan_memory import cut
+from tasks.launch.plan_memory import cut
 from tests.tiny import TINY_BACKBONES
 
 GIB = 2**30

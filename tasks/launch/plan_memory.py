@@ -17,6 +17,7 @@ from tasks.project import TRAINING_STAGES, Params
 if TYPE_CHECKING:
     from llada_core.modeling import MaskPredictor
 
+
 GIB = 2**30
 GPUS = {"A100-40": (39.0, 312e12), "A100": (79.0, 312e12), "H100": (79.0, 989e12), "H200": (139.0, 989e12)}
 RESERVE = 0.1  # of a GPU's memory: context, fragments, buffers of the communication
