@@ -73,8 +73,8 @@ def plan(
     """What a run would need and how it would run: memory of a GPU, disk, time, commands. Starts and fetches nothing."""
     with one_line_errors():
         from llada_core.settings import read_yaml, with_overrides
+        from tasks.launch.plan import refuse, script_of, told
         from tasks.launch.workspace import profile_file
-        from tasks.plan import refuse, script_of, told
         from tasks.project import TRAINING_STAGES, Params
 
         if stage is not None:

@@ -177,7 +177,7 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
         else:
             confirm_cost(root, run, launch)
             if launch.kind == "slurm" and launch.gpu is not None and stage.kind in TRAINING_STAGES:
-                from tasks.plan import refuse
+                from tasks.launch.plan import refuse
 
                 refuse(Params.parse(params, "params.yaml"), stage.kind, launch.gpu)
             require_launcher(params, stage.kind)

@@ -8,10 +8,10 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-import tasks.plan
+import tasks.launch.plan
 from cli.runs import plan
+from tasks.launch.plan import GIB, need, ranks_of
 from tasks.launch.plan_memory import KEPT
-from tasks.plan import GIB, need, ranks_of
 from tasks.project import Params
 from tests.tasks.test_runs import program
 from tests.tiny import tiny_model
@@ -67,14 +67,14 @@ def test_adapters_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     rollouts = 8 * 768 * 64  # 64 forwards of the whole canvas
     active = DENSE - 126464 * 4096
     assert needs.flops == needs.steps * (6 * active * 8 * 768 + 2 * active * rollouts)
-    monkeypatch.setattr(tasks.plan, "memory_of", lambda asked: ({}, True))
+    monkeypatch.setattr(tasks.launch.plan, "memory_of", lambda asked: ({}, True))
     params = load("llada-grpo-gsm8k", "grpo.beta=0.04")
     needs, reference = need(params, "grpo", *ranks_of(params, "grpo")), 8 * 768
     assert needs.flops == needs.steps * (6 * active * 8 * 768 + 2 * active * (rollouts + reference))
 
 
 def test_the_sparse_model_counts_its_chosen_experts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks.plan, "memory_of", lambda asked: ({}, True))
+    monkeypatch.setattr(tasks.launch.plan, "memory_of", lambda asked: ({}, True))
     params = load("llada-moe-sft-alpaca")
     needs = need(params, "sft", 8)
     expert, layer = 3 * 2048 * 1024, 4 * 2048**2 + 64 * 2048 + 2 * 2048 + 2 * 128
