@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llada_core.settings import ConfigError
-from tasks.doctor_nodes import two_nodes
 from tasks.folders import NoDatabaseError, require, shown
+from tasks.launch.doctor_nodes import two_nodes
 from tasks.launch.launchers import ask
 from tasks.project import LaunchParams, Params
 from tasks.record.registry import tracking_uri

@@ -1,6 +1,6 @@
 """What two compute nodes can do, for `llada doctor`: an all-reduce between them, the shared folder, what they reach.
 
-`python -m tasks.doctor_nodes FOLDER` is what srun starts on each node; it knows no stage.
+`python -m tasks.launch.doctor_nodes FOLDER` is what srun starts on each node; it knows no stage.
 """
 
 import json
@@ -27,7 +27,7 @@ def two_nodes(launch: LaunchParams, folder: Path, seconds: int = 60) -> Iterator
     options = [f"--{key}={value}" for key, value in chosen.items() if value is not None]
     options += [f"--gpus-per-node={slurm.gpus_per_node}"] if slurm.gpus_per_node else []
     srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--time=3", f"--immediate={seconds}", "--kill-on-bad-exit=1"]
-    program = f"{shlex.quote(sys.executable)} -m tasks.doctor_nodes {shlex.quote(str(folder))}"
+    program = f"{shlex.quote(sys.executable)} -m tasks.launch.doctor_nodes {shlex.quote(str(folder))}"
     setup = [*(f"module load {name}" for name in slurm.modules), *slurm.setup]
     command = [*srun, *options, *slurm.srun_options, "bash", "-c", "; ".join([*setup, f"exec {program}"])]
     try:
