@@ -238,8 +238,8 @@ def doctor() -> None:
     """Is this machine (and its cluster) fit: each finding with its remedy; exit status 1 if something is missing."""
     with one_line_errors():
         from flows.pipeline import require_prefect
-        from tasks.doctor import Finding, findings, with_remedy
         from tasks.folders import NoDatabaseError
+        from tasks.launch.doctor import Finding, findings, with_remedy
 
         found = list(findings(Path.cwd()))
         try:

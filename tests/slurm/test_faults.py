@@ -119,7 +119,7 @@ def test_a_full_run_folder(slurm: Cluster, project: Path, reach: Start, cost: Co
 
 
 def test_doctor_asks_two_nodes(slurm: Cluster, project: Path) -> None:
-    from tasks.doctor import findings
+    from tasks.launch.doctor import findings
 
     found = list(findings(project))
     slow = ("writes ", "all-reduce between ")  # how fast is the machine's affair

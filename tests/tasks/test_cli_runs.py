@@ -136,7 +136,7 @@ def test_run_says_what_it_made(project: Path) -> None:
 
 def test_doctor_finds_this_machine_fit(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A Slurm client whose controller is down is a finding of its own, and CI has one.
-    monkeypatch.setattr("tasks.doctor.shutil.which", lambda name: None if name == "sbatch" else name)
+    monkeypatch.setattr("tasks.launch.doctor.shutil.which", lambda name: None if name == "sbatch" else name)
     text = llada("doctor")
     assert all(line.startswith(("ok ", "BAD  writes ")) for line in text.splitlines()), text  # a disk may be busy
     assert "file locks" in text
