@@ -114,8 +114,8 @@ def runs() -> None:
 def status() -> None:
     """Every run: stage, state, job, step of total, loss, time left, size of its checkpoints."""
     with one_line_errors():
+        from tasks.launch.status import COLUMNS, line_of
         from tasks.record.runs import all_runs
-        from tasks.status import COLUMNS, line_of
 
         table = Table(*COLUMNS, box=None)
         for found in all_runs(Path.cwd()):
@@ -129,8 +129,8 @@ def logs(
     """The log of a run."""
     with one_line_errors():
         from tasks.launch.jobs import LogReader
+        from tasks.launch.status import state_of
         from tasks.record.runs import find_run
-        from tasks.status import state_of
 
         found = find_run(Path.cwd(), name)
         reader = LogReader(found, tail=None if follow else 1 << 20)
@@ -146,9 +146,9 @@ def cancel(name: Run) -> None:
     """End the job of a run; training saves itself first, and the next `llada run` goes on from there."""
     with one_line_errors():
         from tasks.launch.jobs import grace, launcher_of
+        from tasks.launch.status import state_of
         from tasks.project import Params
         from tasks.record.runs import find_run
-        from tasks.status import state_of
 
         found = find_run(Path.cwd(), name)
         if state_of(found) != "running":
@@ -170,7 +170,7 @@ def accept(stages: Annotated[list[str], typer.Argument(help="stages whose output
 def gc(yes: Yes = False) -> None:
     """What could be freed: checkpoints of finished runs, workspaces nobody works in, weights no version points to."""
     with one_line_errors():
-        from tasks.cleaning import candidates, remove
+        from tasks.launch.status import candidates, remove
 
         found = candidates(Path.cwd())
         for item in found:

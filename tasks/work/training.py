@@ -12,7 +12,7 @@ from llada_core.training.params import TrainingParams
 from tasks.errors import StageError, StoppedError
 from tasks.folders import content_hash, read_json, write_json
 from tasks.launch.program import rank
-from tasks.progress import TrainingProgress
+from tasks.launch.status import TrainingProgress
 from tasks.project import TRAINING_STAGES
 from tasks.record.registry import keep_base, lasting_name
 from tasks.record.runs import Work

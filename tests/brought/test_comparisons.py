@@ -10,8 +10,8 @@ import pytest
 
 from llada_core.settings import ConfigError
 from tasks.folders import safe, write_json
+from tasks.launch.status import COLUMNS, line_of
 from tasks.record.runs import RunFolder
-from tasks.status import COLUMNS, line_of
 from tasks.work.measure import diff, side, told
 
 MODEL = "models:/toy@champion"

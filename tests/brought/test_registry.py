@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llada_core.settings import ConfigError
 from tasks.errors import StageError
+from tasks.launch.status import COLUMNS, line_of, state_of
 from tasks.launch.trial import try_out
 from tasks.record.registry import (  # fmt: skip
     Version,
@@ -25,7 +26,6 @@ from tasks.record.registry import (  # fmt: skip
     write_receipt,
 )
 from tasks.record.runs import all_runs
-from tasks.status import COLUMNS, line_of, state_of
 from tasks.work.register import promote, roll_back
 from tests.tasks.test_registry import PARAMS, empty_database, register, root, saved, trained  # noqa: F401  (fixtures)
 

@@ -13,9 +13,9 @@ from llada_core.modeling import load_model, save_model
 from llada_core.modeling.folder import base_name
 from llada_core.settings import ConfigError
 from llada_core.training.objectives import DiffusionObjective
-from tasks import cleaning
 from tasks.errors import StageError
 from tasks.folders import content_hash
+from tasks.launch import status
 from tasks.launch.program import run_stage
 from tasks.project import Params
 from tasks.record.registry import hold_base, keep, keep_base, lasting_name, resolve, store_folder, verified
@@ -71,8 +71,8 @@ def test_an_adapter_is_found_a_base_by_every_later_stage_and_wherever_it_is_move
     digest = keep(root, root / "models/sft_control")  # as `register` does
     assert torch.equal(logits(load_model(verified(root, digest))), last)
     versions = SimpleNamespace(search_model_versions=lambda **_: [SimpleNamespace(tags={"content_hash": digest})])
-    monkeypatch.setattr(cleaning, "client", lambda root: versions)
-    assert not [item.path for item in cleaning.candidates(root) if item.path.parent.name == "store"]
+    monkeypatch.setattr(status, "client", lambda root: versions)
+    assert not [item.path for item in status.candidates(root) if item.path.parent.name == "store"]
 
     moved = tmp_path / "moved"
     shutil.move(root, moved)

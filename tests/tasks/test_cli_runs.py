@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from cli.runs import COMMANDS
-from tasks.status import state_of
+from tasks.launch.status import state_of
 from tests.ports import free_ports
 from tests.tasks.test_runs import at_step, finish, program, steps, the_run
 from tests.waiting import PATIENCE, processes, says, wait_for

@@ -1,6 +1,6 @@
 """What a person reads while a run trains."""
 
-from tasks.progress import TrainingProgress, sentence
+from tasks.launch.status import TrainingProgress, sentence
 
 LINE = {"step": 30, "loss": 1.23456, "learning_rate": 3e-4, "tokens_per_second": 1234.5, "share": 0.25, "seconds": 40.0}
 
