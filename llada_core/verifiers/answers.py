@@ -57,7 +57,7 @@ def _equal(wanted: str, given: str) -> bool:
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the clock that is off
     parsed = [parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (wanted, given)]
-    return bool(verify_math(*parsed, float_rounding=_PRECISION, timeout_seconds=None))
+    return bool(verify(*parsed, float_rounding=_PRECISION, timeout_seconds=None))
 
 
 def last_boxed(text: str) -> str | None:

@@ -81,7 +81,7 @@ def _folder(root: Path, version: Version) -> RunFolder:
         "device": own.get("device") or "auto",
         "bits": own.get("bits"),
     }
-    code = Path(__file__).resolve().parents[1]
+    code = Path(__file__).resolve().parents[2]
     source = hash_of([content_hash(code / package) for package in sorted(CODE)])
     place = store_folder(root, version.hash)
     request = {"stage": STAGE, "settings": settings, "free": {}, "code": {}, "outs": [], "source": source}

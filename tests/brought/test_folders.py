@@ -93,7 +93,7 @@ def test_everything_of_a_project_stays_in_its_folder(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_job_starts_from_any_folder(name: str, tmp_path: Path) -> None:
     root = tmp_path / name
-    shutil.copytree(REPOSITORY / "llada_core/config", root / "llada_core/config")
+    shutil.copytree(REPOSITORY / "llada_core/verifiers", root / "llada_core/verifiers")
     run = run_of(made(root))
     script = render(run, LaunchParams(), slurm=True)
     options = [shlex.split(line[1:]) for line in script.splitlines() if line.startswith("#SBATCH")]

@@ -91,9 +91,8 @@ if __name__ == "__main__":
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An initialised DVC and git project with stages pretrain and sft; the working directory is in it."""
     root = tmp_path / "project"
-    for package in ("tasks", "llada_core/config"):
+    for package in ("tasks", "llada_core"):
         shutil.copytree(REPOSITORY / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (root / "llada_core/__init__.py").touch()
     for stage, source in (("pretrain", "inputs/text"), ("sft", "models/pretrain/weights")):
         (root / "tasks" / f"{stage}.py").write_text(TOY.format(stage=stage, source=source))
     (root / "inputs").mkdir(parents=True)

@@ -15,56 +15,17 @@ SPEC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 # How runs are launched, told and kept; what composes and checks settings; what a stage imports of a room without using.
 PLUMBING = {
-    *(
-        "llada_core/__init__.py",
-        "llada_core/settings.py",
-        "tasks/project.py",
-    ),
-    *("tasks/project.py", "tasks/project.py", "llada_core/settings.py"),
-    *("llada_core/modeling/__init__.py", "llada_core/modeling/folder.py"),
-    *(
-        f"tasks/{n}.py"
-        for n in (
-            "__init__",
-            "databases",
-            "errors",
-            "plan",
-            "plan_memory",
-            "folders",
-            "graph",
-            "launch",
-            "launch_local",
-            "launch_script",
-            "progress",
-            "shards",
-        )
-    ),
-    *(
-        f"tasks/{n}.py"
-        for n in (
-            "checkout",
-            "launch_slurm",
-            "program",
-            "register",
-            "registry",
-            "runs",
-            "tracking",
-            "tracked_results",
-            "gate",
-            "trial",
-        )
-    ),
+    *(f"llada_core/{n}.py" for n in ("__init__", "settings", "modeling/__init__", "modeling/folder", "sampling/__init__")),
+    *(f"tasks/{n}.py" for n in ("__init__", "errors", "folders", "graph", "project", "work/__init__", "work/register")),
+    *(file.relative_to(ROOT).as_posix() for room in ("launch", "record") for file in (ROOT / "tasks" / room).glob("*.py")),
 }
-CONFIG = {f"llada_core/config/{n}.py" for n in ("__init__", "data", "evaluation", "model", "sampling", "training")}
+CONFIG = {
+    f"llada_core/{n}.py"
+    for n in ("data/params", "evaluation/params", "modeling/architecture", "sampling/params", "training/params")
+}
 RL = (
-    "sampling",
-    "verifiers",
-    "likelihood.py",
-    "estimators.py",
-    "sandbox.py",
-    "evaluation",
-    "data/__init__.py",
-    *(f"training/{n}" for n in ("grpo.py", "policy.py", "reference.py", "rollouts.py", "rewards", "preference.py")),
+    *("sampling", "verifiers", "likelihood.py", "evaluation", "data/__init__.py"),
+    *(f"training/{n}" for n in ("grpo.py", "reference.py", "rollouts.py", "rewards", "preference.py")),
 )
 NOT_READ = {  # imported only where another stage's objective is built
     "pretrain": RL,
