@@ -70,7 +70,8 @@ def launch(
 
     name = model or champion_of(Path.cwd())  # first: Gradio takes seconds to import
     from app import page
-    from app.models import Catalogue, Desk, Refused, Setting, Shelf
+    from app.conversation import Refused
+    from app.models import Catalogue, Desk, Setting, Shelf
 
     catalogue, setting = Catalogue(Path.cwd()), Setting.checked(*lies)
     desk = Desk(Shelf(catalogue, setting=setting), catalogue, name, seconds=seconds, at_once=at_once)

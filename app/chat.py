@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 
 from app.canvas import readable
-from app.conversation import ChatSession
-from app.models import Desk, Refused, told
+from app.conversation import ChatSession, Refused
+from app.models import Desk, told
 from app.panel import QUICK, Panel, Values, choices
 from app.render import CLICKS, conversation, legend, notice, table
 from llada_core.sampling.params import PRESETS, preset

@@ -1,14 +1,18 @@
 """One conversation, its running answer, Stop."""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from app.canvas import FRESH, OPEN, Frame, Trace, typed
-from app.models import Engine, Refused
 from llada_core.sampling.canvas import Step
 from llada_core.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from app.models import Engine
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ class ChatSession:
 
     def reply(
         self,
-        writer: Engine,
+        writer: "Engine",
         params: SamplingParams,
         *,
         watch: bool = False,
@@ -206,7 +210,7 @@ class ChatSession:
             self._finish(writer)
             self.writing = False
 
-    def _finish(self, writer: Engine) -> None:
+    def _finish(self, writer: "Engine") -> None:
         answer = writer.text(self.last.tokens())
         self.turns[-1].answer = answer
         if not answer.strip() and not self.last.note:
@@ -215,10 +219,23 @@ class ChatSession:
             )
 
 
-def fits(writer: Engine, prompt: int, params: SamplingParams) -> None:
+def fits(writer: "Engine", prompt: int, params: SamplingParams) -> None:
     """Raises Refused when prompt and answer are longer than the model can read."""
     if prompt + params.max_new_tokens > writer.context:
         raise Refused(
             f"The conversation has {prompt} tokens and the answer asks for {params.max_new_tokens}; this model reads "
             f"{writer.context} at most. Undo some turns, start a new conversation, or lower max_new_tokens."
         )
+
+
+class Refused(ValueError):  # noqa: N818 - a sentence for a person rather than a fault
+    """Something the person asked for that cannot be done; the text is a sentence for them."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What the library says of a value that does not fit is a sentence for the person."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from error

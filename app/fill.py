@@ -9,8 +9,8 @@ from typing import Any
 import gradio as gr
 
 from app.canvas import GAP, Cell, Trace, for_template, pinned, readable, with_gaps
-from app.conversation import ChatSession, Writing, fits
-from app.models import Desk, Refused, refusing, told
+from app.conversation import ChatSession, Refused, Writing, fits, refusing
+from app.models import Desk, told
 from app.panel import QUICK, Panel, Values
 from app.render import STATE_CLASS, escape, level, notice
 from llada_core.data import puzzles

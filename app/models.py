@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from app.canvas import speller
+from app.conversation import Refused, refusing
 from llada_core.data.puzzles import countdown, draw, seats, sudoku
 from llada_core.evaluation import recipes
 from llada_core.files import document, read
@@ -188,19 +188,6 @@ def _told(value: object) -> str:
         return f"{value:,.0f}"
     text = value if isinstance(value, str) else json.dumps(value)
     return HASH.sub(lambda found: found[0][:12] + "…", text)
-
-
-class Refused(ValueError):  # noqa: N818 - a sentence for a person rather than a fault
-    """Something the person asked for that cannot be done; the text is a sentence for them."""
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """What the library says of a value that does not fit is a sentence for the person."""
-    try:
-        yield
-    except ValueError as error:
-        raise Refused(str(error)) from error
 
 
 MOST_CONTEXT = 4096

@@ -9,9 +9,9 @@ import gradio as gr
 from app import render
 from app.canvas import find_runners_up
 from app.chat import build_chat, build_compare
-from app.conversation import ChatSession
+from app.conversation import ChatSession, Refused, refusing
 from app.fill import build_infill, build_sudoku
-from app.models import Desk, Refused, refusing, sentence, told
+from app.models import Desk, sentence, told
 from app.panel import QUICK, Panel, build_panel, choices
 from app.panel import params as params_of
 from app.render import notice, table

@@ -11,8 +11,8 @@ import gradio as gr
 from pydantic import TypeAdapter
 
 from app.canvas import Frame
-from app.conversation import Writing
-from app.models import Desk, Engine, Refused, paced, refusing, sentence
+from app.conversation import Refused, Writing, refusing
+from app.models import Desk, Engine, paced, sentence
 from app.render import canvas, notice
 from llada_core.sampling.params import PRESETS, SENTENCES, SamplingParams, exactness
 from llada_core.sampling.params import preset as made_by

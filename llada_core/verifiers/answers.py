@@ -53,7 +53,7 @@ def same(wanted: str, given: str) -> bool:
 
 def _equal(wanted: str, given: str) -> bool:
     """math-verify's verdict. Its own clock is off, for it needs the main thread; `readable` keeps it short instead."""
-    from math_verify import parse  # brings sympy: seconds that only these answers need
+    from math_verify import parse, verify  # brings sympy: seconds that only these answers need
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the clock that is off
     parsed = [parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (wanted, given)]

@@ -17,7 +17,7 @@ from tasks.errors import StageError
 from tasks.folders import content_hash, hash_of, home, read_json, write_json
 from tasks.graph import CODE
 from tasks.launch.jobs import attach_or_submit, follow
-from tasks.launch.program import run_inline, stage_program
+from tasks.launch.program import run_inline
 from tasks.project import LaunchParams, Params, RegisterParams
 from tasks.record.registry import Version, settings_of, store_folder, verified
 from tasks.record.runs import RunFolder, Work, copy_code, stage_params
@@ -122,7 +122,3 @@ def _last_error(run: RunFolder, launch: LaunchParams) -> str:
     log = run.log.read_text(encoding="utf-8", errors="replace").split("\n")
     said = [line.removeprefix("error: ") for line in log if line.startswith("error: ")]
     return said[-1] if said else ""
-
-
-if __name__ == "__main__":
-    stage_program(STAGE, answer)

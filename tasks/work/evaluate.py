@@ -61,7 +61,7 @@ def run(work: Work) -> None:
     if not models:
         raise ConfigError(f"none of the models to evaluate is there: {', '.join(params.models)}")
     timings = {}
-    program = [sys.executable, "-m", "tasks.work.evaluate", work.item]
+    program = [sys.executable, "-m", "tasks.evaluate", work.item]
     with sharing(_processes(work, list(models.values())), program, {"LLADAFLOW_RUN": str(work.run.path)}):
         for name, folder in models.items():
             with answering(folder, params) as answerer:

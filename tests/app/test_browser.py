@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from app.models import Catalogue, Desk, Engine, Refused
+from app.conversation import Refused
+from app.models import Catalogue, Desk, Engine
 from llada_core.sampling.params import SamplingParams
 from tests.app.oracle import oracle
 from tests.ports import free_port

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from app import models as engines
-from app.models import Catalogue, Desk, Engine, Refused, Setting, Shelf, load
+from app.conversation import Refused
+from app.models import Catalogue, Desk, Engine, Setting, Shelf, load
 
 
 class Names:

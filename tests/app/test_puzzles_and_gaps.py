@@ -6,8 +6,7 @@ import pytest
 
 from app import fill
 from app.canvas import Cell, for_template, pinned, with_gaps
-from app.conversation import Writing
-from app.models import Refused
+from app.conversation import Refused, Writing
 from llada_core.sampling.params import SamplingParams
 
 SOLVED = "1234341221434321"

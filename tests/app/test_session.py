@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from app.conversation import LONGEST_MESSAGE, MOST_TURNS, ChatSession
-from app.models import Engine, Refused
+from app.conversation import LONGEST_MESSAGE, MOST_TURNS, ChatSession, Refused
+from app.models import Engine
 from llada_core.sampling.params import SamplingParams
 from tests.app.oracle import oracle
 from tests.tiny import tiny_pair

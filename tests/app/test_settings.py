@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from app import panel
-from app.models import Refused
+from app.conversation import Refused
 from llada_core.sampling.params import PRESETS, SENTENCES, SamplingParams, exactness, preset
 
 BASE = SamplingParams(max_new_tokens=32, block_length=8, steps=32, stop_at_eos=True)

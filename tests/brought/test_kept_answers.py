@@ -69,7 +69,7 @@ CHANGES = [  # what is changed, settings of the second evaluation, whether old a
     (written("base/config.json"), QUICK, False),
     (written("base/tokenizer_config.json"), QUICK, False),
     (written("adapter/adapter_config.json"), QUICK, False),
-    (written("code/llada_core/evaluation/run.py"), QUICK, False),
+    (written("code/llada_core/evaluation/benchmark.py"), QUICK, False),
     (written("code/tasks/evaluate.py"), QUICK, False),
     (as_before, QUICK.replace("steps=8", "steps=4"), False),
     (as_before, QUICK + ",temperature=0.5", False),

@@ -70,7 +70,7 @@ def measured(root: Path, **launch: object) -> dict[str, bytes]:
     }  # fmt: skip
     params["launch"] |= launch
     (root / "params.yaml").write_text(yaml.safe_dump(params))
-    command = [sys.executable, "-m", "tasks.work.evaluate", "sudoku"]
+    command = [sys.executable, "-m", "tasks.evaluate", "sudoku"]
     done = subprocess.run(command, cwd=root, env=dict(os.environ), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     out = root / "reports/eval"

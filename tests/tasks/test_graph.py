@@ -15,9 +15,16 @@ SPEC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 # How runs are launched, told and kept; what composes and checks settings; what a stage imports of a room without using.
 PLUMBING = {
-    *(f"llada_core/{n}.py" for n in ("__init__", "settings", "modeling/__init__", "modeling/folder", "sampling/__init__")),
+    *(
+        f"llada_core/{n}.py"
+        for n in ("__init__", "settings", "modeling/__init__", "modeling/folder", "sampling/__init__")
+    ),
     *(f"tasks/{n}.py" for n in ("__init__", "errors", "folders", "graph", "project", "work/__init__", "work/register")),
-    *(file.relative_to(ROOT).as_posix() for room in ("launch", "record") for file in (ROOT / "tasks" / room).glob("*.py")),
+    *(
+        file.relative_to(ROOT).as_posix()
+        for room in ("launch", "record")
+        for file in (ROOT / "tasks" / room).glob("*.py")
+    ),
 }
 CONFIG = {
     f"llada_core/{n}.py"

@@ -143,8 +143,8 @@ def test_the_stage_that_is_always_done_again_takes_them_too(project: Path) -> No
     (project / "tasks/prepare.py").write_text(PREPARE)
     stage = "  prepare:\n    cmd: python -m tasks.prepare\n    deps: [tasks/prepare.py]\n    params: [data]\n"
     (project / "dvc.yaml").write_text((project / "dvc.yaml").read_text().replace("stages:\n", f"stages:\n{stage}"))
-    finish(program("tasks.work.prepare", "data.workers=1"))
-    finish(program("tasks.work.prepare", "data.workers=2", "data.root=elsewhere"))
+    finish(program("tasks.prepare", "data.workers=1"))
+    finish(program("tasks.prepare", "data.workers=2", "data.root=elsewhere"))
     assert the_run(project, "prepare").request["all_params"]["data"] == {"workers": 2, "root": "elsewhere"}
     assert (project / "times").read_text() == "once once "
 

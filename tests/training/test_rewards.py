@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from llada_core import verifiers
 from llada_core.settings import ConfigError
 from llada_core.training.params import GRPOParams
 from llada_core.training.rewards import published, reward_named
 from llada_core.training.rollouts import Prompt, judge
+from llada_core.verifiers import answers as verifiers
 from llada_core.verifiers import code
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/rewards.json").read_text())
