@@ -11,7 +11,7 @@ from rich.console import Console
 from app.canvas import printable, readable, typed, with_gaps
 from app.conversation import ChatSession
 from app.render import conversation
-from cli.talk import Conversation
+from cli.chat import Conversation
 from llada_core.sampling.params import SamplingParams
 from tests.tiny import tiny_model, tiny_tokenizer
 

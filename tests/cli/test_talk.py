@@ -150,7 +150,7 @@ def test_a_conversation_too_long_for_the_model_says_so_and_goes_on(call, tiny):
 
 
 def test_ctrl_c_keeps_what_is_there(monkeypatch):
-    from cli import talk as module
+    from cli import chat as module
 
     model, tokenizer = tiny_pair()
     real = module.stream
