@@ -112,7 +112,7 @@ def test_the_tests_of_programs_run_once_and_side_by_side(monkeypatch):
         together.wait()  # until the other program's tests run too
         return [True] * len(cases)
 
-    monkeypatch.setattr(code.judge, "passes", passes)
+    monkeypatch.setattr(code, "passes", passes)
     code.passed_share.cache_clear()
     prompts = [Prompt([1], "code", {"tests": "assert add(1, 2) == 3"})] * 2
     found = judge(reward_named("published"), prompts, [PROGRAM, PROGRAM.replace("plus", "sum_of")])
