@@ -233,6 +233,9 @@ def _strings_in(template: str) -> Iterator[str]:
             yield token.value
 
 
+# `Tokenizer.dialogues` is the one place where a dialogue becomes ids, whether it is trained on, asked or scored. A
+# special string inside a user's text is text, not a command. Threads may share one tokenizer.
+
 _FILES = ("tokenizer_config.json", "tokenizer.json")
 _AT_ONCE = 128  # texts: an encoding takes a hundred bytes for each of its tokens
 

@@ -28,6 +28,9 @@ from llada_core.sampling.sampler import generate, infill
 from llada_core.settings import ConfigError, nearest
 from llada_core.tokenizer import Tokenizer
 
+# Every rank forms the same batches, does its share and appends to its own file; rank 0 then takes up the files of
+# all, and does what a dead rank left. There is no collective.
+
 log = logging.getLogger(__name__)
 Answer = dict[str, Any]
 Work = Callable[[Sequence[int]], list[Answer]]
@@ -186,6 +189,9 @@ def _do(batch: Sequence[int], keys: Sequence[str], work: Work, store: AnswerStor
         return
     store.add([keys[i] for i in batch], answers, time.monotonic() - start)
 
+
+# An answer is found again only by a model and code that would give it again; prompts are told apart by each request's
+# own key.
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,6 +9,8 @@ from llada_core.evaluation import recipes
 from llada_core.evaluation.params import Comparison, ReportParams
 from llada_core.evaluation.statistics import paired
 
+# It says by itself what the numbers do not carry: scores at chance, subsets, settings that are not the recipe's.
+
 Result = dict[str, Any]
 
 

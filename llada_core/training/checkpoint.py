@@ -19,6 +19,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from llada_core.training.engine import Ranks
 from llada_core.training.objectives import Objective
 
+# Every rank writes the rows it holds (safetensors, sharded along the first dimension), so that a run resumes on any
+# other number of ranks; it reads the rows that it will hold and no others. No pickle.
+
 _log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -277,6 +280,8 @@ def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+
+# What DeepSpeed splits it writes and reads itself, in a folder of its own within ours.
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 _ZERO = "zero"

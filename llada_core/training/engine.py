@@ -17,6 +17,8 @@ from llada_core.modeling.predictor import MaskPredictor
 from llada_core.settings import require_package
 from llada_core.training.params import TrainingParams
 
+# Uses CPU tensors, so that agreeing never waits for an accelerator.
+
 LOCAL_RANK = "LOCAL_RANK"  # set by torchrun and by accelerate's launcher of several ranks: which one of this node
 
 

@@ -42,6 +42,8 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for name, peak in _PEAK.items() if name in device_name), None)
 
 
+# After a resume or a roll-back a line says so, and what it undoes is dropped by `read_metrics`.
+
 Follower = Callable[[dict[str, Any]], None]
 
 

@@ -23,6 +23,8 @@ from llada_core.training.params import GRPOParams
 from llada_core.training.rewards import Reward, correct
 from llada_core.verifiers.answers import verifiable, verify_each
 
+# What follows are pure functions of tensors: token log-probabilities under chosen masks, advantages, clipped losses.
+
 
 @dataclass(frozen=True)
 class Completions:

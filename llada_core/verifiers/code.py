@@ -15,6 +15,8 @@ from typing import Any
 from llada_core.verifiers.notation import tagged
 from llada_core.verifiers.sandbox import Limits, pytest_folder, run_python
 
+# What a test may be: lines and blocks with asserts, functions called test..., classes, whatever pytest alone can run.
+
 _SOLUTION = "solution"
 _BUILTINS = frozenset(dir(builtins))
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -171,6 +173,9 @@ def _free(tree: ast.Module) -> list[str]:
     return [name for name in dict.fromkeys(called + [n for n in read if n not in _BUILTINS]) if name not in defined]
 
 
+# A test counts as passed only when it ran to its end, which is told by a word that the program does not know; how,
+# and what cannot be told within one process, stands in judge_child.py.
+
 LIMITS = Limits(seconds=60.0, cpu_seconds=5.0, processes=32)  # a busy machine must not change a verdict
 
 _CHILD = Path(__file__).with_name("judge_child.py")
@@ -204,6 +209,9 @@ def passes(program: str, cases: Sequence[Case], limits: Limits = LIMITS, *, rena
     said = set(outcome.stdout.split("\n"))
     return [word in said for word in words]
 
+
+# The reply's first Python fence is the program, else all of it if it is one; a program without the function that the
+# tests call lends its first one for it.
 
 _OPENING = re.compile(r"(^[ \t]*|(?<!`))(`{3,}|~{3,})[ \t]*\{?\.?([\w+#.-]*)[^`\n]*\n", re.MULTILINE)
 _PYTHON = re.compile(r"(|py|python|py3|python3|python-?3?\.\d+|pycon|ipython3?)", re.IGNORECASE)

@@ -19,6 +19,9 @@ def final_answer(text: str) -> str:
     return text.strip() if answer is None else answer
 
 
+# Thousands may stand apart by commas, spaces, apostrophes, underscores or points (two groups at least); fractions, mixed
+# numbers and powers of ten count; TeX, currencies, units and percent signs around a number do not matter. Lists, ranges,
+# ratios, times, dates and expressions are none: who names two numbers has not named one.
 _LONGEST_NUMBER = 4000  # characters that are looked at: the last ones
 _DIGITS = 60  # of one number
 _MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"))

@@ -16,6 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+# The program gets a process of its own with limits on CPU, memory, files and processes, no network, an empty folder
+# and a wall clock; where the kernel lets us, also namespaces of its own and a file system that holds nothing but the
+# Python interpreter. When run by root it loses root first, because root is above process limits. Only the standard
+# library is there, and the packages that the caller lends.
+# How the isolation is built is in sandbox_child.py, which runs inside the new process.
+
 Status = Literal["ok", "failed", "timeout", "killed"]
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
@@ -151,6 +157,8 @@ def _readable() -> list[str]:
     """What the interpreter itself needs to be able to read."""
     return [path for path in (*_SYSTEM, sys.base_prefix) if os.path.exists(path)]
 
+
+# The folder of packages is made once per process, with its bytecode, as reading its source takes longer than most tests.
 
 MODULES = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py")
 """pytest and what it imports."""

@@ -47,6 +47,10 @@ def _clean(text: str) -> str:
     return text.replace("  ", " ")
 
 
+# `exact_match`: what follows "The final answer is" equals the reference, as normalised text or as an expression.
+# `math_verify`: math-verify finds an equivalent answer in the reply. Sources: Lewkowycz et al. 2022
+# (arXiv:2206.14858), appendix D, for the normalisation; lm-eval's minerva_math 3.1 for prompts and the two scores.
+
 _FINAL = re.compile(r"Final Answer: The final answer is(.*?). I hope it is correct.")
 _REPLACED = (
     ("an ", ""),
@@ -140,6 +144,9 @@ def normalised(answer: str) -> str:
 def _equal(first: str, second: str) -> bool:
     return bool(first) and (first == second or bool(verify(parse(f"${second}$"), parse(f"${first}$"))))
 
+
+# Programs run only in `llada_core.verifiers.sandbox`, and only when the evaluation was started with the opt-in (lm-eval's
+# `unsafe_code`).
 
 Document = Mapping[str, Any]
 _FENCE = re.compile(r"```[a-zA-Z0-9_+-]*[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL)
