@@ -87,7 +87,6 @@ def main(folder: Path, parts: list[str]) -> None:
     torch.set_num_threads(1)
     data = folder.parents[1] / "data"
     model, tokenizer = load_model(folder, device="cpu"), Tokenizer.load(folder)
-    model.fuse_for_inference()
     if "dialogues" in parts:
         later_questions(model, tokenizer, folder.name, data)
         return

@@ -42,7 +42,6 @@ def main(folder: Path) -> None:
     """Prints answers per second of both and their ratio, for the puzzles beside the model."""
     torch.set_num_threads(1)
     model, tokenizer = load_model(folder, device="cpu"), Tokenizer.load(folder)
-    model.fuse_for_inference()
     plain = load_model(folder, device="cpu")
     shape = plain.shape
     reference = oracle.Reference(dict(plain.state_dict()), shape.n_heads, shape.rope_theta, shape.norm_eps)

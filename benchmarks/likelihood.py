@@ -73,7 +73,6 @@ def main(parts: list[str] | None = None) -> None:
     """Prints error and flips by number of looks, then the rates at the number that is as good as the oracle's."""
     torch.set_num_threads(1)
     model = trained_model()
-    model.fuse_for_inference()
     given = [int(part) for part in parts or [] if part.isdecimal()]
     looks = given[0] if given else looks_as_good(model, questions(QUESTIONS, (20, 40)))
     if parts == ["quality"]:

@@ -64,7 +64,6 @@ def floor_seconds(fed: int, forwards: int, batch: int, rate: float) -> float:
 def measure(model: MaskPredictor, batch: int, rounds: int) -> list[list[str]]:
     """One table row per mode for one precision and batch size."""
     dtype = str(model.dtype).removeprefix("torch.")
-    model.fuse_for_inference()
     prompts: Tensor = texts(batch, seed=77)[:, :PROMPT]
     reference = reference_of(model)
     entries = {

@@ -45,11 +45,8 @@ def interleaved(entries: Mapping[str, Callable[[], object]], yardstick: str, rou
 
 
 def matmul_rate(rows: int, dtype: torch.dtype, width: int = 384, out: int = 1024) -> float:
-    """FLOP/s of the best of several products of (rows, width) by (width, out) through the package's own linear
-    layer."""
-    from llada_core.modeling.linear import Linear
-
-    layer = Linear(width, out, bias=False).to(dtype)
+    """FLOP/s of the best of several products of (rows, width) by (width, out) through a linear layer."""
+    layer = torch.nn.Linear(width, out, bias=False).to(dtype)
     x, best = torch.randn(rows, width, dtype=dtype), 0.0
     with torch.no_grad():
         for _ in range(30):

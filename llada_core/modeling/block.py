@@ -13,8 +13,15 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llada_core.modeling.architecture import Architecture, ExpertShape
-from llada_core.modeling.linear import Linear, autocast_dtype
 from llada_core.modeling.predictor import KVCache, RouterLosses
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast turns the operands of products on `x`'s device into; None where it is off."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):  # shapes alone, and other devices that torch has no autocast for
+        return None
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 class RotaryTables:
@@ -61,9 +68,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_proj = Linear(width, hidden, bias=False)
-        self.up_proj = Linear(width, hidden, bias=False)
-        self.down_proj = Linear(hidden, width, bias=False)
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -116,7 +123,7 @@ class MoE(nn.Module):
     def __init__(self, width: int, shape: ExpertShape) -> None:
         super().__init__()
         self.per_token = shape.per_token
-        self.gate = Linear(width, shape.n_experts, bias=False)
+        self.gate = nn.Linear(width, shape.n_experts, bias=False)
         self.experts = Experts(width, shape)
         self.register_buffer("expert_bias", torch.zeros(shape.n_experts) if shape.router_bias else None)
 
@@ -217,21 +224,21 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.grouped = shape.n_heads != shape.n_kv_heads
         kv_width = shape.n_kv_heads * shape.head_width
         self.attn_norm = RMSNorm(shape.width, shape.norm_eps)
-        self.q_proj = Linear(shape.width, shape.width, bias=shape.qkv_bias)
-        self.k_proj = Linear(shape.width, kv_width, bias=shape.qkv_bias)
-        self.v_proj = Linear(shape.width, kv_width, bias=shape.qkv_bias)
+        self.q_proj = nn.Linear(shape.width, shape.width, bias=shape.qkv_bias)
+        self.k_proj = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
         if shape.qk_norm != "none":
             whole = shape.qk_norm == "projection"
             self.q_norm = RMSNorm(shape.width if whole else shape.head_width, shape.norm_eps)
             self.k_norm = RMSNorm(kv_width if whole else shape.head_width, shape.norm_eps)
-        self.attn_out = Linear(shape.width, shape.width, bias=False)
+        self.attn_out = nn.Linear(shape.width, shape.width, bias=False)
         self.ff_norm = RMSNorm(shape.width, shape.norm_eps)
         self.mlp: GatedMLP | MoE | None = None
         self.shared_expert: GatedMLP | None = None
         if shape.moe is None:
-            self.ff_proj = Linear(shape.width, shape.mlp_width, bias=False)
-            self.up_proj = Linear(shape.width, shape.mlp_width, bias=False)
-            self.ff_out = Linear(shape.mlp_width, shape.width, bias=False)
+            self.ff_proj = nn.Linear(shape.width, shape.mlp_width, bias=False)
+            self.up_proj = nn.Linear(shape.width, shape.mlp_width, bias=False)
+            self.ff_out = nn.Linear(shape.mlp_width, shape.width, bias=False)
         elif not shape.moe.sparse[layer]:
             self.mlp = GatedMLP(shape.width, shape.mlp_width)
         else:

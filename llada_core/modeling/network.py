@@ -6,14 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from llada_core.modeling.architecture import TOKEN_KEYS, Architecture
-from llada_core.modeling.block import LLaDABlock, RMSNorm, RotaryTables, Routing, Surroundings, key_bias, router_losses
+from llada_core.modeling.block import (
+    LLaDABlock,
+    RMSNorm,
+    RotaryTables,
+    Routing,
+    Surroundings,
+    autocast_dtype,
+    key_bias,
+    router_losses,
+)
 from llada_core.modeling.families import LLaDAConfig, LLaDAMoEConfig, published_shapes, register_names
 from llada_core.modeling.folder import require_weights
-from llada_core.modeling.linear import Linear, autocast_dtype, linear, plain
-from llada_core.modeling.packed import PackedBody
 from llada_core.modeling.predictor import KVCache, MaskPredictor, Prediction, RouterLosses, device_of, projected_nll
 from llada_core.tokenizer import SpecialTokens
 
@@ -26,7 +34,7 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(shape.vocab_rows, shape.width)
         self.blocks = nn.ModuleList(LLaDABlock(shape, layer) for layer in range(shape.n_layers))
         self.ln_f = RMSNorm(shape.width, shape.norm_eps)
-        self.ff_out = None if shape.tied else Linear(shape.width, shape.vocab_rows, bias=False)
+        self.ff_out = None if shape.tied else nn.Linear(shape.width, shape.vocab_rows, bias=False)
 
 
 class Body(nn.Module):
@@ -46,7 +54,6 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LLaDABlock"]  # noqa: RUF012 - transformers declares it so
     _supports_sdpa = True
-    _packed: PackedBody | None = None
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
@@ -99,24 +106,6 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         shape = (batch, length, self.shape.n_kv_heads, self.shape.head_width)
         return KVCache.empty(shape, [like(block) for block in self.model.transformer.blocks])
 
-    def fuse_for_inference(self) -> None:
-        self._packed = PackedBody.of(self.model.transformer, list(self.model.transformer.blocks))
-
-    def _packed_for(self, x: Tensor) -> PackedBody | None:
-        """The packed blocks where their numbers are the modules' for the embedded tokens `x`; outdated ones are freed."""
-        if self._packed is not None and not self._packed.current:
-            self._packed = None
-        usable = self._packed is not None and x.numel() > 0 and plain(x, self.model.transformer.wte.weight)
-        return self._packed if usable else None
-
-    def train(self, mode: bool = True) -> Any:
-        if mode:
-            self._packed = None
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:  # oneDNN's copies of weights cannot be copied or stored
-        return {**self.__dict__, "_packed": None}
-
     def forward(  # noqa: PLR0913 - the one call of the library; everything after the mask is keyword-only
         self,
         input_ids: Tensor | None = None,
@@ -142,11 +131,8 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         around = self._surroundings(x, attention_mask, cache, slots)
         early = None if output_hidden_states or router_losses else positions
         hidden, routings = [x], []
-        packed = None if output_hidden_states or router_losses or torch.is_grad_enabled() else self._packed_for(x)
-        if packed is not None:
-            x = packed(x, around, early)
-        for block in self.model.transformer.blocks if packed is None else ():
-            last = len(hidden) == self.shape.n_layers
+        for block in self.model.transformer.blocks:
+            last = len(hidden) == len(self.model.transformer.blocks)
             x, routing = block(x, around, early if last else None)
             hidden.append(x)
             routings.append(routing)
@@ -160,8 +146,6 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         if targets is not None:
             nll = projected_nll(x, self._project, self.vocab_rows, targets)
             return Prediction(nll=nll, hidden_states=states, router_losses=losses)
-        if packed is not None and packed.head is not None and len(x):
-            return Prediction(logits=packed.head(x))
         return Prediction(logits=self._project(x), hidden_states=states, router_losses=losses)
 
     def _embedded(self, ids: Tensor | None) -> Tensor:
@@ -174,7 +158,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         transformer = self.model.transformer
         if transformer.ff_out is not None:
             return transformer.ff_out(x)
-        return linear(x.to(transformer.wte.weight.device), transformer.wte.weight)
+        return F.linear(x.to(transformer.wte.weight.device), transformer.wte.weight)
 
     def _surroundings(
         self, x: Tensor, mask: Tensor | None, cache: KVCache | None, slots: Tensor | None

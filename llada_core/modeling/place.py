@@ -21,11 +21,10 @@ SHARE = {4: 0.5 + 4 / 64, 8: 1.0}  # bytes of a quantised weight; nf4 has one fp
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes: of the weights as they will lie, the same at 4 bits, and of the copy that packing makes on a CPU."""
+    """Bytes of the weights: as they will lie, and at 4 bits."""
 
     weights: int
     at_4_bits: int = 0
-    packed: int = 0
 
     @classmethod
     def of(
@@ -34,19 +33,18 @@ class Need:
         dtype: torch.dtype | None = None,
         bits: int | None = None,
     ) -> "Need":
-        """From each stored weight's shape and bytes a number. Quantised and packed are the matrices of the blocks;
-        experts, which lie in one table, and what is outside of the blocks (4 bit) are not."""
+        """From each stored weight's shape and bytes a number.
+
+        Quantised are the matrices of the blocks; experts, which lie in one table, and what is outside of the blocks are not.
+        """
         totals = {None: 0.0, 4: 0.0, 8: 0.0}
-        packed = 0
         for name, (shape, size) in stored.items():
             count, size = int(torch.Size(shape).numel()), size if dtype is None else dtype.itemsize
             matrix = len(shape) == 2 and any(part.isdigit() for part in name.split("."))
-            table = any(part in name for part in ("wte", "embed"))
-            packed += 0 if table or len(shape) != 2 else count * size
             for kind in totals:
                 small = kind is not None and matrix and ".experts." not in name
                 totals[kind] += count * (SHARE[kind] if small and kind is not None else size)
-        return cls(int(totals[bits]), int(totals[4]), packed)
+        return cls(int(totals[bits]), int(totals[4]))
 
 
 def _free_bytes(device: str) -> int:
@@ -102,11 +100,6 @@ class Place:
     def kind(self) -> str:
         """cuda, mps or cpu."""
         return self.device.partition(":")[0]
-
-    @property
-    def packs(self) -> bool:
-        """Whether a CPU has room for the second copy of the linear weights, which its fastest products want."""
-        return self.kind == "cpu" and ROOM * self.need.weights + self.need.packed <= self.free
 
     def require_room(self) -> None:
         """`ValueError` where the model will not fit, before its weights are read."""

@@ -22,7 +22,10 @@ from llada_core.tokenizer import SpecialTokens
 class KVCache:
     """Post-RoPE keys and values, per layer `(B, T, N_kv, H)`, preallocated with zeros and overwritten in place.
 
-    A slot that was never written holds zeros: hide it with the attention mask.
+    A slot that was never written holds zeros: hide it with the attention mask. In this order a token's heads lie beside
+    each other, as the projections give them: what is fed is written by one `index_copy_` over B*T rows, and attention
+    reads the whole as a transposed view, the order in which torch's flash kernels see it themselves. Shapes never
+    change and no value is read back: what capturing a step on a GPU as a graph asks for.
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
@@ -203,9 +206,6 @@ class MaskPredictor(nn.Module):
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` canvases of `length`; `ValueError` if the network cannot use one."""
         raise ValueError(f"{type(self).__name__} cannot use a key/value cache; use an exact mode (cache='none')")
-
-    def fuse_for_inference(self) -> None:
-        """Prepares faster inference where the network can, for a copy of its linear weights; `train()` undoes it."""
 
 
 def feed_from_cpu(model: MaskPredictor, device: torch.device) -> None:

@@ -117,15 +117,11 @@ def load_to_answer(
 ) -> MaskPredictor:
     """`load_model` for whatever asks a model: chats, the page, a served version, an evaluation.
 
-    Also `ValueError` where main memory is too small (elsewhere the system's to decide, which may swap). On a CPU the
-    linear weights are packed, unless there is no room for their copy.
+    Also `ValueError` where main memory is too small (elsewhere the system's to decide, which may swap).
     """
     place = place_for(need_of(name_or_path, dtype, bits), device, bits)
     place.require_room()
-    model = load_model(name_or_path, dtype=dtype, device=place, bits=bits)
-    if place.packs:
-        model.fuse_for_inference()
-    return model
+    return load_model(name_or_path, dtype=dtype, device=place, bits=bits)
 
 
 def need_of(name_or_path: str | Path, dtype: torch.dtype | None = None, bits: int | None = None) -> Need:

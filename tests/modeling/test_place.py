@@ -14,7 +14,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llada_core.modeling import LLaDAModelLM, load_model, load_to_answer, save_model
+from llada_core.modeling import LLaDAModelLM, load_model, save_model
 from llada_core.modeling import pretrained as loading
 from llada_core.modeling.families import LLaDAConfig, published_shapes
 from llada_core.modeling.place import GB, ROOM, Machine, Need, Place, checked_bits, kind_of, place_for, processes_for
@@ -43,7 +43,7 @@ def eight_billion() -> dict[str, tuple[tuple[int, ...], int]]:
 
 
 def small(gigabytes: float = 1) -> Need:
-    return Need(int(gigabytes * GB), int(gigabytes * GB / 4), int(gigabytes * GB))
+    return Need(int(gigabytes * GB), int(gigabytes * GB / 4))
 
 
 @pytest.mark.parametrize(
@@ -143,27 +143,11 @@ def test_experts_lie_in_one_table_that_is_not_quantised():
     assert Need.of(stored, bits=8).weights == 64 * 2 + 64
 
 
-def test_linear_weights_are_packed_only_where_their_copy_has_room(eight_billion):
+def test_main_memory_that_is_too_small_is_told_before_weights_are_read(eight_billion):
     need = Need.of(eight_billion)
-    assert need.packed == need.weights - 2 * 126464 * 4096 - 2 * 65 * 4096
-    roomy, tight, full = (place_for(need, "cpu", machine=machine(memory=gb)) for gb in (36, 24, 12))
-    assert (roomy.packs, tight.packs) == (True, False)
-    tight.require_room()
+    place_for(need, "cpu", machine=machine(memory=24)).require_room()
     with pytest.raises(ValueError, match=r"needs about 19\.4 GB of memory; 12\.0 GB are free"):
-        full.require_room()
-
-
-def test_a_model_that_cannot_be_packed_is_loaded_without(tmp_path, monkeypatch):
-    save_model(tiny_model(), tmp_path / "m")
-    fused = []
-    monkeypatch.setattr(LLaDAModelLM, "fuse_for_inference", lambda self: fused.append(self))
-    stored = load_to_answer(tmp_path / "m")
-    assert fused == [stored]
-    need = loading.need_of(tmp_path / "m")
-    just = Machine(0, False, None, lambda _: int(ROOM * need.weights) + 1)
-    monkeypatch.setattr(loading, "place_for", lambda *given: place_for(*given, machine=just))
-    load_to_answer(tmp_path / "m")
-    assert len(fused) == 1
+        place_for(need, "cpu", machine=machine(memory=12)).require_room()
 
 
 def test_as_many_processes_as_gpus_where_a_model_fits_on_one():
