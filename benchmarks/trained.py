@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llada_core.modeling import load_model, new_model, save_model
-from llada_core.modeling.architecture import ModelParams
+from llada_core.modeling.families import ModelParams
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.tokenizer import SpecialTokens
 from llada_core.training.engine import Muon

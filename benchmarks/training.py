@@ -21,7 +21,7 @@ from benchmarks.timing import interleaved, matmul_rate, table
 from llada_core.data.batches import Batch, Order, RowBatches
 from llada_core.diffusion import Noise, alpha, corrupt, loss_weight
 from llada_core.modeling import new_model
-from llada_core.modeling.architecture import ModelParams
+from llada_core.modeling.families import ModelParams
 from llada_core.tokenizer import SpecialTokens
 from llada_core.training.engine import optimiser_for
 from llada_core.training.objectives import DiffusionObjective

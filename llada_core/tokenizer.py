@@ -5,7 +5,6 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -59,34 +58,6 @@ CHAT_TEMPLATE = (
 
 MASK_STRINGS = (MASK, "<|mask|>", "[MASK]", "<mask>")
 EOT_STRINGS = (EOT, "<|role_end|>")
-
-
-@dataclass(frozen=True)
-class Family:
-    """One published family: where its special tokens are when nothing nearer names them, and its config.json."""
-
-    name: str
-    special: SpecialTokens
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The published config.json."""
-        return dict(json.loads((Path(__file__).parent / "modeling" / f"{self.name}.json").read_text(encoding="utf-8")))
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.config["vocab_size"])
-
-
-LLADA = Family("LLaDA-8B", SpecialTokens(126336, 126081, 126081, bos_id=126080, eot_id=126348))
-LLADA_MOE = Family("LLaDA-MoE-7B-A1B", SpecialTokens(156895, 156892, 156892))
-FAMILIES = (LLADA, LLADA_MOE)
-
-
-def family_of(architectures: list[str], vocab_size: int) -> Family | None:
-    """The published family with this architecture and exactly this vocabulary (same vocabulary, same ids)."""
-    same = (f for f in FAMILIES if f.config["architectures"] == architectures and f.vocab_size == vocab_size)
-    return next(same, None)
 
 
 Message = dict[str, str]

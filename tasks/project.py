@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llada_core.data.params import DataParams
 from llada_core.evaluation.params import ReportParams
-from llada_core.modeling.architecture import ModelParams
+from llada_core.modeling.families import ModelParams
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import Bits, Block, read_yaml, with_overrides
 from llada_core.training.params import (

@@ -19,7 +19,8 @@ from llada_core.evaluation.answering import Answerer, Options
 from llada_core.evaluation.harness import LladaLM
 from llada_core.evaluation.params import Settings
 from llada_core.evaluation.requests import pairs, wanted
-from llada_core.tokenizer import LLADA, SPECIAL_STRINGS, ChatTemplate, Tokenizer
+from llada_core.modeling.families import LLADA
+from llada_core.tokenizer import SPECIAL_STRINGS, ChatTemplate, SpecialTokens, Tokenizer
 from tests.tiny import TEXTS, tiny_tokenizer
 
 SPECIALS = {
@@ -65,7 +66,7 @@ def published() -> Tokenizer:
     letters = [chr(code) for code in order] + [chr(256 + number) for number in range(len(rest))]  # GPT-2's order
     merges = [("a", "s"), ("i", "s"), ("Ġ", "a"), ("t", "h"), ("Ġ", "q"), ("u", "s"), ("us", "e"), ("use", "r")]
     vocabulary = {text: number for number, text in enumerate([*letters, *map("".join, merges)])}
-    special = LLADA.special
+    special = SpecialTokens(**LLADA.special)
     vocabulary |= {
         "<|startoftext|>": special.bos_id, "<|endoftext|>": special.eos_id, "<|mdm_mask|>": special.mask_id,
         "<|start_header_id|>": 126346, "<|end_header_id|>": 126347, "<|eot_id|>": special.eot_id,
@@ -245,7 +246,7 @@ def first_question() -> list[int]:
 
 def test_the_published_ids_are_asked_everywhere():
     tokenizer = published()
-    assert tokenizer.special == LLADA.special
+    assert tokenizer.special == SpecialTokens(**LLADA.special)
     assert (tokenizer.vocab_size, tokenizer.encode("\n\n")) == (126464, [198, 198])
     prompt = [*first_question(), *ASKS]
     assert 126348 not in tokenizer.encode("<|eot_id|>")

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from llada_core.modeling import new_model
-from llada_core.modeling.architecture import ModelParams
+from llada_core.modeling.families import ModelParams
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.tokenizer import SpecialTokens, Tokenizer, train_tokenizer
 

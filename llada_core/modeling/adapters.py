@@ -17,9 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llada_core.files import written_whole
-from llada_core.modeling.architecture import LoraParams
-from llada_core.modeling.families import own_name, published_name
-from llada_core.modeling.network import LLaDAMoEModelLM, MaskedLM
+from llada_core.modeling.families import LoraParams
 from llada_core.modeling.predictor import MaskPredictor, SavesItself
 from llada_core.settings import require_package
 
@@ -39,7 +37,7 @@ def add_lora(model: MaskPredictor, params: LoraParams, seed: int = 0) -> None:
     require_package("peft", "train", "an adapter")
     from peft import LoraConfig, inject_adapter_in_model
 
-    network = _network(model)
+    network = model.network
     _require_bare(network)
     config = LoraConfig(
         r=params.r,
@@ -63,7 +61,7 @@ def add_lora(model: MaskPredictor, params: LoraParams, seed: int = 0) -> None:
 
 def linear_layers(model: MaskPredictor) -> list[str]:
     """Names of the linear layers inside the blocks: what "all-linear" adapts; head and router are none of them."""
-    network = _network(model)
+    network = model.network
     head = network.get_output_embeddings()
     body = [
         name
@@ -89,7 +87,7 @@ def _target_pattern(model: MaskPredictor, targets: str | tuple[str, ...]) -> str
 
 def _whole_modules(model: MaskPredictor, params: LoraParams) -> list[str]:
     """Full names of the modules that train whole; in the blocks `ff_out` is a layer, outside of them it is the head."""
-    network, adapted = _network(model), set(linear_layers(model))
+    network, adapted = model.network, set(linear_layers(model))
     others = {name for name, module in network.named_modules() if name and name not in adapted and _own(module)}
     found: list[str] = []
     for asked in params.modules_to_save:
@@ -119,10 +117,8 @@ def save_adapter(
 
     `weights`: whole tensors under the network's own names, for a model whose parameters are sharded over ranks.
     """
-    network = _network(model)
-    stored = _adapter_weights(network, weights)
-    if isinstance(model, LLaDAMoEModelLM):
-        stored = {published_name(k): v for k, v in stored.items()}
+    network = model.network
+    stored = {model.family.published_name(k): v for k, v in _adapter_weights(network, weights).items()}
     config = network.peft_config["default"]
     name, _, revision = str(base).partition("@")
     config.base_model_name_or_path, config.revision = name, revision or None
@@ -139,17 +135,16 @@ def load_adapter(model: MaskPredictor, folder: str | Path) -> None:
     require_package("peft", "train", "an adapter")
     from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 
-    network, folder = _network(model), Path(folder)
+    network, folder = model.network, Path(folder)
     _require_bare(network)
     if not (folder / _WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder}: no {_WEIGHTS} there")
     config = PeftConfig.from_pretrained(str(folder))
-    sparse = isinstance(model, LLaDAMoEModelLM)
-    if sparse and not isinstance(config.target_modules, str):
-        config.target_modules = {"attn_out" if t == "o_proj" else t for t in config.target_modules}
+    if not isinstance(config.target_modules, str):
+        config.target_modules = {model.family.own_layer(t) for t in config.target_modules}
     weights = {k.removeprefix(_PREFIX): v for k, v in load_file(folder / _WEIGHTS).items()}
     inject_adapter_in_model(config, network)
-    named = {own_name(k): v for k, v in weights.items()} if sparse else weights
+    named = {model.family.own_name(k): v for k, v in weights.items()}
     places = {name: weight.shape for name, weight in _adapter_weights(network).items()}
     wrong = sorted(n for n in named.keys() | places.keys() if n not in named or places.get(n) != named[n].shape)
     if wrong:
@@ -175,7 +170,7 @@ def _adapter_weights(network: Any, weights: Mapping[str, Tensor] | None = None) 
 @contextlib.contextmanager
 def adapter_off(model: MaskPredictor) -> Iterator[None]:
     """Within, the model computes what it did before its adapter was added."""
-    network = _network(model)
+    network = model.network
     layers = [*_adapted(network), *_replaced(network)]
     for _, layer in layers:
         layer.enable_adapters(False)
@@ -195,7 +190,7 @@ def merge_adapter(model: MaskPredictor) -> float:
     where no change was as large as half the last bit of its weight. `ValueError` names a layer whose merged weights do
     not compute what it computed; layers before it are merged by then.
     """
-    network, lost, added = _network(model), 0.0, 0.0
+    network, lost, added = model.network, 0.0, 0.0
     # Under autocast the products would be compared in bf16, which knows three digits.
     with torch.autocast(model.device.type, enabled=False):
         for name, layer in _adapted(network):
@@ -274,7 +269,3 @@ def _require_bare(network: nn.Module) -> None:
             "the model has an adapter already, which four or eight bits cannot take in; make a model of both with "
             "`llada export FOLDER --merge` and start from that"
         )
-
-
-def _network(model: MaskPredictor) -> Any:
-    return model.backbone if isinstance(model, MaskedLM) else model

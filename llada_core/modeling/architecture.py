@@ -1,68 +1,20 @@
-"""The shape of a network: asked for in settings, or read key by key from a config.json. Knows no torch."""
+"""The shape of a network, read key by key from a config.json, and what transformers reads one by:
+configurations, and the published names of weights.
 
+A key that this package does not compute is refused by name: a checkpoint that loads is computed as it was trained.
+"""
+
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
-from llada_core.settings import Block
-
-
-class ModelParams(Block):
-    """Shape of a fresh model; the first group means the same for dense and mixture-of-experts models."""
-
-    kind: Literal["llada", "llada_moe", "masked_lm"] = "llada"
-    d_model: int = Field(default=256, ge=8)
-    n_layers: int = Field(default=6, ge=1)
-    n_heads: int = Field(default=4, ge=1)
-    n_kv_heads: int | None = Field(default=None, ge=1)
-    mlp_hidden_size: int = Field(default=768, ge=8)
-    max_sequence_length: int = Field(default=1024, ge=8)
-    rope_theta: float = Field(default=500000.0, gt=0)
-    rms_norm_eps: float = Field(default=1e-5, gt=0)
-    weight_tying: bool = False
-    qk_norm: bool = False
-    # mixture of experts
-    num_experts: int = Field(default=8, ge=2)
-    experts_per_token: int = Field(default=2, ge=1)
-    expert_hidden_size: int = Field(default=256, ge=8)
-    # any transformers masked-LM: its `model_type` and config keys
-    backbone: dict[str, str | int | float | bool] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.d_model % (2 * self.n_heads):
-            raise ValueError(f"d_model {self.d_model} must be an even multiple of n_heads {self.n_heads} (RoPE pairs)")
-        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
-        if self.experts_per_token > self.num_experts:
-            raise ValueError(f"experts_per_token {self.experts_per_token} is more than num_experts {self.num_experts}")
-        if self.kind == "masked_lm" and "model_type" not in self.backbone:
-            raise ValueError("kind masked_lm needs backbone.model_type, for example distilbert")
-        return self
-
-
-class LoraParams(Block):
-    """Low-rank adapters through peft; `targets` are names or a regular expression, `all-linear` excludes the head."""
-
-    r: int = Field(default=32, ge=1)
-    alpha: int = Field(default=64, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: str | tuple[str, ...] = "all-linear"
-    bias: Literal["none", "all", "lora_only"] = "none"  # biases that train: of the network, or of the adapted layers
-    modules_to_save: tuple[str, ...] = ()  # trained whole beside the adapter, such as wte, ln_f and ff_out (the head)
-    four_bit: bool = False  # QLoRA: the frozen weights in nf4 (needs a GPU and bitsandbytes)
-    double_quant: bool = False  # four_bit: its scales in eight bits, 0.4 bit less for each weight
-    merge: bool = True  # export the merged model rather than the adapter
-
-    @model_validator(mode="after")
-    def _four_bits_stay_frozen(self) -> Self:
-        if self.four_bit and self.merge:
-            raise ValueError("four_bit rounds the weights it freezes, so the adapter is not merged: set merge: false")
-        if self.double_quant and not self.four_bit:
-            raise ValueError("double_quant stores the scales of four_bit in fewer bits: set four_bit: true")
-        return self
+from llada_core.modeling.families import FAMILIES, TOKEN_KEYS, Family, family_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +94,6 @@ _DENSE_SILENT = frozenset(
     ["alibi_bias_max", "flash_attention", "init_cutoff_factor", "init_device", "init_fn", "init_std", "precision"]
 )
 _MOE_SILENT = frozenset(["initializer_range", "output_router_logits", "router_aux_loss_coef"])
-TOKEN_KEYS = ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id", "eot_token_id")
 _GENERAL = frozenset(
     ["architectures", "auto_map", "dtype", "model_type", "name_or_path", "quantization_config", "tie_word_embeddings"]
 ) | frozenset(["torch_dtype", "transformers_version", "use_cache", *TOKEN_KEYS])
@@ -249,3 +200,113 @@ def moe_architecture(values: Mapping[str, Any]) -> Architecture:
     )
     read.finish()
     return architecture
+
+
+def published_shapes(own: Mapping[str, Tensor], family: Family) -> dict[str, tuple[int, ...]]:
+    """Published name and shape of every weight of a state dict of ours; experts, which lie in stacks here, one by one."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, weight in own.items():
+        stem, dot, stack = family.published_name(name).partition(".experts.")
+        if not dot:
+            shapes[stem] = tuple(weight.shape)
+            continue
+        n_experts, rows, columns = weight.shape
+        parts = {"down_proj": rows} if stack == "down" else {"gate_proj": rows // 2, "up_proj": rows // 2}
+        for part, height in parts.items():
+            shapes.update({f"{stem}.experts.{e}.{part}.weight": (height, columns) for e in range(n_experts)})
+    return shapes
+
+
+def register_names(family: Family) -> None:
+    """Makes transformers load and save a family's network under the published names; experts are stacked on the way."""
+    experts = [
+        WeightConverter(
+            ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+            "mlp.experts.gate_up",
+            [MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter("mlp.experts.*.down_proj.weight", "mlp.experts.down", [MergeModulelist(dim=0)]),
+    ]
+    renamings = [WeightRenaming(published, own) for published, own in family.renamed.items()]
+    network = family.network.rpartition(".")[2]
+    register_checkpoint_conversion_mapping(network, [*renamings, *experts], overwrite=True)
+
+
+@functools.cache
+def _register_models() -> None:
+    """Tells transformers' Auto classes which network a config stands for; with the first config, as it imports torch."""
+    for family in FAMILIES.values():
+        if family.claims is not None:
+            for chooser in (AutoModel, AutoModelForCausalLM):
+                chooser.register(family.config_class, family.network_class, exist_ok=True)
+
+
+class LLaDAConfig(PreTrainedConfig):
+    """config.json of the dense family (LLaDA 8B, 1.5, iLLaDA); `from_dict` gives the MoE one where the file is one."""
+
+    model_type = "llada"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "max_position_embeddings": "max_sequence_length",
+        "intermediate_size": "mlp_hidden_size",
+    }
+
+    def __init__(self, **values: Any) -> None:
+        self._published = {k: v for k, v in values.items() if k != "name_or_path" and not k.startswith("_")}
+        _register_models()
+        # transformers keeps a RoPE standard of its own under this key; ours is read from what was published
+        super().__init__(**{k: v for k, v in values.items() if k != "rope_scaling"})
+        tied = values.get("weight_tying", values.get("tie_word_embeddings", False))
+        self.tie_word_embeddings = bool(tied)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """The config of whichever family the file is one of: two of them call their `model_type` "llada"."""
+        chosen = family_of({**config_dict, "model_type": cls.model_type}).config_class
+        return super(LLaDAConfig, chosen).from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def for_model(cls, **values: Any) -> Self:
+        """From the keys of a config.json, as transformers' `AutoConfig.for_model`."""
+        return cls(**values)
+
+    def architecture(self) -> Architecture:
+        """What to build; raises `ValueError` naming the first key that is missing, unknown or unsupported."""
+        return dense_architecture(self.published())
+
+    def published(self) -> dict[str, Any]:
+        """The published keys with their present values: those of the file read, or of the template."""
+        now = {k: self.__dict__.get(k, v) for k, v in self._published.items()}
+        tokens = {k: self.__dict__[k] for k in TOKEN_KEYS if self.__dict__.get(k) is not None}
+        return {**now, **tokens}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes: the published layout of config.json and nothing else."""
+        written = {**self.published(), "model_type": self.model_type, "architectures": self.architectures}
+        for key in ("dtype", "torch_dtype"):
+            if key in written and self.dtype is not None:
+                written[key] = str(self.dtype).removeprefix("torch.")
+        return written
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        values.pop("_published", None)
+        return values
+
+
+class LLaDAMoEConfig(LLaDAConfig):
+    """config.json of LLaDA-MoE, which also calls its `model_type` "llada"."""
+
+    attribute_map: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, **values: Any) -> None:  # transformers would replace an inherited one by a dataclass's
+        super().__init__(**values)
+
+    def architecture(self) -> Architecture:
+        return moe_architecture(self.published())
+
+
+AutoConfig.register("llada", LLaDAConfig, exist_ok=True)  # importing this is enough for the Auto classes

@@ -1,7 +1,5 @@
-"""One pre-norm Transformer block, dense or sparse: attention, rotary tables, experts.
-
-Shapes: B batch, W tokens fed, T attended positions (of experts: tokens as rows), N heads, H head width, D width,
-E experts, K experts per token, F expert width.
+"""One pre-norm Transformer block, dense or sparse, under the published names of the dense family: attention, rotary
+tables, feed-forward, experts. Shape letters: the legend in `predictor`.
 """
 
 from dataclasses import dataclass
@@ -52,11 +50,13 @@ class RotaryTables:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` (B, L, N, H) rotated half-split in fp32 and cast back; cos and signed sin broadcast as (..., L, 1, H)."""
     wide = x.float()
+    # With h half of H: out[i] = x[i] cos - x[i + h] sin, out[i + h] = x[i + h] cos + x[i] sin. Rolling by h brings each
+    # number beside its partner, and the sign lies in the table, so nothing is cut, negated or joined.
     return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
 
 class Routing(NamedTuple):
-    """What the router decided: its logits (T, E), and for each token the chosen experts and their weights (T, K)."""
+    """What the router decided: its logits (P, E), and for each token the chosen experts and their weights (P, K)."""
 
     logits: Tensor
     experts: Tensor
@@ -86,33 +86,37 @@ class Experts(nn.Module):
         nn.init.trunc_normal_(self.gate_up, std=0.02)
         nn.init.trunc_normal_(self.down, std=0.02)
 
-    def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Sum over each token's experts of weight times expert output, (T, D), by two grouped products."""
+    def forward(self, x_PD: Tensor, expert_PK: Tensor, weight_PK: Tensor) -> Tensor:
+        """Sum over each token's experts of weight times expert output, (P, D), by two grouped products."""
         gate_up: Tensor = self.gate_up
         down: Tensor = self.down
-        low = autocast_dtype(x_TD)
+        low = autocast_dtype(x_PD)
         if low is not None:  # grouped_mm is not on autocast's list
-            x_TD, gate_up, down = x_TD.to(low), gate_up.to(low), down.to(low)
-        n_tokens, chosen = expert_TK.shape
-        sorted_TK, order = expert_TK.flatten().sort(stable=True)
+            x_PD, gate_up, down = x_PD.to(low), gate_up.to(low), down.to(low)
+        n_tokens, chosen = expert_PK.shape
+        # Rows are put in the order of their experts, so that each expert multiplies one run of rows; within a run they
+        # stay in the order of their tokens (stable), so that gradients are summed in the same order every time.
+        sorted_PK, order = expert_PK.flatten().sort(stable=True)
         # Where each expert's rows end. Not by bincount: it reads its largest value back from a GPU, which has to be
         # waited for in every sparse layer, and once more where activations are computed again.
-        experts = torch.arange(gate_up.shape[0], device=sorted_TK.device)
-        ends = torch.searchsorted(sorted_TK, experts, right=True, out_int32=True)
-        gate, up = F.grouped_mm(x_TD[order // chosen], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        experts = torch.arange(gate_up.shape[0], device=sorted_PK.device)
+        ends = torch.searchsorted(sorted_PK, experts, right=True, out_int32=True)
+        gate, up = F.grouped_mm(x_PD[order // chosen], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
         y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
-        y_TKD = torch.empty_like(y).index_copy(0, order, y).view(n_tokens, chosen, down.shape[1])
-        return (y_TKD * weight_TK[..., None].type_as(y_TKD)).sum(1)
+        # Back to the tokens' order: each row is written once and the K of a token are summed side by side. `index_add_`
+        # over tokens would sum them on a GPU in whatever order its threads come by.
+        y_PKD = torch.empty_like(y).index_copy(0, order, y).view(n_tokens, chosen, down.shape[1])
+        return (y_PKD * weight_PK[..., None].type_as(y_PKD)).sum(1)
 
-    def loop(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    def loop(self, x_PD: Tensor, expert_PK: Tensor, weight_PK: Tensor) -> Tensor:
         """The same sum, one expert after another: the oracle of `forward`."""
-        y_TD = torch.zeros_like(x_TD)
+        y_PD = torch.zeros_like(x_PD)
         for index in range(self.gate_up.shape[0]):
-            token, slot = torch.where(expert_TK == index)
-            gate, up = F.linear(x_TD[token], self.gate_up[index]).chunk(2, dim=-1)
+            token, slot = torch.where(expert_PK == index)
+            gate, up = F.linear(x_PD[token], self.gate_up[index]).chunk(2, dim=-1)
             y = F.linear(F.silu(gate) * up, self.down[index])
-            y_TD = y_TD.index_add(0, token, y * weight_TK[token, slot, None].type_as(y))
-        return y_TD
+            y_PD = y_PD.index_add(0, token, y * weight_PK[token, slot, None].type_as(y))
+        return y_PD
 
 
 class MoE(nn.Module):
@@ -127,19 +131,19 @@ class MoE(nn.Module):
         self.experts = Experts(width, shape)
         self.register_buffer("expert_bias", torch.zeros(shape.n_experts) if shape.router_bias else None)
 
-    def route(self, x_TD: Tensor) -> Routing:
-        logits_TE = self.gate(x_TD)
-        score_TE = logits_TE.float().softmax(-1)
+    def route(self, x_PD: Tensor) -> Routing:
+        logits_PE = self.gate(x_PD)
+        score_PE = logits_PE.float().softmax(-1)
         if self.expert_bias is not None:  # as published: the bias takes part in choosing and in weighting
-            score_TE = score_TE + self.expert_bias
-        weight_TK, expert_TK = score_TE.topk(self.per_token, dim=-1)
-        return Routing(logits_TE, expert_TK, weight_TK)
+            score_PE = score_PE + self.expert_bias
+        weight_PK, expert_PK = score_PE.topk(self.per_token, dim=-1)
+        return Routing(logits_PE, expert_PK, weight_PK)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """`x` (..., D) through its experts, and what the router decided for the flattened tokens."""
-        x_TD = x.flatten(0, -2)
-        routing = self.route(x_TD)
-        return self.experts(x_TD, routing.experts, routing.weights).type_as(x).view_as(x), routing
+        x_PD = x.flatten(0, -2)
+        routing = self.route(x_PD)
+        return self.experts(x_PD, routing.experts, routing.weights).type_as(x).view_as(x), routing
 
 
 def router_losses(routings: list[Routing], batch: int, attention_mask: Tensor | None) -> RouterLosses:
@@ -254,6 +258,8 @@ class LLaDABlock(GradientCheckpointingLayer):
         if around.cos.device != x_BWD.device:
             around = around.on(x_BWD.device)
         y_BWD = self._attend(self.attn_norm(x_BWD), around)
+        # In the last block every position gives keys and values, but only what is asked for goes on from here: output
+        # projection, feed-forward and head then run on those rows alone.
         if keep is not None:
             x_BWD, y_BWD = x_BWD.flatten(0, 1)[keep], y_BWD.flatten(0, 1)[keep]
         x_BWD = x_BWD + self.attn_out(y_BWD)
@@ -264,7 +270,7 @@ class LLaDABlock(GradientCheckpointingLayer):
         q, k, v = self.q_proj(x_BWD), self.k_proj(x_BWD), self.v_proj(x_BWD)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (p.unflatten(-1, (-1, self.head_width)) for p in (q, k, v))
+        q, k, v = (p.unflatten(-1, (-1, self.head_width)) for p in (q, k, v))  # (B, W, N or N_kv, H)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, around.cos, around.sin), rotate(k, around.cos, around.sin)

@@ -1,52 +1,218 @@
-"""What tells one family of networks from another: its configuration, the names of its weights, its special tokens."""
+"""The table of families: all that tells LLaDA from LLaDA-MoE from a masked-LM; and the settings of a fresh model.
 
-import functools
-from collections.abc import Mapping
-from importlib import import_module
+Needs neither torch nor transformers, so that settings are checked at once: classes are named, and fetched when used.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from pkgutil import resolve_name
+from typing import Any, Literal, Self
 
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+from pydantic import Field, model_validator
 
-from llada_core.files import document
-from llada_core.modeling.architecture import TOKEN_KEYS, Architecture, dense_architecture, moe_architecture
-from llada_core.tokenizer import SpecialTokens, family_of, named_ids
+from llada_core.settings import Block, nearest
+
+TOKEN_KEYS = ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id", "eot_token_id")
 
 
-def special_tokens_of(folder: Path, defaults: Mapping[str, Any], rows: int) -> SpecialTokens:
-    """Each id as config.json writes it, else as the tokenizer beside it, else `defaults`, else the published family.
+class ModelParams(Block):
+    """Shape of a fresh model; the first group means the same for dense and mixture-of-experts models."""
 
-    The family is that with this architecture and this very vocabulary; `defaults` are a configuration class's own.
-    `ValueError` if nobody names MASK and EOS, if config.json and tokenizer disagree on MASK, or an id is not below
-    `rows`, the number of vocabulary rows.
+    kind: str = "llada"  # a family of the table
+    d_model: int = Field(default=256, ge=8)
+    n_layers: int = Field(default=6, ge=1)
+    n_heads: int = Field(default=4, ge=1)
+    n_kv_heads: int | None = Field(default=None, ge=1)
+    mlp_hidden_size: int = Field(default=768, ge=8)
+    max_sequence_length: int = Field(default=1024, ge=8)
+    rope_theta: float = Field(default=500000.0, gt=0)
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
+    weight_tying: bool = False
+    qk_norm: bool = False
+    # mixture of experts
+    num_experts: int = Field(default=8, ge=2)
+    experts_per_token: int = Field(default=2, ge=1)
+    expert_hidden_size: int = Field(default=256, ge=8)
+    # any transformers masked-LM: its `model_type` and config keys
+    backbone: dict[str, str | int | float | bool] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind not in FAMILIES:
+            raise ValueError(f"kind {self.kind!r} is no family of models{nearest(self.kind, list(FAMILIES))}")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(f"d_model {self.d_model} must be an even multiple of n_heads {self.n_heads} (RoPE pairs)")
+        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(f"experts_per_token {self.experts_per_token} is more than num_experts {self.num_experts}")
+        for key, example in FAMILIES[self.kind].needs.items():
+            if key not in self.backbone:
+                raise ValueError(f"kind {self.kind} needs backbone.{key}, for example {example}")
+        return self
+
+
+class LoraParams(Block):
+    """Low-rank adapters through peft; `targets` are names or a regular expression, `all-linear` excludes the head."""
+
+    r: int = Field(default=32, ge=1)
+    alpha: int = Field(default=64, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: str | tuple[str, ...] = "all-linear"
+    bias: Literal["none", "all", "lora_only"] = "none"  # biases that train: of the network, or of the adapted layers
+    modules_to_save: tuple[str, ...] = ()  # trained whole beside the adapter, such as wte, ln_f and ff_out (the head)
+    four_bit: bool = False  # QLoRA: the frozen weights in nf4 (needs a GPU and bitsandbytes)
+    double_quant: bool = False  # four_bit: its scales in eight bits, 0.4 bit less for each weight
+    merge: bool = True  # export the merged model rather than the adapter
+
+    @model_validator(mode="after")
+    def _four_bits_stay_frozen(self) -> Self:
+        if self.four_bit and self.merge:
+            raise ValueError("four_bit rounds the weights it freezes, so the adapter is not merged: set merge: false")
+        if self.double_quant and not self.four_bit:
+            raise ValueError("double_quant stores the scales of four_bit in fewer bits: set four_bit: true")
+        return self
+
+
+@dataclass(frozen=True)
+class Published:
+    """A family's published model: how its releases' names begin, its special ids (`mask_id`, ...), its config.json.
+
+    The ids hold where nothing nearer names them: no key of a config.json, no tokenizer beside it.
     """
-    config = document(folder / "config.json")
-    family = family_of(config.get("architectures") or [], config.get("vocab_size", rows))
-    usual = {} if family is None else vars(family.special)
-    spoken = named_ids(folder)
-    sources = (usual, _ids(defaults), spoken, _ids(config))
-    ids = {name: value for source in sources for name, value in source.items() if value is not None}
-    if not {"mask_id", "eos_id"} <= ids.keys():
-        raise ValueError(
-            f"{folder}: neither config.json nor a tokenizer names the mask and end tokens;"
-            " pass special_tokens=SpecialTokens(mask_id=..., eos_id=..., pad_id=...)"
-        )
-    if "mask_id" in spoken and spoken["mask_id"] != ids["mask_id"]:
-        raise ValueError(
-            f"{folder}: config.json says mask_token_id {ids['mask_id']}, its tokenizer {spoken['mask_id']};"
-            " pass special_tokens=SpecialTokens(...) to decide"
-        )
-    return SpecialTokens(**{"pad_id": ids["eos_id"], **ids}).check(rows)
+
+    name: str
+    special: Mapping[str, int]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The published config.json, kept beside this file."""
+        return dict(json.loads((Path(__file__).parent / f"{self.name}.json").read_text(encoding="utf-8")))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config["vocab_size"])
+
+    def template(self) -> dict[str, Any]:
+        """The published keys without those of its vocabulary: where a fresh model's config.json starts from."""
+        return {k: v for k, v in self.config.items() if k != "vocab_size" and k not in TOKEN_KEYS}
 
 
-def _ids(config: Mapping[str, Any]) -> dict[str, int | None]:
-    return {key.replace("_token_id", "_id"): config.get(key) for key in TOKEN_KEYS}
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One kind of network. Nobody else asks which it is: what differs stands here, or in the class named by `network`.
+
+    claims: whether a config.json (its keys) is one of this family; None: one that no other claims.
+    fresh: from settings and vocabulary rows to the keys of a fresh model's config.json, special tokens apart.
+    renamed: published names of weights and their parts, to ours; empty where they are the same.
+    stored_bytes: of a published weight whose config.json names no dtype.
+    needs: keys of `model.backbone` that a fresh one must be given, each with an example.
+    """
+
+    kind: str
+    config: str  # dotted name: the transformers configuration
+    network: str  # dotted name: the mask predictor
+    claims: Callable[[Mapping[str, Any]], bool] | None
+    fresh: Callable[[ModelParams, int], dict[str, Any]]
+    published: Published | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    stored_bytes: int = 2
+    needs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def config_class(self) -> Any:
+        """The configuration's class; imports transformers."""
+        return resolve_name(self.config)
+
+    @property
+    def network_class(self) -> Any:
+        """The mask predictor's class; imports torch."""
+        return resolve_name(self.network)
+
+    def own_name(self, published: str) -> str:
+        """Our name of a published parameter that is not an expert's."""
+        for theirs, ours in self.renamed.items():
+            published = published.replace(theirs, ours)
+        return published
+
+    def published_name(self, own: str) -> str:
+        """The published name of a parameter of ours that is not an expert's."""
+        for theirs, ours in reversed(self.renamed.items()):
+            own = own.replace(ours, theirs)
+        return own
+
+    def own_layer(self, published: str) -> str:
+        """Our name of one layer as a peft adapter targets it, without the names around it."""
+        last = {theirs.rpartition(".")[2]: ours.rpartition(".")[2] for theirs, ours in self.renamed.items()}
+        return last.get(published, published)
 
 
-_RENAMED = {
+def _has_experts(config: Mapping[str, Any]) -> bool:
+    return "LLaDAMoEModelLM" in (config.get("architectures") or []) or "num_experts" in config
+
+
+def _is_llada(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "llada" and not _has_experts(config)
+
+
+def _is_llada_moe(config: Mapping[str, Any]) -> bool:
+    """LLaDA-MoE also calls its `model_type` "llada"; what tells it is its class, or that it has experts."""
+    return config.get("model_type") == "llada" and _has_experts(config)
+
+
+def _fresh_llada(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
+    return {
+        **LLADA.template(),
+        "vocab_size": vocab_rows,
+        "embedding_size": vocab_rows,
+        "d_model": params.d_model,
+        "n_layers": params.n_layers,
+        "n_heads": params.n_heads,
+        "n_kv_heads": params.n_kv_heads or params.n_heads,
+        "mlp_hidden_size": params.mlp_hidden_size,
+        "max_sequence_length": params.max_sequence_length,
+        "rope_theta": params.rope_theta,
+        "rms_norm_eps": params.rms_norm_eps,
+        "weight_tying": params.weight_tying,
+        "attention_layer_norm": params.qk_norm,
+    }
+
+
+def _fresh_llada_moe(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
+    return {
+        **LLADA_MOE.template(),
+        "vocab_size": vocab_rows,
+        "hidden_size": params.d_model,
+        "num_hidden_layers": params.n_layers,
+        "moe_layer_freq": [1] * params.n_layers,
+        "num_attention_heads": params.n_heads,
+        "num_key_value_heads": params.n_kv_heads or params.n_heads,
+        "dense_intermediate_size": params.mlp_hidden_size,
+        "expert_intermediate_size": params.expert_hidden_size,
+        "num_experts": params.num_experts,
+        "num_experts_per_tok": params.experts_per_token,
+        "max_position_embeddings": params.max_sequence_length,
+        "rope_theta": params.rope_theta,
+        "rms_norm_eps": params.rms_norm_eps,
+        "tie_word_embeddings": params.weight_tying,
+        "qk_layernorm": params.qk_norm,
+    }
+
+
+def _fresh_masked_lm(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
+    return {**params.backbone, "vocab_size": vocab_rows}
+
+
+LLADA = Published(
+    "LLaDA-8B",
+    {"mask_id": 126336, "eos_id": 126081, "pad_id": 126081, "bos_id": 126080, "eot_id": 126348},
+)
+LLADA_MOE = Published("LLaDA-MoE-7B-A1B", {"mask_id": 156895, "eos_id": 156892, "pad_id": 156892})
+
+_MOE_NAMES = {
     "model.embed_tokens": "model.transformer.wte",
     "model.norm": "model.transformer.ln_f",
     "model.layers": "model.transformer.blocks",
@@ -61,124 +227,53 @@ _RENAMED = {
     "self_attn.k_norm": "k_norm",
 }
 
-
-def own_name(published: str) -> str:
-    """Our name of a LLaDA-MoE parameter that is not an expert's."""
-    for theirs, ours in _RENAMED.items():
-        published = published.replace(theirs, ours)
-    return published
-
-
-def published_name(own: str) -> str:
-    """The published name of a LLaDA-MoE parameter of ours that is not an expert's."""
-    for theirs, ours in reversed(_RENAMED.items()):
-        own = own.replace(ours, theirs)
-    return own
-
-
-def published_shapes(own: Mapping[str, Tensor], *, sparse: bool) -> dict[str, tuple[int, ...]]:
-    """Published name and shape of every weight of a state dict of ours; experts one by one."""
-    if not sparse:
-        return {name: tuple(weight.shape) for name, weight in own.items()}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, weight in own.items():
-        stem, dot, stack = published_name(name).partition(".experts.")
-        if not dot:
-            shapes[stem] = tuple(weight.shape)
-            continue
-        n_experts, rows, columns = weight.shape
-        parts = {"down_proj": rows} if stack == "down" else {"gate_proj": rows // 2, "up_proj": rows // 2}
-        for part, height in parts.items():
-            shapes.update({f"{stem}.experts.{e}.{part}.weight": (height, columns) for e in range(n_experts)})
-    return shapes
-
-
-def register_names() -> None:
-    """Makes transformers load and save `LLaDAMoEModelLM` under the published names; experts are stacked on the way."""
-    experts = [
-        WeightConverter(
-            ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
-            "mlp.experts.gate_up",
-            [MergeModulelist(dim=0), Concatenate(dim=1)],
-        ),
-        WeightConverter("mlp.experts.*.down_proj.weight", "mlp.experts.down", [MergeModulelist(dim=0)]),
-    ]
-    renamings = [WeightRenaming(published, own) for published, own in _RENAMED.items()]
-    register_checkpoint_conversion_mapping("LLaDAMoEModelLM", [*renamings, *experts], overwrite=True)
+_TABLE = (
+    Family(
+        kind="llada",
+        config="llada_core.modeling.architecture.LLaDAConfig",
+        network="llada_core.modeling.network.LLaDAModelLM",
+        claims=_is_llada,
+        fresh=_fresh_llada,
+        published=LLADA,
+    ),
+    Family(
+        kind="llada_moe",
+        config="llada_core.modeling.architecture.LLaDAMoEConfig",
+        network="llada_core.modeling.network.LLaDAMoEModelLM",
+        claims=_is_llada_moe,
+        fresh=_fresh_llada_moe,
+        published=LLADA_MOE,
+        renamed=_MOE_NAMES,
+    ),
+    Family(  # any other model that transformers knows as a masked-LM
+        kind="masked_lm",
+        config="transformers.AutoConfig",
+        network="llada_core.modeling.masked_lm.MaskedLM",
+        claims=None,
+        fresh=_fresh_masked_lm,
+        stored_bytes=4,
+        needs={"model_type": "distilbert"},
+    ),
+)
+FAMILIES = {family.kind: family for family in _TABLE}
 
 
-@functools.cache
-def _register_models() -> None:
-    """Tells transformers which classes a LLaDA config stands for; done with the first config, as it imports torch."""
-    auto, model = import_module("transformers"), import_module("llada_core.modeling.network")
-    for chooser in (auto.AutoModel, auto.AutoModelForCausalLM):
-        chooser.register(LLaDAConfig, model.LLaDAModelLM, exist_ok=True)
-        chooser.register(LLaDAMoEConfig, model.LLaDAMoEModelLM, exist_ok=True)
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json, given as its keys."""
+    families = FAMILIES.values()
+    claimed = next((family for family in families if family.claims is not None and family.claims(config)), None)
+    return claimed or next(family for family in families if family.claims is None)
 
 
-class LLaDAConfig(PreTrainedConfig):
-    """config.json of the dense family (LLaDA 8B, 1.5, iLLaDA); `from_dict` gives the MoE one where the file is one."""
-
-    model_type = "llada"
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "d_model",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-        "num_key_value_heads": "n_kv_heads",
-        "max_position_embeddings": "max_sequence_length",
-        "intermediate_size": "mlp_hidden_size",
-    }
-
-    def __init__(self, **values: Any) -> None:
-        self._published = {k: v for k, v in values.items() if k != "name_or_path" and not k.startswith("_")}
-        _register_models()
-        # transformers keeps a RoPE standard of its own under this key; ours is read from what was published
-        super().__init__(**{k: v for k, v in values.items() if k != "rope_scaling"})
-        tied = values.get("weight_tying", values.get("tie_word_embeddings", False))
-        self.tie_word_embeddings = bool(tied)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
-        """The config of either family: MoE where `architectures` or `num_experts` says so, whatever `model_type` is."""
-        architectures = config_dict.get("architectures") or []
-        is_moe = "LLaDAMoEModelLM" in architectures or "num_experts" in config_dict
-        chosen = LLaDAMoEConfig if is_moe else LLaDAConfig
-        return super(LLaDAConfig, chosen).from_dict(config_dict, **kwargs)
-
-    def architecture(self) -> Architecture:
-        """What to build; raises `ValueError` naming the first key that is missing, unknown or unsupported."""
-        return dense_architecture(self.published())
-
-    def published(self) -> dict[str, Any]:
-        """The published keys with their present values: those of the file read, or of the template."""
-        now = {k: self.__dict__.get(k, v) for k, v in self._published.items()}
-        tokens = {k: self.__dict__[k] for k in TOKEN_KEYS if self.__dict__.get(k) is not None}
-        return {**now, **tokens}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: the published layout of config.json and nothing else."""
-        written = {**self.published(), "model_type": self.model_type, "architectures": self.architectures}
-        for key in ("dtype", "torch_dtype"):
-            if key in written and self.dtype is not None:
-                written[key] = str(self.dtype).removeprefix("torch.")
-        return written
-
-    def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        values.pop("_published", None)
-        return values
+def published_as(name: str) -> Family | None:
+    """The family whose published model a folder or Hub name is named after."""
+    last = Path(name).name
+    return next((f for f in FAMILIES.values() if f.published and last.startswith(f.published.name)), None)
 
 
-class LLaDAMoEConfig(LLaDAConfig):
-    """config.json of LLaDA-MoE, which also calls its `model_type` "llada"."""
-
-    attribute_map: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, **values: Any) -> None:  # transformers would replace an inherited one by a dataclass's
-        super().__init__(**values)
-
-    def architecture(self) -> Architecture:
-        return moe_architecture(self.published())
-
-
-AutoConfig.register("llada", LLaDAConfig, exist_ok=True)  # importing this is enough for the Auto classes
+def published_with(config: Mapping[str, Any], vocab_size: int) -> Published | None:
+    """The published model of this architecture and exactly this vocabulary (same vocabulary, same ids)."""
+    known = [family.published for family in FAMILIES.values() if family.published is not None]
+    architectures = config.get("architectures") or []
+    same = (p for p in known if p.config["architectures"] == architectures and p.vocab_size == vocab_size)
+    return next(same, None)

@@ -1,4 +1,12 @@
-"""What a model folder holds: weights by shape, an adapter and its base."""
+"""What a model folder holds: weights by shape, an adapter and its base. Imports no torch.
+
+An adapter is of no use without the weights it was trained on, so what its adapter_config.json names must be found where
+the adapter is moved to:
+
+    GSAI-ML/LLaDA-8B-Base     on the Hub, with the commit in `revision`
+    sha256:HASH               weights of a project, by their content; in a folder store/HASH
+    ../base                   beside the adapter (adapters made elsewhere)
+"""
 
 import json
 import math

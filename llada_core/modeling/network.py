@@ -1,16 +1,27 @@
-"""The networks behind the call: LLaDA, dense and sparse, and any masked language model of transformers."""
+"""The LLaDA mask predictor, dense or sparse, as a transformers model in the published checkpoint layout.
 
-from collections.abc import Callable
+Its forward is the one function that a step of sampling or training is: a CUDA graph, a compiler or other kernels would
+go in here and in `block`. Shape letters: the legend in `predictor`.
+"""
+
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from llada_core.modeling.architecture import TOKEN_KEYS, Architecture
+from llada_core.modeling.architecture import (
+    Architecture,
+    LLaDAConfig,
+    LLaDAMoEConfig,
+    published_shapes,
+    register_names,
+)
 from llada_core.modeling.block import (
+    Experts,
     LLaDABlock,
     RMSNorm,
     RotaryTables,
@@ -20,7 +31,7 @@ from llada_core.modeling.block import (
     key_bias,
     router_losses,
 )
-from llada_core.modeling.families import LLaDAConfig, LLaDAMoEConfig, published_shapes, register_names
+from llada_core.modeling.families import FAMILIES, TOKEN_KEYS
 from llada_core.modeling.folder import require_weights
 from llada_core.modeling.predictor import KVCache, MaskPredictor, Prediction, RouterLosses, device_of, projected_nll
 from llada_core.tokenizer import SpecialTokens
@@ -48,6 +59,7 @@ class Body(nn.Module):
 class LLaDAModelLM(PreTrainedModel, MaskPredictor):
     """Predicts every masked token of a sequence at once (LLaDA, arXiv:2502.09992)."""
 
+    kind = "llada"
     config_class = LLaDAConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -64,21 +76,38 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         self.post_init()  # type: ignore[operator]
 
     @classmethod
+    def rows_of(cls, config: LLaDAConfig) -> int:
+        return config.architecture().vocab_rows
+
+    @classmethod
+    def of_config(cls, config: LLaDAConfig, special: SpecialTokens) -> Self:
+        model = cls(config)
+        model.name_special_tokens(special)
+        return model
+
+    @classmethod
+    def fresh(cls, config: LLaDAConfig, special: SpecialTokens, seed: int) -> Self:
+        with torch.device("meta"):  # transformers would draw weights of its own first
+            model = cls.of_config(config, special)
+        model.to_empty(device="cpu")
+        _initialise(model, torch.Generator().manual_seed(seed))
+        return model
+
+    @classmethod
+    def read(cls, folder: Path, config: LLaDAConfig, special: SpecialTokens, **how: Any) -> tuple[Self, dict[str, Any]]:
+        model, info = cls.from_pretrained(folder, config=config, output_loading_info=True, **how)
+        model.name_special_tokens(special)
+        return model, info
+
+    @classmethod
     def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but a folder must hold exactly the weights of its config.json, else `ValueError`."""
         if Path(name).is_dir():
             config = kwargs.get("config") or cls.config_class.from_pretrained(name)
             with torch.device("meta"):
                 expected = cls(config).state_dict()
-            require_weights(Path(name), published_shapes(expected, sparse=config.architecture().moe is not None))
+            require_weights(Path(name), published_shapes(expected, FAMILIES[cls.kind]))
         return super().from_pretrained(name, *args, **kwargs)
-
-    def name_special_tokens(self, special: SpecialTokens) -> None:
-        """Makes `special` this model's, and lets its config.json name them when it is saved."""
-        self._special = special.check(self.shape.vocab_rows)
-        for name, value in vars(special).items():
-            if value is not None:
-                setattr(self.config, name.replace("_id", "_token_id"), value)
 
     @property
     def device(self) -> torch.device:  # transformers has one of its own, which would come first
@@ -92,6 +121,27 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
     def max_length(self) -> int:
         return self.shape.max_length
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.transformer.blocks
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        moe = self.shape.moe
+        return self.shape.width, self.shape.mlp_width if moe is None else moe.per_token * moe.width + moe.shared_width
+
+    @property
+    def expert_share(self) -> float:
+        return 1.0 if self.shape.moe is None else self.shape.moe.per_token / self.shape.moe.n_experts
+
+    def choose_attention(self, name: str) -> None:
+        """There is nothing to choose: the blocks call torch's function, which looks for the fastest way itself."""
+        if name != "sdpa":
+            raise ValueError(
+                f"attn_implementation {name!r} is none of {type(self).__name__}'s: it calls torch's"
+                " scaled_dot_product_attention, which takes FlashAttention by itself; use sdpa"
+            )
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.transformer.wte
 
@@ -104,7 +154,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
             return torch.empty(0, dtype=dtype, device=device_of(block))
 
         shape = (batch, length, self.shape.n_kv_heads, self.shape.head_width)
-        return KVCache.empty(shape, [like(block) for block in self.model.transformer.blocks])
+        return KVCache.empty(shape, [like(block) for block in self.blocks])
 
     def forward(  # noqa: PLR0913 - the one call of the library; everything after the mask is keyword-only
         self,
@@ -129,10 +179,11 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         """
         x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
         around = self._surroundings(x, attention_mask, cache, slots)
+        # Where nobody wants all positions of the last block, only the asked-for ones are finished there.
         early = None if output_hidden_states or router_losses else positions
         hidden, routings = [x], []
-        for block in self.model.transformer.blocks:
-            last = len(hidden) == len(self.model.transformer.blocks)
+        for block in self.blocks:
+            last = len(hidden) == len(self.blocks)
             x, routing = block(x, around, early if last else None)
             hidden.append(x)
             routings.append(routing)
@@ -185,12 +236,42 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
 
 
 class LLaDAMoEModelLM(LLaDAModelLM):
-    """The same network with sparse layers, under LLaDA-MoE's published names (see `names.py`)."""
+    """The same network with sparse layers; stored under LLaDA-MoE's published names, which the table of families has."""
 
+    kind = "llada_moe"
     config_class = LLaDAMoEConfig
 
 
-register_names()
+@torch.no_grad()
+def _initialise(model: LLaDAModelLM, generator: torch.Generator) -> None:
+    """LLaDA's "mitchell" initialisation: truncated normal at 3 sigma with std 1/sqrt(d_in), residual outputs smaller.
+
+    Projections back into the residual stream are divided by sqrt(2 (layer + 1)); embedding and head have std
+    1/sqrt(d_model); norms are one, biases zero.
+    """
+    width = model.shape.width
+    for name, module in model.named_modules():
+        layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        shrink = 1.0 if layer is None else 1.0 / math.sqrt(2 * (layer + 1))
+        residual = name.rpartition(".")[2] in ("attn_out", "ff_out", "down_proj") and layer is not None
+        if isinstance(module, nn.Linear):
+            _normal(module.weight, (shrink if residual else 1.0) / math.sqrt(module.in_features), generator)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.Embedding):
+            _normal(module.weight, 1.0 / math.sqrt(width), generator)
+        elif isinstance(module, Experts):
+            _normal(module.gate_up, 1.0 / math.sqrt(width), generator)
+            _normal(module.down, shrink / math.sqrt(module.down.shape[-1]), generator)
+        else:
+            for parameter in module.parameters(recurse=False):
+                parameter.fill_(1.0)
+            for buffer in module.buffers(recurse=False):
+                buffer.zero_()
+
+
+def _normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
 
 
 def _special_in(config: LLaDAConfig, vocab_rows: int) -> SpecialTokens | None:
@@ -202,133 +283,6 @@ def _special_in(config: LLaDAConfig, vocab_rows: int) -> SpecialTokens | None:
     return SpecialTokens(**{"pad_id": ids["eos_id"], **ids}).check(vocab_rows)
 
 
-class MaskedLM(MaskPredictor):
-    """A masked-LM as mask predictor: no cache, learned positions, its own length limit."""
-
-    supports_cache = False
-    closes = True
-
-    def __init__(self, backbone: PreTrainedModel, special_tokens: SpecialTokens) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self._special = special_tokens.check(backbone.config.vocab_size)
-        for name, value in vars(special_tokens).items():  # so that a saved copy names them by itself
-            if value is not None:
-                setattr(backbone.config, name.replace("_id", "_token_id"), value)
-
-    @property
-    def config(self) -> Any:
-        """The backbone's transformers config."""
-        return self.backbone.config
-
-    @property
-    def device(self) -> torch.device:
-        return device_of(self) if self._entrance is None else self._entrance
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.backbone.dtype
-
-    @property
-    def vocab_rows(self) -> int:
-        return int(self.backbone.config.vocab_size)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.backbone.get_output_embeddings()
-
-    @property
-    def max_length(self) -> int:
-        embeddings = dict(self.backbone.base_model.named_modules()).get("embeddings.position_embeddings")
-        first = getattr(embeddings, "padding_idx", None)  # RoBERTa counts positions from behind its padding id
-        return int(self.backbone.config.max_position_embeddings) - (0 if first is None else first + 1)
-
-    def forward(  # noqa: PLR0913 - the one call of the library, see LLaDAModelLM.forward
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        positions: Tensor | None = None,
-        targets: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        cache: KVCache | None = None,
-        slots: Tensor | None = None,
-        output_hidden_states: bool = False,
-        router_losses: bool = False,
-    ) -> Prediction:
-        """As `LLaDAModelLM.forward`; `cache`, `slots` and `router_losses` are refused by name."""
-        if attention_mask is not None and attention_mask.dim() == 3:
-            attention_mask = attention_mask[:, None].bool()
-        if cache is not None or slots is not None or router_losses:
-            raise ValueError(f"{type(self.backbone).__name__} knows no cache, slots or router_losses")
-        head = _head_of(self.backbone)
-        network = self.backbone if head is None else self.backbone.base_model
-        out = network(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-        )
-        x = out.logits if head is None else out.last_hidden_state
-        states = out.hidden_states if output_hidden_states else None
-        if positions is not None:
-            x = x.flatten(0, 1)[positions]
-        if targets is not None:
-            return Prediction(nll=projected_nll(x, self._project, self.vocab_rows, targets), hidden_states=states)
-        return Prediction(logits=self._project(x), hidden_states=states)
-
-    def _project(self, x: Tensor) -> Tensor:
-        """All that the masked-LM applies after its body, position by position."""
-        for step in _head_of(self.backbone) or ():
-            x = step(x)
-        return x
-
-
-def choose_attention(model: MaskPredictor, name: str) -> None:
-    """Lets a masked-LM compute attention by transformers' `attn_implementation`; `ValueError` where it cannot.
-
-    LLaDA's networks call torch's scaled_dot_product_attention, so for them there is nothing but "sdpa".
-    """
-    why = "it calls torch's scaled_dot_product_attention, which takes FlashAttention by itself; use sdpa"
-    if isinstance(model, MaskedLM):
-        try:
-            model.backbone.set_attn_implementation(name)
-        except (ImportError, ValueError) as error:
-            why = str(error).strip().splitlines()[0]
-        else:
-            why = f"it does {model.config._attn_implementation} alone"
-        if model.config._attn_implementation == name:
-            return
-    elif name == "sdpa":
-        return
-    network = type(model.backbone if isinstance(model, MaskedLM) else model).__name__
-    raise ValueError(f"attn_implementation {name!r} is none of {network}'s: {why}")
-
-
-def _head_of(backbone: Any) -> list[Callable[[Tensor], Tensor]] | None:
-    """The modules after the body, in order; None for a masked-LM not known here, which then projects every position."""
-    parts: dict[str, Any] = dict(backbone.named_children())
-    if "vocab_transform" in parts:  # DistilBERT
-        return [parts["vocab_transform"], backbone.activation, parts["vocab_layer_norm"], parts["vocab_projector"]]
-    if "cls" in parts:  # BERT and its kin
-        return [parts["cls"]]
-    if "head" in parts and "decoder" in parts:  # ModernBERT
-        return [parts["head"], parts["decoder"]]
-    if "lm_head" in parts:  # RoBERTa and its kin
-        return [parts["lm_head"]]
-    return None
-
-
-def new_masked_lm(values: dict[str, Any], vocab_size: int, special_tokens: SpecialTokens, seed: int) -> MaskedLM:
-    """A freshly initialised masked-LM from its `model_type` and config keys."""
-    kind = values.pop("model_type")
-    eos, bos = special_tokens.eos_id, special_tokens.bos_id
-    ids = {"pad_token_id": special_tokens.pad_id, "eos_token_id": eos, "sep_token_id": eos}
-    if bos is not None:
-        ids |= {"bos_token_id": bos, "cls_token_id": bos}
-    config = AutoConfig.for_model(kind, **{**values, **ids, "vocab_size": vocab_size})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MaskedLM(AutoModelForMaskedLM.from_config(config), special_tokens)
+for _family in FAMILIES.values():
+    if _family.renamed:
+        register_names(_family)

@@ -1,6 +1,9 @@
-"""The call that every mask predictor offers: its result, its key/value cache, its loss in chunks of the vocabulary's rows.
+"""What every mask predictor offers, whichever network is behind it: the call, its result, its cache, its loss in chunks.
 
-Shapes: B batch, L canvas, W tokens fed, M masked places, D width, V vocabulary.
+The legend of shape letters, for the whole of `modeling`:
+B batch rows; L positions of a canvas; W tokens fed; T positions attended to (W, or those of a cache); P positions picked
+out of the B*W, in a row; N heads, N_kv heads of keys and values, H head width; D width; V vocabulary rows; E experts,
+K experts for a token, F expert width. `x_BWD` is a tensor (B, W, D).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
+from llada_core.modeling.families import FAMILIES, Family
 from llada_core.tokenizer import SpecialTokens
 
 
@@ -89,6 +93,7 @@ class _InPlaceNLL(torch.autograd.Function):
         rows = max(1, CACHED_ELEMENTS // logits_PV.shape[1]) if cached else max(1, len(logits_PV))
         parts = []
         for logits, targets in zip(logits_PV.split(rows), targets_P.split(rows), strict=True):
+            # -log p = logsumexp - logit; then softmax = exp(logit - logsumexp) takes the logits' place, for backward
             total = logits.logsumexp(-1, keepdim=True)
             parts.append((total - logits.gather(-1, targets[:, None]))[:, 0])
             logits.sub_(total).exp_()
@@ -104,7 +109,7 @@ class _InPlaceNLL(torch.autograd.Function):
         if ctx.taken:
             raise RuntimeError("the gradient of a masked loss can be taken once; its logits are gone")
         ctx.taken = True
-        table, targets_P = ctx.saved_tensors
+        table, targets_P = ctx.saved_tensors  # d(-log p)/d logits = softmax - onehot(target)
         table.mul_(gradient_P[:, None])
         table.scatter_add_(-1, targets_P[:, None], -gradient_P[:, None])
         return table, None
@@ -167,11 +172,69 @@ class MaskPredictor(nn.Module):
     slots=None, output_hidden_states=False, router_losses=False) -> Prediction`
     """
 
+    kind: str  # its family's
     supports_cache: bool = True
     closes: bool = False  # whether a sequence ends with a token of its own, as [SEP] for BERT
     computes_in: torch.dtype | None = None  # what autocast makes of products while it trains; None: as it is stored
     _special: SpecialTokens | None = None
     _entrance: torch.device | None = None  # where input comes from and results go, if not to where the weights lie
+
+    @classmethod
+    def rows_of(cls, config: Any) -> int:
+        """The vocabulary rows that a configuration describes; `ValueError` for one that cannot be computed."""
+        raise NotImplementedError
+
+    @classmethod
+    def of_config(cls, config: Any, special: SpecialTokens) -> Self:
+        """One of this shape, its weights as they happen to be; on the meta device, none."""
+        raise NotImplementedError
+
+    @classmethod
+    def fresh(cls, config: Any, special: SpecialTokens, seed: int) -> Self:
+        """One with initial weights in fp32, the same for the same seed, whatever torch's own is."""
+        raise NotImplementedError
+
+    @classmethod
+    def read(cls, folder: Path, config: Any, special: SpecialTokens, **how: Any) -> tuple[Self, dict[str, Any]]:
+        """One from a folder, by `from_pretrained` of transformers with its options, and the report of the loading."""
+        raise NotImplementedError
+
+    @property
+    def network(self) -> Any:
+        """The transformers model whose weights are stored, sharded and adapted: this one, or the one inside."""
+        return self
+
+    @property
+    def family(self) -> Family:
+        """The row of the family table that this model is of."""
+        return FAMILIES[self.kind]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The repeated layers: the longest list of modules."""
+        return max((part for part in self.modules() if isinstance(part, nn.ModuleList)), key=len)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of a token in the residual stream, and in a block's feed-forward (four times as wide, where nobody says)."""
+        width = int(self.get_input_embeddings().get_parameter("weight").shape[1])
+        return width, 4 * width
+
+    @property
+    def expert_share(self) -> float:
+        """The share of the experts that a token goes through; 1 where there are none."""
+        return 1.0
+
+    def choose_attention(self, name: str) -> None:
+        """Computes attention by transformers' `attn_implementation`; `ValueError` where the network cannot."""
+        raise NotImplementedError
+
+    def name_special_tokens(self, special: SpecialTokens) -> None:
+        """Makes `special` this model's, and lets its config.json name them when it is saved."""
+        self._special = special.check(self.vocab_rows)
+        for name, value in vars(special).items():
+            if value is not None:
+                setattr(self.network.config, name.replace("_id", "_token_id"), value)
 
     @property
     def special_tokens(self) -> SpecialTokens:

@@ -1,41 +1,34 @@
 """A model read strictly from a folder or a Hub name, made from nothing, or written: all of it or nothing."""
 
-import json
-import math
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig
+from torch import Tensor
+from transformers import BitsAndBytesConfig
 
-from llada_core.files import written_whole
+from llada_core.files import document, written_whole
 from llada_core.modeling.adapters import load_adapter, merge_adapter
-from llada_core.modeling.architecture import TOKEN_KEYS, ModelParams
-from llada_core.modeling.block import Experts
-from llada_core.modeling.families import LLaDAConfig, LLaDAMoEConfig, special_tokens_of
+from llada_core.modeling.families import FAMILIES, TOKEN_KEYS, ModelParams, family_of, published_with
 from llada_core.modeling.folder import base_of, is_adapter, require_folder, require_loaded, stored_weights
-from llada_core.modeling.network import LLaDAModelLM, LLaDAMoEModelLM, MaskedLM, choose_attention, new_masked_lm
 from llada_core.modeling.place import Need, Place, kind_of, place_for
 from llada_core.modeling.predictor import MaskPredictor, SavesItself, feed_from_cpu
 from llada_core.settings import Bits
-from llada_core.tokenizer import LLADA, LLADA_MOE, SpecialTokens
+from llada_core.tokenizer import SpecialTokens, named_ids
 
 Device = str | torch.device | dict[str, Any] | Place
 
 
 def load_config(name_or_path: str | Path) -> Any:
-    """The transformers config of a model folder or Hub name, checked where it is of the LLaDA family."""
+    """The transformers config of a model folder or Hub name, as its family reads and checks it."""
     folder = _folder(name_or_path)
     require_folder(folder, "config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'}: not JSON: {error}") from None
-    if isinstance(config, LLaDAConfig):
-        config.architecture()
+    family = family_of(document(folder / "config.json"))
+    config = family.config_class.from_pretrained(folder)
+    family.network_class.rows_of(config)  # refuses what cannot be computed
     return config
 
 
@@ -91,25 +84,69 @@ def load_model(  # noqa: PLR0913 - the one way in; everything after the name is 
             merge_adapter(base)
         return base.eval()
     config = load_config(folder)
-    ours = isinstance(config, LLaDAConfig)
-    rows = config.architecture().vocab_rows if ours else config.vocab_size
+    network = family_of(document(folder / "config.json")).network_class
+    rows = network.rows_of(config)
     if special_tokens is None:
-        special_tokens = special_tokens_of(folder, {} if ours else config.to_dict(), rows)
+        special_tokens = special_tokens_of(folder, config.to_dict(), rows)
     special_tokens.check(rows)
     if device == "meta":
         with torch.device("meta"):
-            return _named(_auto(config).from_config(config), special_tokens)
+            return network.of_config(config, special_tokens).eval()
     if isinstance(device, dict) and bits is not None:
         kind_of("cuda", bits)
     stored = stored_weights(folder)  # an absent or damaged file is told in one line, for masked-LMs too
     place = device if isinstance(device, dict | Place) else place_for(Need.of(stored, dtype, bits), str(device), bits)
-    how = {"dtype": "auto" if dtype is None else dtype, "quantization_config": _quantization(bits, dtype, double_quant)}
-    predictor = _named(_read(folder, config, place, how), special_tokens)
+    where = _device_map(place)
+    predictor, info = network.read(
+        folder,
+        config,
+        special_tokens,
+        dtype="auto" if dtype is None else dtype,
+        quantization_config=_quantization(bits, dtype, double_quant),
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        device_map=where,
+        max_memory=None if isinstance(place, dict) or place.spread is None else dict(place.spread),
+    )
+    require_loaded(str(folder), info)
+    if isinstance(place, Place) and where is None:
+        predictor.to(place.device)
     if attn_implementation is not None:
-        choose_attention(predictor, attn_implementation)
+        predictor.choose_attention(attn_implementation)
     if isinstance(place, Place) and place.kind == "mps":
         feed_from_cpu(predictor, torch.device(place.device))
-    return predictor
+    return predictor.eval()
+
+
+def special_tokens_of(folder: Path, defaults: Mapping[str, Any], rows: int) -> SpecialTokens:
+    """Each id as config.json writes it, else as the tokenizer beside it, else `defaults`, else its published like.
+
+    That is the published model with this architecture and this very vocabulary; `defaults` are a configuration class's
+    own.
+    `ValueError` if nobody names MASK and EOS, if config.json and tokenizer disagree on MASK, or an id is not below
+    `rows`, the number of vocabulary rows.
+    """
+    config = document(folder / "config.json")
+    published = published_with(config, config.get("vocab_size", rows))
+    usual = {} if published is None else published.special
+    spoken = named_ids(folder)
+    sources = (usual, _ids(defaults), spoken, _ids(config))
+    ids = {name: value for source in sources for name, value in source.items() if value is not None}
+    if not {"mask_id", "eos_id"} <= ids.keys():
+        raise ValueError(
+            f"{folder}: neither config.json nor a tokenizer names the mask and end tokens;"
+            " pass special_tokens=SpecialTokens(mask_id=..., eos_id=..., pad_id=...)"
+        )
+    if "mask_id" in spoken and spoken["mask_id"] != ids["mask_id"]:
+        raise ValueError(
+            f"{folder}: config.json says mask_token_id {ids['mask_id']}, its tokenizer {spoken['mask_id']};"
+            " pass special_tokens=SpecialTokens(...) to decide"
+        )
+    return SpecialTokens(**{"pad_id": ids["eos_id"], **ids}).check(rows)
+
+
+def _ids(config: Mapping[str, Any]) -> dict[str, int | None]:
+    return {key.replace("_token_id", "_id"): config.get(key) for key in TOKEN_KEYS}
 
 
 def load_to_answer(
@@ -133,37 +170,14 @@ def need_of(name_or_path: str | Path, dtype: torch.dtype | None = None, bits: in
     return Need.of(stored_weights(folder), dtype, bits)
 
 
-def _auto(config: Any) -> Any:
-    return AutoModelForCausalLM if isinstance(config, LLaDAConfig) else AutoModelForMaskedLM
-
-
-def _read(folder: Path, config: Any, place: Place | dict[str, Any], how: dict[str, Any]) -> Any:
-    """The network with its weights in place; `ValueError` unless every one was found."""
-    how = how | _device_map(place)
-    strictly = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    model, info = _auto(config).from_pretrained(folder, config=config, **strictly, **how)
-    require_loaded(str(folder), info)
-    if isinstance(place, Place) and how["device_map"] is None:
-        model.to(place.device)
-    return model
-
-
-def _named(model: Any, special_tokens: SpecialTokens) -> MaskPredictor:
-    """A loaded network as a mask predictor that knows its special tokens."""
-    if not isinstance(model, LLaDAModelLM):
-        return MaskedLM(model, special_tokens).eval()
-    model.name_special_tokens(special_tokens)
-    return model.eval()
-
-
-def _device_map(place: Place | dict[str, Any]) -> dict[str, Any]:
+def _device_map(place: Place | dict[str, Any]) -> dict[str, Any] | str | None:
     """What transformers is told about places; without accelerate it can only load to the CPU, to be moved after."""
     if isinstance(place, dict):
-        return {"device_map": place}
+        return place
     if place.spread is not None:
-        return {"device_map": "balanced", "max_memory": dict(place.spread)}
+        return "balanced"
     placed = place.kind != "cpu" and find_spec("accelerate") is not None
-    return {"device_map": {"": place.device} if placed else None}
+    return {"": place.device} if placed else None
 
 
 def _quantization(bits: int | None, dtype: torch.dtype | None, double_quant: bool) -> BitsAndBytesConfig | None:
@@ -181,95 +195,23 @@ def _quantization(bits: int | None, dtype: torch.dtype | None, double_quant: boo
 
 def new_model(params: ModelParams, vocab_size: int, special_tokens: SpecialTokens, seed: int = 0) -> MaskPredictor:
     """A freshly initialised fp32 model on the CPU; the same seed gives the same weights, whatever torch's own is."""
-    special_tokens.check(vocab_size)
-    if params.kind == "masked_lm":
-        return new_masked_lm(dict(params.backbone), vocab_size, special_tokens, seed)
-    model = empty_model(params, vocab_size, special_tokens)
-    model.to_empty(device="cpu")
-    initialise(model, torch.Generator().manual_seed(seed))
-    return model
+    network, config = _fresh(params, vocab_size, special_tokens)
+    return network.fresh(config, special_tokens, seed)
 
 
-def empty_model(params: ModelParams, vocab_size: int, special_tokens: SpecialTokens) -> LLaDAModelLM:
-    """A model of the LLaDA family without memory for its weights: its shapes alone."""
-    sparse = params.kind == "llada_moe"
-    ids = {name.replace("_id", "_token_id"): i for name, i in vars(special_tokens).items() if i is not None}
-    sizes = _moe_config(params) if sparse else {**_dense_config(params), "embedding_size": vocab_size}
-    config = (LLaDAMoEConfig if sparse else LLaDAConfig)(**sizes, **ids, vocab_size=vocab_size)
+def empty_model(params: ModelParams, vocab_size: int, special_tokens: SpecialTokens) -> MaskPredictor:
+    """A fresh model without memory for its weights: its shapes alone."""
+    network, config = _fresh(params, vocab_size, special_tokens)
     with torch.device("meta"):
-        return (LLaDAMoEModelLM if sparse else LLaDAModelLM)(config)
+        return network.of_config(config, special_tokens)
 
 
-def _template(config: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if k != "vocab_size" and k not in TOKEN_KEYS}
-
-
-def _dense_config(params: ModelParams) -> dict[str, Any]:
-    return {
-        **_template(LLADA.config),
-        "d_model": params.d_model,
-        "n_layers": params.n_layers,
-        "n_heads": params.n_heads,
-        "n_kv_heads": params.n_kv_heads or params.n_heads,
-        "mlp_hidden_size": params.mlp_hidden_size,
-        "max_sequence_length": params.max_sequence_length,
-        "rope_theta": params.rope_theta,
-        "rms_norm_eps": params.rms_norm_eps,
-        "weight_tying": params.weight_tying,
-        "attention_layer_norm": params.qk_norm,
-    }
-
-
-def _moe_config(params: ModelParams) -> dict[str, Any]:
-    return {
-        **_template(LLADA_MOE.config),
-        "hidden_size": params.d_model,
-        "num_hidden_layers": params.n_layers,
-        "moe_layer_freq": [1] * params.n_layers,
-        "num_attention_heads": params.n_heads,
-        "num_key_value_heads": params.n_kv_heads or params.n_heads,
-        "dense_intermediate_size": params.mlp_hidden_size,
-        "expert_intermediate_size": params.expert_hidden_size,
-        "num_experts": params.num_experts,
-        "num_experts_per_tok": params.experts_per_token,
-        "max_position_embeddings": params.max_sequence_length,
-        "rope_theta": params.rope_theta,
-        "rms_norm_eps": params.rms_norm_eps,
-        "tie_word_embeddings": params.weight_tying,
-        "qk_layernorm": params.qk_norm,
-    }
-
-
-@torch.no_grad()
-def initialise(model: LLaDAModelLM, generator: torch.Generator) -> None:
-    """LLaDA's "mitchell" initialisation: truncated normal at 3 sigma with std 1/sqrt(d_in), residual outputs smaller.
-
-    Projections back into the residual stream are divided by sqrt(2 (layer + 1)); embedding and head have std
-    1/sqrt(d_model); norms are one, biases zero.
-    """
-    width = model.shape.width
-    for name, module in model.named_modules():
-        layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        shrink = 1.0 if layer is None else 1.0 / math.sqrt(2 * (layer + 1))
-        residual = name.rpartition(".")[2] in ("attn_out", "ff_out", "down_proj") and layer is not None
-        if isinstance(module, nn.Linear):
-            _normal(module.weight, (shrink if residual else 1.0) / math.sqrt(module.in_features), generator)
-            if module.bias is not None:
-                module.bias.zero_()
-        elif isinstance(module, nn.Embedding):
-            _normal(module.weight, 1.0 / math.sqrt(width), generator)
-        elif isinstance(module, Experts):
-            _normal(module.gate_up, 1.0 / math.sqrt(width), generator)
-            _normal(module.down, shrink / math.sqrt(module.down.shape[-1]), generator)
-        else:
-            for parameter in module.parameters(recurse=False):
-                parameter.fill_(1.0)
-            for buffer in module.buffers(recurse=False):
-                buffer.zero_()
-
-
-def _normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
-    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+def _fresh(params: ModelParams, vocab_size: int, special: SpecialTokens) -> tuple[type[MaskPredictor], Any]:
+    """The network of a fresh model and its configuration."""
+    special.check(vocab_size)
+    family = FAMILIES[params.kind]
+    ids = {name.replace("_id", "_token_id"): i for name, i in vars(special).items() if i is not None}
+    return family.network_class, family.config_class.for_model(**family.fresh(params, vocab_size), **ids)
 
 
 def save_model(
@@ -285,7 +227,6 @@ def save_model(
     `weights`: whole tensors under the network's own names, for a model whose parameters are sharded over ranks.
     """
     with written_whole(Path(folder)) as staging:
-        network: Any = model.backbone if isinstance(model, MaskedLM) else model
-        network.save_pretrained(staging, max_shard_size=max_shard_size, state_dict=weights)
+        model.network.save_pretrained(staging, max_shard_size=max_shard_size, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save(staging)

@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from llada_core.data.batches import Batch
 from llada_core.modeling import MaskPredictor
-from llada_core.modeling.network import MaskedLM
 from llada_core.modeling.predictor import Prediction
 from llada_core.training.engine import optimiser_for, precision_policy
 from llada_core.training.grpo import GRPO, Problems
@@ -63,8 +62,7 @@ def footprint(
         wrapped = _Pretended(model, pretence, low=params.precision == "bf16")
         frozen = getattr(getattr(objective, "reference", None), "copied", None)
         if params.activation_checkpointing:
-            network: Any = model.backbone if isinstance(model, MaskedLM) else model
-            network.gradient_checkpointing_enable({"use_reentrant": False})
+            model.network.gradient_checkpointing_enable({"use_reentrant": False})
         if sharded:
             _shard(model, params, ranks)
         with mode:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.modeling.architecture import LoraParams
+from llada_core.modeling.families import LoraParams
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import FREE, Block, NoiseParams
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from llada_core.files import complete, document, line_of, parsed
-from llada_core.modeling.network import LLaDAModelLM
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.training.engine import Ranks
 from llada_core.training.params import RecoveryParams, TrainingParams
@@ -23,9 +22,9 @@ _PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by
 
 def active_parameters(model: MaskPredictor) -> int:
     """Parameters that a token is multiplied with: all but the input table, and of the experts the share that is chosen."""
-    dense = model if isinstance(model, LLaDAModelLM) else None
-    experts = 1.0 if dense is None or dense.shape.moe is None else dense.shape.moe.per_token / dense.shape.moe.n_experts
-    total = sum(p.numel() * (experts if ".experts." in name else 1.0) for name, p in model.named_parameters())
+    total = sum(
+        p.numel() * (model.expert_share if ".experts." in name else 1.0) for name, p in model.named_parameters()
+    )
     outer = (model.get_input_embeddings(), model.get_output_embeddings())
     table, head = (None if layer is None else layer.get_parameter("weight") for layer in outer)
     tied = head is None or head is table

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from llada_core.data.batches import Order, RowBatches
 from llada_core.modeling import MaskPredictor, merge_adapter, save_model
 from llada_core.modeling.adapters import add_lora, save_adapter
-from llada_core.modeling.network import LLaDAModelLM, LLaDAMoEModelLM, MaskedLM, choose_attention
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.engine import Ranks, accelerator_for, optimiser_for, same_precision, tied_table_last
 from llada_core.training.grpo import GRPO, Problems
@@ -48,7 +47,7 @@ class Place:
 def prepare_weights(model: MaskPredictor, params: TrainingParams) -> None:
     """Adapters, if asked for, and fp32 for every weight that trains: in bf16 small updates would round away."""
     if params.attn_implementation is not None:
-        choose_attention(model, params.attn_implementation)
+        model.choose_attention(params.attn_implementation)
     if params.lora is not None:
         whole = params.lora.bias != "none" or params.lora.modules_to_save
         if whole and model.dtype != torch.float32 and params.precision == "fp32":
@@ -112,10 +111,10 @@ def _export_adapter(model: MaskPredictor, folder: Path, base: str, tokenizer: To
 def _plain(model: MaskPredictor) -> MaskPredictor:
     """The model, or while it is sharded (which changes its class, and with it the names it saves) an empty one like it."""
     split = any(isinstance(p, DTensor) or _split_by_zero(p) for p in model.parameters())
-    if not split or not isinstance(model, LLaDAModelLM):
+    if not split:
         return model
     with torch.device("meta"):
-        return (LLaDAMoEModelLM if isinstance(model, LLaDAMoEModelLM) else LLaDAModelLM)(model.config)  # type: ignore[arg-type]
+        return model.family.network_class.of_config(model.network.config, model.special_tokens)
 
 
 def whole_weights(
@@ -125,9 +124,8 @@ def whole_weights(
 
     dtype: of floating-point tensors; None: their own. only_trained: without what is frozen.
     """
-    network = model.backbone if isinstance(model, MaskedLM) else model
     weights = {}
-    for name, tensor in network.state_dict(keep_vars=True).items():
+    for name, tensor in model.network.state_dict(keep_vars=True).items():
         if only_trained and not tensor.requires_grad:
             continue
         with _gathered(tensor):
@@ -230,8 +228,7 @@ def _tf32(params: TrainingParams) -> Iterator[None]:
 def _speed(params: TrainingParams, model: MaskPredictor) -> None:
     """What changes time and memory but no number: activations computed again, each kind of block compiled once."""
     if params.activation_checkpointing:  # never accelerate's for FSDP, which would drop out other units the second time
-        network: Any = model.backbone if isinstance(model, MaskedLM) else model
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        model.network.gradient_checkpointing_enable({"use_reentrant": False})
     if params.compile:
         for layers in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
             for layer in layers:

@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada_core.modeling.architecture import LoraParams
+from llada_core.modeling.families import LoraParams
 from llada_core.settings import ConfigError
 from llada_core.training.params import GRPOParams, PreferenceParams, TrainingParams
 from tasks.folders import write_json

@@ -5,7 +5,7 @@ buckets of DDP, offloaded states) is counted by a formula, and told to be. Build
 not know steps, time or disk.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +65,7 @@ def _measured(asked: Asked) -> dict[str, float]:
 
     block, ranks = asked.params.settled(asked.stage, gpu=True), asked.ranks
     model, stored = trained_shape(asked.params, asked.stage)
-    depth = len(block_shape(model)[0])
+    depth = len(model.blocks)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
@@ -100,31 +100,18 @@ def trained_shape(params: Params, stage: str) -> tuple["MaskPredictor", int]:
     """`shape_of`, with the adapters and in the dtypes that the stage trains."""
     import torch
 
-    from llada_core.modeling.network import LLaDAModelLM
-    from llada_core.tokenizer import SpecialTokens
     from llada_core.training.train import prepare_weights
 
     model, stored = shape_of(params, stage)
     if stored == 2:
         model.to(torch.bfloat16)
     prepare_weights(model, params.training(stage))
-    if isinstance(model, LLaDAModelLM):  # a published shape may not name them, and their numbers do not matter here
-        model.name_special_tokens(SpecialTokens(mask_id=2, eos_id=1, pad_id=1))
     return model, stored
 
 
 def cut(model: "MaskPredictor", layers: int) -> "MaskPredictor":
     """The same model with its last `layers` blocks alone; it is changed."""
-    from torch import nn
-
-    from llada_core.modeling.network import LLaDAModelLM
-
-    blocks, _, _ = block_shape(model)
-    where = next(n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and list(m) == blocks)
-    parent, _, name = where.rpartition(".")
-    setattr(model.get_submodule(parent), name, nn.ModuleList(blocks[-layers:]))
-    if isinstance(model, LLaDAModelLM):
-        model.shape = replace(model.shape, n_layers=layers)
+    del model.blocks[:-layers]
     return model
 
 
@@ -147,7 +134,7 @@ def counted(model: "MaskPredictor", block: TrainingParams, ranks: int, tokens: i
     if block.lora is not None and block.lora.four_bit:
         body = sum(model.get_submodule(name).get_parameter("weight").numel() for name in linear_layers(model))
         frozen_bytes += body * (FOUR_BIT - stored)
-    blocks, width, inner = block_shape(model)
+    blocks, (width, inner) = model.blocks, model.widths
     largest = max((sum(p.numel() for p in layer.parameters()) for layer in blocks), default=0)
     outer = trained + frozen - sum(p.numel() for layer in blocks for p in layer.parameters())
     copies = 0 if low == 4 or kind == "fsdp" else 2 * trained / shards  # bf16 beside the fp32 that is updated
@@ -166,65 +153,53 @@ def counted(model: "MaskPredictor", block: TrainingParams, ranks: int, tokens: i
     }
 
 
-def block_shape(model: "MaskPredictor") -> tuple[list[Any], int, int]:
-    """The repeated layers of a model, its width, and how wide its feed-forward is for one token."""
-    from llada_core.modeling.network import LLaDAModelLM
-
-    if isinstance(model, LLaDAModelLM):
-        shape = model.shape
-        inner = shape.mlp_width if shape.moe is None else shape.moe.per_token * shape.moe.width + shape.moe.shared_width
-        return list(model.model.transformer.blocks), shape.width, inner
-    lists = [list(m.children()) for m in model.modules() if type(m).__name__ == "ModuleList"]
-    width = model.get_input_embeddings().get_parameter("weight").shape[1]
-    return max(lists, key=len), width, 4 * width
-
-
 def shape_of(params: Params, stage: str) -> tuple["MaskPredictor", int]:
     """The model of a stage without memory for its weights, and how many bytes each has where it comes from."""
     import torch
-    from transformers import AutoConfig
 
-    from llada_core.modeling.families import LLaDAConfig
-    from llada_core.modeling.network import LLaDAModelLM, LLaDAMoEModelLM
-    from llada_core.modeling.pretrained import empty_model, new_model
-    from llada_core.tokenizer import FAMILIES, SpecialTokens
+    from llada_core.modeling.families import family_of, published_as
+    from llada_core.modeling.pretrained import empty_model
+    from llada_core.tokenizer import SpecialTokens
 
     source = params.training(stage).init_from
     if source in TRAINING_STAGES:
         return shape_of(params, source)
-    named = [f for f in FAMILIES if source is not None and Path(source).name.startswith(f.name)]
+    special = SpecialTokens(mask_id=2, eos_id=1, pad_id=1)  # a shape may not name them, and their numbers do not matter
     if source is None:
         assert params.model is not None
-        special = SpecialTokens(mask_id=2, eos_id=1, pad_id=1)
-        with torch.device("meta"):
-            make = new_model if params.model.kind == "masked_lm" else empty_model
-            return make(params.model, vocabulary(params), special), 4
-    if named and not Path(source).is_dir():
-        config: Any = LLaDAConfig.from_dict(named[0].config)
+        return empty_model(params.model, vocabulary(params), special), 4
+    named = None if Path(source).is_dir() else published_as(source)
+    if named is not None and named.published is not None:
+        family, config = named, named.config_class.for_model(**named.published.config)
     else:
-        try:
-            config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{stage}.init_from {source!r}: no shape to be had: {str(error).splitlines()[0]}"
-            ) from None
-    if not isinstance(config, LLaDAConfig):
-        raise ConfigError(f"{stage}.init_from {source!r} is a {type(config).__name__}: plan knows LLaDA's family alone")
+        config = _stored_config(source, stage)
+        family = family_of(config.to_dict())
     with torch.device("meta"):
-        model = (LLaDAMoEModelLM if config.architecture().moe is not None else LLaDAModelLM)(config)
-    return model, {"float32": 4}.get(str(config.published().get("torch_dtype", "bfloat16")), 2)
+        model = family.network_class.of_config(config, special)
+    return model, family.stored_bytes if config.dtype is None else config.dtype.itemsize
+
+
+def _stored_config(source: str, stage: str) -> Any:
+    from transformers import AutoConfig
+
+    import llada_core.modeling.architecture  # noqa: F401 - so that AutoConfig knows ours
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{stage}.init_from {source!r}: no shape to be had: {str(error).splitlines()[0]}") from None
 
 
 def vocabulary(params: Params) -> int:
     """How many tokens a fresh model gets."""
-    from llada_core.tokenizer import FAMILIES
+    from llada_core.modeling.families import published_as
 
     asked = params.data.tokenizer if params.data is not None else None
     if asked is None or asked.name is None:
         return asked.vocab_size if asked is not None else 512
-    family = next((f for f in FAMILIES if Path(asked.name).name.startswith(f.name)), None)
-    if family is not None and not Path(asked.name).is_dir():
-        return family.vocab_size
+    family = published_as(asked.name)
+    if family is not None and family.published is not None and not Path(asked.name).is_dir():
+        return family.published.vocab_size
     from llada_core.tokenizer import Tokenizer
 
     return Tokenizer.load(asked.name).vocab_size

@@ -15,7 +15,7 @@ from llada_core.evaluation.harness import LladaLM, _said
 from llada_core.evaluation.requests import ChatText
 from llada_core.modeling import add_lora, save_model
 from llada_core.modeling.adapters import save_adapter
-from llada_core.modeling.architecture import LoraParams
+from llada_core.modeling.families import LoraParams
 from tests.tiny import tiny_pair
 
 QUICK = "max_new_tokens=8,steps=8,block_length=8"

@@ -9,7 +9,7 @@ import torch
 import llada_core
 from llada_core.modeling import add_lora
 from llada_core.modeling.adapters import save_adapter
-from llada_core.modeling.architecture import LoraParams
+from llada_core.modeling.families import LoraParams
 from tasks.folders import content_hash
 from tests.tiny import tiny_tokenizer
 

@@ -10,8 +10,7 @@ from torch.testing import assert_close
 from llada_core import settings
 from llada_core.modeling import add_lora, load_model, merge_adapter, save_model
 from llada_core.modeling.adapters import adapter_off, linear_layers, load_adapter, save_adapter
-from llada_core.modeling.architecture import LoraParams
-from llada_core.modeling.network import choose_attention
+from llada_core.modeling.families import LoraParams
 from tests.tiny import TINY_BACKBONES, tiny_model
 
 KINDS = ["llada", "llada_moe", *TINY_BACKBONES]
@@ -322,13 +321,13 @@ def test_attention_is_computed_as_asked_where_there_is_a_choice(tmp_path):
     eager, sdpa = (load_model(tmp_path, attn_implementation=name) for name in ("eager", "sdpa"))
     assert (eager.config._attn_implementation, sdpa.config._attn_implementation) == ("eager", "sdpa")
     assert_close(logits(eager), logits(sdpa), atol=2e-5, rtol=1e-4)
-    choose_attention(tiny_model(), "sdpa")
+    tiny_model().choose_attention("sdpa")
     with pytest.raises(
         ValueError, match=r"'eager' is none of LLaDAModelLM's: .* takes FlashAttention by itself; use sdpa"
     ):
-        choose_attention(tiny_model(), "eager")
+        tiny_model().choose_attention("eager")
     with pytest.raises(ValueError, match="attn_implementation 'nonsense' is none of DistilBertForMaskedLM's"):
-        choose_attention(eager, "nonsense")
+        eager.choose_attention("nonsense")
 
 
 def test_without_peft_its_extra_is_named(monkeypatch):

@@ -15,8 +15,8 @@ import llada_core
 from llada_core import settings
 from llada_core.modeling import LLaDAModelLM, LLaDAMoEModelLM, add_lora, load_config, load_model, save_model
 from llada_core.modeling.adapters import save_adapter
-from llada_core.modeling.architecture import LoraParams
-from llada_core.tokenizer import LLADA, LLADA_MOE, SpecialTokens
+from llada_core.modeling.families import LLADA, LLADA_MOE, LoraParams
+from llada_core.tokenizer import SpecialTokens
 from tests.reference import DENSE, GOLDEN, MOE
 from tests.tiny import tiny_model, tiny_pair
 
@@ -254,12 +254,12 @@ def test_special_tokens_from_config_tokenizer_family_and_caller(tmp_path):
     rewrite(tmp_path / "m", mask_token_id=9)
     with pytest.raises(ValueError, match="mask_token_id 9, its tokenizer 2"):
         load_model(tmp_path / "m")
-    from llada_core.modeling.families import special_tokens_of
+    from llada_core.modeling.pretrained import special_tokens_of
 
     for family in (LLADA, LLADA_MOE):
         bare = {k: v for k, v in family.config.items() if not k.endswith("token_id")}
         (tmp_path / "config.json").write_text(json.dumps(bare))
-        assert special_tokens_of(tmp_path, {}, family.vocab_size) == family.special
+        assert special_tokens_of(tmp_path, {}, family.vocab_size) == SpecialTokens(**family.special)
 
 
 def test_special_tokens_outside_the_vocabulary(folder):
@@ -312,7 +312,7 @@ def test_four_bits_are_nf4_with_the_scales_that_were_asked_for(monkeypatch, tmp_
     save_adapter(lightly_adapted(), tmp_path / "adapter", "../base")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(settings, "find_spec", lambda name: object())
-    monkeypatch.setattr("llada_core.modeling.pretrained.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    monkeypatch.setattr(LLaDAModelLM, "from_pretrained", from_pretrained)
     for name in ("base", "adapter"):
         with pytest.raises(ValueError, match="no GPU here"):
             load_model(tmp_path / name, device={"": "cuda:0"}, bits=4, double_quant=double_quant)

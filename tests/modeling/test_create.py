@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from llada_core.modeling import load_model, new_model, save_model
-from llada_core.tokenizer import LLADA, LLADA_MOE, SpecialTokens
+from llada_core.modeling.families import LLADA, LLADA_MOE
+from llada_core.tokenizer import SpecialTokens
 from tests.tiny import SPECIAL, TINY_BACKBONES, tiny_model, tiny_params
 
 TOKENS = torch.randint(0, 120, (2, 6))

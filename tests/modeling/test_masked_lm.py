@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from llada_core.modeling import load_model, new_model, save_model
-from llada_core.modeling.architecture import ModelParams
+from llada_core.modeling.families import ModelParams
 from tests.tiny import SPECIAL, TINY_BACKBONES, tiny_model, tiny_tokenizer
 
 TOKENS = torch.randint(0, 119, (2, 9), generator=torch.Generator().manual_seed(0))

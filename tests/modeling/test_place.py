@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llada_core.modeling import LLaDAModelLM, load_model, save_model
 from llada_core.modeling import pretrained as loading
-from llada_core.modeling.families import LLaDAConfig, published_shapes
+from llada_core.modeling.architecture import LLaDAConfig, published_shapes
+from llada_core.modeling.families import FAMILIES, LLADA
 from llada_core.modeling.place import GB, ROOM, Machine, Need, Place, checked_bits, kind_of, place_for, processes_for
 from llada_core.modeling.predictor import feed_from_cpu
 from llada_core.modeling.pretrained import empty_model
 from llada_core.sampling.params import SamplingParams
-from llada_core.tokenizer import LLADA
 from tests.tiny import SPECIAL, tiny_model, tiny_params
 
 FIRST, OTHER = torch.device("meta"), torch.device("lazy")
@@ -39,7 +39,7 @@ def eight_billion() -> dict[str, tuple[tuple[int, ...], int]]:
     """LLaDA-8B's weights as they are stored: bf16."""
     with torch.device("meta"):
         weights = LLaDAModelLM(LLaDAConfig.from_dict(LLADA.config)).state_dict()
-    return {name: (tuple(shape), 2) for name, shape in published_shapes(weights, sparse=False).items()}
+    return {name: (tuple(shape), 2) for name, shape in published_shapes(weights, FAMILIES["llada"]).items()}
 
 
 def small(gigabytes: float = 1) -> Need:

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 import tasks.launch.plan
 from cli.runs import plan
+from llada_core.modeling import save_model
 from tasks.launch.plan import GIB, need, ranks_of
-from tasks.launch.plan_memory import KEPT
+from tasks.launch.plan_memory import KEPT, cut, shape_of
 from tasks.project import Params
 from tests.tasks.test_runs import program
 from tests.tiny import tiny_model
@@ -54,6 +55,21 @@ def test_llada_8b_split_over_eight_gpus() -> None:
     assert needs.tokens == 32 * 1024
     assert needs.steps == 5 * (52002 * 0.95 // 32)
     assert needs.flops == needs.steps * 6 * (DENSE - 126464 * 4096) * needs.tokens
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "stored"), [("bert", "float32", 4), ("bert", "bfloat16", 2), ("llada", "bfloat16", 2)]
+)
+def test_a_stored_model_of_any_family_is_planned_by_its_shape(
+    tmp_path: Path, kind: str, dtype: str, stored: int
+) -> None:
+    model = tiny_model(kind).to(getattr(torch, dtype))
+    save_model(model, tmp_path / "m")
+    params = load("llada-sft-alpaca", f"sft.init_from={tmp_path / 'm'}")
+    shape, size = shape_of(params, "sft")
+    assert {name: p.shape for name, p in shape.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert ({p.device.type for p in shape.parameters()}, size) == ({"meta"}, stored)
+    assert len(cut(shape, 1).blocks) == 1
 
 
 def test_adapters_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

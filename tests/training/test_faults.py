@@ -12,7 +12,7 @@ import torch
 import llada_core.training.checkpoint as checkpoint_module
 import llada_core.training.train as export_module
 from llada_core.modeling import load_model
-from llada_core.modeling.architecture import LoraParams
+from llada_core.modeling.families import LoraParams
 from llada_core.training.checkpoint import damaged
 from llada_core.training.loop import DivergedError
 from llada_core.training.objectives import DiffusionObjective, Loss

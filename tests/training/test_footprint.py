@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llada_core.modeling.architecture import LoraParams, ModelParams
-from llada_core.modeling.pretrained import empty_model, new_model
+from llada_core.modeling.families import LoraParams, ModelParams
+from llada_core.modeling.pretrained import empty_model
 from llada_core.tokenizer import SpecialTokens
 from llada_core.training.footprint import footprint
 from llada_core.training.params import DistributionParams, GRPOParams, PreferenceParams, PretrainParams, SFTParams
@@ -17,9 +17,7 @@ GIB = 2**30
 
 def shape(vocabulary, kind="llada", **values):
     special = SpecialTokens(mask_id=vocabulary - 1, eos_id=0, pad_id=0)
-    with torch.device("meta"):
-        make = new_model if kind == "masked_lm" else empty_model
-        return make(ModelParams(kind=kind, **{"max_sequence_length": 4096, **values}), vocabulary, special)
+    return empty_model(ModelParams(kind=kind, **{"max_sequence_length": 4096, **values}), vocabulary, special)
 
 
 def step(model, params, rows, length, **more):

@@ -9,7 +9,7 @@ from llada_core.data.batches import Batch
 from llada_core.data.params import SFTData
 from llada_core.data.rows import RowFile, schema_of
 from llada_core.modeling import load_model, save_model
-from llada_core.modeling.architecture import LoraParams
+from llada_core.modeling.families import LoraParams
 from llada_core.sampling.params import SamplingParams
 from llada_core.training.objectives import DiffusionObjective
 from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, SFTParams

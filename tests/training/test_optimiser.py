@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from llada_core.modeling import add_lora
-from llada_core.modeling.architecture import LoraParams
+from llada_core.modeling.families import LoraParams
 from llada_core.settings import ConfigError
 from llada_core.training.engine import Muon, learning_rate, optimiser_for
 from llada_core.training.params import Phase, TrainingParams
