@@ -1,5 +1,5 @@
-"""The shape of a network, read key by key from a config.json, and what transformers reads one by:
-configurations, and the published names of weights.
+"""The shape of a network, read key by key from a config.json; and what transformers needs to read and write a LLaDA:
+configurations and the published names of weights.
 
 A key that this package does not compute is refused by name: a checkpoint that loads is computed as it was trained.
 """

@@ -140,7 +140,7 @@ class Family:
 
     def published_name(self, own: str) -> str:
         """The published name of a parameter of ours that is not an expert's."""
-        for theirs, ours in reversed(self.renamed.items()):
+        for theirs, ours in reversed([*self.renamed.items()]):
             own = own.replace(ours, theirs)
         return own
 

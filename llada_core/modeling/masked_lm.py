@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
-from llada_core.modeling.predictor import KVCache, MaskPredictor, Prediction, device_of, projected_nll
+from llada_core.modeling.predictor import KVCache, MaskPredictor, Prediction, projected_nll
 from llada_core.tokenizer import SpecialTokens
 
 
@@ -68,10 +68,6 @@ class MaskedLM(MaskPredictor):
     def config(self) -> Any:
         """The backbone's transformers config."""
         return self.backbone.config
-
-    @property
-    def device(self) -> torch.device:
-        return device_of(self) if self._entrance is None else self._entrance
 
     @property
     def dtype(self) -> torch.dtype:

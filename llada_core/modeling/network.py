@@ -149,7 +149,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         return self.model.transformer.ff_out
 
     def new_cache(self, batch: int, length: int) -> KVCache:
-        def like(block: LLaDABlock) -> Tensor:  # its norms are never quantised
+        def like(block: Any) -> Tensor:  # its norms are never quantised
             dtype = self.computes_in or block.attn_norm.weight.dtype
             return torch.empty(0, dtype=dtype, device=device_of(block))
 

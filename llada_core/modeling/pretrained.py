@@ -96,33 +96,17 @@ def load_model(  # noqa: PLR0913 - the one way in; everything after the name is 
         kind_of("cuda", bits)
     stored = stored_weights(folder)  # an absent or damaged file is told in one line, for masked-LMs too
     place = device if isinstance(device, dict | Place) else place_for(Need.of(stored, dtype, bits), str(device), bits)
-    where = _device_map(place)
-    predictor, info = network.read(
-        folder,
-        config,
-        special_tokens,
-        dtype="auto" if dtype is None else dtype,
-        quantization_config=_quantization(bits, dtype, double_quant),
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        device_map=where,
-        max_memory=None if isinstance(place, dict) or place.spread is None else dict(place.spread),
-    )
-    require_loaded(str(folder), info)
-    if isinstance(place, Place) and where is None:
-        predictor.to(place.device)
+    how = {"dtype": "auto" if dtype is None else dtype, "quantization_config": _quantization(bits, dtype, double_quant)}
+    predictor = _read(network, folder, config, special_tokens, place, how)
     if attn_implementation is not None:
         predictor.choose_attention(attn_implementation)
-    if isinstance(place, Place) and place.kind == "mps":
-        feed_from_cpu(predictor, torch.device(place.device))
     return predictor.eval()
 
 
 def special_tokens_of(folder: Path, defaults: Mapping[str, Any], rows: int) -> SpecialTokens:
     """Each id as config.json writes it, else as the tokenizer beside it, else `defaults`, else its published like.
 
-    That is the published model with this architecture and this very vocabulary; `defaults` are a configuration class's
-    own.
+    Its published like has this architecture and this very vocabulary; `defaults` are a configuration class's own.
     `ValueError` if nobody names MASK and EOS, if config.json and tokenizer disagree on MASK, or an id is not below
     `rows`, the number of vocabulary rows.
     """
@@ -170,14 +154,34 @@ def need_of(name_or_path: str | Path, dtype: torch.dtype | None = None, bits: in
     return Need.of(stored_weights(folder), dtype, bits)
 
 
-def _device_map(place: Place | dict[str, Any]) -> dict[str, Any] | str | None:
+def _read(
+    network: type[MaskPredictor],
+    folder: Path,
+    config: Any,
+    special: SpecialTokens,
+    place: Place | dict[str, Any],
+    how: dict[str, Any],
+) -> MaskPredictor:
+    """The model with its weights in place; `ValueError` unless every one was found."""
+    how = how | _device_map(place)
+    strictly = {"use_safetensors": True, "ignore_mismatched_sizes": True}
+    predictor, info = network.read(folder, config, special, **strictly, **how)
+    require_loaded(str(folder), info)
+    if isinstance(place, Place) and how["device_map"] is None:
+        predictor.to(place.device)
+    if isinstance(place, Place) and place.kind == "mps":
+        feed_from_cpu(predictor, torch.device(place.device))
+    return predictor
+
+
+def _device_map(place: Place | dict[str, Any]) -> dict[str, Any]:
     """What transformers is told about places; without accelerate it can only load to the CPU, to be moved after."""
     if isinstance(place, dict):
-        return place
+        return {"device_map": place}
     if place.spread is not None:
-        return "balanced"
+        return {"device_map": "balanced", "max_memory": dict(place.spread)}
     placed = place.kind != "cpu" and find_spec("accelerate") is not None
-    return {"": place.device} if placed else None
+    return {"device_map": {"": place.device} if placed else None}
 
 
 def _quantization(bits: int | None, dtype: torch.dtype | None, double_quant: bool) -> BitsAndBytesConfig | None:
