@@ -21,7 +21,7 @@ from benchmarks import oracle
 from benchmarks.champion import recipe
 from benchmarks.likelihood import SAMPLES, looks_as_good
 from benchmarks.timing import interleaved, table
-from llada_core.evaluation.answering import Answerer, Options
+from llada_core.evaluation.answering import Options, Responder
 from llada_core.evaluation.harness import LladaLM
 from llada_core.evaluation.params import Settings
 from llada_core.evaluation.requests import ChatText, prompt_ids
@@ -88,7 +88,7 @@ def likelihoods(model, reference, tokenizer: Tokenizer, rows: list[dict]) -> Non
         pairs = [(text, option) for text, options in items for option in options]
 
         def ours(pairs: list[tuple[str, str]] = pairs) -> None:
-            lm = LladaLM(Answerer(model, tokenizer, Options(Settings(samples=looks), batch_size=32)))
+            lm = LladaLM(Responder(model, tokenizer, Options(Settings(samples=looks), batch_size=32)))
             asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
             with contextlib.redirect_stderr(io.StringIO()):
                 lm.loglikelihood(asked)
@@ -114,7 +114,7 @@ def compared(model, reference, tokenizer: Tokenizer, texts: list[str], sampling:
     answers: dict[str, list[str]] = {}
 
     def ours() -> None:
-        lm = LladaLM(Answerer(model, tokenizer, Options(settings, batch_size=8)))
+        lm = LladaLM(Responder(model, tokenizer, Options(settings, batch_size=8)))
         asked = [Instance("generate_until", {}, (text, {"until": []}), i) for i, text in enumerate(texts)]
         with contextlib.redirect_stderr(io.StringIO()):
             answers["ours"] = lm.generate_until(asked)

@@ -17,11 +17,11 @@ import torch
 
 from benchmarks.champion import recipe
 from benchmarks.timing import table
-from llada_core.evaluation.answering import Answer, Answerer
+from llada_core.evaluation.answering import Responder, Response
 from llada_core.evaluation.benchmark import Benchmark, benchmark, run
 from llada_core.evaluation.harness import LladaLM
 from llada_core.evaluation.params import EvaluateParams, Settings
-from llada_core.evaluation.requests import Wanted
+from llada_core.evaluation.requests import GenerationRequest
 from tasks.project import below
 from tasks.work.evaluate import answering, quiet_lm_eval
 
@@ -63,12 +63,12 @@ def settings(length: int) -> dict[tuple[str, int, str], dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Clocked(Answerer):
+class Clocked(Responder):
     """An answerer that adds up the processor seconds of its generation."""
 
     seconds: list[float] = field(default_factory=list)
 
-    def generate(self, asked: list[Wanted]) -> list[Answer]:
+    def generate(self, asked: list[GenerationRequest]) -> list[Response]:
         """As its parent."""
         began = time.process_time()
         answers = super().generate(asked)
@@ -76,7 +76,7 @@ class Clocked(Answerer):
         return answers
 
 
-def measured(asked: Benchmark, answerer: Answerer, limit: int | None) -> tuple[dict[str, Any], float, float]:
+def measured(asked: Benchmark, answerer: Responder, limit: int | None) -> tuple[dict[str, Any], float, float]:
     """A benchmark's result, tokens a second and forwards of an answer."""
     clocked = Clocked(answerer.model, answerer.tokenizer, replace(answerer.options, settings=asked.settings))
     lm = LladaLM(clocked)

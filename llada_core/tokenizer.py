@@ -65,7 +65,7 @@ _MARKS = [chr(code) for code in range(0xE000, 0xF900)]  # for private use: nobod
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Segments:
     """The text of a dialogue: a prompt, then each reply with what follows it; `marks` stand for special strings."""
 
     texts: list[str]
@@ -73,7 +73,7 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TemplateLayout:
     """What a template writes around the contents of messages with the same roles: per part, the text between them."""
 
     frames: list[list[str]]
@@ -96,7 +96,7 @@ class ChatTemplate:
 
     def __init__(self, fast: Any, special: re.Pattern[str]) -> None:
         self._fast, self._special = fast, special
-        self._layouts: dict[tuple[str, bool, tuple[str, ...]], Layout | None] = {}
+        self._layouts: dict[tuple[str, bool, tuple[str, ...]], TemplateLayout | None] = {}
         self._literals: dict[str, list[str]] = {}
 
     def text(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
@@ -109,7 +109,7 @@ class ChatTemplate:
             raise ValueError(f"the chat template refuses the dialogue: {error}") from None
         return str(text)
 
-    def parts(self, messages: Sequence[Message], *, answered: bool) -> Parts:
+    def parts(self, messages: Sequence[Message], *, answered: bool) -> Segments:
         """The dialogue (`answered`: up to its last reply; else with the prompt for the next) cut where replies start.
 
         The template writes every dialogue that it could see something in. Where it cannot, what it writes for the same
@@ -123,10 +123,10 @@ class ChatTemplate:
                 self._layouts[key] = self._layout(messages, contents, answered)
             layout = self._layouts[key]
             if layout is not None:
-                return Parts(layout.filled(contents), {})
+                return Segments(layout.filled(contents), {})
         return self.written_parts(messages, answered=answered)
 
-    def written_parts(self, messages: Sequence[Message], *, answered: bool) -> Parts:
+    def written_parts(self, messages: Sequence[Message], *, answered: bool) -> Segments:
         """`parts` as the template itself writes them.
 
         A reply starts behind what the template writes for the messages before it and a generation prompt. An earlier
@@ -144,7 +144,7 @@ class ChatTemplate:
                 starts.append(len(before))
             elif answered and i == replies[-1]:
                 raise ValueError("the chat template writes a reply in another way than its generation prompt announces")
-        return Parts([whole[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)], marks)
+        return Segments([whole[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)], marks)
 
     def _hidden(self, messages: Sequence[Message]) -> tuple[Sequence[Message], dict[str, str]]:
         """The messages with a mark in place of each special string: in the text they would look like the template's.
@@ -179,7 +179,7 @@ class ChatTemplate:
             and self._special.search(said) is None
         )
 
-    def _layout(self, messages: Sequence[Message], contents: list[str], answered: bool) -> Layout | None:
+    def _layout(self, messages: Sequence[Message], contents: list[str], answered: bool) -> TemplateLayout | None:
         """What is written around contents, if they come once each, in order, either as they are or trimmed."""
         marks = _MARKS[: len(messages)]
         framed = [{**message, "content": f" {mark} "} for message, mark in zip(messages, marks, strict=False)]
@@ -191,7 +191,7 @@ class ChatTemplate:
         if written.marks or len(marks) < len(messages) or [c for c in "".join(texts) if c in marks] != marks:
             return None
         for trimmed, pattern in ((True, f"[{''.join(marks)}]"), (False, f" [{''.join(marks)}] ")):
-            layout = Layout([re.split(pattern, text) for text in texts], trimmed)
+            layout = TemplateLayout([re.split(pattern, text) for text in texts], trimmed)
             if sum(map(len, layout.frames)) == len(texts) + len(marks) and layout.filled(contents) == written.texts:
                 return layout
         return None

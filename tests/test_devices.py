@@ -21,11 +21,11 @@ from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError
 from llada_core.training.engine import Ranks
 from llada_core.training.grpo import GRPO, Share
-from llada_core.training.loop import Loop, Parts
+from llada_core.training.loop import Loop, TrainingState
 from llada_core.training.params import GRPOParams, SFTParams
 from llada_core.training.progress import Meter, MetricsFile
 from llada_core.training.rollouts import Completions, Masks
-from llada_core.training.train import Place, objective_for, train
+from llada_core.training.train import RunPaths, objective_for, train
 from tasks.work import training
 from tests.pretend_gpu import GPU, OnGPU, PretendGPU, moved
 from tests.tiny import tiny_model, tiny_pair
@@ -46,7 +46,7 @@ def a_loop(data, folder, kind):
     objective = objective_for(params, model, tokenizer, data, seed=1)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)  # the product's is the fused one: it never waits
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    parts = Parts(Accelerator(cpu=True), model.train(), optimiser, objective, parameters=1)
+    parts = TrainingState(Accelerator(cpu=True), model.train(), optimiser, objective, parameters=1)
     return Loop(parts, params, folder, seed=1, metrics=MetricsFile(folder / "metrics.jsonl", Ranks()))
 
 
@@ -225,6 +225,6 @@ def test_on_a_gpu_one_plain_process_trains_and_no_update_waits(data, tmp_path, m
     monkeypatch.setattr(Loop, "_update", watched)
     model, tokenizer = tiny_pair(kind)
     params = SFTParams(max_steps=6, batch_size=8, micro_batch_size=4, samples=0, log_every=1, precision=precision)
-    receipt = train(params, model, tokenizer, Place(data, tmp_path, tmp_path / "model"), seed=1)
+    receipt = train(params, model, tokenizer, RunPaths(data, tmp_path, tmp_path / "model"), seed=1)
     assert receipt.finished
     assert model.device.type == "cuda"

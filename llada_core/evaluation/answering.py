@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 from llada_core.evaluation.params import SAMPLER_FIELDS, Settings
-from llada_core.evaluation.requests import OTHER_NAMES, TOKEN_LISTS, Wanted, token_list
+from llada_core.evaluation.requests import OTHER_NAMES, TOKEN_LISTS, GenerationRequest, token_list
 from llada_core.files import line_of, parsed
 from llada_core.likelihood import greedy_matches, log_likelihoods
 from llada_core.modeling import MaskPredictor, load_model, load_to_answer
@@ -32,8 +32,8 @@ from llada_core.tokenizer import Tokenizer
 # all, and does what a dead rank left. There is no collective.
 
 log = logging.getLogger(__name__)
-Answer = dict[str, Any]
-Work = Callable[[Sequence[int]], list[Answer]]
+Response = dict[str, Any]
+Respond = Callable[[Sequence[int]], list[Response]]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class AnswerStore:
     folder: Path | None = None
     shard: Shard = Shard()
     seconds: float = 0.0  # spent on everything in the store, by all ranks and all earlier attempts
-    _answers: dict[str, Answer] = field(default_factory=dict)
+    _answers: dict[str, Response] = field(default_factory=dict)
     _read: dict[Path, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -88,11 +88,11 @@ class AnswerStore:
     def __contains__(self, key: str) -> bool:
         return key in self._answers
 
-    def get(self, key: str, otherwise: Answer) -> Answer:
+    def get(self, key: str, otherwise: Response) -> Response:
         """The answer with this key, else `otherwise`."""
         return self._answers.get(key, otherwise)
 
-    def add(self, keys: Sequence[str], answers: Sequence[Answer], seconds: float) -> None:
+    def add(self, keys: Sequence[str], answers: Sequence[Response], seconds: float) -> None:
         """Keeps the answers of one batch: all of them or, if killed meanwhile, none."""
         self._keep(keys, answers, seconds)
         if self.folder is None:
@@ -118,7 +118,7 @@ class AnswerStore:
                     grown = True
         return grown
 
-    def _keep(self, keys: Sequence[str], answers: Sequence[Answer], seconds: float) -> None:
+    def _keep(self, keys: Sequence[str], answers: Sequence[Response], seconds: float) -> None:
         self._answers.update(zip(keys, answers, strict=True))
         self.seconds += seconds
 
@@ -135,8 +135,8 @@ class AnswerStore:
                 file.truncate(content.rfind(b"\n") + 1)
 
 
-def work_off(
-    batches: Sequence[Sequence[int]], keys: Sequence[str], work: Work, store: AnswerStore, *, patience: float = 600.0
+def answer_all(
+    batches: Sequence[Sequence[int]], keys: Sequence[str], work: Respond, store: AnswerStore, *, patience: float = 600.0
 ) -> None:
     """Puts an answer to every request into `store` (rank 0), or to those of this rank (the others).
 
@@ -175,7 +175,7 @@ def _open(batch: Sequence[int], keys: Sequence[str], store: AnswerStore) -> bool
     return any(keys[i] not in store for i in batch)
 
 
-def _do(batch: Sequence[int], keys: Sequence[str], work: Work, store: AnswerStore) -> None:
+def _do(batch: Sequence[int], keys: Sequence[str], work: Respond, store: AnswerStore) -> None:
     start = time.monotonic()
     try:
         answers = work(batch)
@@ -260,7 +260,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Answerer:
+class Responder:
     """A model, its tokenizer, and how they answer."""
 
     model: MaskPredictor
@@ -277,14 +277,14 @@ class Answerer:
         """Monte-Carlo samples of one likelihood."""
         return self.options.settings.samples or SAMPLES
 
-    def generate(self, asked: list[Wanted]) -> list[Answer]:
+    def generate(self, asked: list[GenerationRequest]) -> list[Response]:
         """Answers to requests with the same settings, in one batch."""
         if asked[0].blanks:
             return self._infill(asked)
         result = generate(self.model, [list(w.prompt) for w in asked], asked[0].params)
         return [self._answer(row.tolist(), result.forwards) for row in result.answers]
 
-    def _infill(self, asked: list[Wanted]) -> list[Answer]:
+    def _infill(self, asked: list[GenerationRequest]) -> list[Response]:
         mask = self.tokenizer.special.mask_id
         templates = [[*w.prompt, *[mask] * w.blanks, *w.suffix] for w in asked]
         most = max(w.length for w in asked)
@@ -293,11 +293,11 @@ class Answerer:
         parts = (row[len(w.prompt) :][: w.blanks] for row, w in zip(result.answers, asked, strict=True))
         return [self._answer(part.tolist(), result.forwards) for part in parts]
 
-    def _answer(self, ids: Ids, forwards: int) -> Answer:
+    def _answer(self, ids: Ids, forwards: int) -> Response:
         ends = [i for i, token in enumerate(ids) if token in self.tokenizer.end_ids]
         return {"text": self.tokenizer.answer_text(ids), "tokens": ends[0] if ends else len(ids), "forwards": forwards}
 
-    def score(self, pairs: list[tuple[Ids, Ids]]) -> list[Answer]:
+    def score(self, pairs: list[tuple[Ids, Ids]]) -> list[Response]:
         """Log-likelihoods of continuations given contexts, one batch."""
         guidance = self.options.settings.cfg_scale or 0.0
         values = log_likelihoods(self.model, pairs, samples=self.samples, cfg_scale=guidance, seed=self.options.seed)
@@ -327,7 +327,7 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 _SILENT = ("max_batch_size", "mask_id", "save_dir", "trust_remote_code", "parallelize")
 
 
-def from_arguments(given: Mapping[str, Any]) -> tuple[Answerer, AnswerStore]:
+def from_arguments(given: Mapping[str, Any]) -> tuple[Responder, AnswerStore]:
     """What `--model_args` (and lm-eval's batch size and device) name; raises `ConfigError`."""
     values = {OTHER_NAMES.get(k, k): v for k, v in given.items() if k not in _SILENT}
     name = values.pop("pretrained", None) or values.pop("model_path", None)
@@ -357,7 +357,7 @@ def from_arguments(given: Mapping[str, Any]) -> tuple[Answerer, AnswerStore]:
     values |= {k: token_list(values[k]) for k in TOKEN_LISTS if k in values}
     settings = Settings(sampling=values, samples=samples, cfg_scale=values.get("cfg_scale"))
     size = AUTO_BATCH if batch.startswith("auto") else int(batch)
-    answerer = Answerer(model, Tokenizer.load(str(name)), Options(settings, size, check_greedy=greedy, **options))
+    answerer = Responder(model, Tokenizer.load(str(name)), Options(settings, size, check_greedy=greedy, **options))
     if not answers:
         return answerer, AnswerStore()
     determining = {"dtype": dtype, "bits": bits, "settings": settings.model_dump(), "greedy": greedy}

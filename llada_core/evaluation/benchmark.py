@@ -16,7 +16,7 @@ from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
 from llada_core.evaluation import recipes, taskset
-from llada_core.evaluation.answering import Answerer
+from llada_core.evaluation.answering import Responder
 from llada_core.evaluation.harness import Cost, EstimatingLM, LladaLM
 from llada_core.evaluation.params import EvaluateParams, Settings
 from llada_core.evaluation.recipes import Recipe
@@ -109,7 +109,7 @@ def answer(asked: Benchmark, lm: LladaLM, *, limit: int | None = None) -> None:
         getattr(lm, kind)(instances)
 
 
-def cost_of(asked: Benchmark, answerer: Answerer, *, limit: int | None = None, rate: float | None = None) -> Cost:
+def cost_of(asked: Benchmark, answerer: Responder, *, limit: int | None = None, rate: float | None = None) -> Cost:
     """What a benchmark costs at most, at `rate` tokens a second, or that of one measured forward; nothing is answered.
 
     With a rate the answerer's model may be one of shapes alone.

@@ -14,17 +14,25 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
-from llada_core.evaluation.answering import Answer, Answerer, AnswerStore, Work, from_arguments, keys_of, work_off
+from llada_core.evaluation.answering import (
+    AnswerStore,
+    Respond,
+    Responder,
+    Response,
+    answer_all,
+    from_arguments,
+    keys_of,
+)
 from llada_core.evaluation.requests import ChatText, batches, cut, pairs, wanted
 from llada_core.settings import ConfigError
 from llada_core.tokenizer import Message
 
 log = logging.getLogger(__name__)
-NO_ANSWER: Answer = {"text": "", "tokens": 0, "forwards": 0, "ll": 0.0, "greedy": False}
+NO_ANSWER: Response = {"text": "", "tokens": 0, "forwards": 0, "ll": 0.0, "greedy": False}
 Pair = tuple[tuple[str, str], list[int], list[int]]
 
 
-class Batch(NamedTuple):
+class RequestBatch(NamedTuple):
     """Requests answered together, by their numbers: at most `forwards` of the model over `length` tokens of each."""
 
     numbers: list[int]
@@ -36,7 +44,7 @@ class Batch(NamedTuple):
 class LladaLM(TemplateLM):
     """A mask predictor that answers lm-eval's three kinds of requests."""
 
-    def __init__(self, answerer: Answerer, store: AnswerStore | None = None) -> None:
+    def __init__(self, answerer: Responder, store: AnswerStore | None = None) -> None:
         super().__init__()
         self.answerer, self.tokenizer_, self.options = answerer, answerer.tokenizer, answerer.options
         self.store = store or AnswerStore()
@@ -101,7 +109,7 @@ class LladaLM(TemplateLM):
         answers = self._answer(
             "generate_until",
             [r.args for r in requests],
-            [Batch(group, max(lengths[i] for i in group), asked[group[0]].params.steps) for group in groups],
+            [RequestBatch(group, max(lengths[i] for i in group), asked[group[0]].params.steps) for group in groups],
             lambda batch: self.answerer.generate([asked[i] for i in batch]),
         )
         self.new_tokens += [a["tokens"] for a in answers]
@@ -121,7 +129,7 @@ class LladaLM(TemplateLM):
         answers = self._answer(
             "loglikelihood",
             [text for text, _, _ in requests],
-            [Batch(group, max(lengths[i] for i in group), self.answerer.samples) for group in groups],
+            [RequestBatch(group, max(lengths[i] for i in group), self.answerer.samples) for group in groups],
             lambda batch: self.answerer.score([fitting[i] for i in batch]),
         )
         return [(a["ll"], a["greedy"]) for a in answers]
@@ -151,21 +159,21 @@ class LladaLM(TemplateLM):
 
     # -- the work ---------------------------------------------------------------------------------------------
 
-    def _answer(self, kind: str, arguments: Sequence[Any], groups: list[Batch], work: Work) -> list[Answer]:
+    def _answer(self, kind: str, arguments: Sequence[Any], groups: list[RequestBatch], work: Respond) -> list[Response]:
         keys = keys_of(kind, [[_said(argument) for argument in request] for request in arguments])
         self._announce([batch for batch in groups if any(keys[i] not in self.store for i in batch.numbers)])
 
-        def work_and_tell(batch: Sequence[int]) -> list[Answer]:
+        def work_and_tell(batch: Sequence[int]) -> list[Response]:
             answers = work(batch)
             for i, answer in zip(batch, answers, strict=True):
                 value = answer["text"] if kind == "generate_until" else (answer["ll"], answer["greedy"])
                 self.cache_hook.add_partial(kind, arguments[i], value)  # lm-eval's own --use_cache
             return answers
 
-        work_off([batch.numbers for batch in groups], keys, work_and_tell, self.store, patience=self.options.patience)
+        answer_all([batch.numbers for batch in groups], keys, work_and_tell, self.store, patience=self.options.patience)
         return [self.store.get(key, NO_ANSWER) for key in keys]
 
-    def _announce(self, groups: list[Batch]) -> None:
+    def _announce(self, groups: list[RequestBatch]) -> None:
         """Says what is left to do before it starts, at the rate of one measured forward; nothing where nobody reads it."""
         if groups and self.store.shard.rank == 0 and log.isEnabledFor(logging.INFO):
             rate = self.answerer.tokens_per_second(len(groups[0].numbers), groups[0].length)
@@ -188,7 +196,7 @@ class Cost:
     hours: float = 0.0
 
     @classmethod
-    def of(cls, groups: list[Batch], rate: float) -> "Cost":
+    def of(cls, groups: list[RequestBatch], rate: float) -> "Cost":
         """Of batches where so many tokens a second go through the model."""
         tokens = sum(len(batch.numbers) * batch.length * batch.forwards for batch in groups)
         answers, forwards = sum(len(batch.numbers) for batch in groups), sum(batch.forwards for batch in groups)
@@ -206,11 +214,11 @@ class Cost:
 class EstimatingLM(LladaLM):
     """Answers nothing and adds up what answering would cost at `rate` tokens a second; None: as measured by a forward."""
 
-    def __init__(self, answerer: Answerer, rate: float | None = None) -> None:
+    def __init__(self, answerer: Responder, rate: float | None = None) -> None:
         super().__init__(answerer)
         self.rate = rate
 
-    def _answer(self, kind: str, arguments: Sequence[Any], groups: list[Batch], work: Work) -> list[Answer]:
+    def _answer(self, kind: str, arguments: Sequence[Any], groups: list[RequestBatch], work: Respond) -> list[Response]:
         if groups:
             rate = self.rate or self.answerer.tokens_per_second(len(groups[0].numbers), groups[0].length)
             self.cost += Cost.of(groups, rate)

@@ -52,7 +52,7 @@ class ChatText(str):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GenerationRequest:
     """One answer to generate: `prompt` ids, settings, stop strings; `blanks` masks before `suffix` when infilling."""
 
     prompt: tuple[int, ...]
@@ -122,7 +122,7 @@ def _lengths(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def wanted(
     requests: Sequence[tuple[str, Mapping[str, Any]]], settings: Settings, tokenizer: Tokenizer, longest: int
-) -> list[Wanted]:
+) -> list[GenerationRequest]:
     """What is behind rendered prompts and their `gen_kwargs`.
 
     A prompt that leaves no room for its answer within `longest` tokens loses its beginning; `ConfigError` if there is
@@ -143,7 +143,7 @@ def wanted(
             raise ConfigError(f"max_new_tokens {params.max_new_tokens} leaves no room for a prompt in {longest} tokens")
         prompt = next(encoded)
         shortened += len(prompt) > room
-        found.append(Wanted(tuple(prompt[-room:]), params, until))
+        found.append(GenerationRequest(tuple(prompt[-room:]), params, until))
     if shortened:
         log.warning("%d prompts lose their beginning: the model takes %d tokens with the answer", shortened, longest)
     return found
@@ -158,9 +158,11 @@ def prompt_ids(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[list[int]
         yield next(asked).ids + next(begun) if isinstance(text, ChatText) else next(plain)
 
 
-def _template(parts: list[str], params: SamplingParams, until: tuple[str, ...], tokenizer: Tokenizer) -> Wanted:
+def _template(
+    parts: list[str], params: SamplingParams, until: tuple[str, ...], tokenizer: Tokenizer
+) -> GenerationRequest:
     before, reference, after = tokenizer.encode_batch(parts, user=False)
-    return Wanted(tuple(before), params, until, tuple(after), max(1, len(reference)))
+    return GenerationRequest(tuple(before), params, until, tuple(after), max(1, len(reference)))
 
 
 def pairs(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer, prefix: int) -> list[tuple[list[int], list[int]]]:

@@ -26,10 +26,10 @@ from llada_core.data.batches import Batch
 from llada_core.modeling import MaskPredictor
 from llada_core.modeling.predictor import Prediction
 from llada_core.training.engine import optimiser_for, precision_policy
-from llada_core.training.grpo import GRPO, Problems
+from llada_core.training.grpo import GRPO, PolicyData
 from llada_core.training.objectives import DiffusionObjective, Loss
 from llada_core.training.params import GRPOParams, PreferenceParams, TrainingParams
-from llada_core.training.preference import Pairs, Preference
+from llada_core.training.preference import PairBatch, Preference
 from llada_core.training.rollouts import mask_samples
 
 _NAMES = {
@@ -169,7 +169,7 @@ def _give_shapes(model: nn.Module) -> None:
 
 def _objective(model: MaskPredictor, params: TrainingParams, rows: int, length: int) -> Any:
     if isinstance(params, GRPOParams):
-        policy = GRPO(model, Problems([0] * params.prompts, [], None, _no_reward), params, seed=0)  # type: ignore[arg-type]
+        policy = GRPO(model, PolicyData([0] * params.prompts, [], None, _no_reward), params, seed=0)  # type: ignore[arg-type]
         policy.load_state(_rollout(params, rows, length))
         return policy
     if isinstance(params, PreferenceParams):
@@ -204,7 +204,7 @@ def _loss(objective: Any, model: nn.Module, rows: int, length: int) -> Loss:
         pairs = 2 * max(1, rows // (2 * objective.params.mask_samples))
         tokens = torch.zeros(pairs, length, dtype=torch.int64)
         answers = torch.ones_like(tokens, dtype=torch.bool)
-        return objective.loss(model, Pairs(tokens, answers, tokens + 1, torch.arange(pairs), 0))
+        return objective.loss(model, PairBatch(tokens, answers, tokens + 1, torch.arange(pairs), 0))
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), None, None, torch.arange(rows))
     return objective.noisy_loss(model, batch, torch.ones(rows), torch.zeros(rows, length))

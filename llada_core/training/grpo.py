@@ -17,7 +17,7 @@ from llada_core.diffusion import Noise
 from llada_core.modeling import MaskPredictor
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.engine import Ranks
-from llada_core.training.objectives import Loss, Work
+from llada_core.training.objectives import Loss, StepWork
 from llada_core.training.params import GRPOParams
 from llada_core.training.reference import Reference
 from llada_core.training.rollouts import (
@@ -42,7 +42,7 @@ from llada_core.verifiers.answers import verifiable
 
 
 @dataclass(frozen=True)
-class Problems:
+class PolicyData:
     """What a policy is trained and judged on."""
 
     train: PromptTable
@@ -63,7 +63,7 @@ class Share:
 class GRPO:
     """One rollout every `iterations` steps; the steps in between go on with it."""
 
-    def __init__(self, model: MaskPredictor, problems: Problems, params: GRPOParams, *, seed: int) -> None:
+    def __init__(self, model: MaskPredictor, problems: PolicyData, params: GRPOParams, *, seed: int) -> None:
         self.predictor, self.problems, self.params, self.seed = model, problems, params, seed
         self.ranks = Ranks()
         self.reference = Reference(model, params)
@@ -82,7 +82,7 @@ class GRPO:
     def steps_per_epoch(self) -> int:
         return self.order.batches_per_epoch * self.params.iterations
 
-    def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work:
+    def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> StepWork:
         number, update = divmod(step, self.params.iterations)
         notes: dict[str, float] = {}
         inference = 0
@@ -98,7 +98,7 @@ class GRPO:
         scored = self._rollout.scored
         whole = scored.sum().item() * samples if self.params.ratio == "token" else scored.any(1).sum().item()
         # Every rank tells its part of the whole, so that rows which were left out still count.
-        return Work(batches, [whole / ranks if len(kept) else 0.0], tokens, inference, notes)
+        return StepWork(batches, [whole / ranks if len(kept) else 0.0], tokens, inference, notes)
 
     def loss(self, model: nn.Module, batch: Share) -> Loss:
         mask_id = self.predictor.special_tokens.mask_id

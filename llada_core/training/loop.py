@@ -21,12 +21,12 @@ from torch.distributed.tensor import DTensor
 
 from llada_core.training.checkpoint import Checkpoints, Snapshot
 from llada_core.training.engine import Ranks, learning_rate
-from llada_core.training.objectives import Objective, Work, pair
+from llada_core.training.objectives import Objective, StepWork, sum_and_count
 from llada_core.training.params import TrainingParams
 from llada_core.training.progress import Meter, MetricsFile, Progress, Recovery, peak_flops, training_flops
 
 _log = logging.getLogger(__name__)
-Sampler = Callable[[nn.Module], list[dict[str, Any]]]
+WriteSamples = Callable[[nn.Module], list[dict[str, Any]]]
 
 
 class DivergedError(RuntimeError):
@@ -34,7 +34,7 @@ class DivergedError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainingState:
     """What a loop is made of."""
 
     engine: Accelerator
@@ -50,13 +50,13 @@ class Loop:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: TrainingState,
         params: TrainingParams,
         folder: Path,
         *,
         seed: int,
         metrics: MetricsFile,
-        sampler: Sampler | None = None,
+        sampler: WriteSamples | None = None,
     ) -> None:
         self.parts, self.params, self.folder, self.seed = parts, params, folder, seed
         self.ranks, self.metrics, self.sampler = Ranks(), metrics, sampler
@@ -157,7 +157,7 @@ class Loop:
         self._notes["learning_rate"] = rate
         return False
 
-    def _update(self, work: Work, count: float, rate: float) -> None:
+    def _update(self, work: StepWork, count: float, rate: float) -> None:
         parts, last = self.parts, len(work.batches) - 1
         for group in parts.optimiser.param_groups:
             group["lr"] = rate
@@ -171,7 +171,7 @@ class Loop:
         norm = parts.engine.clip_grad_norm_(parts.model.parameters(), self.params.clip)
         if norm is not None:
             whole = torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-            self.meter.add({"grad_norm": pair(whole.detach().to(torch.float32), 1.0)})
+            self.meter.add({"grad_norm": sum_and_count(whole.detach().to(torch.float32), 1.0)})
         parts.optimiser.step()
         parts.optimiser.zero_grad(set_to_none=True)
 

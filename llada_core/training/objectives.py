@@ -29,7 +29,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """One rank's micro-batches of one step: `counts[i]` is what the sum of `batches[i]` is to be divided by, in total.
 
     `inference_tokens`: tokens that went through a forward without gradient to make these batches.
@@ -54,7 +54,7 @@ class Objective(Protocol):
     held: Mapping[str, int] = {}
     patience: int = 0
 
-    def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work: ...
+    def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> StepWork: ...
     def loss(self, model: nn.Module, batch: Any) -> Loss: ...
     def validate(self, model: nn.Module, rank: int, ranks: int) -> dict[str, Tensor]: ...
     def steps_per_epoch(self) -> int: ...
@@ -92,14 +92,14 @@ class DiffusionObjective(Objective):
     def steps_per_epoch(self) -> int:
         return self.train.order.batches_per_epoch
 
-    def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work:
+    def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> StepWork:
         micros = self.params.share(ranks)
         batches = [
             NoisyBatch(self.train.batch(step, part=rank * micros + i, parts=ranks * micros), step)
             for i in range(micros)
         ]
         counts = [self.count(item.batch) for item in batches]
-        return Work(batches, counts, sum(item.batch.tokens.numel() for item in batches))
+        return StepWork(batches, counts, sum(item.batch.tokens.numel() for item in batches))
 
     def count(self, batch: Batch) -> float:
         """What a batch adds to the divisor: its scored tokens, or its rows."""
@@ -124,7 +124,7 @@ class DiffusionObjective(Objective):
         t = t.to(device, non_blocking=True)
         bound = result.per_row(len(t)) * weight
         total = (bound / lengths.clamp(min=1)).sum() if params.normalise == "sequence" else bound.sum()
-        parts = {"loss": pair(total.detach(), self.count(rows)), **bound_parts(bound.detach(), t, lengths)}
+        parts = {"loss": sum_and_count(total.detach(), self.count(rows)), **bound_parts(bound.detach(), t, lengths)}
         return Loss(total, parts, self._router(result, rows, parts))
 
     def _router(self, result: MaskedLoss, rows: Batch, parts: dict[str, Tensor]) -> Tensor | None:
@@ -136,7 +136,7 @@ class DiffusionObjective(Objective):
         if isinstance(seen, Tensor):
             seen = seen.to(z_tokens.device, non_blocking=True)
         z = z_tokens.sum(1) / seen
-        parts["router_balance"], parts["router_z"] = (pair(x.sum().detach(), len(x)) for x in (balance, z))
+        parts["router_balance"], parts["router_z"] = (sum_and_count(x.sum().detach(), len(x)) for x in (balance, z))
         return (self.params.router_balance * balance + self.params.router_z * z).sum() / self.params.batch_size
 
     def validate(self, model: nn.Module, rank: int, ranks: int) -> dict[str, Tensor]:
@@ -184,6 +184,6 @@ def bound_parts(bound: Tensor, t: Tensor, lengths: Tensor) -> dict[str, Tensor]:
     return {"nll": torch.stack([bound.sum(), lengths.sum()]), "nll_by_t": by_t}
 
 
-def pair(total: Tensor, count: float) -> Tensor:
+def sum_and_count(total: Tensor, count: float) -> Tensor:
     """(sum, count) as one tensor on the sum's device."""
     return torch.stack([total, torch.full_like(total, count)])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llada_core.data.batches import Order
 from llada_core.diffusion import Noise, alpha, corrupt, loss_weight, masked_nll
 from llada_core.modeling import MaskPredictor
-from llada_core.training.objectives import Loss, Objective, Work
+from llada_core.training.objectives import Loss, Objective, StepWork
 from llada_core.training.params import PreferenceParams
 from llada_core.training.reference import Reference
 
@@ -32,7 +32,7 @@ class PairTable(Protocol):
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairBatch:
     """Chosen and rejected rows: tokens (2P, L), all chosen ones first; answer, attention (2P, L); numbers (2P,)."""
 
     tokens: Tensor
@@ -42,7 +42,7 @@ class Pairs:
     step: int
 
 
-def pairs_of(table: PairTable, rows: Sequence[int], numbers: Sequence[int], eos_id: int, step: int) -> Pairs:
+def pairs_of(table: PairTable, rows: Sequence[int], numbers: Sequence[int], eos_id: int, step: int) -> PairBatch:
     """Rows of a table, padded on the right; padding is hidden."""
     columns = table[[int(row) for row in rows]]
     prompts = list(columns["prompt_ids"]) * 2
@@ -54,7 +54,7 @@ def pairs_of(table: PairTable, rows: Sequence[int], numbers: Sequence[int], eos_
         tokens[i, : lengths[i, 1]] = torch.tensor([*prompt, *answer])
     attention = places < lengths[:, 1:]
     keys = torch.tensor([2 * n for n in numbers] + [2 * n + 1 for n in numbers])
-    return Pairs(tokens, attention & (places >= lengths[:, :1]), attention.long(), keys, step)
+    return PairBatch(tokens, attention & (places >= lengths[:, :1]), attention.long(), keys, step)
 
 
 class Preference(Objective):
@@ -71,7 +71,7 @@ class Preference(Objective):
     def steps_per_epoch(self) -> int:
         return self.order.batches_per_epoch
 
-    def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> Work:
+    def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> StepWork:
         micros, rows = self.params.share(ranks), self.order.rows(step)
         size = len(rows) // (ranks * micros)
         batches = []
@@ -81,16 +81,16 @@ class Preference(Objective):
                 pairs_of(self.train, rows[start : start + size].tolist(), numbers, self.special.eos_id, step)
             )
         tokens = self.params.mask_samples * sum(batch.tokens.numel() for batch in batches)
-        return Work(batches, [float(size)] * micros, tokens, inference_tokens=tokens)
+        return StepWork(batches, [float(size)] * micros, tokens, inference_tokens=tokens)
 
-    def loss(self, model: nn.Module, batch: Pairs) -> Loss:
+    def loss(self, model: nn.Module, batch: PairBatch) -> Loss:
         score = self.score(model, batch)
         loss = -F.logsigmoid(score)
         seen = score.detach()
         logged = {"loss": loss.detach(), "margin": seen / self.params.beta, "preferred": (seen > 0).float()}
         return Loss(loss.sum(), {name: torch.stack([x.sum(), torch.ones_like(x).sum()]) for name, x in logged.items()})
 
-    def score(self, model: nn.Module, batch: Pairs) -> Tensor:
+    def score(self, model: nn.Module, batch: PairBatch) -> Tensor:
         """beta times how much more the policy prefers the chosen answer than the reference does, (P,)."""
         with torch.no_grad(), self.reference.active(model) as frozen:  # before the policy's activations are there
             base = self.bound(frozen, batch, _POLICY if self.params.shared_masks else _REFERENCE)
@@ -98,7 +98,7 @@ class Preference(Objective):
         chosen, rejected = (bound - base).chunk(2)
         return self.params.beta * (chosen - rejected)
 
-    def bound(self, model: nn.Module, batch: Pairs, stream: int) -> Tensor:
+    def bound(self, model: nn.Module, batch: PairBatch, stream: int) -> Tensor:
         """Estimated lower bound of log p(answer | prompt) of each row, (2P,) fp32; unbiased for the bound."""
         params, samples = self.params, self.params.mask_samples
         copies = torch.arange(samples).repeat_interleave(len(batch.tokens))

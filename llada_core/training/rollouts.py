@@ -283,14 +283,14 @@ def rewarded(reward: Reward, prompt: Prompt, text: str) -> float:
 
 
 @dataclass(frozen=True)
-class Specimen:
+class ValidationSample:
     """A held-out text to write anew at every validation: what the model is given, what it should say, how long."""
 
     prompt: list[int]
     expected: list[int]
 
 
-def specimens_of(table: Any, count: int, longest: int | None = None) -> list[Specimen]:
+def specimens_of(table: Any, count: int, longest: int | None = None) -> list[ValidationSample]:
     """The first rows of a validation table: the beginning that is never masked is given (a quarter of a row without prompts).
 
     Of a prompt of more than `longest` tokens the last ones, as in training.
@@ -300,12 +300,15 @@ def specimens_of(table: Any, count: int, longest: int | None = None) -> list[Spe
         ids = row.get("input_ids", row.get("prompt_ids"))
         maskable = row.get("maskable") or [int(i >= len(ids) // 4) for i in range(len(ids))]
         cut = len(ids) if "prompt_ids" in row else maskable.index(1)
-        specimens.append(Specimen(_last(ids[:cut], longest), row.get("chosen_ids", ids[cut:])))
+        specimens.append(ValidationSample(_last(ids[:cut], longest), row.get("chosen_ids", ids[cut:])))
     return specimens
 
 
 def write_samples(
-    model: MaskPredictor, tokenizer: Tokenizer, specimens: Sequence[Specimen], settings: SamplingParams | None = None
+    model: MaskPredictor,
+    tokenizer: Tokenizer,
+    specimens: Sequence[ValidationSample],
+    settings: SamplingParams | None = None,
 ) -> list[dict[str, Any]]:
     """One line per specimen: prompt, answer and what was expected, as text; greedy, at most 64 tokens and 32 steps."""
     lines = []

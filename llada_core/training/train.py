@@ -19,8 +19,8 @@ from llada_core.modeling import MaskPredictor, merge_adapter, save_model
 from llada_core.modeling.adapters import add_lora, save_adapter
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.engine import Ranks, accelerator_for, optimiser_for, same_precision, tied_table_last
-from llada_core.training.grpo import GRPO, Problems
-from llada_core.training.loop import Loop, Parts
+from llada_core.training.grpo import GRPO, PolicyData
+from llada_core.training.loop import Loop, TrainingState
 from llada_core.training.objectives import DiffusionObjective, Objective
 from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, SFTParams, TrainingParams
 from llada_core.training.preference import Preference
@@ -30,7 +30,7 @@ from llada_core.training.rollouts import specimens_of, write_samples
 
 
 @dataclass(frozen=True)
-class Place:
+class RunPaths:
     """Where a run reads and writes."""
 
     data: Path
@@ -63,7 +63,7 @@ def prepare_weights(model: MaskPredictor, params: TrainingParams) -> None:
 
 def export(
     model: MaskPredictor,
-    place: Place,
+    place: RunPaths,
     tokenizer: Tokenizer,
     params: TrainingParams,
     ranks: Ranks,
@@ -169,7 +169,7 @@ def train(
     params: TrainingParams,
     model: MaskPredictor,
     tokenizer: Tokenizer,
-    place: Place,
+    place: RunPaths,
     *,
     seed: int = 0,
     follow: Follower | None = None,
@@ -194,7 +194,7 @@ def train(
     with tied_table_last(model):
         prepared, optimiser = engine.prepare(model, optimiser_for(model, params))
     same_precision(prepared, params, engine)
-    parts = Parts(engine, prepared, optimiser, objective, parameters, fingerprint_of(params, place.data, seed))
+    parts = TrainingState(engine, prepared, optimiser, objective, parameters, fingerprint_of(params, place.data, seed))
     loop = Loop(parts, params, place.run, seed=seed, metrics=metrics, sampler=_sampler(params, tokenizer, place.data))
     with _tf32(params):
         progress, finished = loop.run(), not loop.stopped
@@ -261,7 +261,7 @@ def objective_for(
         return DiffusionObjective(model, train_batches, held_out, params, seed=seed)
     if isinstance(params, GRPOParams):
         tables = [_filled(_table(folder / "train", params)), _table(folder / "validation", params)]
-        problems = Problems(tables[0], tables[1], tokenizer, reward_named(params.reward, params.reward_weights))
+        problems = PolicyData(tables[0], tables[1], tokenizer, reward_named(params.reward, params.reward_weights))
         return GRPO(model, problems, params, seed=seed)
     if isinstance(params, PreferenceParams):
         pairs = [_filled(_table(folder / "train", params)), _table(folder / "validation", params)]

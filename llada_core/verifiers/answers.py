@@ -221,10 +221,10 @@ def _value(node: ast.expr) -> Fraction | None:
     return None
 
 
-Answer = Mapping[str, Any]
+ReferenceAnswer = Mapping[str, Any]
 
 
-_VERIFIERS: dict[str, Callable[[str, Answer], bool]] = {
+_VERIFIERS: dict[str, Callable[[str, ReferenceAnswer], bool]] = {
     "sudoku": verify_sudoku,
     "countdown": verify_countdown,
     "seats": verify_seats,
@@ -241,7 +241,7 @@ def verifiable(task: str) -> bool:
     return task in _VERIFIERS
 
 
-def verify(task: str, text: str, answer: Answer) -> bool:
+def verify(task: str, text: str, answer: ReferenceAnswer) -> bool:
     """Whether `text`, what a model replied, is a right answer; `answer` holds what the task's verifier needs.
 
     Malformed text is wrong, never an error. Raises ValueError for an unknown task and KeyError for a field that
@@ -252,7 +252,7 @@ def verify(task: str, text: str, answer: Answer) -> bool:
     return _VERIFIERS[task](text, answer)
 
 
-def verify_each(cases: Sequence[tuple[str, str, Answer]]) -> list[bool | None]:
+def verify_each(cases: Sequence[tuple[str, str, ReferenceAnswer]]) -> list[bool | None]:
     """`verify` of each (task, text, answer), once; None where a task has no verifier.
 
     Programs, whose tests run in processes of their own, are judged side by side. Raises what `verify` raises, but for an

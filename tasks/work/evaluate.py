@@ -26,7 +26,7 @@ from tasks.project import data_root
 from tasks.record.runs import Work
 
 if TYPE_CHECKING:
-    from llada_core.evaluation.answering import Answerer
+    from llada_core.evaluation.answering import Responder
     from llada_core.evaluation.benchmark import Benchmark
 
 
@@ -92,7 +92,7 @@ def processes(folders: list[Path], params: EvaluateParams, device: str = "auto")
     return processes(folders, params.dtype, device, params.bits)
 
 
-def measure(name: str, model: str, answerer: "Answerer", params: EvaluateParams, places: Places) -> Result:
+def measure(name: str, model: str, answerer: "Responder", params: EvaluateParams, places: Places) -> Result:
     """One benchmark with one model: writes `<out>/<benchmark>.json` and `<out>/<benchmark>/<model>.samples.jsonl`.
 
     Returns what is not the same every time: seconds, questions and tokens per second. Only the first of several
@@ -128,16 +128,16 @@ def measure(name: str, model: str, answerer: "Answerer", params: EvaluateParams,
 
 
 @contextmanager
-def answering(folder: Path, params: EvaluateParams, device: str = "auto") -> Iterator["Answerer"]:
+def answering(folder: Path, params: EvaluateParams, device: str = "auto") -> Iterator["Responder"]:
     """A model and its tokenizer, loaded (device "meta": its shapes alone); their memory is given back at the end."""
     import torch
 
-    from llada_core.evaluation.answering import AUTO_BATCH, Answerer, Options, load
+    from llada_core.evaluation.answering import AUTO_BATCH, Options, Responder, load
     from llada_core.tokenizer import Tokenizer
 
     size = AUTO_BATCH if params.batch_size == "auto" else int(params.batch_size)
     model = load(str(folder), params.dtype, device, params.bits)
-    answerer = Answerer(model, Tokenizer.load(folder), Options(batch_size=size))
+    answerer = Responder(model, Tokenizer.load(folder), Options(batch_size=size))
     del model
     yield answerer
     del answerer
@@ -152,7 +152,7 @@ def quiet_lm_eval(*, harness: int = logging.INFO) -> None:
     logging.getLogger("llada_core.evaluation").setLevel(harness)
 
 
-def as_asked(answerer: "Answerer", asked: "Benchmark") -> "Answerer":
+def as_asked(answerer: "Responder", asked: "Benchmark") -> "Responder":
     """The answerer with a benchmark's settings."""
     return replace(answerer, options=replace(answerer.options, settings=asked.settings))
 

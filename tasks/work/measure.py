@@ -22,7 +22,7 @@ from tasks.record.runs import differences, find_run
 from tasks.work.evaluate import Places, answering, as_asked, measure, quiet_lm_eval
 
 if TYPE_CHECKING:
-    from llada_core.evaluation.answering import Answerer
+    from llada_core.evaluation.answering import Responder
 
 
 Record = dict[str, Any]
@@ -246,7 +246,7 @@ def sweep(
 
 
 def tell_costs(
-    answerer: "Answerer",
+    answerer: "Responder",
     benchmarks: Sequence[str],
     params: EvaluateParams,
     places: Places,

@@ -24,14 +24,14 @@ TIMINGS = ("_per_second", "seconds", "time", "memory_gb", "mfu", "step", "tokens
 def train_stage(work: Work) -> float:
     """Train, or go on; writes models/<stage> and reports/training/<stage>.*; returns the seconds it took in all."""
     from llada_core.tokenizer import Tokenizer
-    from llada_core.training.train import Place, train
+    from llada_core.training.train import RunPaths, train
 
     params = _settled(work)
     _verify_inputs(work)
     tokenizer = Tokenizer.load(Path("data/tokenizer"))
     model = _model(work, params, tokenizer)
     base = "" if params.lora is None else _base(work, params)
-    place = Place(data=Path("data"), run=work.run.path, export=Path("models") / work.stage, base=base)
+    place = RunPaths(data=Path("data"), run=work.run.path, export=Path("models") / work.stage, base=base)
     follow = TrainingProgress(work.stage)
     receipt = train(params, model, tokenizer, place, seed=work.params.seed, follow=follow)
     if not receipt.finished:

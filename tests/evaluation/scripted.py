@@ -9,7 +9,7 @@ import torch
 from jinja2 import Environment, StrictUndefined
 from torch import nn
 
-from llada_core.evaluation.answering import Answerer, Options
+from llada_core.evaluation.answering import Options, Responder
 from llada_core.evaluation.harness import LladaLM
 from llada_core.evaluation.params import Settings
 from llada_core.evaluation.requests import pairs, wanted
@@ -59,7 +59,7 @@ class Scripted(MaskPredictor):
 
 
 @dataclass(frozen=True)
-class ByHeart(Answerer):
+class ByHeart(Responder):
     """Scores right continuations with 0, others with -1000; asked again (C-Eval does), it says the next of several."""
 
     right: dict = field(default_factory=dict)  # pair -> whether it is right, for each time it is asked
@@ -74,7 +74,7 @@ class GoldLM(LladaLM):
 
     def __init__(self, tokenizer, recipe, tasks, *, batch_size=32, shift=0, steps=1) -> None:
         model = Scripted(tokenizer)
-        super().__init__(Answerer(model, tokenizer, Options(recipe.settings, batch_size)))
+        super().__init__(Responder(model, tokenizer, Options(recipe.settings, batch_size)))
         self.recipe, self.tasks, self.shift, self.steps = recipe, tasks["tasks"], shift, steps
 
     def generate_until(self, requests, disable_tqdm=False):

@@ -7,7 +7,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from llada_core.evaluation.answering import Answerer, AnswerStore, Options, Shard
+from llada_core.evaluation.answering import AnswerStore, Options, Responder, Shard
 from llada_core.evaluation.harness import EstimatingLM, LladaLM
 from llada_core.evaluation.params import Settings
 from llada_core.likelihood import log_likelihood
@@ -33,7 +33,7 @@ KINDS = ["llada", "llada_moe", "bert"]
 
 def lm_of(kind="llada", batch_size=8, store=None, settings=SETTINGS, **options):
     model, tokenizer = tiny_pair(kind)
-    return LladaLM(Answerer(model, tokenizer, Options(settings, batch_size, **options)), store)
+    return LladaLM(Responder(model, tokenizer, Options(settings, batch_size, **options)), store)
 
 
 def generating(prompts=PROMPTS, **asked):
@@ -113,7 +113,7 @@ def test_an_answer_that_never_stops_ends_at_its_length():
 def test_an_evaluation_that_was_killed_ends_as_an_undisturbed_one(tmp_path, monkeypatch, killed_after):
     undisturbed = lm_of(batch_size=3)
     expected = undisturbed.generate_until(generating())
-    work, done = Answerer.generate, []
+    work, done = Responder.generate, []
 
     def dies(self, asked):
         if len(done) == killed_after:
@@ -122,7 +122,7 @@ def test_an_evaluation_that_was_killed_ends_as_an_undisturbed_one(tmp_path, monk
         return work(self, asked)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Answerer, "generate", dies)
+        patched.setattr(Responder, "generate", dies)
         with pytest.raises(KeyboardInterrupt):
             lm_of(batch_size=3, store=AnswerStore(tmp_path)).generate_until(generating())
     again = lm_of(batch_size=3, store=AnswerStore(tmp_path))
@@ -216,8 +216,8 @@ def test_the_cost_is_known_before_the_work(caplog):
 
 def test_no_forward_is_timed_where_nothing_is_left_to_answer_or_nobody_reads_it(tmp_path, caplog, monkeypatch):
     timed = []
-    real = Answerer.tokens_per_second
-    monkeypatch.setattr(Answerer, "tokens_per_second", lambda *given: (timed.append(given[1:]), real(*given))[1])
+    real = Responder.tokens_per_second
+    monkeypatch.setattr(Responder, "tokens_per_second", lambda *given: (timed.append(given[1:]), real(*given))[1])
     caplog.set_level(logging.WARNING, HARNESS)
     lm_of(batch_size=4).generate_until(generating())
     assert timed == []
@@ -240,7 +240,7 @@ def test_a_cost_at_a_given_rate_needs_no_weights(tmp_path):
     known = EstimatingLM(lm_of(batch_size=4).answerer, 1000.0)
     known.generate_until(generating())
     (tmp_path / "m" / "model.safetensors").unlink()
-    shapes = Answerer(load_model(tmp_path / "m", device="meta"), tokenizer, known.options)
+    shapes = Responder(load_model(tmp_path / "m", device="meta"), tokenizer, known.options)
     blind = EstimatingLM(shapes, 1000.0)
     blind.generate_until(generating())
     assert blind.cost == known.cost
@@ -259,7 +259,7 @@ def test_lm_evals_arguments_in_the_names_of_the_reference_evaluators(tmp_path):
     assert lm.options.settings.samples == 16
     params = replace_params(lm, "x")
     assert (params.max_new_tokens, params.steps, params.defer_tokens, params.forbid_tokens) == (8, 4, (1, 5), ())
-    direct = LladaLM(Answerer(model, tokenizer, replace(lm.options, batch_size=1)))
+    direct = LladaLM(Responder(model, tokenizer, replace(lm.options, batch_size=1)))
     assert lm.generate_until(generating()) == direct.generate_until(generating())
     with pytest.raises(ConfigError, match="'stepz'; did you mean 'steps'"):
         get_model("llada").create_from_arg_string(f"pretrained={tmp_path / 'm'},stepz=4")

@@ -26,7 +26,7 @@ SPEC = {"stages": {"evaluate": {"foreach": ["sudoku"], "do": {
 SAMPLING = {"max_new_tokens": 8, "block_length": 8, "steps": 8}
 # Ends the second job with signal 9, once, when it is asked for its second batch.
 DIES = """
-_answer, _asked = Answerer.generate, []
+_answer, _asked = Responder.generate, []
 
 
 def _dies(self, asked):
@@ -40,7 +40,7 @@ def _dies(self, asked):
     return _answer(self, asked)
 
 
-Answerer.generate = _dies
+Responder.generate = _dies
 """
 
 

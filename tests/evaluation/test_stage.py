@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llada_core.data.values import QUESTIONS, value_of
-from llada_core.evaluation.answering import Answerer
+from llada_core.evaluation.answering import Responder
 from llada_core.evaluation.params import EvaluateParams, ReportParams, Settings
 from llada_core.modeling import save_model
 from llada_core.settings import ConfigError
@@ -78,7 +78,7 @@ def test_killed_and_resumed_is_byte_for_byte_undisturbed(places, monkeypatch):
     undisturbed = written(places)
     for path in [*places.out.rglob("*.json*"), *places.answers.rglob("*.jsonl")]:
         path.unlink()
-    work, calls = Answerer.generate, []
+    work, calls = Responder.generate, []
 
     def dies(self, asked):
         calls.append(len(asked))
@@ -87,12 +87,12 @@ def test_killed_and_resumed_is_byte_for_byte_undisturbed(places, monkeypatch):
         return work(self, asked)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Answerer, "generate", dies)
+        patched.setattr(Responder, "generate", dies)
         with pytest.raises(KeyboardInterrupt):
             evaluate(places)
     assert written(places) == {}
     calls.clear()
-    monkeypatch.setattr(Answerer, "generate", lambda self, asked: (calls.append(len(asked)), work(self, asked))[1])
+    monkeypatch.setattr(Responder, "generate", lambda self, asked: (calls.append(len(asked)), work(self, asked))[1])
     evaluate(places)
     assert written(places) == undisturbed
     assert sum(calls) == 4  # the first batch of three was kept
@@ -102,7 +102,7 @@ def test_right_answers_are_told_from_wrong_ones(places, monkeypatch):
     grid = "1234341221434321"
     text = {"text": grid, "tokens": 16, "forwards": 1}
     wrong = {"text": "no", "tokens": 1, "forwards": 1}
-    monkeypatch.setattr(Answerer, "generate", lambda self, asked: [text, *[wrong] * (len(asked) - 1)])
+    monkeypatch.setattr(Responder, "generate", lambda self, asked: [text, *[wrong] * (len(asked) - 1)])
     assert evaluate(places)["score"] == pytest.approx(3 / 7)
     result = json.loads((places.out / "sudoku.json").read_text())["models"]["sft"]
     assert (result["in_training"], result["score_unseen"]) == (1, pytest.approx(2 / 6))  # the first was right
@@ -252,9 +252,9 @@ def test_lm_evals_command_line_on_two_processes(places, tmp_path):
 
 DIES = """
 import os, signal, sys
-from llada_core.evaluation.answering import Answerer
+from llada_core.evaluation.answering import Responder
 from cli.main import llada
-work, done = Answerer.generate, []
+work, done = Responder.generate, []
 
 def dies(self, asked):
     if len(done) == 2:
@@ -263,7 +263,7 @@ def dies(self, asked):
     return work(self, asked)
 
 if os.environ.get("DIES"):
-    Answerer.generate = dies
+    Responder.generate = dies
 llada()
 """
 

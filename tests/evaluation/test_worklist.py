@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from llada_core.evaluation.answering import AnswerStore, Shard, keys_of, work_off
+from llada_core.evaluation.answering import AnswerStore, Shard, answer_all, keys_of
 
 BATCHES = [[0, 1], [2, 3], [4]]
 KEYS = [f"k{i}" for i in range(5)]
@@ -30,11 +30,11 @@ def squares(store):
 
 def test_a_killed_evaluation_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        work_off(BATCHES, KEYS, Worker(until=2), AnswerStore(tmp_path))
+        answer_all(BATCHES, KEYS, Worker(until=2), AnswerStore(tmp_path))
     path = tmp_path / "answers-00000-of-00001.jsonl"
     path.write_bytes(path.read_bytes() + b'{"keys": ["k4"], "ans')  # and was killed while it wrote
     store, worker = AnswerStore(tmp_path), Worker()
-    work_off(BATCHES, KEYS, worker, store)
+    answer_all(BATCHES, KEYS, worker, store)
     assert worker.asked == [[4]]
     assert squares(store) == squares(AnswerStore(tmp_path)) == [0, 1, 4, 9, 16]
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 3
@@ -42,17 +42,17 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(tmp_path):
 
 def test_ranks_share_the_batches_and_the_first_has_all_answers(tmp_path):
     second = Worker()
-    work_off(BATCHES, KEYS, second, AnswerStore(tmp_path, Shard(1, 2)))
+    answer_all(BATCHES, KEYS, second, AnswerStore(tmp_path, Shard(1, 2)))
     assert second.asked == [[2, 3]]
     first, store = Worker(), AnswerStore(tmp_path, Shard(0, 2))
-    work_off(BATCHES, KEYS, first, store)
+    answer_all(BATCHES, KEYS, first, store)
     assert first.asked == [[0, 1], [4]]
     assert squares(store) == [0, 1, 4, 9, 16]
 
 
 def test_what_a_dead_rank_left_is_done_by_the_first(tmp_path):
     worker, store = Worker(), AnswerStore(tmp_path, Shard(0, 3))
-    work_off(BATCHES, KEYS, worker, store, patience=0.0)
+    answer_all(BATCHES, KEYS, worker, store, patience=0.0)
     assert worker.asked == [[0, 1], [2, 3], [4]]
     assert squares(store) == [0, 1, 4, 9, 16]
 
@@ -67,7 +67,7 @@ def test_a_batch_that_does_not_fit_is_halved():
         return [{"square": i * i} for i in numbers]
 
     store = AnswerStore()
-    work_off(BATCHES, KEYS, work, store)
+    answer_all(BATCHES, KEYS, work, store)
     assert squares(store) == [0, 1, 4, 9, 16]
     assert sizes == [2, 1, 1, 2, 1, 1, 1]
 
@@ -77,7 +77,7 @@ def test_one_that_does_not_fit_alone_is_an_error():
         raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        work_off([[0]], KEYS, work, AnswerStore())
+        answer_all([[0]], KEYS, work, AnswerStore())
 
 
 def test_keys_tell_equal_requests_apart_and_do_not_depend_on_others():

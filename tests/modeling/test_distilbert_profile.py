@@ -13,7 +13,7 @@ from llada_core.sampling import generate
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import read_yaml, with_overrides
 from llada_core.tokenizer import Tokenizer
-from llada_core.training.train import Place, train
+from llada_core.training.train import RunPaths, train
 from tasks.project import Params
 from tasks.work.prepare import prepare
 from tests.tiny import TEXTS, tiny_model
@@ -60,7 +60,7 @@ def test_it_is_fine_tuned_and_writes_from_nothing(params, tmp_path):
     prepare(params.data, seed=params.seed, out=tmp_path / "data", home=tmp_path)
     model, tokenizer = load_model(params.pretrain.init_from), Tokenizer.load(tmp_path / "data" / "tokenizer")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    place = Place(tmp_path / "data", tmp_path / "run", tmp_path / "trained")
+    place = RunPaths(tmp_path / "data", tmp_path / "run", tmp_path / "trained")
     assert train(params.pretrain, model, tokenizer, place, seed=params.seed).finished
     trained = load_model(tmp_path / "trained")
     assert isinstance(trained, MaskedLM)

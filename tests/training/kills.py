@@ -20,7 +20,7 @@ from llada_core.modeling import load_model
 from llada_core.training.grpo import GRPO
 from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, SFTParams
 from llada_core.training.progress import read_metrics
-from llada_core.training.train import Place, train
+from llada_core.training.train import RunPaths, train
 from tests.tiny import tiny_pair
 from tests.training.data import write_data
 from tests.training.test_grpo import SAMPLING, by_weights, write_prompts
@@ -49,7 +49,7 @@ def attempt(stage: str, data: Path, folder: Path, moment: tuple[str, int] | None
             GRPO.validate = by_weights
             die_at(moment)
             model, tokenizer = tiny_pair()
-            train(STAGES[stage](), model, tokenizer, Place(data, folder, folder / "model"), seed=1)
+            train(STAGES[stage](), model, tokenizer, RunPaths(data, folder, folder / "model"), seed=1)
             status = 0
         finally:
             os._exit(status)

@@ -20,7 +20,7 @@ from llada_core.modeling import save_model
 from llada_core.training.checkpoint import Stored
 from llada_core.training.loop import Loop
 from llada_core.training.params import GRPOParams, PretrainParams, SFTParams
-from llada_core.training.train import Place, train
+from llada_core.training.train import RunPaths, train
 from tests.tiny import tiny_pair
 
 STAGES = {"pretrain": PretrainParams, "sft": SFTParams, "grpo": GRPOParams}
@@ -100,7 +100,7 @@ def main(path):
             counting_reads(counts)
         if params.lora is not None and state.process_index == 0:
             save_model(model, folder / "base")
-        place = Place(Path(scenario["data"]), folder, folder / "model", base="../base")
+        place = RunPaths(Path(scenario["data"]), folder, folder / "model", base="../base")
         train(params, model, tokenizer, place, seed=1, follow=stopping(folder, scenario.get("stop")))
         if scenario.get("count"):
             (folder / f"reads-{state.process_index}.json").write_text(json.dumps(counts))

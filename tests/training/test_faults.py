@@ -17,7 +17,7 @@ from llada_core.training.checkpoint import damaged
 from llada_core.training.loop import DivergedError
 from llada_core.training.objectives import DiffusionObjective, Loss
 from llada_core.training.progress import read_metrics
-from llada_core.training.train import Place, fingerprint_of, train
+from llada_core.training.train import RunPaths, fingerprint_of, train
 from tests.tiny import tiny_pair
 from tests.training.kills import STAGES, prepared, survive
 from tests.training.test_loop import losses, params, run
@@ -192,7 +192,7 @@ def test_what_fails_after_the_last_step_costs_no_training(data, tmp_path, monkey
     def trained(folder):
         model, tokenizer = tiny_pair()
         model.save_pretrained(tmp_path / "base")
-        place = Place(data, folder, folder / "model", base=str(tmp_path / "base"))
+        place = RunPaths(data, folder, folder / "model", base=str(tmp_path / "base"))
         return train(params("sft", lora=lora), model, tokenizer, place, seed=1)
 
     def exported(name):
@@ -245,7 +245,7 @@ def test_a_checkpoint_of_another_model_is_refused(data, tmp_path):
     run(data, tmp_path, follow=stop_at(tmp_path, 4))
     model, tokenizer = tiny_pair(d_model=64)
     with pytest.raises(ValueError, match=r"\(300, 32\) in the checkpoint, \(300, 64\) in this model"):
-        train(params(), model, tokenizer, Place(data, tmp_path), seed=1)
+        train(params(), model, tokenizer, RunPaths(data, tmp_path), seed=1)
 
 
 def test_a_finished_run_is_not_trained_again(data, tmp_path):

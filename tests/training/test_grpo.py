@@ -12,11 +12,11 @@ from datasets import Dataset
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError
 from llada_core.training import grpo, rollouts
-from llada_core.training.grpo import GRPO, Problems
+from llada_core.training.grpo import GRPO, PolicyData
 from llada_core.training.params import GRPOParams
 from llada_core.training.progress import Progress, read_metrics
 from llada_core.training.rollouts import Completions, divergence
-from llada_core.training.train import Place, train
+from llada_core.training.train import RunPaths, train
 from tests.tiny import tiny_pair
 
 SAMPLING = SamplingParams(max_new_tokens=6, block_length=6, steps=3, temperature=1.0)
@@ -64,7 +64,9 @@ def run(data, folder, follow=None, **changes):
         "reward": "tests.training.test_grpo.likes_low_ids",
     }
     model, tokenizer = tiny_pair()
-    receipt = train(GRPOParams(**{**values, **changes}), model, tokenizer, Place(data, folder), seed=1, follow=follow)
+    receipt = train(
+        GRPOParams(**{**values, **changes}), model, tokenizer, RunPaths(data, folder), seed=1, follow=follow
+    )
     return receipt, model
 
 
@@ -208,7 +210,7 @@ def test_rewards_that_do_not_differ_leave_the_pull_to_the_reference(data):
         model, tokenizer = tiny_pair()
         params = GRPOParams(max_steps=1, prompts=2, generations=2, sampling=SAMPLING, beta=beta)
         table = Dataset.load_from_disk(str(data / "grpo" / "train"))
-        policy = GRPO(model, Problems(table, table, tokenizer, likes_everything), params, seed=0)
+        policy = GRPO(model, PolicyData(table, table, tokenizer, likes_everything), params, seed=0)
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(1.1)  # away from the reference
         for batch in policy.work(model, 0, 0, 1).batches:
@@ -233,7 +235,7 @@ class Alone:
 def with_rollout(model, advantages, ranks=(0, 1), **changes):
     """A policy that has collected its first rollout: rows of five tokens, the last three written."""
     values = {"max_steps": 1, "prompts": 2, "generations": 2, "sampling": SAMPLING, "beta": 0.0, **changes}
-    policy = GRPO(model, Problems([0, 1], [], None, likes_everything), GRPOParams(**values), seed=0)
+    policy = GRPO(model, PolicyData([0, 1], [], None, likes_everything), GRPOParams(**values), seed=0)
     tokens = torch.randint(10, 110, (len(advantages), 5), generator=torch.Generator().manual_seed(1))
     written = (torch.arange(5) >= 2).expand(tokens.shape)
     policy._rollout = Completions(tokens, torch.ones_like(tokens), written, written, torch.tensor(advantages))
@@ -375,7 +377,7 @@ def test_truncated_completions_move_nothing_when_they_are_masked(data, monkeypat
             max_steps=1, prompts=2, generations=4, sampling=SAMPLING, ratio=ratio, likelihood="elbo", beta=0.1,
             mask_truncated_completions=masked,
         )  # fmt: skip
-        policy = GRPO(model, Problems(table, table, tokenizer, likes_low_ids), params, seed=0)
+        policy = GRPO(model, PolicyData(table, table, tokenizer, likes_low_ids), params, seed=0)
         work = policy.work(model, 0, 0, 1)
         counts[masked] = work.counts
         assert work.notes["completion_tokens"] == (1 + 6) / 2

@@ -11,7 +11,7 @@ from llada_core.training.grpo import GRPO
 from llada_core.training.loop import Loop
 from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, SFTParams
 from llada_core.training.progress import read_metrics
-from llada_core.training.train import Place, train
+from llada_core.training.train import RunPaths, train
 from tests.tiny import tiny_pair
 from tests.training.data import write_data
 from tests.training.test_grpo import SAMPLING, by_weights, write_prompts
@@ -41,7 +41,7 @@ def params(stage="pretrain", **changes):
 def run(data, folder, stage="pretrain", follow=None, **changes):
     model, tokenizer = tiny_pair()
     receipt = train(
-        params(stage, **changes), model, tokenizer, Place(data, folder, folder / "model"), seed=1, follow=follow
+        params(stage, **changes), model, tokenizer, RunPaths(data, folder, folder / "model"), seed=1, follow=follow
     )
     return receipt, model
 
@@ -115,7 +115,7 @@ def policy(data, folder, follow=None):
         max_steps=8, prompts=2, generations=3, iterations=3, sampling=SAMPLING, learning_rate=3e-3, log_every=1, keep=1,
         save_every=2, validate_every=1, samples=0, beta=0.0, patience=6, reward="tests.training.test_grpo.likes_low_ids",
     )  # fmt: skip
-    receipt = train(params, model, tokenizer, Place(data, folder), seed=1, follow=follow)
+    receipt = train(params, model, tokenizer, RunPaths(data, folder), seed=1, follow=follow)
     return receipt, model.state_dict()
 
 

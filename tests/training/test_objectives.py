@@ -14,7 +14,7 @@ from llada_core.sampling.params import SamplingParams
 from llada_core.training.objectives import DiffusionObjective
 from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, SFTParams
 from llada_core.training.progress import read_metrics
-from llada_core.training.train import Place, train
+from llada_core.training.train import RunPaths, train
 from tests.tiny import tiny_model, tiny_pair
 from tests.training.data import write_data
 from tests.training.test_grpo import write_prompts
@@ -47,7 +47,7 @@ def logits(model):
 def test_every_backbone_in_every_objective(data, tmp_path, stage, kind):
     model, tokenizer = tiny_pair(kind)
     before = logits(model)
-    train(STAGES[stage], model, tokenizer, Place(data, tmp_path, tmp_path / "model"), seed=1)
+    train(STAGES[stage], model, tokenizer, RunPaths(data, tmp_path, tmp_path / "model"), seed=1)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert all(torch.tensor(line["loss"]).isfinite() for line in lines if "loss" in line)
     assert ("router_balance" in lines[1]) == (kind == "llada_moe" and stage in ("pretrain", "sft"))
@@ -63,7 +63,7 @@ def test_adapters_in_every_objective(data, tmp_path, stage, merge):
     save_model(model, tmp_path / "base", tokenizer)
     before = {name: p.clone() for name, p in model.named_parameters()}
     params = STAGES[stage].model_copy(update={"lora": LoraParams(r=4, merge=merge)})
-    place = Place(data, tmp_path, tmp_path / "model", base=str(tmp_path / "base"))
+    place = RunPaths(data, tmp_path, tmp_path / "model", base=str(tmp_path / "base"))
     train(params, model, tokenizer, place, seed=1)
     frozen = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}
     changed = {name for name, p in before.items() if not torch.equal(p, frozen[name])}
@@ -75,7 +75,7 @@ def test_a_resumed_adapter_run_is_exact(data, tmp_path):
     def run(folder, follow=None):
         model, tokenizer = tiny_pair()
         params = STAGES["sft"].model_copy(update={"lora": LoraParams(r=4, dropout=0.1), "max_steps": 6})
-        receipt = train(params, model, tokenizer, Place(data, folder, folder / "model"), seed=1, follow=follow)
+        receipt = train(params, model, tokenizer, RunPaths(data, folder, folder / "model"), seed=1, follow=follow)
         return receipt, model
 
     def stop(line):
@@ -127,16 +127,16 @@ def test_data_without_rows_is_told(data, tmp_path):
     (tmp_path / "sft").mkdir()
     RowFile(tmp_path / "sft" / "train", SFTData(), schema_of("sft", SFTData(), 300)).close()
     with pytest.raises(ValueError, match=r"the training data has no rows; see data/card\.json"):
-        train(STAGES["sft"], model, tokenizer, Place(tmp_path, tmp_path / "run"), seed=1)
+        train(STAGES["sft"], model, tokenizer, RunPaths(tmp_path, tmp_path / "run"), seed=1)
     with pytest.raises(FileNotFoundError, match=r"pretrain/train: no prepared data; run `python -m tasks\.prepare`"):
-        train(STAGES["pretrain"], model, tokenizer, Place(tmp_path, tmp_path / "other"), seed=1)
+        train(STAGES["pretrain"], model, tokenizer, RunPaths(tmp_path, tmp_path / "other"), seed=1)
 
 
 def test_rows_longer_than_the_model_takes_are_refused(data, tmp_path):
     model, tokenizer = tiny_pair("distilbert")
     Dataset.from_dict({"input_ids": [[7] * 200]}).save_to_disk(tmp_path / "pretrain" / "train")
     with pytest.raises(ValueError, match="a row has 200 tokens, the model takes 128; lower the data's `length`"):
-        train(STAGES["pretrain"], model, tokenizer, Place(tmp_path, tmp_path / "run"), seed=1)
+        train(STAGES["pretrain"], model, tokenizer, RunPaths(tmp_path, tmp_path / "run"), seed=1)
 
 
 @pytest.mark.parametrize("kind", ["llada", "distilbert"])
@@ -149,7 +149,7 @@ def test_compiling_and_recomputing_activations_change_no_number(data, tmp_path, 
     for fast in (False, True):
         model, tokenizer = tiny_pair(kind)
         params = STAGES["sft"].model_copy(update={"compile": fast, "activation_checkpointing": fast})
-        train(params, model, tokenizer, Place(data, tmp_path / str(fast)), seed=1)
+        train(params, model, tokenizer, RunPaths(data, tmp_path / str(fast)), seed=1)
         weights[fast] = model.state_dict()
     assert len(compiled) == 2
     assert recomputed
@@ -164,7 +164,7 @@ def test_what_trains_in_fp32_beside_frozen_bf16_asks_for_autocast(data, tmp_path
         model.bfloat16()
         params = STAGES["sft"].model_copy(update={"lora": lora, "precision": precision, "max_steps": 1})
         AcceleratorState._reset_state()  # of another precision, as a process of its own would have it
-        train(params, model, tokenizer, Place(data, tmp_path, tmp_path / "model"), seed=1)
+        train(params, model, tokenizer, RunPaths(data, tmp_path, tmp_path / "model"), seed=1)
 
     with pytest.raises(ValueError, match="set precision: bf16"):
         trained("fp32")

@@ -10,7 +10,7 @@ from llada_core.likelihood import log_likelihood
 from llada_core.training.params import PreferenceParams
 from llada_core.training.preference import Preference, pairs_of
 from llada_core.training.progress import read_metrics
-from llada_core.training.train import Place, train
+from llada_core.training.train import RunPaths, train
 from tests.tiny import tiny_model, tiny_pair
 
 ROWS = {"prompt_ids": [[10, 11, 12], [20, 21]], "chosen_ids": [[30, 31, 32, 33], [40, 41, 42, 43]],
@@ -72,7 +72,7 @@ def test_preferences_are_learned(tmp_path):
     params = PreferenceParams(max_steps=40, batch_size=8, mask_samples=2, learning_rate=1e-3, log_every=4, beta=0.5,
                               warmup=0, samples=1, save_every=100)  # fmt: skip
     model, tokenizer = tiny_pair()
-    train(params, model, tokenizer, Place(data, tmp_path / "run"), seed=1)
+    train(params, model, tokenizer, RunPaths(data, tmp_path / "run"), seed=1)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     found = [line["preferred"] for line in lines if "preferred" in line]
     assert found[-1] > 0.9

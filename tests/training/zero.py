@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import llada_core.training.train as stages
 from llada_core.training.params import PretrainParams
-from llada_core.training.train import Place, train
+from llada_core.training.train import RunPaths, train
 from tests.tiny import tiny_pair
 from tests.training.data import write_data
 
@@ -47,7 +47,7 @@ def rank(kind: str, folder: Path, stop: str) -> None:
             (folder / "STOP").touch()
 
     params = PretrainParams(**SETTINGS, micro_batch_size=2, distribution={"kind": kind})
-    train(params, *tiny_pair(), Place(folder.parent / "data", folder, folder / "model"), seed=1, follow=follow)
+    train(params, *tiny_pair(), RunPaths(folder.parent / "data", folder, folder / "model"), seed=1, follow=follow)
 
 
 def main(root: Path) -> None:

@@ -18,7 +18,7 @@ from llada_core.settings import ConfigError
 from llada_core.verifiers import answers, code
 from llada_core.verifiers.notation import tagged
 
-Answer = Mapping[str, Any]
+ReferenceAnswer = Mapping[str, Any]
 _STRICT = re.compile(r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$", re.DOTALL)
 _SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
 
@@ -29,12 +29,12 @@ PARTS = (
 """The names of all rewards of all tasks."""
 
 
-def reward(task: str, text: str, answer: Answer, weights: Mapping[str, float] | None = None) -> float:
+def reward(task: str, text: str, answer: ReferenceAnswer, weights: Mapping[str, float] | None = None) -> float:
     """The weighted sum of a task's rewards (weight 1 where none is given); raises `ConfigError` for a task without any."""
     return sum((weights or {}).get(name, 1.0) * value for name, value in parts(task, text, answer).items())
 
 
-def parts(task: str, text: str, answer: Answer) -> dict[str, float]:
+def parts(task: str, text: str, answer: ReferenceAnswer) -> dict[str, float]:
     """Each reward of a task by name; raises `ConfigError` for a task without any."""
     match task:
         case "gsm8k":
@@ -53,7 +53,7 @@ def parts(task: str, text: str, answer: Answer) -> dict[str, float]:
     raise ConfigError(f"task {task!r} has no published reward; use grpo.reward=correct or a function of your own")
 
 
-def gsm8k(text: str, answer: Answer) -> dict[str, float]:
+def gsm8k(text: str, answer: ReferenceAnswer) -> dict[str, float]:
     """Five rewards, at most 4.0 together."""
     reply = answers.without_commas(text.split("<answer>")[-1].split("</answer>")[0].strip())
     return {
@@ -76,7 +76,7 @@ def xmlcount(text: str) -> float:
     return score
 
 
-def countdown_score(text: str, answer: Answer) -> float:
+def countdown_score(text: str, answer: ReferenceAnswer) -> float:
     """1.0 if right, 0.1 for a tagged answer that is not, 0 without tags."""
     reply = tagged(text)
     if reply is None:
@@ -84,7 +84,7 @@ def countdown_score(text: str, answer: Answer) -> float:
     return 1.0 if answers.verify_countdown(text, answer) else 0.1
 
 
-def sudoku_score(text: str, answer: Answer) -> float:
+def sudoku_score(text: str, answer: ReferenceAnswer) -> float:
     """The share of empty cells that are right, of the first 16 digits in the last answer tags."""
     reply = tagged(text)
     digits = "".join(filter(str.isdigit, reply or ""))[:16]
@@ -106,7 +106,7 @@ def boxed_and_tags(text: str) -> float:
     return 0.5 * (reply is not None) + (0.5 if boxed else 0.25)
 
 
-def code_score(text: str, answer: Answer) -> float:
+def code_score(text: str, answer: ReferenceAnswer) -> float:
     """The share of unit tests that pass, and 0.5 for a program inside the answer tags."""
     program = code.fenced(text)
     if program is None:
