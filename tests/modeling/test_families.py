@@ -1,6 +1,8 @@
 """A family of models is a row of one table and its network: a toy one is added here, and nothing else is told of it."""
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,3 +116,22 @@ def test_what_it_needs_and_families_that_there_are_not_are_told_in_one_line(toy)
 )
 def test_a_config_json_tells_its_family(config, kind, toy):
     assert family_of(config).kind == kind
+
+
+def test_nobody_else_asks_which_family_a_network_or_a_configuration_is_of():
+    """What differs is asked of the table or of the model itself, so nothing but their own files names these classes."""
+    root, classes = Path(__file__).parents[2], {f.network.rpartition(".")[2] for f in FAMILIES.values()}
+    classes |= {"LLaDAConfig", "LLaDAMoEConfig"}
+    home = root / "llada_core" / "modeling"
+    own = {home / f"{name}.py" for name in ("__init__", "architecture", "families", "masked_lm", "network")}
+    found = []
+    for room in ("llada_core", "tasks", "flows", "app", "cli"):
+        for file in sorted({*(root / room).rglob("*.py")} - own):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Name) and node.id in classes:
+                    found.append(f"{file.relative_to(root)}:{node.lineno} {node.id}")
+                if isinstance(node, ast.Compare) and any(
+                    isinstance(side, ast.Constant) and side.value in FAMILIES for side in node.comparators
+                ):
+                    found.append(f"{file.relative_to(root)}:{node.lineno} compares a kind")
+    assert not found
