@@ -37,9 +37,9 @@ class Knob:
 
 
 def knobs() -> list[Knob]:
-    """Every field of SamplingParams, in its order."""
+    """Every field of SamplingParams, in its order, but `rule`: a page does not name code to be run."""
     fields = TypeAdapter(SamplingParams).json_schema()["properties"]
-    return [_knob(field, fields[field.name]) for field in dataclasses.fields(SamplingParams)]
+    return [_knob(field, fields[field.name]) for field in dataclasses.fields(SamplingParams) if field.name != "rule"]
 
 
 def _knob(field: dataclasses.Field[Any], schema: dict[str, Any]) -> Knob:

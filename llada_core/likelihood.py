@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llada_core.modeling.predictor import MaskPredictor, require_in_vocabulary, require_length, require_no_mask
-from llada_core.sampling.denoiser import Guided, Plain, Query
+from llada_core.sampling.denoiser import GuidedDenoiser, PlainDenoiser, Query
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.sampler import stream_infill
 
@@ -246,7 +246,7 @@ class Likelihood:
         tokens, visible, prompt = batch.tensors(special.pad_id, self.model.device)
         if not self.cfg_scale:
             return -self.model(tokens, visible, positions=positions, targets=targets).nll
-        guided = Guided(Plain(self.model), self.cfg_scale)
+        guided = GuidedDenoiser(PlainDenoiser(self.model), self.cfg_scale)
         rows, first = len(tokens), tokens.new_zeros(len(tokens))  # there are no blocks
         query = Query(tokens, visible, prompt, positions, special.mask_id, first, [0] * rows, [True] * rows)
         logits = guided.logits(query)

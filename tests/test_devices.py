@@ -87,7 +87,10 @@ def test_a_preference_never_waits():
 
 
 # Waits of one step within a block, of which each mode has the same one: how many positions are open is read.
-@pytest.mark.parametrize("settings", [{}, {"cache": "prefix"}, {"cache": "dual"}, {"threshold": 0.9}], ids=str)
+REMASK = {"rule": "tests.sampling.test_own_rules.remask"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache": "prefix"}, {"cache": "dual"}, {"threshold": 0.9}, REMASK], ids=str)
 @pytest.mark.parametrize("kind", ["llada", "llada_moe"])
 def test_a_sampling_step_waits_once(kind, settings):
     counts = []

@@ -20,7 +20,7 @@ class MaskedLM(MaskPredictor):
 
     kind = "masked_lm"
     supports_cache = False
-    closes = True
+    ends_with_eos = True
 
     def __init__(self, backbone: PreTrainedModel, special_tokens: SpecialTokens) -> None:
         super().__init__()

@@ -174,7 +174,7 @@ class MaskPredictor(nn.Module):
 
     kind: str  # its family's
     supports_cache: bool = True
-    closes: bool = False  # whether a sequence ends with a token of its own, as [SEP] for BERT
+    ends_with_eos: bool = False  # whether a sequence ends with a token of its own, as [SEP] for BERT
     computes_in: torch.dtype | None = None  # what autocast makes of products while it trains; None: as it is stored
     _special: SpecialTokens | None = None
     _entrance: torch.device | None = None  # where input comes from and results go, if not to where the weights lie

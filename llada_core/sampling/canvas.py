@@ -171,7 +171,12 @@ class Step:
     @property
     def committed(self) -> Tensor:
         """(B, T) bool: written by this step."""
-        return self.tokens != self.before
+        return (self.before == self.mask_id) & ~self.open
+
+    @property
+    def taken_back(self) -> Tensor:
+        """(B, T) bool: a token before this step, masked after it."""
+        return (self.before != self.mask_id) & self.open
 
     @property
     def proposal(self) -> Tensor:
@@ -325,31 +330,60 @@ class Canvas:
 class Blocks:
     """The block of each row's first open position, on the device and, in one transfer, on the host. A rows.
 
-    `number` (A,) counts from the row's start; `first`, `last` (A,) are its columns, `last` excluded; `open` (A, T)
-    bool. `counts` of open positions, `entered` (was the row in another block before?), `firsts`.
+    `number` (A,) counts from the row's start; `first`, `last` (A,) are its columns, `last` excluded. W positions from
+    `first` on are the window that a rule judges: `places` (A, W) indices into the A*T flattened positions, `inside` (A, W)
+    bool where they belong to the block, `open` (A, W) bool where they are still masked. `fresh` (A,) bool: the row was in another block before. On the
+    host: `counts` of open positions, `entered` (as `fresh`), `firsts`.
     """
 
     number: Tensor
     first: Tensor
     last: Tensor
+    places: Tensor
+    inside: Tensor
     open: Tensor
+    fresh: Tensor
     counts: list[int]
     entered: list[bool]
     firsts: list[int]
 
     @classmethod
-    def of(cls, canvas: Canvas, length: int, before: Tensor) -> "Blocks":
-        """Blocks of `length` columns, `before` (A,) being the last ones' numbers; a finished row counts 0."""
-        is_open = canvas.open
-        number = (is_open.to(torch.uint8).argmax(1) - canvas.start).div(length, rounding_mode="floor")
+    def of(cls, canvas: Canvas, length: int, width: int, before: Tensor) -> "Blocks":
+        """Blocks of `length` columns in windows of `width`; `before` (A,): the last ones' numbers. A finished row counts 0."""
+        number = (canvas.open.to(torch.uint8).argmax(1) - canvas.start).div(length, rounding_mode="floor")
         first = canvas.start + number * length
         last = torch.minimum(first + length, canvas.end)
-        inside = is_open & (canvas.columns >= first[:, None]) & (canvas.columns < last[:, None])
-        counts, entered, firsts = torch.stack([inside.sum(1), (number != before).long(), first]).tolist()
-        return cls(number, first, last, inside, counts, [bool(new) for new in entered], firsts)
+        columns = first[:, None] + torch.arange(width, device=first.device)
+        inside = columns < last[:, None]
+        # A window past the canvas repeats the canvas's edge, which `inside` leaves out.
+        rows, canvas_width = canvas.tokens.shape
+        places = columns.clamp(0, canvas_width - 1) + canvas_width * torch.arange(rows, device=first.device)[:, None]
+        is_open, fresh = inside & canvas.open.flatten()[places], number != before
+        counts, entered, firsts = torch.stack([is_open.sum(1), fresh.long(), first]).tolist()
+        return cls(
+            number=number,
+            first=first,
+            last=last,
+            places=places,
+            inside=inside,
+            open=is_open,
+            fresh=fresh,
+            counts=counts,
+            entered=[bool(new) for new in entered],
+            firsts=firsts,
+        )
 
     def after(self, canvas: Canvas) -> "Blocks | None":
-        """The same blocks with what is still open in them; None once one is done, so that a row has moved on."""
-        still = self.open & canvas.open
+        """The same blocks with what is open in them now; None once one is done, so that a row has moved on."""
+        still = self.inside & canvas.open.flatten()[self.places]
         counts = still.sum(1).tolist()
-        return None if 0 in counts else replace(self, open=still, counts=counts, entered=[False] * len(counts))
+        if 0 in counts:
+            return None
+        # `fresh` stays as it was: it is read only where some row has entered a block.
+        return replace(self, open=still, counts=counts, entered=[False] * len(counts))
+
+    def on_canvas(self, chosen: Tensor, canvas: Canvas) -> Tensor:
+        """(A, T) bool: the positions of the windows that are `chosen` (A, W) bool."""
+        count = torch.zeros(canvas.tokens.numel(), dtype=torch.int32, device=chosen.device)
+        count = count.index_add(0, self.places.flatten(), (chosen & self.inside).flatten().int())
+        return count.view_as(canvas.tokens) > 0

@@ -76,7 +76,7 @@ class Denoiser(Protocol):
 
 
 @dataclass
-class Plain:
+class PlainDenoiser:
     """One forward over the whole canvas, the vocabulary projection only at the asked-for positions: exact."""
 
     model: MaskPredictor
@@ -115,7 +115,7 @@ class Wrapper:
 
 
 @dataclass
-class Guided(Wrapper):
+class GuidedDenoiser(Wrapper):
     """Classifier-free guidance (LLaDA, appendix A): blind + (scale + 1) * (seeing - blind), in float32."""
 
     scale: float
@@ -144,7 +144,7 @@ class Guided(Wrapper):
 
 
 @dataclass
-class Shifted(Wrapper):
+class ShiftedDenoiser(Wrapper):
     """For models whose logits at a position predict the next token: position i is read from i - 1."""
 
     def logits(self, query: Query) -> Tensor:
@@ -154,7 +154,7 @@ class Shifted(Wrapper):
 
 
 @dataclass(frozen=True)
-class Window:
+class CacheWindow:
     """Which positions a step feeds: the block and all that follows ("prefix", Fast-dLLM's prefix cache), or the block
     with `margin` positions each side ("dual", its dual cache; dInfer's vicinity refresh). A refresh feeds all, on
     entering a block and after `every` steps.
@@ -177,14 +177,14 @@ class Window:
 
 
 @dataclass
-class Cached:
+class CachedDenoiser:
     """Feeds a window and attends to cached keys and values elsewhere.
 
     Where rows are at different points, one forward feeds all windows and a second one refreshes the rows that need it.
     """
 
     model: MaskPredictor
-    window: Window
+    window: CacheWindow
     forwards: int = field(default=0, init=False)
     fed: int = field(default=0, init=False)
     cache: KVCache | None = field(default=None, init=False)
@@ -199,17 +199,17 @@ class Cached:
         stale = [new or age == every for new, age in zip(query.fresh, self.age, strict=True)]
         self.age = [1 if old else age + 1 for old, age in zip(stale, self.age, strict=True)]
         if all(stale):
-            return self._look(query, self.cache)
+            return self._forward_full(query, self.cache)
         if not any(stale):
-            return self._glance(query, query.wanted, self.cache)
-        return self._mixed(query, torch.tensor(stale, device=query.tokens.device), self.cache)
+            return self._forward_window(query, query.wanted, self.cache)
+        return self._forward_mixed(query, torch.tensor(stale, device=query.tokens.device), self.cache)
 
-    def _look(self, query: Query, cache: KVCache) -> Tensor:
+    def _forward_full(self, query: Query, cache: KVCache) -> Tensor:
         self.forwards += 1
         self.fed += query.tokens.numel()
         return self.model(query.tokens, query.visible, positions=query.wanted, cache=cache).logits
 
-    def _glance(self, query: Query, wanted: Tensor, cache: KVCache) -> Tensor:
+    def _forward_window(self, query: Query, wanted: Tensor, cache: KVCache) -> Tensor:
         slots, start = self.window.slots(query)
         self.forwards += 1
         self.fed += slots.numel()
@@ -218,18 +218,18 @@ class Cached:
         tokens = query.tokens.gather(1, slots)
         return self.model(tokens, query.visible, positions=positions, cache=cache, slots=slots).logits
 
-    def _mixed(self, query: Query, stale: Tensor, cache: KVCache) -> Tensor:
+    def _forward_mixed(self, query: Query, stale: Tensor, cache: KVCache) -> Tensor:
         width = query.tokens.shape[1]
         row = query.wanted // width
         of_stale = stale[row]
-        seen = self._glance(query, query.wanted[~of_stale], cache)
+        seen = self._forward_window(query, query.wanted[~of_stale], cache)
         rows = stale.nonzero()[:, 0]
         rank = torch.zeros_like(stale, dtype=torch.long).index_copy(
             0, rows, torch.arange(len(rows), device=rows.device)
         )
         wanted = rank[row[of_stale]] * width + query.wanted[of_stale] % width
         anew = self.model.new_cache(len(rows), width)
-        looked = self._look(query.subset(rows, wanted), anew)
+        looked = self._forward_full(query.subset(rows, wanted), anew)
         cache.replace(rows, anew)
         result = looked.new_empty(len(row), looked.shape[-1])
         result[of_stale], result[~of_stale] = looked, seen
@@ -246,14 +246,14 @@ def denoiser_of(model: MaskPredictor, params: SamplingParams) -> Denoiser:
     """The denoiser that `params` name."""
     denoiser: Denoiser
     if params.cache == "none":
-        denoiser = Plain(model)
+        denoiser = PlainDenoiser(model)
     elif model.supports_cache:
-        window = Window(params.cache, params.block_length, params.cache_window, params.cache_refresh)
-        denoiser = Cached(model, window)
+        window = CacheWindow(params.cache, params.block_length, params.cache_window, params.cache_refresh)
+        denoiser = CachedDenoiser(model, window)
     else:
         raise ValueError(
             f"{type(model).__name__} keeps no keys and values for cache {params.cache!r}; set cache 'none'"
         )
     if params.cfg_scale:
-        denoiser = Guided(denoiser, params.cfg_scale)
-    return Shifted(denoiser) if params.right_shift_logits else denoiser
+        denoiser = GuidedDenoiser(denoiser, params.cfg_scale)
+    return ShiftedDenoiser(denoiser) if params.right_shift_logits else denoiser

@@ -4,12 +4,12 @@ import dataclasses
 from functools import wraps
 from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from llada_core.settings import ConfigError, nearest
 
-PARALLEL_RULES = ("threshold", "factor", "entropy_bound")
+PARALLEL_RULES = ("threshold", "factor", "entropy_bound", "rule")
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -24,8 +24,9 @@ class SamplingParams:
       chance s/t);
     - `threshold`: every position at least that sure; `factor`: the r-th surest if its confidence is 1 - factor/(r+1)
       or more; `entropy_bound`: the surest while their entropies without the largest add up to no more
-      (arXiv:2505.24857; with `remasking="entropy"`). These commit at least one position, need no schedule and leave
-      `steps` unused.
+      (arXiv:2505.24857; with `remasking="entropy"`); `rule`: the dotted path of a function of one's own
+      (`llada_core.sampling.unmask.Rule`), which may also take tokens back. These commit at least one position, need no
+      schedule and leave `steps` unused.
     Which positions come first is said by `remasking`: the probability of the proposed token, its margin over the next
     one, the entropy of the whole distribution, or nothing ("random"). `forbid_tokens` are never produced,
     `defer_tokens` are committed last. `cfg_scale` guides away from the answer to no prompt, in which
@@ -56,11 +57,13 @@ class SamplingParams:
     cache_refresh: int | None = Field(default=None, ge=1)
     cache_window: int = Field(default=0, ge=0)
     right_shift_logits: bool = False
+    # Newer than the checkpoints that name a run by its settings: left out of what is written while it says nothing.
+    rule: str | None = Field(default=None, exclude_if=lambda path: path is None)
 
     @property
     def parallel(self) -> bool:
         """Whether confidence, not a schedule, says how many positions a step commits."""
-        return any(rule is not None for rule in (self.threshold, self.factor, self.entropy_bound))
+        return any(rule is not None for rule in (self.threshold, self.factor, self.entropy_bound, self.rule))
 
     @property
     def blocks(self) -> int:
@@ -69,7 +72,7 @@ class SamplingParams:
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        values = (self.threshold, self.factor, self.entropy_bound)
+        values = (self.threshold, self.factor, self.entropy_bound, self.rule)
         rules = [name for name, value in zip(PARALLEL_RULES, values, strict=True) if value is not None]
         if len(rules) > 1:
             raise ValueError(f"{' and '.join(rules)} are rules for one choice; set one of them")
@@ -78,7 +81,7 @@ class SamplingParams:
                 "stochastic_transfer draws from a noise schedule; set schedule to linear or cosine"
                 f" and leave {', '.join(PARALLEL_RULES)} unset"
             )
-        if rules and self.remasking == "random":
+        if rules and self.remasking == "random" and self.rule is None:
             raise ValueError(
                 f"{rules[0]} judges confidence, which remasking 'random' replaces by chance; use another remasking"
             )
@@ -146,8 +149,15 @@ SENTENCES: dict[str, str] = {
     "schedule": "How many tokens each step writes: even, or as a linear or cosine noise schedule expects.",
     "stochastic_transfer": "Draw the number of tokens per step from the noise schedule (linear or cosine).",
     "right_shift_logits": "For models converted from autoregressive ones, whose output is one position late.",
+    "rule": "Dotted path of a function of one's own that says what is written in a step, and what is taken back.",
     "seed": "The same number gives the same answer; empty draws a new one each time.",
 }
+
+
+def as_values(params: SamplingParams) -> dict[str, Any]:
+    """The settings as receipts and records keep them: every one, but `rule` where it says nothing."""
+    values: dict[str, Any] = TypeAdapter(SamplingParams).dump_python(params)
+    return values
 
 
 def preset(name: str, base: SamplingParams) -> SamplingParams:

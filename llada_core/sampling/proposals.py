@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llada_core.diffusion import hashed, keyed
+from llada_core.sampling.params import SamplingParams
 
 
 def gumbel_argmax(logits_PV: Tensor, temperature: float, uniforms_PV: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ def margin(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None
     return Confidence.of(odds.sigmoid(), odds)
 
 
-def certainty(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None) -> Confidence:
+def negative_entropy(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None) -> Confidence:
     """exp(-entropy): 1 for one certain token, 1/V for none; its key is minus the logarithm of the entropy."""
     log_entropy = _log_entropy(logits_PV)
     return Confidence.of((-log_entropy.exp()).exp(), -log_entropy)
@@ -151,7 +152,7 @@ def _log_entropy(logits_PV: Tensor) -> Tensor:
     return torch.logaddexp(first, terms.logsumexp(-1) - log_z)
 
 
-def chance(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None) -> Confidence:
+def random_scores(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None) -> Confidence:
     """No confidence at all: the given uniforms, so that positions are chosen at random."""
     if uniforms_P is None:
         raise ValueError("random remasking needs uniforms")
@@ -165,6 +166,72 @@ def _wide(x: Tensor) -> torch.dtype:
 CONFIDENCES: dict[str, Score] = {
     "low_confidence": probability,
     "margin": margin,
-    "entropy": certainty,
-    "random": chance,
+    "entropy": negative_entropy,
+    "random": random_scores,
 }
+
+
+CHUNK = 1 << 28
+"""Logits looked at together; with more, rows are taken one by one so that the copies made here stay small."""
+
+
+@dataclass(frozen=True)
+class Proposer:
+    """What turns logits into proposed tokens and confidences; which of them stay is a rule's to say."""
+
+    score: Score
+    temperature: float
+    never: Tensor
+    forbidden: Tensor
+    deferred: Tensor
+    at_random: bool
+
+    @classmethod
+    def of(cls, params: SamplingParams, mask_id: int, device: torch.device) -> "Proposer":
+        """The values that `params` name."""
+
+        def ids(values: tuple[int, ...]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        return cls(
+            score=CONFIDENCES[params.remasking],
+            temperature=params.temperature,
+            never=ids((mask_id,)),
+            forbidden=ids(params.forbid_tokens),
+            deferred=ids(params.defer_tokens),
+            at_random=params.remasking == "random",
+        )
+
+    def propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Confidence]:
+        """Tokens (P,) and their confidences (P,) from logits (P, V), `counts` of which belong to each row in turn.
+
+        Without noise the likeliest tokens. MASK is never proposed, yet its probability counts against the proposal, as
+        in the references.
+        """
+        if noise is None or logits.numel() <= CHUNK:
+            return self._propose(logits, noise, counts)
+        parts, at = [], 0
+        for row, count in enumerate(counts):  # a row's numbers are its own, so rows may be taken apart
+            only = [count if i == row else 0 for i in range(len(counts))]
+            parts.append(self._propose(logits[at : at + count], noise, only))
+            at += count
+        tokens, found = zip(*parts, strict=True)
+        return torch.cat(tokens), Confidence(torch.cat([c.value for c in found]), torch.cat([c.key for c in found]))
+
+    def _propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Confidence]:
+        logits = logits.float()
+        if len(self.forbidden):
+            logits = logits.index_fill(-1, self.forbidden, -torch.inf)
+        possible = logits.index_fill(-1, self.never, -torch.inf)
+        if noise is None or not self.temperature:
+            tokens = possible.argmax(-1)
+        else:
+            tokens = gumbel_argmax(possible, self.temperature, noise.uniforms(counts, logits.shape[-1]))
+        uniforms = noise.uniforms(counts, 1)[:, 0] if self.at_random and noise is not None else None
+        score = probability if self.at_random and uniforms is None else self.score
+        if len(self.deferred):
+            logits = logits.index_fill(-1, self.deferred, -torch.inf)
+        confidence = score(logits, tokens, uniforms)
+        if len(self.deferred):
+            confidence = confidence.lowest_where(torch.isin(tokens, self.deferred))
+        return tokens, confidence

@@ -12,8 +12,8 @@ from llada_core.sampling import canvas as checks
 from llada_core.sampling.canvas import Blocks, Canvas, Row, Step
 from llada_core.sampling.denoiser import Denoiser, Query, denoiser_of
 from llada_core.sampling.params import SamplingParams
-from llada_core.sampling.proposals import RowNoise
-from llada_core.sampling.unmask import Choice, Pace, pace_of
+from llada_core.sampling.proposals import Proposer, RowNoise
+from llada_core.sampling.unmask import Rule, State, TransferSchedule, rule_of, schedule_of
 
 
 @dataclass(frozen=True)
@@ -36,54 +36,72 @@ class Sampler:
     """The reverse process as a loop over one canvas.
 
     `look_ahead` also asks for proposals at open positions beyond the block; that costs their share of the vocabulary
-    projection and changes nothing else. Without a `pace` the rule alone says how much is committed.
+    projection and changes nothing else. Without a `schedule` the rule alone says how much is committed.
     """
 
     denoiser: Denoiser
-    choice: Choice
+    proposer: Proposer
+    rule: Rule
     noise: RowNoise
     block_length: int
-    pace: Pace | None = None
+    schedule: TransferSchedule | None = None
     stop: Stop | None = None
     look_ahead: bool = False
 
     @torch.no_grad()
     def run(self, canvas: Canvas) -> Iterator[Step]:
         """Commits every open position; yields after each step."""
-        board = canvas.shown()
-        block, blocks = torch.full_like(canvas.number, -1), None
+        board, state = canvas.shown(), State()
+        # A rule sees windows of one width from the first step to the last, though the canvas sheds columns.
+        width = min(self.block_length, canvas.tokens.shape[1])
+        number, blocks = torch.full_like(canvas.number, -1), None
         while True:
-            blocks = (blocks and blocks.after(canvas)) or Blocks.of(canvas, self.block_length, block)
+            # Within a block one transfer a step tells the host how many positions are open; where a row has moved on,
+            # one more tells where it is.
+            blocks = (blocks and blocks.after(canvas)) or Blocks.of(canvas, self.block_length, width, number)
             kept = [row for row, count in enumerate(blocks.counts) if count]
             if not kept:
                 return
             if len(kept) < len(blocks.counts):
-                canvas, block = canvas.rows(kept), block[torch.tensor(kept, device=block.device)]
-                self._keep(kept, canvas.tokens.shape[1])
+                index = torch.tensor(kept, device=number.device)
+                canvas, number = canvas.rows(kept), number[index]
+                state = {name: value[index] for name, value in state.items()}
+                self.denoiser.keep(kept, canvas.tokens.shape[1])
+                self.noise.keep(kept)
                 blocks = None
                 continue
-            canvas, step = self._step(canvas, board, blocks)
-            board, block = step.tokens, blocks.number
+            canvas, state, step = self._step(canvas, state, board, blocks)
+            board, number = step.tokens, blocks.number
             yield step
 
-    def _step(self, canvas: Canvas, board: Tensor, blocks: Blocks) -> tuple[Canvas, Step]:
-        mine = asked = torch.nonzero_static(blocks.open.flatten(), size=sum(blocks.counts))[:, 0]
+    def _step(self, canvas: Canvas, state: State, board: Tensor, blocks: Blocks) -> tuple[Canvas, State, Step]:
+        # Indices into the flattened windows and the flattened canvas, in the same order. Their number is known to the
+        # host, so that the device need not be waited for.
+        slots = torch.nonzero_static(blocks.open.flatten(), size=sum(blocks.counts))[:, 0]
+        mine = asked = blocks.places.flatten()[slots]
         if self.look_ahead:
-            asked = torch.cat([mine, (canvas.open & ~blocks.open).flatten().nonzero()[:, 0]])
+            asked = torch.cat([mine, canvas.open.flatten().index_fill(0, mine, value=False).nonzero()[:, 0]])
         logits = self.denoiser.logits(Query.of(canvas, blocks, asked))
-        proposals, confidence = self.choice.propose(logits[: len(mine)], self.noise, blocks.counts)
-        quota = None if self.pace is None else self.pace.next(blocks, self.noise)
+        proposals, confidence = self.proposer.propose(logits[: len(mine)], self.noise, blocks.counts)
 
-        commit = self.choice.rule(confidence.laid_out(blocks.open.shape, mine), quota).view(-1)[mine]
+        if any(blocks.entered):
+            state = {name: zero_where(blocks.fresh, value) for name, value in state.items()}
+        if self.schedule is not None:
+            state = self.schedule.begin(state, canvas, blocks, self.noise)
+        scores = confidence.laid_out(blocks.open.shape, slots)
+        commit, back, state = self.rule(scores, blocks.open, state)
+
         tokens = canvas.tokens.clone()
-        tokens.view(-1)[mine] = torch.where(commit, proposals, canvas.mask_id)
+        tokens.view(-1)[mine] = torch.where(commit.view(-1)[slots], proposals, canvas.mask_id)
+        if back is not None:
+            tokens = tokens.masked_fill(blocks.on_canvas(back, canvas), canvas.mask_id)
         if self.stop is not None:
             tokens = self.stop.close(tokens, canvas)
         canvas = canvas.written(tokens)
 
         values = confidence.value
         if self.look_ahead:
-            beyond, sure = self.choice.propose(logits[len(mine) :], None, [])
+            beyond, sure = self.proposer.propose(logits[len(mine) :], None, [])
             proposals, values = torch.cat([proposals, beyond]), torch.cat([values, sure.value])
         step = Step(
             tokens=canvas.shown(board),
@@ -96,13 +114,12 @@ class Sampler:
             proposals=proposals,
             confidences=values,
         )
-        return canvas, step
+        return canvas, state, step
 
-    def _keep(self, rows: list[int], width: int) -> None:
-        self.denoiser.keep(rows, width)
-        self.noise.keep(rows)
-        if self.pace is not None:
-            self.pace.keep(rows)
+
+def zero_where(rows: Tensor, value: Tensor) -> Tensor:
+    """`value` (A, ...), zero in those `rows` (A,) bool."""
+    return value.masked_fill(rows.view(-1, *[1] * (value.dim() - 1)), 0)
 
 
 Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
@@ -147,7 +164,7 @@ def generate(
     sampler, canvas = _sampler_for_prompts(model, prompts, params, pinned, look_ahead=False)
     with evaluating(model):
         tokens = _last(sampler, canvas)
-    last = tokens.shape[1] - model.closes
+    last = tokens.shape[1] - model.ends_with_eos
     tokens = tokens[:, last - prompts.width - params.max_new_tokens : last].contiguous()
     if isinstance(prompt_ids, Tensor):
         tokens[:, : prompts.width] = prompt_ids  # padding as it was given
@@ -231,7 +248,7 @@ def _sampler_for_prompts(
     for position, token in checks.pinned(model, pinned or {}, new).items():
         blank[position] = token
     opening = torch.tensor([i for i in (special.bos_id,) if i is not None], dtype=torch.long, device=model.device)
-    closing = torch.tensor([special.eos_id] * model.closes, dtype=torch.long, device=model.device)
+    closing = torch.tensor([special.eos_id] * model.ends_with_eos, dtype=torch.long, device=model.device)
     rows = []
     for prompt in prompts.rows:
         ids = prompt.ids if len(prompt.ids) else opening
@@ -265,10 +282,11 @@ def _sampler(
     ends = torch.tensor(sorted(special.end_ids), device=device)
     sampler = Sampler(
         denoiser=denoiser_of(model, params),
-        choice=Choice.of(params, special.mask_id, device),
+        proposer=Proposer.of(params, special.mask_id, device),
+        rule=rule_of(params),
         noise=RowNoise.of_prompts(prompts, params.seed, device),
         block_length=params.block_length,
-        pace=pace_of(params, canvas),
+        schedule=schedule_of(params),
         stop=Stop(ends, special.eos_id) if params.stop_at_eos else None,
         look_ahead=look_ahead and params.cache == "none",
     )

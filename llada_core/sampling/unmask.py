@@ -1,11 +1,11 @@
-"""Which proposals become tokens in a step: rules and schedules, by name, and the step's choice.
+"""Which proposals become tokens in a step, and which tokens become masks again: rules and transfer schedules, by name.
 
-Shapes: B rows, W positions.
+Shapes: B rows, W positions of a block, S steps of a block.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,21 +14,33 @@ from torch.nn import functional as F
 
 from llada_core.sampling.canvas import Blocks, Canvas
 from llada_core.sampling.params import SamplingParams
-from llada_core.sampling.proposals import CONFIDENCES, Confidence, RowNoise, Score, gumbel_argmax, probability
+from llada_core.sampling.proposals import Confidence, RowNoise
+from llada_core.settings import function_at
 
-Schedule = Callable[[Tensor, Tensor], Tensor]  # open positions (A,), steps (A,) -> counts (A, S)
-# (A, T), -inf where nothing can be committed; quota (A,), None without a schedule -> commit (A, T) bool
-Rule = Callable[[Confidence, Tensor | None], Tensor]
+State = dict[str, Tensor]
+"""What a rule remembers of each row's present block: tensors of B rows, by name. The loop drops the rows that have
+finished and sets a row to zero when it enters another block; at the very first step there is nothing in it.
+"""
+
+Rule = Callable[[Confidence, Tensor, State], tuple[Tensor, Tensor | None, State]]
+"""(scores, open positions, state) -> (commit, take back, state): a pure function without host synchronisations.
+
+scores: `value` and `key` (B, W), -inf where nothing is open. open positions: (B, W) bool. commit: (B, W) bool, which
+of the open positions keep what was proposed. take back: (B, W) bool, which tokens of the block become MASK again;
+None from a rule that never takes one back. W is the same in all steps of a generation.
+"""
+
+Transfer = Callable[[Tensor, Tensor], Tensor]  # open positions (B,), steps (B,) -> counts (B, S)
 
 
-def even_quotas(open_A: Tensor, steps_A: Tensor) -> Tensor:
+def even_transfer(open_B: Tensor, steps_B: Tensor) -> Tensor:
     """As even as whole numbers allow, the first steps one more (LLaDA's transfer schedule).
 
     A row with fewer open positions than steps is done before its zeros come, where LLaDA goes on spending forwards.
     """
-    step = torch.arange(int(steps_A.max()), device=open_A.device)
-    base, extra = open_A // steps_A, open_A % steps_A
-    return (base[:, None] + (step < extra[:, None])) * (step < steps_A[:, None])
+    step = torch.arange(int(steps_B.max()), device=open_B.device)
+    base, extra = open_B // steps_B, open_B % steps_B
+    return (base[:, None] + (step < extra[:, None])) * (step < steps_B[:, None])
 
 
 def linear_noise(t: Tensor) -> Tensor:
@@ -41,72 +53,78 @@ def cosine_noise(t: Tensor) -> Tensor:
     return 1 - (1 - (math.pi / 2 * (1 - t)).cos())
 
 
-def expected_quotas(open_A: Tensor, steps_A: Tensor, *, noise: Callable[[Tensor], Tensor]) -> Tensor:
+def expected_transfer(open_B: Tensor, steps_B: Tensor, *, noise: Callable[[Tensor], Tensor]) -> Tensor:
     """What the reverse process from time 1 to 0 uncovers on average, rounded; empty steps are left out."""
-    left = open_A.clone()
+    left = open_B.clone()
     counts = []
-    for step in range(int(steps_A.max())):
+    for step in range(int(steps_B.max())):
         # 1 - alpha in float32, as in dllm: which way a half is rounded hangs on it.
-        t = ((steps_A - step).double() / steps_A).clamp(min=0.0).float()
-        s = ((steps_A - step - 1).double() / steps_A).clamp(min=0.0).float()
+        t = ((steps_B - step).double() / steps_B).clamp(min=0.0).float()
+        s = ((steps_B - step - 1).double() / steps_B).clamp(min=0.0).float()
+        # From t to s a masked token stays masked with chance noise(s) / noise(t) (SMDM, arXiv:2410.18514); at s = 0
+        # all go, which the quotient says only up to rounding.
         share = torch.where(s > 0, 1 - (noise(s) / noise(t)).double(), 1.0)
         counts.append(torch.minimum((left.double() * share).round().long(), left))
         left = left - counts[-1]
     return without_zeros(torch.stack(counts, dim=1))
 
 
-def drawn_quotas(uniforms_AN: Tensor, steps_A: Tensor, *, noise: Callable[[Tensor], Tensor]) -> Tensor:
+def sampled_transfer(uniforms_BN: Tensor, steps_B: Tensor, *, noise: Callable[[Tensor], Tensor]) -> Tensor:
     """The reverse process itself: each of N open positions is uncovered at a time of its own, drawn by its uniform.
 
     Counts over the positions are binomial with chance 1 - noise(s) / noise(t) of those still masked (nan: no position).
     """
-    span = int(steps_A.max())
-    level = torch.arange(span, 0, -1, device=steps_A.device).double() - (
-        span - steps_A[:, None]
-    )  # steps left at each step
-    s = ((level - 1) / steps_A[:, None]).clamp(min=0.0)
+    # Rows may have budgets of different lengths: `level` counts each row's remaining steps, zero or less past its end.
+    span = int(steps_B.max())
+    level = torch.arange(span, 0, -1, device=steps_B.device).double() - (span - steps_B[:, None])
+    s = ((level - 1) / steps_B[:, None]).clamp(min=0.0)
     masked_after = torch.where(s > 0, noise(s), 0.0)
-    # A position whose uniform lies in [after, before) goes at that step.
-    step = (uniforms_AN[:, :, None] < masked_after[:, None, :]).sum(-1)
-    real = ~uniforms_AN.isnan()
-    counts = torch.zeros(len(steps_A), span + 1, dtype=torch.long, device=steps_A.device)
-    counts.scatter_add_(1, torch.where(real, step, span), real.long())
+    # A position whose uniform lies in [after, before) goes at that step: the number of levels that its uniform is still
+    # below is the number of steps it outlasts. One draw a position gives all steps at once, with the right law.
+    step = (uniforms_BN[:, :, None] < masked_after[:, None, :]).sum(-1)
+    real = ~uniforms_BN.isnan()
+    counts = torch.zeros(len(steps_B), span + 1, dtype=torch.long, device=steps_B.device)
+    counts.scatter_add_(1, torch.where(real, step, span), real.long())  # what is no position goes to a column cut off
     return without_zeros(counts[:, :span])
 
 
-def without_zeros(counts_AS: Tensor) -> Tensor:
+def without_zeros(counts_BS: Tensor) -> Tensor:
     """Each row's counts above zero, first: the model does not know time, so an empty step changes nothing."""
-    order = (counts_AS == 0).to(torch.int8).argsort(dim=1, stable=True)
-    return counts_AS.gather(1, order)
+    order = (counts_BS == 0).to(torch.int8).argsort(dim=1, stable=True)
+    return counts_BS.gather(1, order)
 
 
-def top_quota(confidence: Confidence, quota: Tensor | None) -> Tensor:
-    """The `quota` surest of each row; of equal ones the leftmost."""
-    if quota is None:
-        raise ValueError("top_quota needs a schedule")
-    return (ranks(confidence.key) < quota[:, None]) & (confidence.key > -torch.inf)
+def top_k(scores: Confidence, is_open: Tensor, state: State) -> tuple[Tensor, None, State]:
+    """The surest of each row, as many as its schedule gives to this step; of equal ones the leftmost.
 
-
-def above(confidence: Confidence, quota: Tensor | None, *, threshold: float) -> Tensor:
-    """Every value of at least `threshold`, and the surest one in any case (Fast-dLLM)."""
-    return ((confidence.value >= threshold) | (ranks(confidence.key) == 0)) & (confidence.key > -torch.inf)
-
-
-def within_factor(confidence: Confidence, quota: Tensor | None, *, factor: float) -> Tensor:
-    """The r-th surest if its value is 1 - factor/(r + 1) or more, and the surest in any case (Fast-dLLM's factor)."""
-    rank = ranks(confidence.key)
-    return ((rank == 0) | (confidence.value >= 1 - factor / (rank + 2))) & (confidence.key > -torch.inf)
-
-
-def within_entropy(confidence: Confidence, quota: Tensor | None, *, bound: float) -> Tensor:
-    """The longest run of lowest entropies whose sum without the largest is within `bound` (arXiv:2505.24857).
-
-    `confidence` is that of `certainty`: keys are minus the logarithms of the entropies.
+    The state is what `TransferSchedule.begin` puts there.
     """
-    ordered, order = confidence.key.sort(dim=-1, descending=True, stable=True)
+    count = state["counts"].gather(1, state["step"][:, None])
+    return is_open & (ranks(scores.key) < count), None, {**state, "step": state["step"] + 1}
+
+
+def threshold(scores: Confidence, is_open: Tensor, state: State, *, value: float) -> tuple[Tensor, None, State]:
+    """Every confidence of at least `value`, and the surest one in any case (Fast-dLLM)."""
+    return is_open & ((scores.value >= value) | (ranks(scores.key) == 0)), None, state
+
+
+def factor(scores: Confidence, is_open: Tensor, state: State, *, value: float) -> tuple[Tensor, None, State]:
+    """The r-th surest if its confidence is 1 - value/(r + 1) or more, and the surest in any case (Fast-dLLM)."""
+    rank = ranks(scores.key)  # from 0, so that r is rank + 1
+    return is_open & ((rank == 0) | (scores.value >= 1 - value / (rank + 2))), None, state
+
+
+def entropy_bound(scores: Confidence, is_open: Tensor, state: State, *, value: float) -> tuple[Tensor, None, State]:
+    """The longest run of lowest entropies whose sum without the largest is within `value` nats (arXiv:2505.24857).
+
+    `scores` are those of `negative_entropy`: keys are minus the logarithms of the entropies.
+    """
+    ordered, order = scores.key.sort(dim=-1, descending=True, stable=True)
+    # Tokens written together err by no more than the sum of their entropies without the largest. In rising order the
+    # largest is the last, so what counts at each place is the sum of those before it: the first is always written.
     before = (-ordered).exp().cumsum(-1).roll(1, dims=-1)
     before[:, 0] = 0.0
-    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order, before <= bound) & (confidence.key > -torch.inf)
+    return is_open & torch.zeros_like(is_open).scatter(1, order, before <= value), None, state
 
 
 def ranks(scores: Tensor) -> Tensor:
@@ -116,145 +134,92 @@ def ranks(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, places)
 
 
+def ending(rule: Rule) -> Rule:
+    """`rule`, a stranger's, held to the end of every block: n masks take at most 2n steps.
+
+    A step commits the surest position where the rule commits none. Only tokens that the block began without may be
+    taken back, and only in its first n steps: after those at most n positions are open, and each step closes one.
+    """
+
+    def held(scores: Confidence, is_open: Tensor, state: State) -> tuple[Tensor, Tensor | None, State]:
+        mine = state.get("ending.mine", torch.zeros_like(is_open))
+        step = state.get("ending.step", is_open.new_zeros(len(is_open), dtype=torch.long))
+        mine = torch.where((step == 0)[:, None], is_open, mine)
+        asked, back, after = rule(scores, is_open, state)
+        commit = is_open & asked
+        surest = is_open & (ranks(scores.key) == 0)
+        commit = torch.where(commit.any(1, keepdim=True), commit, surest)
+        if back is not None:
+            back = back & mine & ~is_open & (step < mine.sum(1))[:, None]
+        return commit, back, {**after, "ending.mine": mine, "ending.step": step + 1}
+
+    return held
+
+
 NOISES = {"linear": linear_noise, "cosine": cosine_noise}
 
 
-def schedule_of(params: SamplingParams) -> Schedule:
-    """The schedule that `params` name; a stochastic one takes uniforms (A, N) in place of counts (A,)."""
+def transfer_of(params: SamplingParams) -> Transfer:
+    """The schedule that `params` name; a stochastic one takes uniforms (B, N) in place of counts (B,)."""
     if params.schedule == "even":
-        return even_quotas
-    quotas = drawn_quotas if params.stochastic_transfer else expected_quotas
-    return partial(quotas, noise=NOISES[params.schedule])
+        return even_transfer
+    counts = sampled_transfer if params.stochastic_transfer else expected_transfer
+    return partial(counts, noise=NOISES[params.schedule])
 
 
 def rule_of(params: SamplingParams) -> Rule:
-    """The rule that `params` name."""
+    """The rule that `params` name; raises `ConfigError` if there is no function at the dotted path of one's own."""
+    if params.rule is not None:
+        return ending(function_at(params.rule, "rule"))
     if params.threshold is not None:
-        return partial(above, threshold=params.threshold)
+        return partial(threshold, value=params.threshold)
     if params.factor is not None:
-        return partial(within_factor, factor=params.factor)
+        return partial(factor, value=params.factor)
     if params.entropy_bound is not None:
-        return partial(within_entropy, bound=params.entropy_bound)
-    return top_quota
+        return partial(entropy_bound, value=params.entropy_bound)
+    return top_k
 
 
-@dataclass
-class Pace:
-    """The counts of every active row's block. A rows, S steps.
+@dataclass(frozen=True)
+class TransferSchedule:
+    """How many positions `top_k` commits in each step of a block.
 
-    `steps` (A,) is each row's budget for one block; with `draw` the schedule is given uniforms (A, N), nan where there
-    is no position, in place of counts (A,).
+    `steps` is the budget of the whole answer; with `draw`, `transfer` is given uniforms (B, N), nan where there is no
+    position, in place of counts (B,).
     """
 
-    schedule: Schedule
-    steps: Tensor
+    transfer: Transfer
+    steps: int
+    block_length: int
     draw: bool = False
-    counts: Tensor = field(init=False)
-    taken: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.taken = torch.zeros_like(self.steps)
-        self.counts = self.steps.new_zeros(len(self.steps), int(self.steps.max()))
-
-    def next(self, blocks: Blocks, noise: RowNoise) -> Tensor:
-        """(A,) counts of the step that is about to be taken."""
-        if any(blocks.entered):
-            new = torch.tensor(blocks.entered, device=self.steps.device)
-            fresh = self.schedule(self._material(blocks, noise), self.steps)
-            fresh = F.pad(fresh, (0, self.counts.shape[1] - fresh.shape[1]))
-            self.counts = torch.where(new[:, None], fresh, self.counts)
-            self.taken = torch.where(new, 0, self.taken)
-        count = self.counts.gather(1, self.taken[:, None])[:, 0]
-        self.taken = self.taken + 1
-        return count
+    def begin(self, state: State, canvas: Canvas, blocks: Blocks, noise: RowNoise) -> State:
+        """`state` with the `counts` (B, S) of the rows that have just entered a block, and their `step` (B,) zero."""
+        if not any(blocks.entered):
+            return state
+        # Each row's steps are shared by its own blocks, rounded up, whatever lengths its neighbours have.
+        of_row = (canvas.end - canvas.start + self.block_length - 1) // self.block_length
+        steps = (self.steps + of_row - 1) // of_row
+        counts = self.transfer(self._material(blocks, noise), steps)
+        if "counts" in state:  # rows in the middle of a block keep theirs, which may be of more steps than are left
+            width = max(counts.shape[1], state["counts"].shape[1])
+            old, new = (F.pad(x, (0, width - x.shape[1])) for x in (state["counts"], counts))
+            counts = torch.where(blocks.fresh[:, None], new, old)
+        return {**state, "counts": counts, "step": state.get("step", torch.zeros_like(steps))}
 
     def _material(self, blocks: Blocks, noise: RowNoise) -> Tensor:
-        device = self.steps.device
+        device = blocks.first.device
         if not self.draw:
             return torch.tensor(blocks.counts, device=device)
+        # Only rows that enter a block draw, so that a row's numbers do not depend on where its neighbours are.
         drawn = [count * new for count, new in zip(blocks.counts, blocks.entered, strict=True)]
         real = torch.arange(max(drawn), device=device) < torch.tensor(drawn, device=device)[:, None]
         uniforms = torch.full(real.shape, torch.nan, dtype=torch.float64, device=device)
         return uniforms.masked_scatter(real, noise.uniforms(drawn, 1))
 
-    def keep(self, rows: list[int]) -> None:
-        """Only these of the active rows go on."""
-        index = torch.tensor(rows, device=self.steps.device)
-        self.steps, self.counts, self.taken = self.steps[index], self.counts[index], self.taken[index]
 
-
-def pace_of(params: SamplingParams, canvas: Canvas) -> Pace | None:
-    """Each row's steps shared by its blocks, rounded up; None where confidence alone says how much is committed."""
+def schedule_of(params: SamplingParams) -> TransferSchedule | None:
+    """The schedule that `params` name; None where the rule alone says how much is committed."""
     if params.parallel:
         return None
-    blocks = (canvas.end - canvas.start + params.block_length - 1) // params.block_length
-    steps = (params.steps + blocks - 1) // blocks
-    return Pace(schedule_of(params), steps, draw=params.stochastic_transfer)
-
-
-CHUNK = 1 << 28
-"""Logits looked at together; with more, rows are taken one by one so that the copies made here stay small."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Everything that turns logits into committed tokens."""
-
-    score: Score
-    rule: Rule
-    temperature: float
-    never: Tensor
-    forbidden: Tensor
-    deferred: Tensor
-    needs_chance: bool
-
-    @classmethod
-    def of(cls, params: SamplingParams, mask_id: int, device: torch.device) -> "Choice":
-        """The values that `params` name."""
-
-        def ids(values: tuple[int, ...]) -> Tensor:
-            return torch.tensor(values, dtype=torch.long, device=device)
-
-        return cls(
-            score=CONFIDENCES[params.remasking],
-            rule=rule_of(params),
-            temperature=params.temperature,
-            never=ids((mask_id,)),
-            forbidden=ids(params.forbid_tokens),
-            deferred=ids(params.defer_tokens),
-            needs_chance=params.remasking == "random",
-        )
-
-    def propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Confidence]:
-        """Tokens (P,) and their confidences (P,) from logits (P, V), `counts` of which belong to each row in turn.
-
-        Without noise the likeliest tokens. MASK is never proposed, yet its probability counts against the proposal, as
-        in the references.
-        """
-        if noise is None or logits.numel() <= CHUNK:
-            return self._propose(logits, noise, counts)
-        parts, at = [], 0
-        for row, count in enumerate(counts):  # a row's numbers are its own, so rows may be taken apart
-            only = [count if i == row else 0 for i in range(len(counts))]
-            parts.append(self._propose(logits[at : at + count], noise, only))
-            at += count
-        tokens, found = zip(*parts, strict=True)
-        return torch.cat(tokens), Confidence(torch.cat([c.value for c in found]), torch.cat([c.key for c in found]))
-
-    def _propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Confidence]:
-        logits = logits.float()
-        if len(self.forbidden):
-            logits = logits.index_fill(-1, self.forbidden, -torch.inf)
-        possible = logits.index_fill(-1, self.never, -torch.inf)
-        if noise is None or not self.temperature:
-            tokens = possible.argmax(-1)
-        else:
-            tokens = gumbel_argmax(possible, self.temperature, noise.uniforms(counts, logits.shape[-1]))
-        uniforms = noise.uniforms(counts, 1)[:, 0] if self.needs_chance and noise is not None else None
-        score = probability if self.needs_chance and uniforms is None else self.score
-        if len(self.deferred):
-            logits = logits.index_fill(-1, self.deferred, -torch.inf)
-        confidence = score(logits, tokens, uniforms)
-        if len(self.deferred):
-            confidence = confidence.lowest_where(torch.isin(tokens, self.deferred))
-        return tokens, confidence
+    return TransferSchedule(transfer_of(params), params.steps, params.block_length, draw=params.stochastic_transfer)

@@ -6,13 +6,12 @@ launched as evaluations are, since the process that registers may lie on a machi
 
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.params import SamplingParams, as_values
 from tasks.errors import StageError
 from tasks.folders import content_hash, hash_of, home, read_json, write_json
 from tasks.graph import CODE
@@ -77,7 +76,7 @@ def _folder(root: Path, version: Version) -> RunFolder:
     """The run folder of a version's trial by the code that runs now, with a snapshot of it."""
     own = settings_of(root, version)
     settings = {
-        "sampling": own.get("sampling") or asdict(RegisterParams(name=version.name).sampling),
+        "sampling": own.get("sampling") or as_values(RegisterParams(name=version.name).sampling),
         "device": own.get("device") or "auto",
         "bits": own.get("bits"),
     }

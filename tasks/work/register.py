@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from llada_core.evaluation.statistics import Difference, paired
+from llada_core.sampling.params import as_values
 from llada_core.settings import ConfigError
 from tasks.errors import one_line_errors
 from tasks.folders import commit_of, content_hash, hash_of, read_json, write_json
@@ -131,7 +132,7 @@ def _register(root: Path, params: Params, spec: RegisterParams) -> dict[str, Any
     version = next((v for v in known if v.hash == digest), None)
     if version is None:
         receipt: dict[str, Any] = {"event": "version", "name": spec.name, "hash": digest}
-        receipt |= {"sampling": asdict(spec.sampling), "device": spec.device, "bits": spec.bits}
+        receipt |= {"sampling": as_values(spec.sampling), "device": spec.device, "bits": spec.bits}
         receipt["tags"] = lineage(root, spec.model)
         write_receipt(root, receipt)  # first, so that a registration cut short is found again
         version = make_version(root, receipt)

@@ -7,8 +7,8 @@ import torch
 
 from llada_core.sampling import generate, infill, stream
 from llada_core.sampling.params import SamplingParams
-from llada_core.sampling.proposals import gumbel_argmax
-from llada_core.sampling.unmask import NOISES, Choice, even_quotas, expected_quotas
+from llada_core.sampling.proposals import Proposer, gumbel_argmax
+from llada_core.sampling.unmask import NOISES, even_transfer, expected_transfer
 from tests.reference import DENSE, arrays, case, cases, golden_model, names
 
 # Several deferred proposals of confidence 0 stand open at once, and torch.topk took them in no particular order.
@@ -48,11 +48,11 @@ def test_generate_llada_on_the_way(name):
 
 def assert_valid_choice(model, params: SamplingParams, before, after, first: int, last: int) -> None:
     """From the recorded canvas: the written tokens are our proposals, and nothing surer was left open in the block."""
-    choice = Choice.of(params, model.special_tokens.mask_id, before.device)
+    proposer = Proposer.of(params, model.special_tokens.mask_id, before.device)
     block = torch.arange(first, last)
     open_here = block[before[0, block] == model.special_tokens.mask_id]
     with torch.no_grad():
-        proposals, confidence = choice.propose(model(before, positions=open_here).logits, None, [])
+        proposals, confidence = proposer.propose(model(before, positions=open_here).logits, None, [])
     scores = confidence.value
     taken = after[0, open_here] != model.special_tokens.mask_id
     assert torch.equal(after[0, open_here][taken], proposals[taken])
@@ -138,9 +138,9 @@ def test_sampler_dllm_among_ties():
 @pytest.mark.parametrize("row", cases()["schedule"], ids=lambda row: f"{row['mask_num']}over{row['steps']}")
 def test_schedules(row):
     count, steps = torch.tensor([row["mask_num"]]), torch.tensor([row["steps"]])
-    assert even_quotas(count, steps)[0].tolist() == row["llada"]
+    assert even_transfer(count, steps)[0].tolist() == row["llada"]
     for name, noise in NOISES.items():
-        quotas = expected_quotas(count, steps, noise=noise)[0].tolist()
+        quotas = expected_transfer(count, steps, noise=noise)[0].tolist()
         assert [q for q in quotas if q] == row[f"dllm_{name}"]
 
 
@@ -148,9 +148,9 @@ def test_schedules_of_several_rows():
     table = cases()["schedule_multirow"]
     counts = torch.tensor(table["mask_num"])
     steps = torch.full_like(counts, table["steps"])
-    assert even_quotas(counts, steps).tolist() == table["llada"]
+    assert even_transfer(counts, steps).tolist() == table["llada"]
     for name, noise in NOISES.items():
-        assert expected_quotas(counts, steps, noise=noise).tolist() == table[f"dllm_{name}"]
+        assert expected_transfer(counts, steps, noise=noise).tolist() == table[f"dllm_{name}"]
 
 
 @pytest.mark.parametrize("number", [0, 2])

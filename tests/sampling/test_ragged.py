@@ -161,5 +161,5 @@ def test_finished_rows_leave_the_batch(monkeypatch):
 def test_many_logits_are_looked_at_row_by_row(mode, monkeypatch):
     params, model = SamplingParams(**{**BASE, **MODES[mode]}), model_for(mode)
     together = generate(model, prompts(), params)
-    monkeypatch.setattr("llada_core.sampling.unmask.CHUNK", 1)
+    monkeypatch.setattr("llada_core.sampling.proposals.CHUNK", 1)
     assert torch.equal(generate(model, prompts(), params).tokens, together.tokens)

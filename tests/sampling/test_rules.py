@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from llada_core.sampling.params import SamplingParams
-from llada_core.sampling.proposals import CONFIDENCES, Confidence, RowNoise, certainty, margin, probability
+from llada_core.sampling.proposals import CONFIDENCES, Confidence, RowNoise, margin, negative_entropy, probability
 from llada_core.sampling.unmask import (
-    above,
     cosine_noise,
-    drawn_quotas,
-    even_quotas,
+    entropy_bound,
+    even_transfer,
+    factor,
     linear_noise,
     ranks,
     rule_of,
-    top_quota,
-    within_entropy,
-    within_factor,
+    sampled_transfer,
+    threshold,
+    top_k,
 )
 
 CLOSED = -torch.inf
@@ -26,60 +26,69 @@ def scores(*rows):
     return Confidence(values, values)
 
 
-def places(commit):
+def places(rule, scores, state=None, **settings):
+    """Where a rule commits, row by row; one without a memory takes nothing back and leaves its state alone."""
+    commit, back, after = rule(scores, scores.key > CLOSED, state or {}, **settings)
+    assert back is None
+    assert after == {} or after["step"].tolist() == [1] * len(commit)
     return [row.nonzero()[:, 0].tolist() for row in commit]
 
 
-def test_top_quota_takes_the_surest_and_the_leftmost_of_equals():
+def counts(*rows):
+    """The state of `top_k` before the first step of a block."""
+    return {"counts": torch.tensor(rows)[:, None], "step": torch.zeros(len(rows), dtype=torch.long)}
+
+
+def test_top_k_takes_the_surest_and_the_leftmost_of_equals():
     s = scores([0.5, 0.9, 0.5, CLOSED], [0.1, CLOSED, 0.3, 0.2])
-    assert places(top_quota(s, torch.tensor([2, 1]))) == [[0, 1], [2]]
+    assert places(top_k, s, counts(2, 1)) == [[0, 1], [2]]
 
 
-def test_top_quota_never_commits_a_closed_position():
-    assert places(top_quota(scores([CLOSED, 0.1]), torch.tensor([2]))) == [[1]]
+def test_top_k_never_commits_a_closed_position():
+    assert places(top_k, scores([CLOSED, 0.1]), counts(2)) == [[1]]
 
 
 def test_threshold_includes_its_value_and_always_commits_one():
     s = scores([0.9, 0.89, 0.95, CLOSED], [0.1, 0.2, 0.2, CLOSED])
-    assert places(above(s, None, threshold=0.9)) == [[0, 2], [1]]
+    assert places(threshold, s, value=0.9) == [[0, 2], [1]]
 
 
 def test_factor_asks_more_of_each_further_position():
     # 1 - 0.5/(r+1): 0.75, 0.833, 0.875, 0.9 for r = 1..4
     s = scores([0.88, 0.9, 0.1, 0.84], [0.2, 0.1, CLOSED, CLOSED])
-    assert places(within_factor(s, None, factor=0.5)) == [[0, 1], [0]]
+    assert places(factor, s, value=0.5) == [[0, 1], [0]]
 
 
 def test_entropy_bound_adds_up_all_entropies_but_the_largest():
     nats = torch.tensor([[0.3, 0.1, 0.2, 5.0], [2.0, 3.0, 4.0, torch.inf]], dtype=torch.float64)
     confidence = Confidence((-nats).exp(), torch.where(nats < torch.inf, -nats.log(), CLOSED))
-    assert places(within_entropy(confidence, None, bound=0.31)) == [[0, 1, 2], [0]]
-    assert places(within_entropy(confidence, None, bound=0.59)) == [[0, 1, 2], [0]]
-    assert places(within_entropy(confidence, None, bound=0.61)) == [[0, 1, 2, 3], [0]]
+    assert places(entropy_bound, confidence, value=0.31) == [[0, 1, 2], [0]]
+    assert places(entropy_bound, confidence, value=0.59) == [[0, 1, 2], [0]]
+    assert places(entropy_bound, confidence, value=0.61) == [[0, 1, 2, 3], [0]]
 
 
 def test_every_rule_commits_one_position_even_of_confidence_zero():
     for settings in ({"threshold": 0.9}, {"factor": 0.1}, {"entropy_bound": 0.0, "remasking": "entropy"}):
         rule = rule_of(SamplingParams(max_new_tokens=4, block_length=4, steps=4, **settings))
-        assert places(rule(scores([CLOSED, 0.0, 0.0, 0.0]), None)) == [[1]]
+        assert places(rule, scores([CLOSED, 0.0, 0.0, 0.0])) == [[1]]
 
 
 def test_ranks_are_a_permutation_that_keeps_ties_in_order():
     assert ranks(scores([0.2, 0.9, 0.2, CLOSED]).key).tolist() == [[1, 0, 2, 3]]
 
 
-def test_even_quotas_of_rows_with_budgets_of_their_own():
-    quotas = even_quotas(torch.tensor([7, 5]), torch.tensor([3, 2]))
+def test_even_transfer_of_rows_with_budgets_of_their_own():
+    quotas = even_transfer(torch.tensor([7, 5]), torch.tensor([3, 2]))
     assert quotas.tolist() == [[3, 2, 2], [3, 2, 0]]
 
 
 @pytest.mark.parametrize("noise", [linear_noise, cosine_noise])
-def test_drawn_quotas_are_the_reverse_process(noise):
+def test_sampled_transfer_is_the_reverse_process(noise):
     """Each token stays masked with chance noise(s)/noise(t): after each step the expected share left is noise(s)."""
     rows, open_here, steps = 4000, 12, 5
     uniforms = torch.rand(rows, open_here, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     uniforms[0, 4:] = torch.nan
-    quotas = drawn_quotas(uniforms, torch.full((rows,), steps), noise=noise)
+    quotas = sampled_transfer(uniforms, torch.full((rows,), steps), noise=noise)
     assert quotas.sum(1).tolist() == [4] + [12] * (rows - 1)
     counts = torch.zeros(steps)
     edges = noise(torch.arange(steps - 1, -1, -1).double() / steps)
@@ -91,9 +100,9 @@ def test_drawn_quotas_are_the_reverse_process(noise):
     assert (quotas[:, 0] > 0).all(), "steps that commit nothing are left out"
 
 
-def test_drawn_quotas_count_what_they_drew():
+def test_sampled_transfer_counts_what_it_drew():
     uniforms = torch.tensor([[0.95, 0.05, 0.5, 0.55]], dtype=torch.float64)
-    assert drawn_quotas(uniforms, torch.tensor([4]), noise=linear_noise).tolist() == [[1, 2, 1, 0]]
+    assert sampled_transfer(uniforms, torch.tensor([4]), noise=linear_noise).tolist() == [[1, 2, 1, 0]]
 
 
 def test_probability_is_that_of_the_softmax():
@@ -113,8 +122,8 @@ def test_keys_order_what_is_sure_beyond_the_numbers_between_0_and_1(name):
     assert (found.key.diff() > 0).all()
     assert (found.value.diff() >= 0).all()
     assert found.value[-1] == 1
-    commit = top_quota(Confidence(found.value[None], found.key[None]), torch.tensor([3]))
-    assert places(commit) == [[len(gaps) - 3, len(gaps) - 2, len(gaps) - 1]]
+    laid_out = Confidence(found.value[None], found.key[None])
+    assert places(top_k, laid_out, counts(3)) == [[len(gaps) - 3, len(gaps) - 2, len(gaps) - 1]]
 
 
 def test_keys_grow_with_the_values_where_those_tell_apart():
@@ -130,12 +139,14 @@ def test_margin_and_entropy():
     tokens = torch.tensor([0, 0])
     assert torch.allclose(margin(logits, tokens).value, torch.tensor([0.5, 0.05], dtype=torch.float64), atol=1e-6)
     expected = torch.distributions.Categorical(logits=logits).entropy().double()
-    assert torch.allclose(certainty(logits, tokens).value, (-expected).exp(), atol=1e-6)
-    assert torch.allclose(certainty(logits, tokens).key, -expected.log(), atol=1e-6)
+    assert torch.allclose(negative_entropy(logits, tokens).value, (-expected).exp(), atol=1e-6)
+    assert torch.allclose(negative_entropy(logits, tokens).key, -expected.log(), atol=1e-6)
 
 
 def test_entropy_of_forbidden_tokens_is_finite():
-    found = certainty(torch.tensor([[0.0, -torch.inf, 0.0], [0.0, -torch.inf, -torch.inf]]), torch.tensor([0, 0]))
+    found = negative_entropy(
+        torch.tensor([[0.0, -torch.inf, 0.0], [0.0, -torch.inf, -torch.inf]]), torch.tensor([0, 0])
+    )
     assert found.value.tolist() == pytest.approx([0.5, 1.0])
     assert found.key.isfinite().all()
 

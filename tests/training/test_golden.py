@@ -9,7 +9,7 @@ import torch
 
 from llada_core.data.batches import Batch
 from llada_core.modeling import load_model
-from llada_core.sampling.denoiser import Guided, Plain, Query
+from llada_core.sampling.denoiser import GuidedDenoiser, PlainDenoiser, Query
 from llada_core.settings import NoiseParams
 from llada_core.tokenizer import SpecialTokens
 from llada_core.training.objectives import DiffusionObjective
@@ -125,7 +125,7 @@ def test_the_guided_log_probabilities_of_d1(model, iteration):
     with torch.no_grad():
         first, count = noisy.new_zeros(len(noisy)), len(noisy)
         query = Query(noisy, None, ~rows.written, wanted, 126, first, [0] * count, [True] * count)
-        logits = Guided(Plain(model), 0.5).logits(query)
+        logits = GuidedDenoiser(PlainDenoiser(model), 0.5).logits(query)
     got = logits.log_softmax(-1).gather(1, rows.tokens[:, width:].reshape(-1, 1)).view(-1, rows.tokens.shape[1] - width)
     torch.testing.assert_close(got, POLICY["logps_cfg0p5"][iteration], atol=1e-4, rtol=1e-4)
 
