@@ -2,7 +2,7 @@
 
 The same questions of the default run's puzzles, the same weights; answers must be the same texts. Ours goes through
 lm-eval's model with batches of 8 and stops at the end token. Likelihoods: sudokus with four answers each, three of them
-with digits replaced; ours takes as many looks as err no more than the oracle's 128 samples (`benchmarks.likelihood`).
+with digits replaced; ours takes as many samples as err no more than the oracle's 128 samples (`benchmarks.likelihood`).
 
 `python -m benchmarks.evaluation [MODEL_FOLDER]`
 """
@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance
 
 from benchmarks import oracle
 from benchmarks.champion import recipe
-from benchmarks.likelihood import SAMPLES, looks_as_good
+from benchmarks.likelihood import SAMPLES, samples_as_good
 from benchmarks.timing import interleaved, table
 from llada_core.evaluation.answering import Options, Responder
 from llada_core.evaluation.harness import LladaLM
@@ -83,12 +83,12 @@ def likelihoods(model, reference, tokenizer: Tokenizer, rows: list[dict]) -> Non
     ids = [
         (prompt, [tokenizer.encode(o) for o in options]) for prompt, (_, options) in zip(prompts, whole, strict=True)
     ]
-    looks, mask = looks_as_good(model, ids), tokenizer.special.mask_id
+    num_samples, mask = samples_as_good(model, ids), tokenizer.special.mask_id
     for items, what in ((whole[:TIMED], "whole answers, 16 tokens"), (last[:TIMED], "last digits, one token")):
         pairs = [(text, option) for text, options in items for option in options]
 
         def ours(pairs: list[tuple[str, str]] = pairs) -> None:
-            lm = LladaLM(Responder(model, tokenizer, Options(Settings(samples=looks), batch_size=32)))
+            lm = LladaLM(Responder(model, tokenizer, Options(Settings(samples=num_samples), batch_size=32)))
             asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
             with contextlib.redirect_stderr(io.StringIO()):
                 lm.loglikelihood(asked)
@@ -103,7 +103,8 @@ def likelihoods(model, reference, tokenizer: Tokenizer, rows: list[dict]) -> Non
 
         timing = interleaved({"oracle": theirs, "ours": ours}, "oracle", ROUNDS)["ours"]
         print(
-            f"{what}: ours with {looks} looks {timing.ratio:.1f} times the oracle's rate ({timing.spread})", flush=True
+            f"{what}: ours with {num_samples} samples {timing.ratio:.1f} times the oracle's rate ({timing.spread})",
+            flush=True,
         )
 
 

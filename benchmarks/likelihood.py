@@ -2,10 +2,10 @@
 
 Error: the root mean square, over questions and pairs of options, of what chance does to score differences, taken from
 how independent estimates of the same score differ: no truth is needed, and none errs. The means of both estimators stand
-beside each other, so that a bias would show. Flips: questions whose best option is not that of all looks together. The
+beside each other, so that a bias would show. Flips: questions whose best option is not that of all samples together. The
 oracle takes 128 samples, as LLaDA's evaluation does: eight independent lattices of 16, whose mean errs by 1/sqrt(8).
 
-`python -m benchmarks.likelihood [quality | LOOKS]`: error alone, or rates alone with so many looks of ours.
+`python -m benchmarks.likelihood [quality | SAMPLES]`: error alone, or rates alone with so many samples of ours.
 """
 
 import math
@@ -51,10 +51,14 @@ def pairs_of(items: list[Question]) -> list[tuple[list[int], list[int]]]:
     return [(prompt, option) for prompt, options in items for option in options]
 
 
-def estimates(model: MaskPredictor, items: list[Question], estimator: Estimator, looks: int, count: int) -> Tensor:
+def estimates(
+    model: MaskPredictor, items: list[Question], estimator: Estimator, num_samples: int, count: int
+) -> Tensor:
     """(count, questions, 4) float64: independent estimates of every option's score."""
     pairs = pairs_of(items)
-    found = [Likelihood(model, samples=looks, seed=seed, estimator=estimator).scores(pairs) for seed in range(count)]
+    found = [
+        Likelihood(model, samples=num_samples, seed=seed, estimator=estimator).scores(pairs) for seed in range(count)
+    ]
     return torch.tensor(found, dtype=torch.float64).view(count, -1, 4)
 
 
@@ -70,37 +74,39 @@ def flips(scores: Tensor, truth: Tensor) -> float:
 
 
 def main(parts: list[str] | None = None) -> None:
-    """Prints error and flips by number of looks, then the rates at the number that is as good as the oracle's."""
+    """Prints error and flips by number of samples, then the rates at the number that is as good as the oracle's."""
     torch.set_num_threads(1)
     model = trained_model()
     given = [int(part) for part in parts or [] if part.isdecimal()]
-    looks = given[0] if given else looks_as_good(model, questions(QUESTIONS, (20, 40)))
+    num_samples = given[0] if given else samples_as_good(model, questions(QUESTIONS, (20, 40)))
     if parts == ["quality"]:
         return
     print(f"\nlikelihood: {machine()}", flush=True)
     reference, timed = reference_of(model), questions(TIMED_QUESTIONS, (20, 40))
-    report(model, reference, timed, f"answers of 20-40 tokens, ours with {looks} looks", looks)
+    report(model, reference, timed, f"answers of 20-40 tokens, ours with {num_samples} samples", num_samples)
     report(model, reference, questions(TIMED_QUESTIONS, 1), "answers of one token", SAMPLES)
 
 
-def looks_as_good(model: MaskPredictor, items: list[Question]) -> int:
+def samples_as_good(model: MaskPredictor, items: list[Question]) -> int:
     """The fewest of ours whose error and flips are no more than those of the oracle's samples; prints both."""
     joined = SAMPLES // LATTICE
     lattices = estimates(model, items, "stock", LATTICE, joined)
     stock, target, rows = lattices.mean(0), error(lattices) / math.sqrt(joined), []
-    for looks in (8, 12, 16, 24, 32, 48, 64, 96, SAMPLES):
-        ours = estimates(model, items, "antithetic", looks, REPEATS)
-        truth = (joined * LATTICE * stock + REPEATS * looks * ours.mean(0)) / (joined * LATTICE + REPEATS * looks)
+    for num_samples in (8, 12, 16, 24, 32, 48, 64, 96, SAMPLES):
+        ours = estimates(model, items, "antithetic", num_samples, REPEATS)
+        truth = (joined * LATTICE * stock + REPEATS * num_samples * ours.mean(0)) / (
+            joined * LATTICE + REPEATS * num_samples
+        )
         apart = stock - ours.mean(0)
-        rows.append(["antithetic", str(looks), f"{error(ours):.3f}", f"{flips(ours, truth):.3f}",
+        rows.append(["antithetic", str(num_samples), f"{error(ours):.3f}", f"{flips(ours, truth):.3f}",
                      f"{apart.mean():+.2f} ± {1.96 * apart.std() / math.sqrt(apart.numel()):.2f}"])  # fmt: skip
         print(rows[-1], file=sys.stderr, flush=True)
         if error(ours) <= target and flips(ours, truth) <= flips(stock, truth):
             break
     rows.insert(0, ["stock", str(SAMPLES), f"{target:.3f}", f"{flips(stock, truth):.3f}", ""])
     print(f"\n{len(items)} questions of four options\n")
-    print(table(["estimator", "looks", "error of differences", "flips", "stock's mean above ours"], rows), flush=True)
-    return looks
+    print(table(["estimator", "samples", "error of differences", "flips", "stock's mean above ours"], rows), flush=True)
+    return num_samples
 
 
 def report(model, reference: oracle.Reference, items: list[Question], what: str, samples: int) -> None:  # noqa: ANN001

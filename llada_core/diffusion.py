@@ -128,7 +128,8 @@ def masked_nll(  # noqa: PLR0913 (the canvas, its noise, and two switches)
 ) -> MaskedLoss:
     """Cross-entropy at the masked positions only; the vocabulary projection is computed nowhere else, and in chunks.
 
-    `model` is a `MaskPredictor`, perhaps wrapped. noisy, tokens, masked (B, L); attention_mask (B, L) or (B, L, L). Give the tensors on the CPU and the index of positions costs the accelerator no synchronisation.
+    `model` is a `MaskPredictor`, perhaps wrapped. noisy, tokens, masked (B, L); attention_mask (B, L) or (B, L, L). Give the tensors on the CPU
+    and the index of positions costs the accelerator no synchronisation.
     `right_shift`: logits at i-1 predict token i (position 0 predicts itself).
     """
     device = device_of(model)

@@ -1,6 +1,11 @@
-"""Bounds on log p(answer given prompt), and which parts of the answer are masked for them.
+"""Bounds on log p(answer given prompt), which parts of an answer are masked for them, and whether greedy unmasking
+would write it. Does not know text or tasks.
 
-Shapes: see the functions; B rows, L positions of a row.
+LLaDA's bound for an answer of n tokens (arXiv:2502.09992, equation 14) is the mean over k of 1..n, and over the
+subsets M of k tokens, of n/k times the sum of log p(token) over M when M is masked. Every plan here is a weighted list
+of subsets whose weighted sum has that mean (the stock one as nearly as its authors' rounding allows).
+
+Shapes: R rows of a forward, L positions of a row, n answer tokens, S samples.
 """
 
 import hashlib
@@ -23,21 +28,22 @@ from llada_core.sampling.sampler import stream_infill
 Estimator = Literal["auto", "stock", "antithetic", "exact"]
 ESTIMATORS: tuple[Estimator, ...] = ("auto", "stock", "antithetic", "exact")
 ENUMERATED = 7  # 2^7 - 1 = 127 subsets, fewer than the usual 128 samples
-LEAN = 0.75  # best of 0 to 1.2 on a trained model with 4 to 64 looks: half the error of equal widths
+LEAN = 0.75  # best of 0 to 1.2 on a trained model with 4 to 64 samples: half the error of equal widths
 STOCK_BATCH = 16  # samples that share one lattice of counts, the batch size of LLaDA's evaluation
 
 
 @dataclass(frozen=True)
 class Plan:
-    """S looks at an answer of n tokens: `masks` (S, n) bool; log-probabilities under look s count `weights[s]` (S,)."""
+    """S samples of an answer of n tokens: `masks` (S, n) bool; log-probabilities under mask s count `weights[s]` (S,)."""
 
     masks: NDArray[np.bool_]
     weights: NDArray[np.float64]
 
 
 def plan(estimator: Estimator, length: int, samples: int, rng: np.random.Generator) -> Plan:
-    """The plan for an answer of `length` tokens; "auto" enumerates where that takes no more looks than `samples`."""
+    """The plan for an answer of `length` tokens; "auto" enumerates where that takes no more than `samples`."""
     if estimator == "auto":
+        # One token has one subset, which is exact with a single sample whatever was asked for.
         estimator = "exact" if length <= ENUMERATED and (length == 1 or 2**length - 1 <= samples) else "antithetic"
     if estimator == "exact":
         return enumerated(length)
@@ -48,18 +54,20 @@ def enumerated(length: int) -> Plan:
     """Every subset: no variance."""
     if length > 2 * ENUMERATED:
         raise ValueError(f"an answer of {length} tokens has 2^{length} subsets; use estimator 'antithetic' or 'auto'")
-    masks = np.array(list(product([False, True], repeat=length))[1:], dtype=bool)
+    masks = np.array(list(product([False, True], repeat=length))[1:], dtype=bool)  # but the empty one
+    # n/k times the chance of this subset: 1/n that k is drawn, 1/C(n, k) that these k tokens are.
     weights = np.array([1 / (k * comb(length, k)) for k in masks.sum(1).tolist()])
     return Plan(masks, weights)
 
 
 def stock(length: int, samples: int, rng: np.random.Generator) -> Plan:
     """LLaDA's own: counts on a lattice with a random start, positions at random without replacement."""
+    # The lattice starts anew for every batch of the evaluation, so its variance depends on that batch size.
     counts: list[int] = []
     while len(counts) < samples:
         batch = min(STOCK_BATCH, samples - len(counts))
         counts += lattice(batch, length, int(rng.integers(1, length + 1)))
-    order = rng.random((samples, length)).argsort(1).argsort(1)
+    order = rng.random((samples, length)).argsort(1).argsort(1)  # the rank of each position in a random order
     return _weighted(order < np.array(counts)[:, None])
 
 
@@ -70,28 +78,34 @@ def lattice(batch: int, length: int, start: int) -> list[int]:
 
 
 def antithetic(length: int, samples: int, rng: np.random.Generator) -> Plan:
-    """Looks that complement each other: each masks the next tokens of a random order, a new order follows a used-up one.
+    """Samples that complement each other: each masks the next tokens of a random order, a new order follows a used-up one.
 
-    So all tokens count almost alike in every estimate. The sizes 1..n are cut into strata, one look each, that are
-    narrower among the small sizes (`LEAN`), as n/k makes those the noisy ones; a look counts as much as its stratum is
-    wide. Answers that share `rng`'s state share orders and, as far as their lengths allow, sizes, so that differences
+    So all tokens count almost alike in every estimate. The sizes 1..n are cut into strata, one sample each, that are
+    narrower among the small sizes (`LEAN`), as n/k makes those the noisy ones; a sample counts as much as its stratum
+    is wide. Answers that share `rng`'s state share orders and, as far as their lengths allow, sizes, so that differences
     between them vary less (common random numbers).
     """
+    # Why masks that complement each other: drawn independently, the masks of one estimate hold some tokens oftener than
+    # others by chance, and an estimate that holds the hard ones oftener is off. Where masks take turns, what one lacks
+    # the next ones hold, and that error is gone; what stays is how a token depends on what is masked beside it.
     density = np.arange(1, length + 1) ** -LEAN
     share = np.concatenate([[0.0], density.cumsum() / density.sum()])
     edges = np.interp(np.linspace(0, 1, samples + 1), share, np.arange(length + 1.0))
+    # Stratum s covers the sizes in (edges[s], edges[s + 1]]; the same offset in all strata is unbiased, as each size is
+    # hit with a chance in proportion to 1 / width, which the weight takes out again.
     widths = np.diff(edges)
     sizes = np.floor(edges[:-1] + rng.random() * widths).astype(int).clip(max=length - 1) + 1
     # One row of numbers per token, so that a longer answer has the orders of a shorter one with tokens added.
     orders = rng.random((length, samples + 1)).T.argsort(1)
     masks = np.zeros((samples, length), dtype=bool)
     circle, used = orders[0], 0
-    for look, (mask, size) in enumerate(zip(masks, sizes.tolist(), strict=True)):
+    for sample, (mask, size) in enumerate(zip(masks, sizes.tolist(), strict=True)):
         mask[circle[used : used + size]] = True
         used += size
-        if used > length:  # the look goes on in a new order, which begins with what it does not hold yet
-            held = mask[orders[look + 1]]
-            circle, used = np.concatenate([orders[look + 1][~held], orders[look + 1][held]]), used - length
+        if used > length:  # the sample goes on in a new order, which begins with what it does not hold yet
+            order = orders[sample + 1]
+            held = mask[order]
+            circle, used = np.concatenate([order[~held], order[held]]), used - length
             mask[circle[:used]] = True
     return Plan(masks, widths / sizes)
 
@@ -133,8 +147,8 @@ def log_likelihoods(  # noqa: PLR0913 - the public face
 ) -> list[float]:
     """A lower bound on log p(answer | prompt), in nats, of each (prompt ids, answer ids): LLaDA's estimate of it.
 
-    samples: looks at each answer. estimator: "stock" is LLaDA's; "antithetic" needs fewer looks for the same error;
-    "exact" enumerates; "auto" enumerates answers of up to 7 tokens where that takes no more looks, and is antithetic
+    samples: masked copies of each answer. estimator: "stock" is LLaDA's; "antithetic" needs fewer for the same error;
+    "exact" enumerates; "auto" enumerates answers of up to 7 tokens where that takes no more, and is antithetic
     otherwise. cfg_scale: guidance, as in sampling. The random numbers of a pair depend on `seed` and its prompt, so
     that the options of a question are compared under the same ones and nothing depends on what shares the call.
     batch_tokens: tokens per forward. Raises `ValueError` for an empty answer, ids outside the vocabulary, a MASK, or a
@@ -168,8 +182,9 @@ class _Batch:
 
 @dataclass
 class Likelihood:
-    """Scores pairs; counts the `forwards` of the model and the canvases (`looks`) in them. Fields as in
-    `log_likelihoods`."""
+    """Scores pairs; counts the `forwards` of the model and the masked answers in them (`num_samples`). Fields as in
+    `log_likelihoods`.
+    """
 
     model: MaskPredictor
     samples: int = 128
@@ -178,7 +193,7 @@ class Likelihood:
     estimator: Estimator = "auto"
     batch_tokens: int = 8192
     forwards: int = field(default=0, init=False)
-    looks: int = field(default=0, init=False)
+    num_samples: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
@@ -194,10 +209,11 @@ class Likelihood:
         arrays = [checked(self.model, pair, number) for number, pair in enumerate(pairs)]
         totals = torch.zeros(len(arrays), dtype=torch.float64, device=self.model.device)
         batch = _Batch()
+        # Pairs of like length share a forward, so that little of it is padding.
         for number in sorted(range(len(arrays)), key=lambda i: sum(map(len, arrays[i]))):
             prompt, answer = arrays[number]
-            looks = plan(self.estimator, len(answer), self.samples, self._rng(prompt, answer))
-            batch = self._collect(batch, number, prompt, answer, looks, totals)
+            drawn = plan(self.estimator, len(answer), self.samples, self._rng(prompt, answer))
+            batch = self._collect(batch, number, prompt, answer, drawn, totals)
         self._flush(batch, totals)
         return totals.tolist()
 
@@ -206,11 +222,13 @@ class Likelihood:
         text = prompt.tobytes() + (b"|" + answer.tobytes() if self.estimator == "stock" else b"")
         return np.random.default_rng(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) ^ self.seed)
 
-    def _collect(self, batch: _Batch, number: int, prompt: Array, answer: Array, looks: Plan, totals: Tensor) -> _Batch:
-        masked = np.where(looks.masks, self.model.special_tokens.mask_id, answer)
+    def _collect(self, batch: _Batch, number: int, prompt: Array, answer: Array, drawn: Plan, totals: Tensor) -> _Batch:
+        masked = np.where(drawn.masks, self.model.special_tokens.mask_id, answer)
         length = len(prompt) + len(answer)
-        for mask, noisy, weight in zip(looks.masks, masked, looks.weights.tolist(), strict=True):
+        for mask, noisy, weight in zip(drawn.masks, masked, drawn.weights.tolist(), strict=True):
             row = np.concatenate([prompt, noisy])
+            # Equal canvases are computed once and read as often as they were drawn. Where the prompt ends is part of
+            # the key, as guidance hides it.
             key = (len(prompt), row.tobytes())
             if key not in batch.numbers:
                 if (len(batch.rows) + 1) * length > self.batch_tokens and batch.rows:
@@ -238,7 +256,7 @@ class Likelihood:
         numbers = joined([np.repeat(np.array([read[0] for read in batch.reads]), counts)])
         totals.index_add_(0, numbers, self._log_p(batch, positions, targets).double() * weights)
         self.forwards += 1
-        self.looks += len(batch.rows)
+        self.num_samples += len(batch.rows)
 
     @torch.no_grad()
     def _log_p(self, batch: _Batch, positions: Tensor, targets: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """The rows being written, their blocks, what one step did; and whether an input can be sampled at all.
 
-Shapes: B rows, L canvas positions.
+Every row starts at column 0, so that a sequence has the same positions (and rounding) alone and in any batch; what is
+shorter is padded on the right and invisible.
+
+Shapes: B rows of the caller's batch, A of them active, T columns, W positions of a block's window.
 """
 
 from collections.abc import Mapping, Sequence
@@ -212,7 +215,7 @@ class Canvas:
     """A batch of rows. A rows, T columns.
 
     `tokens` (A, T) int64, `mask_id` where open; `visible` (A, T) bool, or None when all is; `known` (A, T) bool: what
-    an unguided look must not see; `start`, `end` (A,) int64: the columns between which blocks are counted, `end`
+    an unguided forward must not see; `start`, `end` (A,) int64: the columns between which blocks are counted, `end`
     excluded; `size` (A,): the columns of the row; `number` (A,): each row's number in the caller's batch, whose layout
     is `width` columns wide and padded on the left.
     """
@@ -232,7 +235,7 @@ class Canvas:
         cls, rows: Sequence[Row], special: SpecialTokens, *, width: int = 0, blind_keeps: Sequence[int] = ()
     ) -> "Canvas":
         """Rows of any lengths. `width` of the caller's layout, if wider than the longest row; `blind_keeps`: token ids
-        that an unguided look may see.
+        that an unguided forward may see.
         """
         device = rows[0].tokens.device
 

@@ -1,4 +1,5 @@
-"""How logits are got: plain, guided, shifted, or from a cache.
+"""How logits are got: plain, guided, shifted, or from a cache. Knows the mask predictor's call, and not what is done
+with the logits.
 
 Shapes: B rows, L canvas positions, W positions fed, V vocabulary.
 """
@@ -18,7 +19,7 @@ from llada_core.sampling.params import SamplingParams
 class Query:
     """What one step asks. A active rows, T columns, P asked-for positions.
 
-    `tokens` (A, T); `visible` (A, T) bool or None; `known` (A, T) bool, hidden from an unguided look; `wanted` (P,)
+    `tokens` (A, T); `visible` (A, T) bool or None; `known` (A, T) bool, hidden from an unguided forward; `wanted` (P,)
     indices into the A*T flattened positions; `first` (A,) column of each row's block, also on the host; `fresh`: has
     the row just entered it?
     """
@@ -125,6 +126,7 @@ class GuidedDenoiser(Wrapper):
         """(P, V)."""
         self.count = len(query.tokens)
         blind = query.tokens.masked_fill(query.known, query.mask_id)
+        # Seeing and blind rows share one forward: half the calls, and a cache within keeps the two apart by row.
         doubled = replace(
             query,
             tokens=torch.cat([query.tokens, blind]),
@@ -136,6 +138,7 @@ class GuidedDenoiser(Wrapper):
             fresh=query.fresh * 2,
         )
         seeing, unseeing = self.inner.logits(doubled).float().chunk(2)
+        # At scale 0 this is the seeing row, and not the blind one: LLaDA's scale is one less than the usual weight.
         return unseeing + (self.scale + 1) * (seeing - unseeing)
 
     def keep(self, rows: list[int], width: int) -> None:
@@ -149,6 +152,7 @@ class ShiftedDenoiser(Wrapper):
 
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
+        # The first position has nothing to its left and is read from itself, as the training loss does.
         has_left = query.wanted % query.tokens.shape[1] > 0
         return self.inner.logits(replace(query, wanted=query.wanted - has_left.long()))
 
@@ -168,7 +172,7 @@ class CacheWindow:
     def slots(self, query: Query) -> tuple[Tensor, Tensor]:
         """(A, W) canvas positions and (A,) the first of them; a window past the canvas repeats the canvas's edge."""
         canvas_width = query.tokens.shape[1]
-        if self.kind == "prefix":
+        if self.kind == "prefix":  # rows are at blocks of their own: one width for all, as the earliest one needs it
             start, width = query.first, canvas_width - min(query.firsts)
         else:
             start, width = query.first - self.margin, min(self.block_length, canvas_width) + 2 * self.margin
@@ -178,9 +182,11 @@ class CacheWindow:
 
 @dataclass
 class CachedDenoiser:
-    """Feeds a window and attends to cached keys and values elsewhere.
+    """Feeds a window and attends to cached keys and values elsewhere: approximate, as every position of LLaDA sees every
+    other, while what is cached was computed on an older canvas.
 
-    Where rows are at different points, one forward feeds all windows and a second one refreshes the rows that need it.
+    A row's keys and values are made anew when it enters a block, whatever the other rows of its batch are doing: where
+    rows are at different points, one forward feeds the windows and a second one refreshes the rows that need it.
     """
 
     model: MaskPredictor
@@ -196,43 +202,55 @@ class CachedDenoiser:
         if self.cache is None:
             self.cache = self.model.new_cache(*query.tokens.shape)
             self.age = [0] * len(query.tokens)
+        # Which rows are stale is kept on the host, so that choosing the kind of forward waits for no device.
         stale = [new or age == every for new, age in zip(query.fresh, self.age, strict=True)]
         self.age = [1 if old else age + 1 for old, age in zip(stale, self.age, strict=True)]
         if all(stale):
-            return self._forward_full(query, self.cache)
+            return self.forward_full(query, self.cache)
         if not any(stale):
-            return self._forward_window(query, query.wanted, self.cache)
-        return self._forward_mixed(query, torch.tensor(stale, device=query.tokens.device), self.cache)
+            return self.forward_window(query, query.wanted, self.cache)
+        return self.forward_mixed(query, torch.tensor(stale, device=query.tokens.device), self.cache)
 
-    def _forward_full(self, query: Query, cache: KVCache) -> Tensor:
+    def forward_full(self, query: Query, cache: KVCache) -> Tensor:
+        """(P, V) from one forward over whole canvases, which fills `cache`: exact."""
         self.forwards += 1
         self.fed += query.tokens.numel()
         return self.model(query.tokens, query.visible, positions=query.wanted, cache=cache).logits
 
-    def _forward_window(self, query: Query, wanted: Tensor, cache: KVCache) -> Tensor:
+    def forward_window(self, query: Query, wanted: Tensor, cache: KVCache) -> Tensor:
+        """(len(wanted), V) from one forward over the windows of all rows, which attends to `cache` everywhere else."""
         slots, start = self.window.slots(query)
         self.forwards += 1
         self.fed += slots.numel()
+        # From positions on the flattened canvas (A, T) to positions in the flattened windows (A, W).
         row, column = wanted // query.tokens.shape[1], wanted % query.tokens.shape[1]
         positions = row * slots.shape[1] + column - start[row]
         tokens = query.tokens.gather(1, slots)
         return self.model(tokens, query.visible, positions=positions, cache=cache, slots=slots).logits
 
-    def _forward_mixed(self, query: Query, stale: Tensor, cache: KVCache) -> Tensor:
+    def forward_mixed(self, query: Query, stale: Tensor, cache: KVCache) -> Tensor:
+        """(P, V) where some rows are `stale` (A,) bool: two forwards, each row read from the one that it would have had
+        alone, so that an answer does not depend on its neighbours.
+
+        The first feeds the windows of all rows (those of the stale ones for nothing, as to leave them out would copy the
+        cache); the second feeds the stale rows whole and into a cache of their own, which then takes their place.
+        """
         width = query.tokens.shape[1]
         row = query.wanted // width
         of_stale = stale[row]
-        seen = self._forward_window(query, query.wanted[~of_stale], cache)
+        from_windows = self.forward_window(query, query.wanted[~of_stale], cache)
+
         rows = stale.nonzero()[:, 0]
-        rank = torch.zeros_like(stale, dtype=torch.long).index_copy(
-            0, rows, torch.arange(len(rows), device=rows.device)
-        )
+        # The number of each stale row among the stale ones, where its positions are asked for in the smaller batch.
+        rank = torch.zeros_like(stale, dtype=torch.long)
+        rank = rank.index_copy(0, rows, torch.arange(len(rows), device=rows.device))
         wanted = rank[row[of_stale]] * width + query.wanted[of_stale] % width
         anew = self.model.new_cache(len(rows), width)
-        looked = self._forward_full(query.subset(rows, wanted), anew)
+        from_canvases = self.forward_full(query.subset(rows, wanted), anew)
         cache.replace(rows, anew)
-        result = looked.new_empty(len(row), looked.shape[-1])
-        result[of_stale], result[~of_stale] = looked, seen
+
+        result = from_canvases.new_empty(len(row), from_canvases.shape[-1])
+        result[of_stale], result[~of_stale] = from_canvases, from_windows
         return result
 
     def keep(self, rows: list[int], width: int) -> None:

@@ -1,6 +1,12 @@
 """From logits to proposed tokens and how sure the model is of each; the noise of a row.
 
-Shapes: B rows, W positions, V vocabulary.
+Near certainty numbers between 0 and 1 run out long before logits do: 1 - 1e-17 is 1, also in float64. So each
+confidence has a second form that never does, its log-odds or what plays their part: who is surest is asked of that one,
+thresholds and people are given the first. Noise is counter-based, as in `diffusion`: a number is a hash of seed, prompt,
+how many equal prompts precede it in the batch, how many numbers the row has drawn, and column. So one seed gives one
+answer whatever else is in the batch and on whatever device, and there is no generator to keep in step.
+
+Shapes: A active rows, P proposals, V vocabulary.
 """
 
 import hashlib

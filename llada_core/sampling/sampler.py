@@ -1,4 +1,8 @@
-"""The one loop that fills a canvas, and its public face: generate, infill, stream."""
+"""The one loop that fills a canvas (ask for logits, propose, score, commit), and its public face: generate, infill,
+stream. Knows token ids, not text; how logits are got, how sure we are and what is committed are values.
+
+Each row is in the block of its first open position; a finished row leaves the batch. Shapes as in `canvas`.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

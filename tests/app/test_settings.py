@@ -13,7 +13,7 @@ BASE = SamplingParams(max_new_tokens=32, block_length=8, steps=32, stop_at_eos=T
 
 def test_every_sampler_value_has_a_knob_and_a_sentence():
     names = [field.name for field in dataclasses.fields(SamplingParams)]
-    assert [knob.name for knob in panel.knobs()] == names
+    assert [knob.name for knob in panel.knobs()] == [name for name in names if name != "rule"]  # names code to be run
     assert set(SENTENCES) == set(names)
     assert all(len(s) > 20 for s in SENTENCES.values())
 

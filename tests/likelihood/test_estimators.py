@@ -24,9 +24,9 @@ from tests.tiny import tiny_model
 PROMPT, ANSWER = [5, 9, 30, 61], [7, 99, 12, 55, 3]
 
 
-def coverage(looks) -> np.ndarray:
+def coverage(drawn) -> np.ndarray:
     """How much each token counts in all: 1 on average, whatever the answer."""
-    return (looks.masks * looks.weights[:, None]).sum(0)
+    return (drawn.masks * drawn.weights[:, None]).sum(0)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
@@ -36,8 +36,8 @@ def test_antithetic_is_unbiased_for_any_model(length, samples):
     table = np.random.default_rng(1).normal(size=(2**length, length)) * 3 - 5
     table[2 ** np.arange(length)] -= 10
 
-    def value(looks: Plan) -> float:
-        return float((table[(looks.masks * 2 ** np.arange(length)).sum(1)] * looks.masks).sum(1) @ looks.weights)
+    def value(drawn: Plan) -> float:
+        return float((table[(drawn.masks * 2 ** np.arange(length)).sum(1)] * drawn.masks).sum(1) @ drawn.weights)
 
     found = [value(antithetic(length, samples, np.random.default_rng(seed))) for seed in range(3000)]
     error = np.std(found) / math.sqrt(len(found)) + 1e-12
@@ -47,10 +47,10 @@ def test_antithetic_is_unbiased_for_any_model(length, samples):
 def test_antithetic_looks_complement_each_other():
     """Tokens are masked equally often, give or take one order that was begun."""
     for samples in (8, 40):
-        looks = antithetic(9, samples, np.random.default_rng(0))
-        times = looks.masks.sum(0)
+        drawn = antithetic(9, samples, np.random.default_rng(0))
+        times = drawn.masks.sum(0)
         assert times.max() - times.min() <= 2
-        assert (looks.masks.sum(1) >= 1).all()
+        assert (drawn.masks.sum(1) >= 1).all()
 
 
 def test_common_random_numbers():
@@ -62,9 +62,9 @@ def test_common_random_numbers():
 
 @pytest.mark.parametrize("length", [1, 4, 7])
 def test_enumeration_is_every_subset_once(length):
-    looks = enumerated(length)
-    assert len({mask.tobytes() for mask in looks.masks}) == 2**length - 1
-    assert np.allclose(coverage(looks), 1)
+    drawn = enumerated(length)
+    assert len({mask.tobytes() for mask in drawn.masks}) == 2**length - 1
+    assert np.allclose(coverage(drawn), 1)
 
 
 @pytest.mark.parametrize(("length", "samples", "count"), [(1, 1, 1), (7, 128, 127), (7, 100, 100), (8, 128, 128)])
@@ -92,17 +92,17 @@ def test_antithetic_beats_stock_at_equal_cost():
     model = tiny_model(seed=3)
     generator = torch.Generator().manual_seed(0)
     answer = torch.randint(0, 119, (14,), generator=generator)
-    looks = {
+    drawn = {
         name: np.std([log_likelihood(model, PROMPT, answer, samples=16, seed=s, estimator=name) for s in range(60)])
         for name in ("stock", "antithetic")
     }
-    assert looks["antithetic"] < 0.6 * looks["stock"]
+    assert drawn["antithetic"] < 0.6 * drawn["stock"]
 
 
 def test_options_of_one_token_share_one_forward():
     scorer = Likelihood(golden_model("llada_tiny"))
     scores = scorer.scores([(PROMPT, [option]) for option in (1, 2, 3, 4)])
-    assert (scorer.looks, scorer.forwards) == (1, 1)
+    assert (scorer.num_samples, scorer.forwards) == (1, 1)
     logits = golden_model("llada_tiny")(torch.tensor([[*PROMPT, 126]])).logits[0, -1].log_softmax(-1)
     assert scores == pytest.approx(logits[[1, 2, 3, 4]].tolist(), rel=1e-5)
 

@@ -17,10 +17,10 @@ def test_recorded_canvases(name, monkeypatch):
     share = data["p_mask"].flatten(0, 1)[:, 0].double().numpy()
     recorded = Plan((noisy == DENSE.mask_id)[:, len(data["prompt"]) :], 1 / share / len(noisy))
     scorer = Likelihood(golden_model(MODEL), cfg_scale=case("likelihood", name)["cfg_scale"])
-    monkeypatch.setattr(likelihood, "plan", lambda *_: recorded)  # the looks that were drawn when they were recorded
+    monkeypatch.setattr(likelihood, "plan", lambda *_: recorded)  # the masks that were drawn when they were recorded
     (found,) = scorer.scores([(data["prompt"], data["answer"])])
     assert found == pytest.approx(float(data["log_likelihood"]), rel=1e-5)
-    assert scorer.looks == len(np.unique(noisy, axis=0))
+    assert scorer.num_samples == len(np.unique(noisy, axis=0))
 
 
 def test_enumeration():
@@ -37,7 +37,7 @@ def test_one_token_is_exact_with_one_sample():
             scorer = Likelihood(golden_model(MODEL), samples=samples, estimator=estimator)
             (found,) = scorer.scores([(data["c__prompt"], data["c__answer"])])
             assert found == pytest.approx(float(data["c__log_likelihood"]), rel=1e-5)
-            assert scorer.looks == 1
+            assert scorer.num_samples == 1
 
 
 def test_lattices():
