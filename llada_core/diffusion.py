@@ -58,6 +58,7 @@ def keyed(keys: Tensor, numbers: Tensor) -> Tensor:
 
 def hashed(keys: Tensor, width: int) -> Tensor:
     """(R, width) int64, all 64 bits random: column j of row i hashes keys[i] (R,) and j, on any device to the same bits."""
+    # splitmix64's sequence from each key on: multiples of the golden ratio's increment, then the finaliser.
     columns = torch.arange(width, dtype=torch.int64, device=keys.device)
     return _mix((keys[:, None] + columns + 1) * _GOLDEN)
 
@@ -135,6 +136,7 @@ def masked_nll(  # noqa: PLR0913 (the canvas, its noise, and two switches)
     device = device_of(model)
     index = masked.flatten().nonzero()[:, 0]
     rows = index // noisy.shape[1]
+    # Logits at i - 1 predict token i; the first position, which has none to its left, is read from itself.
     source = torch.where(index % noisy.shape[1] > 0, index - 1, index) if right_shift else index
     sent = [x.to(device, non_blocking=True) for x in (noisy, source, tokens.flatten()[index], rows)]
     if attention_mask is not None:

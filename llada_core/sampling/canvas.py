@@ -19,25 +19,17 @@ from llada_core.tokenizer import SpecialTokens
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptRow:
     """One prompt without its padding: `ids` (P,) int64; `visible` (P,) bool if it has holes."""
 
     ids: Tensor
     visible: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class PromptBatch:
-    """The prompts of a batch, and the width of the caller's layout (the longest, padding included)."""
-
-    rows: list[Prompt]
-    width: int
-
-
 def prompts(
     model: MaskPredictor, prompt_ids: Tensor | Sequence[Sequence[int]] | Sequence[Tensor], attention_mask: Tensor | None
-) -> PromptBatch:
-    """The prompts of a batch, checked."""
+) -> tuple[list[PromptRow], int]:
+    """The prompts of a batch, checked, and the width of the caller's layout: the longest, padding included."""
     if isinstance(prompt_ids, Tensor):
         rows, width = _rows_of_tensor(model, prompt_ids, attention_mask), prompt_ids.shape[1]
     elif attention_mask is not None:
@@ -45,7 +37,7 @@ def prompts(
             "attention_mask belongs to a prompt tensor; a list of prompts needs none, its prompts are not padded"
         )
     else:
-        rows = [Prompt(ids) for ids in _rows_of_list(model, prompt_ids)]
+        rows = [PromptRow(ids) for ids in _rows_of_list(model, prompt_ids)]
         width = max(len(row.ids) for row in rows)
     for i, row in enumerate(rows):
         ids = row.ids if row.visible is None else row.ids[row.visible]
@@ -53,7 +45,7 @@ def prompts(
         require_no_mask(
             model, ids, f"prompt {i}", "to have masks filled, give the whole text as a template to infill()"
         )
-    return PromptBatch(rows, width)
+    return rows, width
 
 
 def templates(model: MaskPredictor, template_ids: Tensor | Sequence[Sequence[int]] | Sequence[Tensor]) -> list[Tensor]:
@@ -70,12 +62,12 @@ def templates(model: MaskPredictor, template_ids: Tensor | Sequence[Sequence[int
     return rows
 
 
-def _rows_of_tensor(model: MaskPredictor, ids: Tensor, attention_mask: Tensor | None) -> list[Prompt]:
+def _rows_of_tensor(model: MaskPredictor, ids: Tensor, attention_mask: Tensor | None) -> list[PromptRow]:
     if ids.dim() != 2 or ids.dtype != torch.long or not len(ids):
         raise ValueError(f"prompts must be (B, P) int64 with B of 1 or more, got {tuple(ids.shape)} {ids.dtype}")
     ids = ids.to(model.device)
     if attention_mask is None:
-        return [Prompt(row) for row in ids]
+        return [PromptRow(row) for row in ids]
     if attention_mask.shape != ids.shape:
         raise ValueError(
             f"attention_mask {tuple(attention_mask.shape)} must have the prompts' shape {tuple(ids.shape)}"
@@ -86,7 +78,7 @@ def _rows_of_tensor(model: MaskPredictor, ids: Tensor, attention_mask: Tensor | 
         left = int((seen.cumsum(0) == 0).sum())
         row, seen = row[left:], seen[left:]
         hidden = torch.where(seen, row, model.special_tokens.pad_id)
-        result.append(Prompt(hidden, None if bool(seen.all()) else seen))
+        result.append(PromptRow(hidden, None if bool(seen.all()) else seen))
     return result
 
 
@@ -199,7 +191,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Row:
+class CanvasRow:
     """One sequence to write: `tokens` (L,); blocks are counted from `start` to `end`, excluded; `visible` (n,) bool
     says which of the first n tokens are seen, if not all.
     """
@@ -232,7 +224,7 @@ class Canvas:
 
     @classmethod
     def from_rows(
-        cls, rows: Sequence[Row], special: SpecialTokens, *, width: int = 0, blind_keeps: Sequence[int] = ()
+        cls, rows: Sequence[CanvasRow], special: SpecialTokens, *, width: int = 0, blind_keeps: Sequence[int] = ()
     ) -> "Canvas":
         """Rows of any lengths. `width` of the caller's layout, if wider than the longest row; `blind_keeps`: token ids
         that an unguided forward may see.
@@ -363,18 +355,8 @@ class Blocks:
         places = columns.clamp(0, canvas_width - 1) + canvas_width * torch.arange(rows, device=first.device)[:, None]
         is_open, fresh = inside & canvas.open.flatten()[places], number != before
         counts, entered, firsts = torch.stack([is_open.sum(1), fresh.long(), first]).tolist()
-        return cls(
-            number=number,
-            first=first,
-            last=last,
-            places=places,
-            inside=inside,
-            open=is_open,
-            fresh=fresh,
-            counts=counts,
-            entered=[bool(new) for new in entered],
-            firsts=firsts,
-        )
+        entered = [bool(new) for new in entered]
+        return cls(number, first, last, places, inside, is_open, fresh, counts, entered, firsts)
 
     def after(self, canvas: Canvas) -> "Blocks | None":
         """The same blocks with what is open in them now; None once one is done, so that a row has moved on."""

@@ -36,16 +36,8 @@ class Query:
     @classmethod
     def of(cls, canvas: Canvas, blocks: Blocks, wanted: Tensor) -> "Query":
         """Asks about `wanted` positions of a canvas."""
-        return cls(
-            tokens=canvas.tokens,
-            visible=canvas.visible,
-            known=canvas.known,
-            wanted=wanted,
-            mask_id=canvas.mask_id,
-            first=blocks.first,
-            firsts=blocks.firsts,
-            fresh=blocks.entered,
-        )
+        seen = canvas.tokens, canvas.visible, canvas.known
+        return cls(*seen, wanted, canvas.mask_id, blocks.first, blocks.firsts, blocks.entered)
 
     def subset(self, rows: Tensor, wanted: Tensor) -> "Query":
         """The query of some rows (R,), with `wanted` counted in them."""

@@ -68,6 +68,8 @@ class RowNoise:
         rows = [row for row, count in enumerate(counts) for _ in range(count)]
         self.drawn = [first + count for first, count in zip(self.drawn, counts, strict=True)]
         row, number = torch.tensor([rows, numbers], dtype=torch.int64).to(device, non_blocking=True)
+        # The highest bits as a fraction, as many as the type tells apart evenly; the mask takes away the copies of the
+        # sign that an arithmetic shift draws in.
         bits = hashed(keyed(self.keys[row], number), width)
         if device.type == "mps":
             return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
@@ -116,6 +118,8 @@ Score = Callable[[Tensor, Tensor, Tensor | None], Confidence]
 
 def probability(logits_PV: Tensor, tokens_P: Tensor, uniforms_P: Tensor | None = None) -> Confidence:
     """The probability of the proposed token; its key is the log-odds, taken from the others without the token itself."""
+    # log(p / (1 - p)) is the token's logit less the logsumexp of the others: no probability is formed, so none rounds
+    # to 1.
     own_P1 = logits_PV.gather(1, tokens_P[:, None])
     others_P = logits_PV.scatter(1, tokens_P[:, None], -torch.inf).logsumexp(-1)
     odds = (own_P1[:, 0] - others_P).to(_wide(logits_PV))
@@ -233,8 +237,10 @@ class Proposer:
             tokens = possible.argmax(-1)
         else:
             tokens = gumbel_argmax(possible, self.temperature, noise.uniforms(counts, logits.shape[-1]))
+        # Positions beyond the block have no noise of their own: they are shown to people and not chosen among.
         uniforms = noise.uniforms(counts, 1)[:, 0] if self.at_random and noise is not None else None
         score = probability if self.at_random and uniforms is None else self.score
+        # Deferred tokens take no share of the others' confidence, and come last where they are proposed themselves.
         if len(self.deferred):
             logits = logits.index_fill(-1, self.deferred, -torch.inf)
         confidence = score(logits, tokens, uniforms)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llada_core.modeling.predictor import MaskPredictor, require_length
 from llada_core.sampling import canvas as checks
-from llada_core.sampling.canvas import Blocks, Canvas, Row, Step
+from llada_core.sampling.canvas import Blocks, Canvas, CanvasRow, Step
 from llada_core.sampling.denoiser import Denoiser, Query, denoiser_of
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.proposals import Proposer, RowNoise
@@ -164,14 +164,14 @@ def generate(
     of their own. Raises `ValueError` for ids outside the vocabulary, a MASK in a prompt (that is a template:
     `infill`), a sequence longer than the model's, and settings that do not fit each other or the model.
     """
-    prompts = checks.prompts(model, prompt_ids, attention_mask)
-    sampler, canvas = _sampler_for_prompts(model, prompts, params, pinned, look_ahead=False)
+    prompts, width = checks.prompts(model, prompt_ids, attention_mask)
+    sampler, canvas = _sampler_for_prompts(model, prompts, width, params, pinned, look_ahead=False)
     with evaluating(model):
         tokens = _last(sampler, canvas)
     last = tokens.shape[1] - model.ends_with_eos
-    tokens = tokens[:, last - prompts.width - params.max_new_tokens : last].contiguous()
+    tokens = tokens[:, last - width - params.max_new_tokens : last].contiguous()
     if isinstance(prompt_ids, Tensor):
-        tokens[:, : prompts.width] = prompt_ids  # padding as it was given
+        tokens[:, :width] = prompt_ids  # padding as it was given
     lengths = (params.max_new_tokens,) * len(tokens)
     return Generation(tokens, sampler.denoiser.forwards, sampler.denoiser.fed, lengths)
 
@@ -188,8 +188,8 @@ def stream(
     """`generate`, yielding every step. With `look_ahead` each step also holds proposals for open positions beyond the
     block (they cost their share of the vocabulary projection; a cached forward leaves them out).
     """
-    prompts = checks.prompts(model, prompt_ids, attention_mask)
-    sampler, canvas = _sampler_for_prompts(model, prompts, params, pinned, look_ahead=look_ahead)
+    prompts, width = checks.prompts(model, prompt_ids, attention_mask)
+    sampler, canvas = _sampler_for_prompts(model, prompts, width, params, pinned, look_ahead=look_ahead)
     return _stream(model, sampler, canvas)
 
 
@@ -240,7 +240,8 @@ def _last(sampler: Sampler, canvas: Canvas) -> Tensor:
 
 def _sampler_for_prompts(
     model: MaskPredictor,
-    prompts: checks.PromptBatch,
+    prompts: list[checks.PromptRow],
+    width: int,
     params: SamplingParams,
     pinned: Mapping[int, int] | None,
     *,
@@ -254,11 +255,11 @@ def _sampler_for_prompts(
     opening = torch.tensor([i for i in (special.bos_id,) if i is not None], dtype=torch.long, device=model.device)
     closing = torch.tensor([special.eos_id] * model.ends_with_eos, dtype=torch.long, device=model.device)
     rows = []
-    for prompt in prompts.rows:
+    for prompt in prompts:
         ids = prompt.ids if len(prompt.ids) else opening
-        rows.append(Row(torch.cat([ids, blank, closing]), len(ids), len(ids) + new, prompt.visible))
-    width = prompts.width + new + len(closing)
-    return _sampler(model, rows, params, [p.ids for p in prompts.rows], width=width, look_ahead=look_ahead)
+        rows.append(CanvasRow(torch.cat([ids, blank, closing]), len(ids), len(ids) + new, prompt.visible))
+    width += new + len(closing)
+    return _sampler(model, rows, params, [p.ids for p in prompts], width=width, look_ahead=look_ahead)
 
 
 def _sampler_for_templates(
@@ -266,13 +267,13 @@ def _sampler_for_templates(
 ) -> tuple[Sampler, Canvas]:
     checks.template_settings(params)
     templates = checks.templates(model, template_ids)
-    rows = [Row(template, 0, len(template)) for template in templates]
+    rows = [CanvasRow(template, 0, len(template)) for template in templates]
     return _sampler(model, rows, params, templates, width=0, look_ahead=look_ahead)
 
 
 def _sampler(
     model: MaskPredictor,
-    rows: list[Row],
+    rows: list[CanvasRow],
     params: SamplingParams,
     prompts: list[Tensor],
     *,
