@@ -165,8 +165,8 @@ class Step:
 
     @property
     def committed(self) -> Tensor:
-        """(B, T) bool: written by this step."""
-        return (self.before == self.mask_id) & ~self.open
+        """(B, T) bool: written by this step, over a token too where a stop fills the rest of the answer."""
+        return (self.tokens != self.before) & ~self.open
 
     @property
     def taken_back(self) -> Tensor:
