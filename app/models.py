@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,9 +72,11 @@ class Catalogue:
         version = self.version(name)
         return name if version is None else version.hash
 
-    def resolve(self, name: str) -> Path:
-        """The verified folder."""
-        return registry.resolve(name, self.root)
+    def resolve(self, name: str, place: str = "") -> Path:
+        """The verified folder; with a `place` that `locate` gave, of that version, wherever its alias has moved since."""
+        if place in ("", name):
+            return registry.resolve(name, self.root)
+        return registry.verified(self.root, place)
 
     def facts(self, name: str) -> list[tuple[str, str]]:
         """Where a model comes from: version, aliases, lineage, and the receipt of its last training stage."""
@@ -314,7 +317,7 @@ class Shelf:
             same = next((engine for at, engine in self._engines.values() if at == place), None)
             while same is None and len(self._engines.keys() - {name}) >= self._most:
                 del self._engines[next(key for key in self._engines if key != name)]
-        return self._kept(name, place, same or load(name, self._source.resolve, self._setting))
+        return self._kept(name, place, same or load(name, partial(self._source.resolve, place=place), self._setting))
 
     def _kept(self, name: str, place: str, engine: Engine) -> Engine:
         """The engine, now the one asked for last."""

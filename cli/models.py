@@ -214,7 +214,7 @@ def exportable(source: Path, *, merge: bool) -> tuple[str, str]:
     Raises FileNotFoundError for a folder that holds no model, `ConfigError` where nothing can be merged, or where an
     adapter alone would name weights that only this project has.
     """
-    from llada_core.modeling.folder import CONTENT, base_name, is_adapter
+    from llada_core.modeling.folder import CONTENT, base_folder, base_name, is_adapter
 
     if not is_adapter(source):
         if not (source / "config.json").is_file():
@@ -228,6 +228,10 @@ def exportable(source: Path, *, merge: bool) -> tuple[str, str]:
     if base.startswith(CONTENT):
         raise ConfigError(
             f"{source} is an adapter of weights that only this project has ({base[:19]}...); --merge makes a model of both"
+        )
+    if at := base_folder(source):
+        raise ConfigError(
+            f"{source} is an adapter of {at.resolve()}, which nobody else has; --merge makes a model of both"
         )
     return f"peft\nbase_model: {base.partition('@')[0]}", f"An adapter of `{base}`"
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llada_core.modeling.folder import base_folder, is_adapter
 from llada_core.settings import ConfigError, nearest, read_yaml
 from tasks.project import TRAINING_STAGES
 
@@ -158,7 +159,16 @@ def _deps(kind: str, body: dict[str, Any], params: dict[str, Any]) -> list[str]:
         named = lookup(params, "evaluate.models") or []
         models = [f"models/{name}" for name in named if name in TRAINING_STAGES]
         models += [name.partition("=")[2] for name in named if "=" in name]
-    return [*written, *(path for path in models if path not in written)]
+    models += [base for path in models for base in _bases(path)]
+    return list(dict.fromkeys([*written, *models]))
+
+
+def _bases(model: str) -> list[str]:
+    """The folders that belong to a model from elsewhere: the base that an adapter names by its place, and that one's."""
+    found = [Path(model)]
+    while found[-1].is_absolute() and is_adapter(found[-1]) and (base := base_folder(found[-1])):
+        found.append(base.resolve())
+    return [str(folder) for folder in found[1:]]
 
 
 def _params(kind: str, body: dict[str, Any], params: dict[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from llada_core.evaluation.params import SAMPLER_FIELDS, Settings
 from llada_core.evaluation.requests import OTHER_NAMES, TOKEN_LISTS, GenerationRequest, token_list
-from llada_core.files import line_of, parsed
+from llada_core.files import content_hash, hash_of, line_of, parsed
 from llada_core.likelihood import greedy_matches, log_likelihoods
 from llada_core.modeling import MaskPredictor, load_model, load_to_answer
 from llada_core.modeling.folder import base_of, is_adapter
@@ -223,24 +223,10 @@ def code_of_evaluation() -> list[Path]:
 
 def key_of_answers(name: str, settings: dict[str, Any]) -> str:
     """16 hex digits for all that determines what a model answers, beside the prompt."""
-    weights = [_content(folder) for folder in whole_model(name)]
-    code = {str(path.relative_to(ROOT)): _content(path) for path in code_of_evaluation()}
-    text = json.dumps([weights, code, settings], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _content(path: Path) -> list[tuple[str, str]]:
-    return [(file.relative_to(path).as_posix(), _digest(file)) for file in _files(path)]
-
-
-def _files(path: Path) -> Iterable[Path]:
-    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return (file for file in found if file.suffix != ".pyc")
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    weights = [content_hash(folder) for folder in whole_model(name)]
+    code = {str(path.relative_to(ROOT)): content_hash(path) for path in code_of_evaluation()}
+    told = json.loads(json.dumps(settings, default=str))
+    return hash_of([weights, code, told])[:16]
 
 
 SAMPLES = 128

@@ -56,6 +56,24 @@ def base_of(folder: Path) -> str:
     )
 
 
+def base_folder(folder: Path) -> Path | None:
+    """The folder by whose place an adapter names its base; None where it names it by its content or for the Hub.
+
+    `FileNotFoundError` for a place at which no folder lies.
+    """
+    name = base_name(folder)
+    if name.startswith(CONTENT):
+        return None
+    if (found := Path(base_of(folder))).is_dir():
+        return found
+    if name.startswith((".", "/", "~")) or name.partition("@")[0].count("/") != 1:
+        raise FileNotFoundError(
+            f"{folder}: its base, {name!r}, is no folder that lies there, and no OWNER/NAME of the Hub; write where it is "
+            f"as base_model_name_or_path into {ADAPTER_CONFIG}"
+        )
+    return None
+
+
 def model_folders(folder: Path) -> list[Path]:
     """The folders that a model on this machine is made of: its own, for an adapter also its base's, and so on."""
     found = [folder]

@@ -23,7 +23,7 @@ from tasks.launch.launchers import machine_settings
 from tasks.launch.workspace import Workspace, configure_without_git, pipeline_lock
 from tasks.project import TRAINING_STAGES, LaunchParams, Params
 from tasks.record import tracking
-from tasks.record.registry import hold_base, receipts, tracking_uri, versions
+from tasks.record.registry import hold_base, model_hash, receipts, tracking_uri, versions
 from tasks.record.runs import RunFolder, Work, differences, open_run, previous_run, request_of, stage_params
 
 
@@ -214,6 +214,18 @@ def do_work(run: RunFolder, function: Function) -> None:
     cost = function(Work(params, run, stage, stage.partition("@")[2] or None))
     if rank() == 0:
         run.succeed(time.monotonic() - started if cost is None else cost)
+
+
+def verify_inputs(work: Work) -> None:
+    """Folders outside the snapshot may have changed while the job waited; the first rank of each node looks.
+
+    Raises `ConfigError` for one that has.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        return
+    for path, digest in work.run.request["inputs"].items():
+        if Path(path).is_absolute() and model_hash(Path(path)) != digest:
+            raise ConfigError(f"{path} has changed since this job was submitted; run the same command again")
 
 
 def confirm_cost(root: Path, run: RunFolder, launch: LaunchParams) -> None:

@@ -4,8 +4,9 @@ import json
 import os
 import re
 import sqlite3
+import tempfile
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,31 @@ from urllib.parse import unquote
 
 from filelock import FileLock
 
-from llada_core.files import line_of, read
-from llada_core.modeling.folder import CONTENT, base_name, base_of, is_adapter, model_folders
+from llada_core.files import document, line_of, read
+from llada_core.modeling.folder import (
+    ADAPTER_CONFIG,
+    CONTENT,
+    base_folder,
+    base_name,
+    base_of,
+    is_adapter,
+    model_folders,
+)
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError
-from tasks.folders import PATIENCE, content_hash, link_into, read_json, require, sqlite_file, sqlite_uri
+from tasks.folders import (
+    PATIENCE,
+    content_hash,
+    files_in,
+    home,
+    link_into,
+    read_json,
+    require,
+    sqlite_file,
+    sqlite_uri,
+    write_json,
+)
 from tasks.project import Params
-from tasks.record.runs import home
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -227,12 +246,59 @@ def store_folder(root: Path, digest: str) -> Path:
 
 
 def keep(root: Path, folder: Path) -> str:
-    """Link a model folder into the store, unless it is there; returns its content hash. Nothing there ever changes."""
-    digest = content_hash(folder)
-    place = store_folder(root, digest)
-    if not place.is_dir() or content_hash(place) != digest:
-        link_into(folder, place)
+    """Link a model folder into the store, unless it is there; returns its content hash. Nothing there ever changes.
+
+    An adapter that names its base by its place is kept as `lasting` makes it, and its base with it.
+    """
+    with lasting(folder) as whole:
+        base = base_at(folder)
+        if base is not None and not CACHED.search(base.resolve().as_posix()):
+            keep(root, base)
+        digest = content_hash(whole)
+        place = store_folder(root, digest)
+        if not place.is_dir() or content_hash(place) != digest:
+            link_into(whole, place)
     return digest
+
+
+@contextmanager
+def lasting(folder: Path) -> Iterator[Path]:
+    """A model folder as it is kept: an adapter that names its base by its place names it by what lasts (`lasting_name`).
+
+    Any other folder, or a file, is itself. Raises `ConfigError` where nothing lies at that place.
+    """
+    base = base_at(folder)
+    if base is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        fresh = Path(place) / "adapter"
+        for file in files_in(folder):
+            link = fresh / file.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.resolve())
+        name, _, revision = lasting_name(base, model_hash(base)).partition("@")
+        config = document(folder / ADAPTER_CONFIG)
+        config |= {"base_model_name_or_path": name, "revision": revision or None}
+        write_json(fresh / ADAPTER_CONFIG, config)  # in the place of the link
+        yield fresh
+
+
+def model_hash(path: Path) -> str:
+    """The content hash of a file or folder; of an adapter that names its base by its place, with its base.
+
+    It is the one that `keep` gives it, so that whoever makes something of a model knows that the whole of it is the same.
+    """
+    with lasting(path) as whole:
+        return content_hash(whole)
+
+
+def base_at(folder: Path) -> Path | None:
+    """`base_folder` of an adapter, None for all else; raises `ConfigError` where nothing lies at that place."""
+    try:
+        return base_folder(folder) if is_adapter(folder) else None
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from None
 
 
 def verified(root: Path, digest: str) -> Path:
@@ -285,7 +351,7 @@ def keep_base(root: Path, folder: Path, name: str, *, copy: bool = True) -> None
     place = store_folder(root, name.removeprefix(CONTENT))
     wanted = name.startswith(CONTENT) and not place.is_dir()
     if wanted and (copy or folder.stat().st_dev == home(root).stat().st_dev):
-        link_into(folder, place)
+        keep(root, folder)
 
 
 def hold_base(root: Path, folder: Path) -> None:
@@ -294,6 +360,8 @@ def hold_base(root: Path, folder: Path) -> None:
     Where `models/` has them and the store does not (a clone after `dvc pull`), they are kept there now. Raises
     `ConfigError` where they are nowhere.
     """
+    if at := base_at(folder):
+        hold_base(root, at)
     if not is_adapter(folder) or not (name := base_name(folder)).startswith(CONTENT):
         return
     digest = name.removeprefix(CONTENT)

@@ -21,6 +21,7 @@ from llada_core.training.params import TrainingParams
 from tasks.folders import content_hash, files_in, hash_of, home, link_into, read_json, write_json, write_text
 from tasks.graph import CODE, Stage, chosen
 from tasks.project import TRAINING_STAGES, Params
+from tasks.record.registry import model_hash
 
 FINGERPRINT_DIGITS = 16
 DETERMINING = ("stage", "settings", "code", "inputs")
@@ -47,7 +48,7 @@ def request_of(root: Path, stage: Stage, params: dict[str, Any]) -> Request:
         "free": {key: value for key, value in told.items() if key not in flat(settings)},
         "params": chosen(params, stage),
         "code": {file.relative_to(root).as_posix(): content_hash(file) for file in files},
-        "inputs": {path: content_hash(root / path) for path in stage.inputs},
+        "inputs": {path: model_hash(root / path) for path in stage.inputs},
         "outs": list(stage.outs),
         "root": str(root.resolve()),
         "home": str(home(root).resolve()),

@@ -22,6 +22,7 @@ from llada_core.settings import ConfigError
 from tasks.folders import read_json, safe, write_json, write_text
 from tasks.launch.jobs import sharing, whole
 from tasks.launch.launchers import visible_gpus
+from tasks.launch.program import verify_inputs
 from tasks.project import data_root
 from tasks.record.runs import Work
 
@@ -52,6 +53,7 @@ def run(work: Work) -> None:
     if work.item is None:
         raise ConfigError(f"evaluate: say which benchmark; this run has: {', '.join(params.benchmarks)}")
     quiet_lm_eval()
+    verify_inputs(work)
     own = whole(work.run).path
     root = data_root(work.params, own.parents[1])
     puzzles = Path("data/eval")

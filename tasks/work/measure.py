@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from llada_core import files
 from llada_core.evaluation.params import EvaluateParams, ReportParams
 from llada_core.evaluation.statistics import paired
@@ -241,7 +243,8 @@ def sweep(
                     tell(f"{name}: {results[name]['error']}")
     measured = [name for name, result in results.items() if "error" not in result]
     if measured and first:
-        write_report(places.out, measured, ReportParams(comparisons=()), places.out, Beside(commit=commit_of(CODE)))
+        with FileLock(places.out / ".report.lock"):  # what is read last is what is written last
+            write_report(places.out, measured, ReportParams(comparisons=()), places.out, Beside(commit=commit_of(CODE)))
     return results
 
 

@@ -3,15 +3,14 @@
 The working directory is the run's snapshot. Knows neither launchers nor the objective of a stage.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 from llada_core.settings import ConfigError
 from llada_core.training.params import TrainingParams
 from tasks.errors import StageError, StoppedError
-from tasks.folders import content_hash, read_json, write_json
-from tasks.launch.program import rank
+from tasks.folders import read_json, write_json
+from tasks.launch.program import rank, verify_inputs
 from tasks.launch.status import TrainingProgress
 from tasks.project import TRAINING_STAGES
 from tasks.record.registry import keep_base, lasting_name
@@ -27,7 +26,7 @@ def train_stage(work: Work) -> float:
     from llada_core.training.train import RunPaths, train
 
     params = _settled(work)
-    _verify_inputs(work)
+    verify_inputs(work)
     tokenizer = Tokenizer.load(Path("data/tokenizer"))
     model = _model(work, params, tokenizer)
     base = "" if params.lora is None else _base(work, params)
@@ -79,15 +78,6 @@ def _taken(work: Work, params: TrainingParams) -> str:
         )
         taken.append(f"precision {params.precision} for {why}")
     return f"{work.stage}: {', '.join(taken)}" if taken else ""
-
-
-def _verify_inputs(work: Work) -> None:
-    """Folders outside the snapshot may have changed while the job waited; the first rank of each node looks."""
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-        return
-    for path, digest in work.run.request["inputs"].items():
-        if Path(path).is_absolute() and content_hash(Path(path)) != digest:
-            raise ConfigError(f"{path} has changed since this job was submitted; run the same command again")
 
 
 def _model(work: Work, params: TrainingParams, tokenizer: Any) -> Any:

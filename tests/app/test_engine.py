@@ -23,8 +23,8 @@ class Names:
             raise ValueError(f"no model {name!r} is registered")
         return str(self.places[name])
 
-    def resolve(self, name: str) -> Path:
-        return self.places[name]
+    def resolve(self, name: str, place: str = "") -> Path:
+        return Path(place) if place else self.places[name]
 
 
 def test_a_moved_alias_answers_with_the_other_version(model_folder, tmp_path):
@@ -136,3 +136,22 @@ def test_settings_that_the_model_cannot_use_are_refused(engine):
 
     with pytest.raises(Refused):
         engine.write([5], SamplingParams(max_new_tokens=7, block_length=3, steps=5))
+
+
+def test_a_champion_that_moves_while_it_is_looked_up_is_never_taken_for_the_other(model_folder, tmp_path):
+    """What was located is what is loaded: else the version before would answer under the name of the one after."""
+    other = tmp_path / "other"
+    other.symlink_to(model_folder)
+
+    class Moving(Names):
+        def locate(self, name: str) -> str:
+            found = super().locate(name)
+            self.places[name] = other  # between this look and the next one
+            return found
+
+    names = Moving(champion=model_folder)
+    shelf = Shelf(names)
+    assert shelf.get("champion")[0].folder == model_folder
+    assert shelf.get("champion")[0].folder == other
+    names.places["champion"] = model_folder  # rolled back
+    assert shelf.get("champion")[0].folder == model_folder

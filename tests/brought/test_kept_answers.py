@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llada_core import files
 from llada_core.evaluation import answering
 from llada_core.evaluation.answering import keys_of
 from llada_core.evaluation.harness import LladaLM, _said
@@ -89,6 +90,21 @@ def test_old_answers_serve_what_would_give_them_again(place: Path, change, setti
     first = folder(QUICK)
     change(place)
     assert (folder(settings) == first) is same
+
+
+def test_a_large_model_is_read_once_and_not_by_every_process(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "REMEMBERED", 1)
+    monkeypatch.delenv("LLADAFLOW_HOME", raising=False)
+    (place / ".dvc").mkdir()
+    monkeypatch.chdir(place)
+    for file in place.rglob("*.*"):
+        os.utime(file, (1, 1))
+    first = answering.key_of_answers(str(place / "adapter"), {})
+    with monkeypatch.context() as patched:
+        patched.setattr(files.hashlib, "file_digest", lambda *_: pytest.fail("it is read again"))
+        assert answering.key_of_answers(str(place / "adapter"), {}) == first
+    (place / "base/config.json").write_text("{}")
+    assert answering.key_of_answers(str(place / "adapter"), {}) != first
 
 
 def test_dialogues_that_read_alike_are_not_the_same_prompt() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llada_core import files
 from tasks import folders
 from tasks.folders import content_hash, link_into
 
@@ -21,7 +22,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "project/.dvc").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "project")
     monkeypatch.delenv("LLADAFLOW_HOME", raising=False)
-    monkeypatch.setattr(folders, "REMEMBERED", 1)
+    monkeypatch.setattr(files, "REMEMBERED", 1)
     return tmp_path / "project"
 
 
@@ -34,7 +35,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(Path(stream.name).name)
         return real(stream, digest)
 
-    monkeypatch.setattr(folders.hashlib, "file_digest", counted)
+    monkeypatch.setattr(files.hashlib, "file_digest", counted)
     return names
 
 
@@ -116,7 +117,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(project: Path, m
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(folders.hashlib, "file_digest", changing)
+        patched.setattr(files.hashlib, "file_digest", changing)
         torn = content_hash(one)
     os.utime(one / "shard-0", (OLD, OLD))
     assert content_hash(one) != torn
