@@ -20,6 +20,14 @@ TASKS: tuple[Task, ...] = ("sudoku", "countdown", "seats")
 # Upper ends of the hash ranges: 15 % evaluation, 5 % validation, 20 % GRPO, the rest pretraining and SFT.
 _PARTS: tuple[tuple[float, Part], ...] = ((0.15, "evaluate"), (0.20, "validation"), (0.40, "grpo"), (1.0, "train"))
 
+# The cells of each column, box and row of a 4x4 sudoku, numbered in row order. Rows come last: the grids that
+# `solved_grids` tries are made of whole rows, so the first units asked are those that can fail.
+UNITS: tuple[tuple[int, ...], ...] = (
+    *(tuple(range(i, 16, 4)) for i in range(4)),
+    *((i, i + 1, i + 4, i + 5) for i in (0, 2, 8, 10)),
+    *(tuple(range(4 * i, 4 * i + 4)) for i in range(4)),
+)
+
 
 @dataclass(frozen=True)
 class Puzzle:
@@ -50,11 +58,21 @@ def countdown_key(numbers: list[int], target: int) -> str:
     return f"{','.join(map(str, sorted(numbers)))}={target}"
 
 
+def is_solved(grid: str) -> bool:
+    """Whether 16 digits from 1 to 4, in row order, break no rule of sudoku."""
+    return all(len({grid[i] for i in unit}) == 4 for unit in UNITS)
+
+
+def conflicts(grid: str) -> set[int]:
+    """The cells of a grid (0: empty) whose digit occurs twice in a row, column or box."""
+    return {i for unit in UNITS for i in unit if grid[i] != "0" and sum(grid[j] == grid[i] for j in unit) > 1}
+
+
 @cache
 def solved_grids() -> tuple[str, ...]:
     """All 288 solved 4x4 sudokus, as 16 digits in row order."""
     rows = ["".join(p) for p in itertools.permutations("1234")]
-    return tuple("".join(grid) for grid in itertools.product(rows, repeat=4) if _is_solved(grid))
+    return tuple(grid for grid in map("".join, itertools.product(rows, repeat=4)) if is_solved(grid))
 
 
 @cache
@@ -201,11 +219,6 @@ _SEATS_TEXTS = (
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _is_solved(rows: tuple[str, ...]) -> bool:
-    columns = all(len({row[c] for row in rows}) == 4 for c in range(4))
-    return columns and all(len(set(rows[r][c : c + 2] + rows[r + 1][c : c + 2])) == 4 for r in (0, 2) for c in (0, 2))
 
 
 @cache

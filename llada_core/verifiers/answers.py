@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
+from llada_core.data.puzzles import is_solved
 from llada_core.settings import nearest
 from llada_core.verifiers import code
 from llada_core.verifiers.notation import box_kind, final_answer, notation, number, readable, single, tagged
@@ -148,11 +149,6 @@ def _letters(text: str) -> str:
     return re.sub(r"\s", "", text).casefold()
 
 
-_UNITS = tuple(
-    [tuple(range(4 * i, 4 * i + 4)) for i in range(4)]
-    + [tuple(range(i, 16, 4)) for i in range(4)]
-    + [(i, i + 1, i + 4, i + 5) for i in (0, 2, 8, 10)]
-)
 _LONGEST_EXPRESSION = 200
 
 
@@ -165,7 +161,7 @@ def verify_sudoku(text: str, answer: Mapping[str, Any]) -> bool:
     if re.fullmatch("[1-4]{16}", grid) is None:
         return False
     keeps = all(given in ("0", digit) for given, digit in zip(answer["puzzle"], grid, strict=True))
-    return keeps and all(len({grid[i] for i in unit}) == 4 for unit in _UNITS)
+    return keeps and is_solved(grid)
 
 
 def verify_seats(text: str, answer: Mapping[str, Any]) -> bool:

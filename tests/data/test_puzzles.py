@@ -53,6 +53,18 @@ def test_a_fifth_of_the_grids_is_never_a_training_solution():
     assert shown == grids - new
 
 
+def test_cells_that_break_a_rule_are_found_and_a_grid_is_solved_if_there_are_none():
+    solved = "1234341221434321"
+    assert puzzles.conflicts(solved) == puzzles.conflicts("0" * 16) == puzzles.conflicts("1" + "0" * 14 + "1") == set()
+    assert puzzles.conflicts("10001" + "0" * 11) == {0, 4}, "a column"
+    assert puzzles.conflicts("01" + "00" + "10" + "0" * 10) == {1, 4}, "a box"
+    assert puzzles.conflicts("1134" + solved[4:]) == {0, 1, 9}
+    for at in range(16):
+        for digit in "1234":
+            grid = solved[:at] + digit + solved[at + 1 :]
+            assert puzzles.is_solved(grid) == (not puzzles.conflicts(grid)) == (digit == solved[at])
+
+
 def test_puzzles_of_new_grids_have_no_other_solution():
     new = list(puzzles.draw(partial(puzzles.sudoku, empty=(7, 9), new=True), part=None, count=100, seed="3"))
     assert len({p.key for p in new}) == 100
