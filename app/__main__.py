@@ -70,15 +70,14 @@ def launch(
 
     name = model or champion_of(Path.cwd())  # first: Gradio takes seconds to import
     from app import page
-    from app.conversation import Refused
-    from app.models import Catalogue, Desk, Setting, Shelf
+    from app.models import AppState, ModelCache, ModelIndex, Setting, UserError
 
-    catalogue, setting = Catalogue(Path.cwd()), Setting.checked(*lies)
-    desk = Desk(Shelf(catalogue, setting=setting), catalogue, name, seconds=seconds, at_once=at_once)
+    catalogue, setting = ModelIndex(Path.cwd()), Setting.checked(*lies)
+    state = AppState(ModelCache(catalogue, setting=setting), catalogue, name, seconds=seconds, at_once=at_once)
     try:
-        desk.engine(name)
-        blocks = page.build_page(desk)
-    except Refused as error:
+        state.loaded(name)
+        blocks = page.build_page(state)
+    except UserError as error:
         if model:
             raise
         blocks = page.absent(name, str(error))

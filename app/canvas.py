@@ -1,25 +1,24 @@
-"""What happened on a canvas as plain arrays; gaps to fill and tokens that stay; a canvas in a terminal."""
+"""What happened on a canvas, as plain arrays and as texts; templates with gaps, and tokens that stay."""
 
 import dataclasses
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.text import Text
 
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling.canvas import Step
 from llada_core.sampling.params import SamplingParams
 from llada_core.tokenizer import Tokenizer
 
-State = Literal["given", "open", "fresh", "done"]
-STATES: tuple[State, ...] = ("given", "open", "fresh", "done")
+STATES = ("given", "open", "fresh", "done")
 GIVEN, OPEN, FRESH, DONE = range(4)
+LEVELS = 5  # shades of confidence, on the page and in a terminal
 LONGEST_TOKEN = 64  # characters; a page must survive a token of ten thousand
 Decode = Callable[[int], str]
 END = "∎"  # how an end token is shown: an answer has many, and their name says no more
@@ -32,30 +31,47 @@ class Frame:
 
     `tokens` (W,) int32, meaningless where open; `guesses` (W,) int32, what the model would write now where open, -1
     where it was not asked; `confidence` (W,) float32, of the written token when it was written or of the guess, nan if
-    unknown; `block` [start, end) in these positions; `forwards` of the model so far.
+    unknown; `block` [start, end) in these positions; `forwards` of the model so far; `step`, its number from 1.
     """
 
     tokens: NDArray[np.int32]
     guesses: NDArray[np.int32]
     confidence: NDArray[np.float32]
     state: NDArray[np.int8]
-    block: tuple[int, int]
-    forwards: int
+    block: tuple[int, int] = (0, 0)
+    forwards: int = 0
+    step: int = 0
 
     @property
     def written(self) -> int:
         """How many positions are no longer masked."""
         return int((self.state != OPEN).sum())
 
+    @property
+    def caption(self) -> str:
+        """How far it is, as one line."""
+        steps = f"step {self.step} · {self.forwards} forwards"
+        return f"{steps} · {self.written} of {len(self.state)} positions"
 
-@dataclass(frozen=True)
-class Cell:
-    """One position, ready to be printed: every text is printable and short."""
+    def in_block(self, at: int) -> bool:
+        """Whether a position is in the present block."""
+        return self.block[0] <= at < self.block[1]
 
-    text: str
-    state: State
-    confidence: float | None
-    in_block: bool
+    def level(self, at: int) -> int:
+        """The shade 0..LEVELS-1 of a position's confidence; an unknown one is in the middle."""
+        sure = float(self.confidence[at])
+        return LEVELS // 2 if math.isnan(sure) else min(LEVELS - 1, int(max(0.0, sure) * LEVELS))
+
+    def settled(self) -> "Frame":
+        """The same canvas once the answer is finished: nothing in it is fresh, and no block is the present one."""
+        state = np.where(self.state == FRESH, DONE, self.state).astype(np.int8)
+        return dataclasses.replace(self, state=state, block=(0, 0))
+
+
+def unwritten(state: Sequence[int]) -> Frame:
+    """A canvas before its first step, of which only the states are known."""
+    nothing = np.full(len(state), -1, np.int32)
+    return Frame(nothing, nothing, np.full(len(state), np.nan, np.float32), np.array(state, np.int8))
 
 
 @dataclass
@@ -63,7 +79,8 @@ class Trace:
     """The frames of one generation, after its `prompt`: the last `width` columns, or (None) all that follow.
 
     `committed_at` (W,) holds the number of the step that wrote a position, 0 if given, -1 if open; `runners` the
-    likeliest tokens of a position just before it was written, with their probabilities, once `find_runners_up` ran.
+    likeliest tokens of a position just before it was written, with their probabilities, once `find_runners_up` ran;
+    `spellings` the text of every token that `spell` has met, so that a trace can be shown without its model.
     """
 
     prompt: list[int] = field(default_factory=list)
@@ -71,7 +88,7 @@ class Trace:
     frames: list[Frame] = field(default_factory=list)
     committed_at: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     runners: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
-    texts: dict[int, str] = field(default_factory=dict)
+    spellings: dict[int, str] = field(default_factory=dict)
 
     def add(self, step: Step, row: int = 0) -> Frame:
         """Records what `step` did to a row."""
@@ -83,45 +100,37 @@ class Trace:
         sure = np.where(fresh & (tokens != guesses), np.nan, sure)  # the end of an answer fills what nobody proposed
         if not self.frames:
             self.committed_at = np.where(is_open | fresh, -1, 0).astype(np.int32)
+        number = len(self.frames) + 1
         self.committed_at[is_open] = -1
-        self.committed_at[fresh & ~is_open] = len(self.frames) + 1
+        self.committed_at[fresh & ~is_open] = number
         state = np.select([is_open, fresh, self.committed_at == 0], [OPEN, FRESH, GIVEN], DONE).astype(np.int8)
         kept = self.frames[-1].confidence if self.frames else np.full(len(tokens), np.nan, np.float32)
         confidence = np.where(is_open | fresh, sure, kept).astype(np.float32)
         first, last = (max(0, int(bound) - start) for bound in step.block[row])
         self.frames.append(
-            Frame(tokens.astype(np.int32), guesses.astype(np.int32), confidence, state, (first, last), step.forwards)
+            Frame(
+                tokens.astype(np.int32),
+                guesses.astype(np.int32),
+                confidence,
+                state,
+                (first, last),
+                step.forwards,
+                number,
+            )
         )
         return self.frames[-1]
 
-    def cells(self, frame: Frame, decode: Decode, *, guesses: bool = False, settled: bool = False) -> list[Cell]:
-        """The positions of a frame as texts; masked ones are empty unless `guesses` are asked for.
-
-        `settled`: the answer is finished, nothing in it is fresh and no block is the present one.
-        """
-        start, end = frame.block
-        result = []
-        for i, kind in enumerate(frame.state.tolist()):
-            shown = frame.guesses[i] if kind == OPEN else frame.tokens[i]
-            text = self.text(int(shown), decode) if kind != OPEN or guesses else ""
-            sure = float(frame.confidence[i])
-            state = STATES[DONE if settled and kind == FRESH else kind]
-            result.append(Cell(text, state, None if sure != sure else sure, not settled and start <= i < end))
-        return result
-
-    def text(self, token: int, decode: Decode) -> str:
-        """A token in print, remembered; nothing for -1."""
-        if token < 0:
-            return ""
-        if token not in self.texts:
-            self.texts[token] = printable(decode(token))
-        return self.texts[token]
-
     def spell(self, decode: Decode) -> None:
-        """Remembers the text of every token that occurs, so that the trace can be shown without its model."""
-        seen = {int(t) for frame in self.frames for array in (frame.tokens, frame.guesses) for t in set(array.tolist())}
-        for token in seen | {token for others in self.runners.values() for token, _ in others}:
-            self.text(token, decode)
+        """Remembers the texts of the tokens of the newest frame, and of the runners-up."""
+        seen = {token for frame in self.frames[-1:] for token in {*frame.tokens.tolist(), *frame.guesses.tolist()}}
+        seen |= {token for others in self.runners.values() for token, _ in others}
+        for token in seen - self.spellings.keys() - {-1}:
+            self.spellings[token] = printable(decode(token))
+
+    def texts(self, frame: Frame, *, guesses: bool = False) -> list[str]:
+        """What stands at each position of a spelled frame; nothing where it is masked, unless `guesses` are asked for."""
+        shown = np.where(frame.state != OPEN, frame.tokens, frame.guesses if guesses else -1)
+        return ["" if token < 0 else self.spellings[token] for token in shown.tolist()]
 
 
 def speller(tokenizer: Tokenizer) -> Decode:
@@ -130,8 +139,10 @@ def speller(tokenizer: Tokenizer) -> Decode:
 
 
 @torch.inference_mode()
-def find_runners_up(trace: Trace, model: MaskPredictor, *, likeliest: int = 4, batch: int = 8) -> None:
-    """Looks once more at every canvas of a trace, just before its step, and fills `trace.runners`.
+def find_runners_up(
+    trace: Trace, model: MaskPredictor, decode: Decode, *, likeliest: int = 4, batch: int = 8
+) -> None:
+    """Looks once more at every canvas of a trace, just before its step; fills `trace.runners` and spells them.
 
     Exactly what the sampler saw unless it was guided, shifted or cached.
     """
@@ -156,6 +167,7 @@ def find_runners_up(trace: Trace, model: MaskPredictor, *, likeliest: int = 4, b
         top = shares.topk(likeliest, dim=-1)
         for (_, at), ids, values in zip(places, top.indices.tolist(), top.values.tolist(), strict=True):
             trace.runners[at] = list(zip(ids, values, strict=True))
+    trace.spell(decode)
 
 
 _STEERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufff9\ufffa\ufffb")  # and it lasts
@@ -202,7 +214,7 @@ PIN = re.compile(r"\s*(\d+)\s*:\s*([^,]+?)\s*(?:,|$)")
 DEFAULT_GAP = 8
 
 
-def with_gaps(text: str, encode: Encode, mask_id: int, longest: int) -> list[int]:
+def parse_template(text: str, encode: Encode, mask_id: int, longest: int) -> list[int]:
     """The ids of `text` with each `[[n]]` as n masks (`[[ ]]`: 8); raises ValueError without a gap or with too many."""
     pieces = GAP.split(typed(text))
     if len(pieces) == 1:
@@ -233,7 +245,7 @@ def for_template(params: SamplingParams, rows: Sequence[Sequence[int]], mask_id:
     )
 
 
-def pinned(length: int, pins: str, encode: Encode) -> dict[int, int]:
+def fixed_tokens(length: int, pins: str, encode: Encode) -> dict[int, int]:
     """Answer position -> token of words pinned as `0:Once, 12:end`; raises ValueError when one does not fit."""
     found: dict[int, int] = {}
     at = 0
@@ -249,36 +261,3 @@ def pinned(length: int, pins: str, encode: Encode) -> dict[int, int]:
         found |= dict(enumerate(ids, start=position))
         at = match.end()
     return found
-
-
-BOX = 6  # columns of one position, a space included
-SHADES = ("dim", "", "cyan", "bold cyan", "bold bright_white")  # unsure to sure
-MASK, MASK_IN_BLOCK = "░" * (BOX - 1), "▒" * (BOX - 1)
-
-
-def picture(cells: Sequence[Cell], width: int) -> Text:
-    """The canvas in lines of `width` columns: masked hatched (closer in the present block), given underlined, fresh in reverse, others by confidence."""
-    text, per_line = Text(), max(1, width // BOX)
-    for number, cell in enumerate(cells):
-        text.append(shown(cell), style_of(cell))
-        text.append("\n" if number % per_line == per_line - 1 else " ")
-    return text
-
-
-def shown(cell: Cell) -> str:
-    """The text of a position, cut or padded to its box."""
-    if cell.state == "open" and not cell.text:
-        return MASK_IN_BLOCK if cell.in_block else MASK
-    return cell.text.ljust(BOX - 1) if len(cell.text) < BOX else cell.text[: BOX - 2] + "…"
-
-
-def style_of(cell: Cell) -> str:
-    """How a position looks; no meaning hangs on colour alone."""
-    if cell.state == "open":
-        return "italic yellow" if cell.text else ("bright_black" if cell.in_block else "dim bright_black")
-    if cell.state == "given":
-        return "underline"
-    if cell.state == "fresh":
-        return "reverse bold"
-    sure = 0.5 if cell.confidence is None else cell.confidence
-    return SHADES[min(len(SHADES) - 1, int(max(0.0, sure) * len(SHADES)))]

@@ -8,58 +8,58 @@ from typing import Any
 
 import gradio as gr
 
-from app.canvas import GAP, Cell, Trace, for_template, pinned, readable, with_gaps
-from app.conversation import ChatSession, Refused, Writing, fits, refusing
-from app.models import Desk, told
+from app.canvas import (
+    GAP,
+    GIVEN,
+    OPEN,
+    STATES,
+    Frame,
+    Trace,
+    fixed_tokens,
+    for_template,
+    parse_template,
+    readable,
+    unwritten,
+)
+from app.conversation import LiveAnswer, prompt_ids, question
+from app.models import AppState, UserError, as_user_error, errors_as_text
 from app.panel import QUICK, Panel, Values
-from app.render import STATE_CLASS, escape, level, notice
+from app.render import classes, escape, notice
 from llada_core.data import puzzles
+from llada_core.verifiers.answers import verify_sudoku
 
 SIDE = 4
 CELLS = SIDE * SIDE
-UNITS = tuple(
-    [tuple(range(SIDE * i, SIDE * i + SIDE)) for i in range(SIDE)]
-    + [tuple(range(i, CELLS, SIDE)) for i in range(SIDE)]
-    + [(i, i + 1, i + 4, i + 5) for i in (0, 2, 8, 10)]
-)
+DIGITS = ("1", "2", "3", "4")
 
 
-def typed(values: Sequence[str | None]) -> str:
-    """16 digits in row order, 0 for an empty cell; raises Refused for anything but 1 to 4, or an impossible puzzle."""
-    digits = "".join((value or "").strip() or "0" for value in values)
-    wrong = next((v for v in values if (v or "").strip() not in ("", "0", "1", "2", "3", "4")), None)
-    if wrong is not None or len(digits) != CELLS:
-        raise Refused(f"A cell holds one digit from 1 to 4, or nothing (got {(wrong or digits)[:20]!r}).")
-    if broken := conflicts(digits):
+def puzzle_of(values: Sequence[str | None]) -> str:
+    """16 digits in row order, 0 for an empty cell; raises UserError for anything but 1 to 4, or an impossible puzzle."""
+    digits = [(value or "").strip() or "0" for value in values]
+    wrong = next((digit for digit in digits if digit not in ("0", *DIGITS)), None)
+    if wrong is not None:
+        raise UserError(f"A cell holds one digit from 1 to 4, or nothing (got {wrong[:20]!r}).")
+    puzzle = "".join(digits)
+    if broken := puzzles.conflicts(puzzle):
         cells = ", ".join(f"row {i // SIDE + 1} column {i % SIDE + 1}" for i in sorted(broken))
-        raise Refused(f"Two equal digits meet in a row, column or box: {cells}.")
-    return digits
+        raise UserError(f"Two equal digits meet in a row, column or box: {cells}.")
+    return puzzle
 
 
-def conflicts(digits: str) -> set[int]:
-    """Cells whose digit occurs twice in a row, column or box."""
-    return {i for unit in UNITS for i in unit if digits[i] in "1234" and sum(digits[j] == digits[i] for j in unit) > 1}
-
-
-def solved(digits: str) -> bool:
-    """Whether all cells hold digits that break no rule."""
-    return len(digits) == CELLS and set(digits) <= set("1234") and not conflicts(digits)
-
-
-def grid(puzzle: str, cells: Sequence[Cell], caption: str) -> str:
+def grid(puzzle: str, frame: Frame, texts: Sequence[str], caption: str) -> str:
     """The first 16 positions of an answer as a board; a broken rule and a changed given are marked."""
-    cells = list(cells[:CELLS])
-    now = "".join(c.text if c.text in {"1", "2", "3", "4"} and c.state != "open" else "0" for c in cells).ljust(
-        CELLS, "0"
-    )
-    wrong = conflicts(now) | {i for i, given in enumerate(puzzle) if given != "0" and now[i] not in ("0", given)}
+    texts = texts[:CELLS]
+    written = [text if text in DIGITS and frame.state[at] != OPEN else "0" for at, text in enumerate(texts)]
+    now = "".join(written).ljust(CELLS, "0")
+    wrong = puzzles.conflicts(now) | {
+        i for i, given in enumerate(puzzle) if given != "0" and now[i] not in ("0", given)
+    }
     tiles = []
-    for i, cell in enumerate(cells):
-        classes = STATE_CLASS[cell.state] + (f" c{level(cell.confidence)}" if cell.state in ("fresh", "done") else "")
-        given = " k" if puzzle[i] != "0" else ""
-        bad = " x" if i in wrong else ""
-        what = "breaks a rule" if bad else "given" if given else cell.state
-        tiles.append(f'<i class="{classes}{given}{bad}" title="{what}">{escape(cell.text)}</i>')
+    for at, text in enumerate(texts):
+        given = " k" if puzzle[at] != "0" else ""
+        bad = " x" if at in wrong else ""
+        what = "breaks a rule" if bad else "given" if given else STATES[frame.state[at]]
+        tiles.append(f'<i class="{classes(frame, at)}{given}{bad}" title="{what}">{escape(text)}</i>')
     count = f"{CELLS - now.count('0')} of {CELLS} cells written, {len(wrong)} wrong"
     board = f'<div class="board" role="img" aria-label="{count}">{"".join(tiles)}</div>'
     return f'<div class="lf"><p class="cap">{escape(caption) or "&nbsp;"}</p>{board}</div>'
@@ -67,7 +67,8 @@ def grid(puzzle: str, cells: Sequence[Cell], caption: str) -> str:
 
 def blank(puzzle: str) -> str:
     """The board before the model writes."""
-    return grid(puzzle, [Cell("" if d == "0" else d, "open" if d == "0" else "given", None, False) for d in puzzle], "")
+    before = unwritten([OPEN if digit == "0" else GIVEN for digit in puzzle])
+    return grid(puzzle, before, ["" if digit == "0" else digit for digit in puzzle], "")
 
 
 GAPS = (
@@ -90,45 +91,43 @@ Shown = tuple[Any, Any]
 class InfillView:
     """The components that the handler reads."""
 
-    desk: Desk
+    state: AppState
     panel: Panel
     text: gr.Textbox
     pins: gr.Textbox
 
     def fill(self, values: Values) -> Iterator[Shown]:
         """Writes into the gaps of the text, or without any answers it around the pinned words."""
-        yield from told(lambda: self._fill(values), lambda text: (notice(text, "bad"), gr.skip()))
+        yield from errors_as_text(lambda: self._fill(values), lambda text: (notice(text, "bad"), gr.skip()))
 
     def _fill(self, values: Values) -> Iterator[Shown]:
         text, pins, watch = values[self.text] or "", values[self.pins] or "", bool(values[self.panel.guesses])
         if pins.strip() and GAP.search(text):
-            raise Refused("Pinned words belong to the answer to a question; take them away, or the gaps.")
-        engine, _ = self.desk.engine(values[self.panel.model])
-        params = self.panel.params(values)
+            raise UserError("Pinned words belong to the answer to a question; take them away, or the gaps.")
+        loaded, _ = self.state.loaded(values[self.panel.model])
+        params, tokenizer = self.panel.params(values), loaded.tokenizer
         if GAP.search(text):
-            with refusing():
-                template = with_gaps(text, engine.encode, engine.mask_id, engine.context)
-            writing, read = Writing(), engine.whole
-            steps = engine.fill(template, for_template(params, [template], engine.mask_id), watch=watch)
+            with as_user_error():
+                template = parse_template(text, tokenizer.encode, tokenizer.special.mask_id, loaded.context)
+            params = for_template(params, [template], tokenizer.special.mask_id)
+            answer, read = LiveAnswer(), tokenizer.decode
+            steps = loaded.fill(template, params, look_ahead=watch)
         else:
-            chat = ChatSession()
-            chat.ask(text)
-            prompt = engine.chat_ids(chat.messages())
-            fits(engine, len(prompt), params)
-            with refusing():
-                fixed = pinned(params.max_new_tokens, pins, engine.encode)
-            writing, read = Writing(Trace(prompt)), engine.text
-            steps = engine.write(prompt, params, pinned=fixed, watch=watch)
-        frames, picture = writing.run(steps, engine.decode, limit=self.desk.seconds), ""
-        for picture in self.panel.live(engine, writing, frames, values):
+            prompt = prompt_ids(loaded, [question(text)], params)
+            with as_user_error():
+                fixed = fixed_tokens(params.max_new_tokens, pins, tokenizer.encode)
+            answer, read = LiveAnswer(Trace(prompt)), tokenizer.answer_text
+            steps = loaded.write(prompt, params, fixed_tokens=fixed, look_ahead=watch)
+        frames, picture = answer.run(loaded, steps, read=read, limit=self.state.seconds), ""
+        for picture in self.panel.live(loaded, answer, frames, values):
             yield picture, gr.skip()
-        yield picture + notice(writing.note), readable(read(writing.tokens()))
+        yield picture + notice(answer.note), readable(answer.text)
 
 
-def build_infill(desk: Desk, panel: Panel) -> None:
+def build_infill(state: AppState, panel: Panel) -> None:
     """Draws the view and wires it."""
     gr.Markdown(HELP)
-    samples = PUZZLES if desk.catalogue.knows_sudoku(desk.model) else GAPS
+    samples = PUZZLES if state.index.knows_sudoku(state.model) else GAPS
     with gr.Row():
         text = gr.Textbox(samples[0][0], label="A question, or a text with gaps", lines=3, scale=3, elem_id="gaps")
         pins = gr.Textbox(
@@ -145,8 +144,8 @@ def build_infill(desk: Desk, panel: Panel) -> None:
     examples = gr.Dataset(components=[text, pins], samples=[list(each) for each in samples], label="Examples")
     shown = gr.HTML(notice("The canvas will appear here."), apply_default_css=False, elem_id="infilled")
     plain = gr.Textbox(label="Plain text", interactive=False, buttons=["copy"], lines=2, elem_id="infilled-text")
-    view = InfillView(desk, panel, text, pins)
-    event = fill.click(view.fill, {text, pins, *panel.inputs}, [shown, plain], **desk.queue())
+    view = InfillView(state, panel, text, pins)
+    event = fill.click(view.fill, {text, pins, *panel.inputs}, [shown, plain], **state.queue())
     stop.click(None, cancels=[event], **QUICK)
     examples.click(lambda sample: sample, examples, [text, pins], **QUICK)
 
@@ -155,36 +154,36 @@ def build_infill(desk: Desk, panel: Panel) -> None:
 class SudokuView:
     """The components that the handlers read."""
 
-    desk: Desk
+    state: AppState
     panel: Panel
     cells: list[gr.Textbox]
     keep: gr.Checkbox
 
     def solve(self, values: Values) -> Iterator[Shown]:
         """Asks the model for the solution of the typed grid."""
-        yield from told(lambda: self._solve(values), lambda text: (gr.skip(), notice(text, "bad")))
+        yield from errors_as_text(lambda: self._solve(values), lambda text: (gr.skip(), notice(text, "bad")))
 
     def _solve(self, values: Values) -> Iterator[Shown]:
-        puzzle = typed([values[cell] for cell in self.cells])
-        engine, _ = self.desk.engine(values[self.panel.model])
-        prompt = engine.chat_ids([{"role": "user", "content": puzzles.sudoku_prompt(puzzle, random.Random(0))}])
-        digits = [engine.encode(digit) for digit in puzzle]
+        puzzle = puzzle_of([values[cell] for cell in self.cells])
+        loaded, _ = self.state.loaded(values[self.panel.model])
+        params = self.panel.params(values)
+        prompt = prompt_ids(loaded, [question(puzzles.sudoku_prompt(puzzle, random.Random(0)))], params)
+        digits = [loaded.tokenizer.encode(digit) for digit in puzzle]
         one_each = all(len(ids) == 1 for ids in digits)
         pins = {i: digits[i][0] for i, d in enumerate(puzzle) if d != "0"} if values[self.keep] and one_each else None
-        writing = Writing(Trace(prompt))
-        steps = engine.write(prompt, self.panel.params(values), pinned=pins, watch=bool(values[self.panel.guesses]))
-        frames = writing.run(steps, engine.decode, limit=self.desk.seconds)
+        answer = LiveAnswer(Trace(prompt))
+        steps = loaded.write(prompt, params, fixed_tokens=pins, look_ahead=bool(values[self.panel.guesses]))
+        frames = answer.run(loaded, steps, limit=self.state.seconds)
         board = blank(puzzle)
-        for board in self.panel.live(engine, writing, frames, values, partial(grid, puzzle)):
+        for board in self.panel.live(loaded, answer, frames, values, partial(grid, puzzle)):
             yield board, notice("")
-        yield board, verdict(puzzle, "".join(engine.text(writing.tokens()).split()))
+        yield board, verdict(puzzle, answer.text)
 
-    def check(self, *typed: str) -> Shown:
+    def check(self, *values: str) -> Shown:
         """Shows the typed grid, marking what breaks a rule."""
-        digits = "".join(t.strip() if t and t.strip() in {"1", "2", "3", "4"} else "0" for t in typed)
-        broken = conflicts(digits)
-        word = "Two equal digits meet in a row, column or box." if broken else ""
-        return blank(digits), notice(word, "bad" if broken else "info")
+        digits = "".join(value.strip() if value and value.strip() in DIGITS else "0" for value in values)
+        word = "Two equal digits meet in a row, column or box." if puzzles.conflicts(digits) else ""
+        return blank(digits), notice(word, "bad" if word else "info")
 
     def draw(self) -> list[Any]:
         """A puzzle that training never saw."""
@@ -195,15 +194,15 @@ class SudokuView:
 
 def verdict(puzzle: str, answer: str) -> str:
     """Whether the answer solves the puzzle, as a sentence."""
-    changed = [i for i, d in enumerate(puzzle) if d != "0" and answer[i : i + 1] != d]
-    if solved(answer) and not changed:
+    if verify_sudoku(answer, {"puzzle": puzzle}):
         return notice("Solved: every row, column and box holds 1 to 4, and the givens are kept.", "good")
-    if not solved(answer):
-        return notice(f"Not solved: the model wrote {answer[:40] or 'nothing'}. Marked cells break a rule.", "bad")
-    return notice("A valid grid, but the model changed a given digit.", "bad")
+    if verify_sudoku(answer, {"puzzle": "0" * CELLS}):
+        return notice("A valid grid, but the model changed a given digit.", "bad")
+    written = "".join(answer.split())[:40] or "nothing"
+    return notice(f"Not solved: the model wrote {written}. Marked cells break a rule.", "bad")
 
 
-def build_sudoku(desk: Desk, panel: Panel) -> None:
+def build_sudoku(state: AppState, panel: Panel) -> None:
     """Draws the view and wires it."""
     gr.Markdown("Type the digits that are given (1 to 4), leave the others empty, and watch the model solve the grid.")
     with gr.Row():
@@ -227,8 +226,8 @@ def build_sudoku(desk: Desk, panel: Panel) -> None:
         with gr.Column(scale=2):
             board = gr.HTML(blank("0" * CELLS), apply_default_css=False, elem_id="board")
             word = gr.HTML(notice(""), apply_default_css=False, elem_id="verdict")
-    view = SudokuView(desk, panel, cells, keep)
-    event = solve.click(view.solve, {*cells, keep, *panel.inputs}, [board, word], **desk.queue())
+    view = SudokuView(state, panel, cells, keep)
+    event = solve.click(view.solve, {*cells, keep, *panel.inputs}, [board, word], **state.queue())
     stop.click(None, cancels=[event], **QUICK)
     new.click(view.draw, None, [*cells, board, word], **QUICK)
     clear.click(lambda: [""] * CELLS, None, cells, **QUICK).then(view.check, cells, [board, word], **QUICK)

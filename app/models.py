@@ -38,7 +38,7 @@ GENERAL = (
 )
 
 
-class Catalogue:
+class ModelIndex:
     """The registry of one project folder, and its params for what a version does not say itself."""
 
     def __init__(self, root: Path) -> None:
@@ -88,16 +88,16 @@ class Catalogue:
         if version is not None:
             aliases = ", ".join(version.aliases) or "none"
             rows += [("version", version.number), ("aliases", aliases)]
-            told = sorted((key, value) for key, value in version.tags.items() if key != "folder")  # a path of ours
-            rows += [(key.replace("_", " ").replace(".", " "), _told(value)) for key, value in told]
+            tags = sorted((key, value) for key, value in version.tags.items() if key != "folder")  # a path of ours
+            rows += [(key.replace("_", " ").replace(".", " "), _as_text(value)) for key, value in tags]
             usual = vars(SamplingParams(max_new_tokens=1, block_length=1, steps=1))
             rows.append(
-                ("recommended", _told({k: v for k, v in vars(self.recommended(name)).items() if v != usual[k]}))
+                ("recommended", _as_text({k: v for k, v in vars(self.recommended(name)).items() if v != usual[k]}))
             )
         receipt = folder / "training.json"
         if receipt.is_file():
             values = document(receipt)
-            rows += [(f"training {key}", _told(v)) for key, v in sorted(values.items()) if key != "inputs"]
+            rows += [(f"training {key}", _as_text(v)) for key, v in sorted(values.items()) if key != "inputs"]
         return rows
 
     def size(self, name: str) -> int:
@@ -181,72 +181,75 @@ def _published(benchmark: str) -> str:
     return "".join(f" · {each.source}: {100 * each.value:.1f} % ({each.model})" for each in found)
 
 
-def _told(value: object) -> str:
+def _as_text(value: object) -> str:
     """A tag or receipt entry for people: mappings as a list, long hashes cut."""
     if isinstance(value, str) and value.startswith("{"):
         value = json.loads(value)
     if isinstance(value, dict):
-        return "; ".join(f"{key} {_told(each)}" for key, each in value.items())
+        return "; ".join(f"{key} {_as_text(each)}" for key, each in value.items())
     if isinstance(value, float) and value.is_integer():
         return f"{value:,.0f}"
     text = value if isinstance(value, str) else json.dumps(value)
     return HASH.sub(lambda found: found[0][:12] + "…", text)
 
 
-MOST_CONTEXT = 4096
+class UserError(ValueError):
+    """Something the person asked for that cannot be done; the text is a sentence for them."""
+
+
+@contextmanager
+def as_user_error() -> Iterator[None]:
+    """What the library says of a value that does not fit is a sentence for the person."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+MOST_CONTEXT = 4096  # of the page, whose machine many may share
 
 
 @dataclass(frozen=True)
-class Engine:
+class LoadedModel:
     """One model, ready to write. `turn` lets simultaneous writers share it step by step."""
 
     name: str
-    folder: Path
+    folder: Path | None  # None in a terminal, which has one model and compares no two
     model: MaskPredictor
     tokenizer: Tokenizer
+    max_context: int = MOST_CONTEXT  # tokens of a canvas that whoever shows it allows
     turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def context(self) -> int:
         """Longest canvas in tokens."""
-        return min(self.model.max_length, MOST_CONTEXT)
-
-    @property
-    def mask_id(self) -> int:
-        """The token that stands for a masked position."""
-        return self.model.special_tokens.mask_id
-
-    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """The prompt of a conversation."""
-        return self.tokenizer.chat_ids(messages)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a person's text; nothing in it is read as a special token."""
-        return self.tokenizer.encode(text)
+        return min(self.model.max_length, self.max_context)
 
     def decode(self, token: int) -> str:
         """One token as text, end tokens as a sign."""
         return speller(self.tokenizer)(token)
 
-    def text(self, tokens: list[int]) -> str:
-        """The plain answer."""
-        return self.tokenizer.answer_text(tokens)
-
-    def whole(self, tokens: list[int]) -> str:
-        """The text of a filled template, nothing cut off."""
-        return self.tokenizer.decode(tokens)
-
     def write(
-        self, prompt: list[int], params: SamplingParams, *, pinned: dict[int, int] | None = None, watch: bool = False
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        fixed_tokens: dict[int, int] | None = None,
+        look_ahead: bool = False,
     ) -> Generator[Step, None, None]:
-        """Denoises an answer after `prompt`; with `watch`, guesses are made beyond the present block too."""
-        with refusing():
-            return self._in_turn(stream(self.model, [prompt], params, pinned=pinned, look_ahead=watch))
+        """Denoises an answer after `prompt`; with `look_ahead`, guesses are made beyond the present block too.
 
-    def fill(self, template: list[int], params: SamplingParams, *, watch: bool = False) -> Generator[Step, None, None]:
+        `fixed_tokens`: answer position -> token that stands there from the start.
+        """
+        with as_user_error():
+            return self._in_turn(stream(self.model, [prompt], params, pinned=fixed_tokens, look_ahead=look_ahead))
+
+    def fill(
+        self, template: list[int], params: SamplingParams, *, look_ahead: bool = False
+    ) -> Generator[Step, None, None]:
         """Denoises the masks of a template."""
-        with refusing():
-            return self._in_turn(stream_infill(self.model, [template], params, look_ahead=watch))
+        with as_user_error():
+            return self._in_turn(stream_infill(self.model, [template], params, look_ahead=look_ahead))
 
     def _in_turn(self, steps: Iterator[Step]) -> Generator[Step, None, None]:
         while True:
@@ -270,61 +273,61 @@ class Setting:
         return cls(device, checked_bits(device, bits))
 
 
-def load(name: str, resolve: Callable[[str], Path], setting: Setting = Setting()) -> Engine:
-    """Resolves, checks memory and loads; raises Refused with one sentence when any of it fails."""
+def load(name: str, resolve: Callable[[str], Path], setting: Setting = Setting()) -> LoadedModel:
+    """Resolves, checks memory and loads; raises UserError with one sentence when any of it fails."""
     try:
         folder = resolve(name)
         model, tokenizer = load_to_answer(folder, device=setting.device, bits=setting.bits), Tokenizer.load(folder)
     except (ValueError, OSError, KeyError, ImportError) as error:
-        raise Refused(f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return Engine(name, folder, model, tokenizer)
+        raise UserError(f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return LoadedModel(name, folder, model, tokenizer)
 
 
-class Shelf:
+class ModelCache:
     """The loaded models, at most `most`; the one asked for longest ago makes room.
 
     A name is looked up at every `get`, so that a moved champion is the one that answers next.
     """
 
-    def __init__(self, source: Catalogue, most: int = 2, setting: Setting = Setting()) -> None:
+    def __init__(self, source: ModelIndex, most: int = 2, setting: Setting = Setting()) -> None:
         self._source, self._most, self._setting = source, most, setting
-        self._engines: dict[str, tuple[str, Engine]] = {}
+        self._models: dict[str, tuple[str, LoadedModel]] = {}
         self._lock, self._loading = threading.Lock(), threading.Lock()  # who loads waits; who has a model does not
 
-    def get(self, name: str) -> tuple[Engine, str]:
-        """The engine, and a sentence when it is another than last time or the registry no longer names it."""
-        place, loaded = self._engines.get(name, ("", None))
+    def get(self, name: str) -> tuple[LoadedModel, str]:
+        """The loaded, and a sentence when it is another than last time or the registry no longer names it."""
+        place, loaded = self._models.get(name, ("", None))
         try:
             with self._lock:
                 now = self._source.locate(name)
         except (ValueError, OSError) as error:
             if loaded is None:
-                raise Refused(f"There is no model {name!r}: {str(error).splitlines()[0]}") from error
+                raise UserError(f"There is no model {name!r}: {str(error).splitlines()[0]}") from error
             return loaded, f"{name} is no longer in the registry; the version that was loaded goes on."
         if loaded is not None and place == now:
             return self._kept(name, now, loaded), ""
         try:
             with self._loading:
                 return self._brought(name, now), f"{name} moved: another version answers from now on." if loaded else ""
-        except Refused as error:
+        except UserError as error:
             if loaded is None:
                 raise
             return loaded, f"{name} moved, but the version before goes on. {error}"
 
-    def _brought(self, name: str, place: str) -> Engine:
+    def _brought(self, name: str, place: str) -> LoadedModel:
         """The weights at `place`, loaded unless some name has them already."""
         with self._lock:
-            same = next((engine for at, engine in self._engines.values() if at == place), None)
-            while same is None and len(self._engines.keys() - {name}) >= self._most:
-                del self._engines[next(key for key in self._engines if key != name)]
+            same = next((loaded for at, loaded in self._models.values() if at == place), None)
+            while same is None and len(self._models.keys() - {name}) >= self._most:
+                del self._models[next(key for key in self._models if key != name)]
         return self._kept(name, place, same or load(name, partial(self._source.resolve, place=place), self._setting))
 
-    def _kept(self, name: str, place: str, engine: Engine) -> Engine:
-        """The engine, now the one asked for last."""
+    def _kept(self, name: str, place: str, loaded: LoadedModel) -> LoadedModel:
+        """The model, now the one asked for last."""
         with self._lock:
-            self._engines.pop(name, None)
-            self._engines[name] = place, engine
-        return engine
+            self._models.pop(name, None)
+            self._models[name] = place, loaded
+        return loaded
 
 
 Shown = TypeVar("Shown")
@@ -332,11 +335,11 @@ log = logging.getLogger("lladaflow.app")
 
 
 @dataclass
-class Desk:
+class AppState:
     """The page's surroundings. `seconds` bounds one generation, `at_once` how many run, `pace` the steps a second."""
 
-    shelf: Shelf
-    catalogue: Catalogue
+    cache: ModelCache
+    index: ModelIndex
     model: str
     seconds: float = 120.0
     at_once: int = 4
@@ -350,16 +353,16 @@ class Desk:
         """The one line that every question waits in."""
         return {"concurrency_limit": self.at_once, "concurrency_id": "model"}
 
-    def engine(self, name: str | None) -> tuple[Engine, str]:
-        """The engine of a registered or given name (empty: the page's own), and a sentence if it changed."""
-        return self.shelf.get((name or "").strip() or self.model)
+    def loaded(self, name: str | None) -> tuple[LoadedModel, str]:
+        """The loaded of a registered or given name (empty: the page's own), and a sentence if it changed."""
+        return self.cache.get((name or "").strip() or self.model)
 
-    def bring(self, name: str | None, show: Callable[[str], Shown]) -> Generator[Shown, None, tuple[Engine, str]]:
-        """`engine`, with a sentence to `show` every half second while a model is read."""
+    def bring(self, name: str | None, show: Callable[[str], Shown]) -> Generator[Shown, None, tuple[LoadedModel, str]]:
+        """`loaded`, with a sentence to `show` every half second while a model is read."""
         loader = ThreadPoolExecutor(1)
-        found, begun, before = loader.submit(self.engine, name), time.monotonic(), held_bytes()
+        found, begun, before = loader.submit(self.loaded, name), time.monotonic(), held_bytes()
         loader.shutdown(wait=False)
-        size = self.catalogue.size(name or self.model)
+        size = self.index.size(name or self.model)
         while wait([found], 0.5).not_done:
             taken = max(0, held_bytes() - before) / 2**30
             spent = time.monotonic() - begun
@@ -369,7 +372,7 @@ class Desk:
 
 def sentence(error: Exception) -> str:
     """What the person reads: a refusal as it is, anything else with the number under which the log has the details."""
-    if isinstance(error, Refused):
+    if isinstance(error, UserError):
         return str(error)
     number = secrets.token_hex(3)
     log.error("error %s", number, exc_info=error)
@@ -388,7 +391,7 @@ def paced(frames: Iterator[Shown], per_second: float) -> Iterator[Shown]:
         yield frame
 
 
-def told(work: Callable[[], Iterator[Shown]], tell: Callable[[str], Shown]) -> Iterator[Shown]:
+def errors_as_text(work: Callable[[], Iterator[Shown]], tell: Callable[[str], Shown]) -> Iterator[Shown]:
     """The values of `work()`; an error becomes one more value, so that the page lives on."""
     try:
         yield from work()

@@ -9,41 +9,41 @@ import gradio as gr
 from app import render
 from app.canvas import find_runners_up
 from app.chat import build_chat, build_compare
-from app.conversation import ChatSession, Refused, refusing
+from app.conversation import Conversation
 from app.fill import build_infill, build_sudoku
-from app.models import Desk, sentence, told
+from app.models import AppState, UserError, as_user_error, errors_as_text, sentence
 from app.panel import QUICK, Panel, build_panel, choices
 from app.panel import params as params_of
 from app.render import notice, table
 from llada_core.sampling.params import preset as made_by
 
 
-def build_api(desk: Desk) -> None:
+def build_api(state: AppState) -> None:
     """Adds the endpoint."""
 
     def chat(
         message: str, preset: str = "recommended", max_new_tokens: int = 0
     ) -> Generator[dict[str, Any], None, None]:
-        yield from told(lambda: _answer(desk, message, preset, max_new_tokens), lambda text: {"error": text})
+        yield from errors_as_text(lambda: _answer(state, message, preset, max_new_tokens), lambda text: {"error": text})
 
-    gr.api(chat, api_name="chat", **desk.line())
+    gr.api(chat, api_name="chat", **state.line())
 
 
-def _answer(desk: Desk, message: str, preset: str, length: int) -> Generator[dict[str, Any], None, None]:
-    engine, _ = desk.engine(None)
-    params = desk.catalogue.recommended(desk.model)
+def _answer(state: AppState, message: str, preset: str, length: int) -> Generator[dict[str, Any], None, None]:
+    loaded, _ = state.loaded(None)
+    params = state.index.recommended(state.model)
     if length > 0:
         params = params_of({**vars(params), "max_new_tokens": length, "steps": length, "block_length": length})
     if preset != "recommended":
-        with refusing():
+        with as_user_error():
             params = made_by(preset, params)
-    session = ChatSession()
+    session = Conversation()
     session.ask(message)
-    for frame in session.reply(engine, params, limit=desk.seconds):
+    for frame in session.reply(loaded, params, limit=state.seconds):
         yield {"written": frame.written, "of": params.max_new_tokens}
     counts = session.last.counts
     yield {
-        "answer": session.turns[-1].answer,
+        "answer": session.last.text,
         "note": session.last.note,
         "steps": counts.steps if counts else 0,
         "forwards": counts.forwards if counts else 0,
@@ -51,66 +51,65 @@ def _answer(desk: Desk, message: str, preset: str, length: int) -> Generator[dic
     }
 
 
-def build_model(desk: Desk, panel: Panel, tab: gr.Tab) -> None:
+def build_model(state: AppState, panel: Panel, tab: gr.Tab) -> None:
     """Draws the view and wires it; it is made anew whenever its tab is opened."""
     load = gr.Button("Load the model chosen in the sidebar", size="sm", elem_id="load")
-    state = gr.HTML(notice(""), apply_default_css=False, elem_id="loaded")
+    word = gr.HTML(notice(""), apply_default_css=False, elem_id="loaded")
     gr.Markdown("### Its scores")
     scores = gr.HTML("", apply_default_css=False, elem_id="scores")
     gr.Markdown("### Where it comes from")
     facts = gr.HTML("", apply_default_css=False, elem_id="facts")
 
     def show(name: str) -> tuple[str, str]:
-        name = name or desk.model
-        known = desk.catalogue.scores(name)
+        name = name or state.model
+        known = state.index.scores(name)
         nothing = notice("The registry holds no scores for it: llada eval measures them.")
-        return table(desk.catalogue.facts(name)), table(known) if known else nothing
+        return table(state.index.facts(name)), table(known) if known else nothing
 
     def bring(name: str) -> Iterator[str]:
-        yield from told(lambda: _loaded(desk, name), lambda text: notice(text, "bad"))
+        yield from errors_as_text(lambda: _loaded(state, name), lambda text: notice(text, "bad"))
 
     seen = [show, panel.model, [facts, scores]]
-    load.click(bring, panel.model, state, **desk.queue()).then(*seen, **QUICK)
+    load.click(bring, panel.model, word, **state.queue()).then(*seen, **QUICK)
     gr.on([tab.select, panel.model.change], *seen, **QUICK)
 
 
-def _loaded(desk: Desk, name: str) -> Iterator[str]:
-    engine, moved = yield from desk.bring(name, notice)
-    count = sum(p.numel() for p in engine.model.parameters())
-    size = f"{count / 1e6:.1f} M parameters on {engine.model.device}, {engine.context} tokens long"
-    yield notice(f"{engine.name} is loaded: {size}. {moved}", "good")
+def _loaded(state: AppState, name: str) -> Iterator[str]:
+    loaded, moved = yield from state.bring(name, notice)
+    count = sum(p.numel() for p in loaded.model.parameters())
+    size = f"{count / 1e6:.1f} M parameters on {loaded.model.device}, {loaded.context} tokens long"
+    yield notice(f"{loaded.name} is loaded: {size}. {moved}", "good")
 
 
 AT_ONCE = 5.0  # seconds: an answer written in less is looked at again without being asked
 
 
-def build_replay(desk: Desk, session: gr.State, model: gr.Dropdown, tab: gr.Tab) -> None:
+def build_replay(state: AppState, session: gr.State, model: gr.Dropdown, tab: gr.Tab) -> None:
     """Draws the view; it is made anew whenever its tab is opened."""
     runners = gr.Button("Look up the runners-up of every position", size="sm", elem_id="runners")
     shown = gr.HTML(render.empty(), apply_default_css=False, elem_id="replay")
     dark = gr.Checkbox(visible=False)  # told by the browser, which a State would not be
 
-    def show(chat: ChatSession | None, is_dark: bool, _: str) -> str:
+    def show(chat: Conversation | None, is_dark: bool, _: str) -> str:
         if chat is None or not chat.last.trace.frames:
             return render.empty()
         asked = chat.turns[-1].user if chat.turns else ""
         return render.frame(render.document(chat.last.trace, prompt=asked, dark=is_dark))
 
-    def quick_look(chat: ChatSession | None, is_dark: bool, name: str) -> Any:
+    def quick_look(chat: Conversation | None, is_dark: bool, name: str) -> Any:
         last = None if chat is None else chat.last
         if last is None or last.counts is None or last.counts.seconds > AT_ONCE or last.trace.runners:
             return gr.skip()
         return look(chat, is_dark, name, unasked=True)
 
-    def look(chat: ChatSession | None, is_dark: bool, name: str, unasked: bool = False) -> Any:
+    def look(chat: Conversation | None, is_dark: bool, name: str, unasked: bool = False) -> Any:
         try:
             if chat is not None and chat.last.trace.frames:
-                engine, _ = desk.engine(name)
-                if engine.folder != chat.last.by:
-                    raise Refused("Another model wrote this answer; choose it in the sidebar to look up runners-up.")
-                with engine.turn:
-                    find_runners_up(chat.last.trace, engine.model)
-                chat.last.trace.spell(engine.decode)
+                loaded, _ = state.loaded(name)
+                if loaded.folder != chat.last.by:
+                    raise UserError("Another model wrote this answer; choose it in the sidebar to look up runners-up.")
+                with loaded.turn:
+                    find_runners_up(chat.last.trace, loaded.model, loaded.decode)
             return show(chat, is_dark, name)
         except Exception as error:  # noqa: BLE001 - shown to the person, the page lives on
             return gr.skip() if unasked else notice(sentence(error), "bad") + show(chat, is_dark, name)
@@ -118,8 +117,8 @@ def build_replay(desk: Desk, session: gr.State, model: gr.Dropdown, tab: gr.Tab)
     with_theme = "(chat, _, name) => [chat, document.body.classList.contains('dark'), name]"
     inputs = [session, dark, model]
     opened = tab.select(show, inputs, shown, js=with_theme, **QUICK)
-    opened.then(quick_look, inputs, shown, js=with_theme, **desk.queue())
-    runners.click(look, inputs, shown, js=with_theme, **desk.queue())
+    opened.then(quick_look, inputs, shown, js=with_theme, **state.queue())
+    runners.click(look, inputs, shown, js=with_theme, **state.queue())
 
 
 CSS = Path(__file__).parent / "page.css"
@@ -134,27 +133,27 @@ def theme() -> gr.themes.Base:
     )
 
 
-def build_page(desk: Desk) -> gr.Blocks:
-    """The page around a desk."""
+def build_page(state: AppState) -> gr.Blocks:
+    """The page around a state."""
     with gr.Blocks(title="lladaflow", analytics_enabled=False, fill_width=True) as page:
         session = gr.State(None)
         with gr.Sidebar(width=340):
             gr.Markdown("## lladaflow\nA language model that writes by unmasking.")
-            side = build_panel(desk)
+            side = build_panel(state)
         with gr.Tab("Chat"):
-            build_chat(desk, side, session)
-        with gr.Tab("Sudoku", visible=desk.catalogue.knows_sudoku(desk.model)):
-            build_sudoku(desk, side)
+            build_chat(state, side, session)
+        with gr.Tab("Sudoku", visible=state.index.knows_sudoku(state.model)):
+            build_sudoku(state, side)
         with gr.Tab("Infill"):
-            build_infill(desk, side)
+            build_infill(state, side)
         with gr.Tab("Compare"):
-            models = [side.model, *build_compare(desk, side)]
+            models = [side.model, *build_compare(state, side)]
         with gr.Tab("Replay") as tab:
-            build_replay(desk, session, side.model, tab)
+            build_replay(state, session, side.model, tab)
         with gr.Tab("Model") as tab:
-            build_model(desk, side, tab)
-        build_api(desk)
-        page.load(lambda: [gr.update(choices=choices(desk))] * len(models), None, models, **QUICK)
+            build_model(state, side, tab)
+        build_api(state)
+        page.load(lambda: [gr.update(choices=choices(state))] * len(models), None, models, **QUICK)
         page.load(None, js=NARROW)
     return page.queue(max_size=64)
 

@@ -11,8 +11,8 @@ import gradio as gr
 from pydantic import TypeAdapter
 
 from app.canvas import Frame
-from app.conversation import Refused, Writing, refusing
-from app.models import Desk, Engine, paced, sentence
+from app.conversation import LiveAnswer
+from app.models import AppState, LoadedModel, UserError, as_user_error, paced, sentence
 from app.render import canvas, notice
 from llada_core.sampling.params import PRESETS, SENTENCES, SamplingParams, exactness
 from llada_core.sampling.params import preset as made_by
@@ -61,26 +61,26 @@ def _knob(field: dataclasses.Field[Any], schema: dict[str, Any]) -> Knob:
 
 
 def params(values: Mapping[str, Any]) -> SamplingParams:
-    """The settings as the person left them; raises Refused with one sentence for a value out of range."""
+    """The settings as the person left them; raises UserError with one sentence for a value out of range."""
     given: dict[str, Any] = {}
     for knob in knobs():
         value = values.get(knob.name, knob.default)
         if isinstance(value, str) and len(value) > LONGEST:
-            raise Refused(f"{knob.name}: {len(value):,} characters are no setting.")
+            raise UserError(f"{knob.name}: {len(value):,} characters are no setting.")
         if value is None or value == "":
             value = knob.default
         given[knob.name] = _tokens(knob.name, value) if knob.kind == "tokens" else value
-    with refusing():
+    with as_user_error():
         made = SamplingParams(**given)
     if made.max_new_tokens > MOST_TOKENS:
-        raise Refused(f"max_new_tokens is {made.max_new_tokens}; this page writes at most {MOST_TOKENS} at a time.")
+        raise UserError(f"max_new_tokens is {made.max_new_tokens}; this page writes at most {MOST_TOKENS} at a time.")
     return made
 
 
 def _tokens(name: str, value: Any) -> tuple[int, ...]:
     parts = [str(part) for part in value] if isinstance(value, list | tuple) else str(value).replace(",", " ").split()
     if not all(part.isdecimal() for part in parts):
-        raise Refused(f"{name}: write token numbers with commas between them (got {value!r})")
+        raise UserError(f"{name}: write token numbers with commas between them (got {value!r})")
     return tuple(int(part) for part in parts)
 
 
@@ -105,38 +105,36 @@ class Panel:
         return {self.model, self.pace, self.guesses, *self.knobs.values()}
 
     def params(self, values: Values) -> SamplingParams:
-        """The settings in a handler's values; raises Refused."""
+        """The settings in a handler's values; raises UserError."""
         return params({name: values[knob] for name, knob in self.knobs.items()})
 
     def live(
         self,
-        engine: Engine,
-        writing: Writing,
+        loaded: LoadedModel,
+        answer: LiveAnswer,
         frames: Generator[Frame, None, None],
         values: Values,
         draw: Callable[..., str] = canvas,
     ) -> Iterator[str]:
-        """A picture of each frame of `writing`, no faster than asked for; the last is settled and says what it cost."""
+        """A picture of each frame of `answer`, no faster than asked for; the last is settled and says what it cost."""
         watch = bool(values[self.guesses])
         with closing(frames):
             for frame in paced(frames, values[self.pace] or 0):
-                step = f"step {len(writing.trace.frames)} · {frame.forwards} forwards"
-                cells = writing.trace.cells(frame, engine.decode, guesses=watch)
-                yield draw(cells, f"{step} · {frame.written} of {len(cells)} positions")
-        if writing.counts:
-            cells = writing.trace.cells(writing.trace.frames[-1], engine.decode, settled=True)
-            yield draw(cells, f"{engine.name} · {writing.counts.sentence()}")
+                yield draw(frame, answer.trace.texts(frame, guesses=watch), frame.caption)
+        if answer.counts:
+            last = answer.trace.frames[-1].settled()
+            yield draw(last, answer.trace.texts(last), f"{loaded.name} · {answer.counts.sentence()}")
 
     def shown(self, params: SamplingParams) -> list[Any]:
         """Updates for all knobs, in their order."""
         return [_shown(getattr(params, name)) for name in self.knobs]
 
 
-def build_panel(desk: Desk) -> Panel:
+def build_panel(state: AppState) -> Panel:
     """Draws the sidebar and wires presets to knobs."""
-    start = desk.catalogue.recommended(desk.model)
+    start = state.index.recommended(state.model)
     model = gr.Dropdown(
-        choices(desk), value=desk.model, label="Model", allow_custom_value=True, elem_id="model",
+        choices(state), value=state.model, label="Model", allow_custom_value=True, elem_id="model",
         info="an alias, a version, or a model folder",
     )  # fmt: skip
     preset = gr.Radio(["recommended", *PRESETS], value="recommended", label="Preset")
@@ -144,7 +142,7 @@ def build_panel(desk: Desk) -> Panel:
     all_knobs = {knob.name: knob for knob in knobs()}
     made = {name: _component(all_knobs[name], getattr(start, name)) for name in FIRST}
     pace = gr.Slider(
-        0, 60, value=desk.pace, step=1, label="Steps shown a second", info="0: as fast as the model writes"
+        0, 60, value=state.pace, step=1, label="Steps shown a second", info="0: as fast as the model writes"
     )
     guesses = gr.Checkbox(False, label="Show guesses", info="what the model would write now at every masked position")
     with gr.Accordion("All settings", open=False):
@@ -152,7 +150,7 @@ def build_panel(desk: Desk) -> Panel:
     panel = Panel(model, preset, pace, guesses, {name: made[name] for name in all_knobs})
 
     def named(name: str, values: Values) -> SamplingParams:
-        base = desk.catalogue.recommended(values[model] or desk.model)
+        base = state.index.recommended(values[model] or state.model)
         if name == "recommended":
             return base
         return made_by(name, dataclasses.replace(base, max_new_tokens=int(values[panel.knobs["max_new_tokens"]] or 64)))
@@ -179,9 +177,9 @@ def build_panel(desk: Desk) -> Panel:
     return panel
 
 
-def choices(desk: Desk) -> list[str]:
+def choices(state: AppState) -> list[str]:
     """The models that can be chosen; any other name can be typed."""
-    return list(dict.fromkeys([desk.model, *desk.catalogue.names()]))
+    return list(dict.fromkeys([state.model, *state.index.names()]))
 
 
 def _component(knob: Knob, value: Any) -> gr.components.Component:

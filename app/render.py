@@ -5,10 +5,9 @@ import json
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
-from app.canvas import OPEN, Cell, Trace, readable
+from app.canvas import DONE, FRESH, OPEN, Frame, Trace, readable
 
-LEVELS = 5  # shades of one hue, told apart by lightness alone
-STATE_CLASS = {"given": "g", "open": "m", "fresh": "d f", "done": "d"}
+STATE_CLASSES = ("g", "m", "d f", "d")  # of app.canvas.STATES; a written one has its shade c0 to c4 as well
 LEGEND = (
     ("m", "", "masked"),
     ("m", "42", "its present guess"),
@@ -24,27 +23,24 @@ def escape(text: str) -> str:
     return html.escape(text).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
 
 
-def level(confidence: float | None) -> int:
-    """The shade 0..LEVELS-1 of a confidence; an unknown one is in the middle."""
-    if confidence is None:
-        return LEVELS // 2
-    return min(LEVELS - 1, int(max(0.0, confidence) * LEVELS))
+def classes(frame: Frame, at: int) -> str:
+    """The CSS classes of a position's state, and of the shade of its confidence where it was written."""
+    state = frame.state[at]
+    return STATE_CLASSES[state] + (f" c{frame.level(at)}" if state in (FRESH, DONE) else "")
 
 
-def tile(cell: Cell) -> str:
+def tile(frame: Frame, at: int, text: str) -> str:
     """One position."""
-    classes = STATE_CLASS[cell.state] + (f" c{level(cell.confidence)}" if cell.state in ("fresh", "done") else "")
-    text = escape(cell.text)
-    hint = f' title="{text}"' if len(cell.text) > 5 else ""
-    return f'<i class="{classes}{" b" if cell.in_block else ""}"{hint}>{text}</i>'
+    shown = escape(text)
+    hint = f' title="{shown}"' if len(text) > 5 else ""
+    return f'<i class="{classes(frame, at)}{" b" if frame.in_block(at) else ""}"{hint}>{shown}</i>'
 
 
-def canvas(cells: Sequence[Cell], caption: str = "") -> str:
-    """The whole canvas."""
-    written = sum(cell.state != "open" for cell in cells)
-    size = " small" if len(cells) > 200 else ""
-    tiles = "".join(tile(cell) for cell in cells)
-    label = f"canvas: {written} of {len(cells)} positions written"
+def canvas(frame: Frame, texts: Sequence[str], caption: str = "") -> str:
+    """The whole canvas; `texts` (W) stand at its positions."""
+    size = " small" if len(texts) > 200 else ""
+    tiles = "".join(tile(frame, at, text) for at, text in enumerate(texts))
+    label = f"canvas: {frame.written} of {len(texts)} positions written"
     head = f'<p class="cap">{escape(caption) or "&nbsp;"}</p>'
     return f'<div class="lf">{head}<div class="tiles{size}" role="img" aria-label="{label}">{tiles}</div></div>'
 
@@ -165,7 +161,7 @@ def record(trace: Trace, prompt: str) -> dict[str, object]:
         "frames": frames,
         "order": trace.committed_at.tolist(),
         "runners": runners,
-        "texts": [trace.texts.get(token, "?") for token in texts],
+        "texts": [trace.spellings[token] for token in texts],
     }
 
 

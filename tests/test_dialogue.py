@@ -12,7 +12,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 from transformers import PreTrainedTokenizerFast
 
-from app.models import Engine as Loaded
+from app.models import LoadedModel
 from llada_core.data import encode as tokenise
 from llada_core.data.params import GRPOData, PreferenceData, SFTData
 from llada_core.evaluation.answering import Options, Responder
@@ -251,7 +251,7 @@ def test_the_published_ids_are_asked_everywhere():
     prompt = [*first_question(), *ASKS]
     assert 126348 not in tokenizer.encode("<|eot_id|>")
     assert tokenizer.chat_ids([USER]) == prompt
-    assert Loaded("m", Path(), None, tokenizer).chat_ids([USER]) == prompt
+    assert LoadedModel("m", Path(), None, tokenizer).tokenizer.chat_ids([USER]) == prompt
     grpo = tokenise.prompts([{"prompt": USER["content"], "task": "x", "answer": 1}], tokenizer, GRPOData(length=999))
     assert grpo.columns["prompt_ids"] == [prompt]
     lm = LladaLM(Responder(None, tokenizer, Options(Settings())))

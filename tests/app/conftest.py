@@ -1,4 +1,4 @@
-"""A tiny engine, a folder with a tiny model, and a page served from it."""
+"""A tiny loaded model, a folder with a tiny model, and a page served from it."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.models import Engine
+from app.models import LoadedModel
 from llada_core.modeling import save_model
 from tests.ports import free_port
 from tests.tiny import tiny_pair
@@ -15,9 +15,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 
 @pytest.fixture(scope="session")
-def engine() -> Engine:
+def loaded() -> LoadedModel:
     model, tokenizer = tiny_pair(max_sequence_length=700)
-    return Engine("tiny", Path("nowhere"), model, tokenizer)
+    return LoadedModel("tiny", Path("nowhere"), model, tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -33,11 +33,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page_url(model_folder: Path) -> Iterator[str]:
     from app import page
     from app.__main__ import options
-    from app.models import Catalogue, Desk, Shelf
+    from app.models import AppState, ModelCache, ModelIndex
 
-    catalogue = Catalogue(model_folder.parent)
-    desk = Desk(Shelf(catalogue), catalogue, str(model_folder), pace=0)
-    blocks = page.build_page(desk)
+    index = ModelIndex(model_folder.parent)
+    state = AppState(ModelCache(index), index, str(model_folder), pace=0)
+    blocks = page.build_page(state)
     blocks.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, **options())
     yield blocks.local_url
     blocks.close()

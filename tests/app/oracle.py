@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.models import Engine
+from app.models import LoadedModel
 from llada_core.data.puzzles import solutions
 from llada_core.modeling.predictor import MaskPredictor, Prediction
 from llada_core.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ class Oracle(MaskPredictor):
         return self.tokenizer.encode("<|end_header_id|>", user=False)[0]
 
 
-def oracle(name: str, reply: str = "I know sudokus only.") -> Engine:
-    """An engine around an oracle."""
+def oracle(name: str, reply: str = "I know sudokus only.") -> LoadedModel:
+    """An loaded around an oracle."""
     tokenizer = tiny_tokenizer()
-    return Engine(name, Path(name), Oracle(tokenizer, reply).eval(), tokenizer)
+    return LoadedModel(name, Path(name), Oracle(tokenizer, reply).eval(), tokenizer)

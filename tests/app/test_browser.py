@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.conversation import Refused
-from app.models import Catalogue, Desk, Engine
+from app.models import AppState, LoadedModel, ModelIndex, UserError
 from llada_core.sampling.params import SamplingParams
 from tests.app.oracle import oracle
 from tests.ports import free_port
@@ -21,20 +20,20 @@ SOLVED = "1234341221434321"
 
 
 class Moving:
-    """A shelf whose champion can be moved or removed while the page is open."""
+    """A model cache whose champion can be moved or removed while the page is open."""
 
     def __init__(self) -> None:
         self.engines = {"champion": oracle("champion"), "other": oracle("other", "Something else.")}
 
     def get(self, name):
         if name not in self.engines:
-            raise Refused(f"There is no model {name!r}.")
-        engine = self.engines[name]
-        return engine, "" if engine.name == name else f"{name} moved: another version answers from now on."
+            raise UserError(f"There is no model {name!r}.")
+        loaded = self.engines[name]
+        return loaded, "" if loaded.name == name else f"{name} moved: another version answers from now on."
 
 
-class Known(Catalogue):
-    """The catalogue of the oracle."""
+class Known(ModelIndex):
+    """The index of the oracle."""
 
     def names(self):
         return ["champion", "other"]
@@ -53,16 +52,16 @@ class Known(Catalogue):
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory):
-    return Desk(Moving(), Known(tmp_path_factory.mktemp("project")), "champion", pace=0)
+def state(tmp_path_factory):
+    return AppState(Moving(), Known(tmp_path_factory.mktemp("project")), "champion", pace=0)
 
 
 @pytest.fixture(scope="module")
-def url(desk) -> Iterator[str]:
+def url(state) -> Iterator[str]:
     from app import page
     from app.__main__ import options
 
-    blocks = page.build_page(desk)
+    blocks = page.build_page(state)
     blocks.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, **options())
     yield blocks.local_url
     blocks.close()
@@ -182,7 +181,7 @@ def test_stop_keeps_what_is_there(tab):
     assert 0 < before["d"] <= tab.locator("#talk .tiles i.d").count() < 512
 
 
-def test_several_turns_edit_undo_again_and_copy(tab, desk, monkeypatch):
+def test_several_turns_edit_undo_again_and_copy(tab, state, monkeypatch):
     ask(tab, "one")
     assert answer(tab) == "I know sudokus only."
     ask(tab, "two")
@@ -191,7 +190,7 @@ def test_several_turns_edit_undo_again_and_copy(tab, desk, monkeypatch):
     tab.click("#undo")
     tab.wait_for_function("() => document.querySelectorAll('#talk .turn.model').length == 1")
     assert tab.input_value("#message textarea") == "two"
-    monkeypatch.setitem(desk.shelf.engines, "champion", oracle("champion", "Still sudokus only."))
+    monkeypatch.setitem(state.cache.engines, "champion", oracle("champion", "Still sudokus only."))
     tab.click("#again")
     tab.wait_for_selector("#talk .turn.model:has-text('Still sudokus only.'):has-text('tokens/s')")
     monkeypatch.undo()
@@ -220,9 +219,9 @@ def test_a_message_cannot_become_part_of_the_page(tab):
     assert tab.locator("#talk img, #talk script").count() == 0
 
 
-def test_what_a_model_writes_cannot_become_part_of_the_page(tab, desk, monkeypatch):
+def test_what_a_model_writes_cannot_become_part_of_the_page(tab, state, monkeypatch):
     nasty = "<svg onload=alert(1)>${1}"
-    monkeypatch.setitem(desk.shelf.engines, "champion", oracle("champion", nasty))
+    monkeypatch.setitem(state.cache.engines, "champion", oracle("champion", nasty))
     tab.get_by_label("Show guesses").check()
     ask(tab, "hello")
     assert answer(tab) == nasty
@@ -245,11 +244,11 @@ def test_guesses_and_the_present_block_are_shown_while_it_writes(tab):
     assert tab.locator("#talk .tiles i.b").count() == 0
 
 
-def test_who_waits_sees_a_place_in_the_line(browser, url, desk):
-    engine = desk.shelf.engines["champion"]
-    tabs = [opened(browser, url) for _ in range(desk.at_once + 2)]
-    with engine.turn:
-        for number, page in enumerate(tabs, start=1 - desk.at_once):
+def test_who_waits_sees_a_place_in_the_line(browser, url, state):
+    loaded = state.cache.engines["champion"]
+    tabs = [opened(browser, url) for _ in range(state.at_once + 2)]
+    with loaded.turn:
+        for number, page in enumerate(tabs, start=1 - state.at_once):
             ask(page, "hello")
             page.wait_for_selector(f"text=queue: {number}/" if number > 0 else "#talk .wait")
     for page in tabs:
@@ -397,23 +396,23 @@ def test_the_panel_says_what_is_approximate_and_what_is_out_of_range(tab):
     tab.wait_for_selector("#talk :text('less than or equal to 1')")
 
 
-def test_the_champion_moves_and_goes_while_the_page_is_open(tab, desk, monkeypatch):
+def test_the_champion_moves_and_goes_while_the_page_is_open(tab, state, monkeypatch):
     ask(tab, "hello")
     assert answer(tab) == "I know sudokus only."
-    monkeypatch.setitem(desk.shelf.engines, "champion", oracle("newer", "I am newer."))
+    monkeypatch.setitem(state.cache.engines, "champion", oracle("newer", "I am newer."))
     ask(tab, "hello")
     tab.wait_for_function("() => document.querySelector('#talk').innerText.includes('I am newer.')")
     assert "newer" in tab.inner_text("#talk")
-    monkeypatch.delitem(desk.shelf.engines, "champion")
+    monkeypatch.delitem(state.cache.engines, "champion")
     ask(tab, "hello")
     tab.wait_for_selector("#talk :text('There is no model')")
 
 
-def test_a_closed_tab_frees_the_model(browser, url, desk, monkeypatch):
+def test_a_closed_tab_frees_the_model(browser, url, state, monkeypatch):
     closed = threading.Event()
-    before = desk.shelf.engines["champion"]
+    before = state.cache.engines["champion"]
 
-    class Watched(Engine):
+    class Watched(LoadedModel):
         def write(self, *arguments, **options):
             try:
                 yield from super().write(*arguments, **options)
@@ -421,7 +420,7 @@ def test_a_closed_tab_frees_the_model(browser, url, desk, monkeypatch):
                 closed.set()
 
     watched = Watched("champion", Path("champion"), before.model, before.tokenizer)
-    monkeypatch.setitem(desk.shelf.engines, "champion", watched)
+    monkeypatch.setitem(state.cache.engines, "champion", watched)
     page = opened(browser, url)
     slowly(page)
     ask(page, "hello")

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from app.conversation import LONGEST_MESSAGE, MOST_TURNS, ChatSession, Refused
-from app.models import Engine
+from app.conversation import LONGEST_MESSAGE, MOST_TURNS, Conversation
+from app.models import LoadedModel, UserError
 from llada_core.sampling.params import SamplingParams
 from tests.app.oracle import oracle
 from tests.tiny import tiny_pair
@@ -14,43 +14,43 @@ from tests.tiny import tiny_pair
 PARAMS = SamplingParams(max_new_tokens=12, block_length=6, steps=12)
 
 
-def answered(engine, *questions):
-    chat = ChatSession()
+def answered(loaded, *questions):
+    chat = Conversation()
     for question in questions:
         chat.ask(question)
-        list(chat.reply(engine, PARAMS))
+        list(chat.reply(loaded, PARAMS))
     return chat
 
 
-def test_every_step_is_shown_and_the_answer_is_the_samplers(engine):
+def test_every_step_is_shown_and_the_answer_is_the_samplers(loaded):
     from llada_core.sampling import generate
 
-    chat = ChatSession()
+    chat = Conversation()
     chat.ask("12 + 3")
-    frames = list(chat.reply(engine, PARAMS))
+    frames = list(chat.reply(loaded, PARAMS))
     assert [f.written for f in frames] == list(range(1, 13))
-    whole = generate(engine.model, [engine.chat_ids([{"role": "user", "content": "12 + 3"}])], PARAMS)
+    whole = generate(loaded.model, [loaded.tokenizer.chat_ids([{"role": "user", "content": "12 + 3"}])], PARAMS)
     assert frames[-1].tokens.tolist() == whole.answers[0].tolist()
     assert chat.last.counts.steps == chat.last.counts.forwards == whole.forwards == 12
     assert chat.last.counts.tokens == 12
     assert "12 steps · 12 forwards · 1.00 tokens per forward" in chat.last.counts.sentence()
 
 
-def test_earlier_turns_and_the_system_prompt_are_part_of_the_question(engine):
-    chat = answered(engine, "first")
+def test_earlier_turns_and_the_system_prompt_are_part_of_the_question(loaded):
+    chat = answered(loaded, "first")
     chat.system = "be brief"
     chat.ask("second")
     assert [m["role"] for m in chat.messages()] == ["system", "user", "assistant", "user"]
-    frames = chat.reply(engine, PARAMS)
+    frames = chat.reply(loaded, PARAMS)
     next(frames)
-    assert chat.last.trace.prompt == engine.chat_ids(chat.messages())
+    assert chat.last.trace.prompt == loaded.tokenizer.chat_ids(chat.messages())
     frames.close()
 
 
-def test_stop_keeps_what_is_there(engine):
-    chat = ChatSession()
+def test_stop_keeps_what_is_there(loaded):
+    chat = Conversation()
     chat.ask("12 + 3")
-    for frame in chat.reply(engine, PARAMS):
+    for frame in chat.reply(loaded, PARAMS):
         if frame.written == 5:
             chat.stop()
     assert chat.last.counts.tokens == 5
@@ -59,58 +59,87 @@ def test_stop_keeps_what_is_there(engine):
     assert not chat.writing
 
 
-def test_stop_before_the_turn_comes_writes_nothing(engine):
-    chat = ChatSession()
+def test_stop_before_the_turn_comes_writes_nothing(loaded):
+    chat = Conversation()
     chat.ask("12 + 3")
     chat.stop()
-    assert list(chat.reply(engine, PARAMS)) == []
+    assert list(chat.reply(loaded, PARAMS)) == []
     assert chat.turns[-1].answer == ""
 
 
-def test_a_closed_tab_frees_the_model_and_leaves_the_session_usable(engine):
-    chat = ChatSession()
+def test_a_closed_tab_frees_the_model_and_leaves_the_session_usable(loaded):
+    chat = Conversation()
     chat.ask("12 + 3")
-    frames = chat.reply(engine, PARAMS)
+    frames = chat.reply(loaded, PARAMS)
     next(frames)
     frames.close()
-    assert not engine.turn.locked()
+    assert not loaded.turn.locked()
     assert not chat.writing
     chat.ask("again")
-    assert len(list(chat.reply(engine, PARAMS))) == 12
+    assert len(list(chat.reply(loaded, PARAMS))) == 12
 
 
-def test_again_undo_edit_and_clear(engine):
-    chat = answered(engine, "one", "two")
+def test_again_undo_edit_and_clear(loaded):
+    chat = answered(loaded, "one", "two")
     chat.again()
     assert chat.waiting
-    list(chat.reply(engine, PARAMS))
+    list(chat.reply(loaded, PARAMS))
     assert chat.undo() == "two"
     assert not chat.last.trace.frames, "nothing of the undone answer can be replayed"
     chat.edit(0, "other")
     assert [t.user for t in chat.turns] == ["other"]
     assert chat.waiting
-    list(chat.reply(engine, PARAMS))
+    list(chat.reply(loaded, PARAMS))
     chat.clear()
     assert chat.messages() == []
     for act in (chat.undo, chat.again):
-        with pytest.raises(Refused):
+        with pytest.raises(UserError):
             act()
 
 
-def test_a_refused_edit_loses_nothing(engine):
-    chat = answered(engine, "one", "two")
-    with pytest.raises(Refused):
+def test_a_refused_edit_loses_nothing(loaded):
+    chat = answered(loaded, "one", "two")
+    with pytest.raises(UserError):
         chat.edit(0, "  ")
     assert [t.user for t in chat.turns] == ["one", "two"]
 
 
-def test_nothing_changes_under_a_running_answer(engine):
-    chat = ChatSession()
+def test_an_answer_that_cannot_be_written_anew_stays(loaded):
+    chat = answered(loaded, "one")
+    before = chat.turns[0].answer
+    chat.again()
+    with pytest.raises(UserError, match="at most"):
+        list(chat.reply(loaded, SamplingParams(max_new_tokens=999, block_length=999, steps=999)))
+    assert chat.turns[0].answer == before != ""
+    chat.again()
+    chat.stop()
+    assert list(chat.reply(loaded, PARAMS)) == []
+    assert chat.turns[0].answer == before
+    chat.again()
+    chat.give_up()
+    assert chat.turns[0].answer == before
+    assert not chat.waiting
+
+
+def test_without_bounds_only_the_models_own_length_counts(loaded):
+    chat = Conversation("x" * (LONGEST_MESSAGE + 1), bounded=False)
+    chat.ask("x" * (LONGEST_MESSAGE + 1))
+    chat.turns *= MOST_TURNS
+    chat.turns[-1].answer = ""
+    chat.ask("one more")
+    with pytest.raises(UserError, match="reads 700 at most"):
+        list(chat.reply(loaded, PARAMS))
+    wide = LoadedModel("tiny", None, loaded.model, loaded.tokenizer, max_context=600)
+    assert (loaded.context, wide.context) == (700, 600)
+
+
+def test_nothing_changes_under_a_running_answer(loaded):
+    chat = Conversation()
     chat.ask("one")
-    frames = chat.reply(engine, PARAMS)
+    frames = chat.reply(loaded, PARAMS)
     next(frames)
     for act in (chat.undo, chat.again, chat.clear, lambda: chat.ask("x"), lambda: chat.edit(0, "x")):
-        with pytest.raises(Refused, match="press Stop"):
+        with pytest.raises(UserError, match="press Stop"):
             act()
     frames.close()
 
@@ -119,54 +148,54 @@ def test_nothing_changes_under_a_running_answer(engine):
     ("text", "says"), [("", "empty"), (" \n\t", "empty"), ("x" * 100_000, "100,000 characters"), ("\u200e", None)]
 )
 def test_bad_messages_are_refused_in_a_sentence(text, says):
-    chat = ChatSession()
+    chat = Conversation()
     if says is None:
         chat.ask(text)
         assert chat.turns[0].user == "\u200e"
         return
-    with pytest.raises(Refused, match=says):
+    with pytest.raises(UserError, match=says):
         chat.ask(text)
     assert not chat.turns
     assert len(text) < LONGEST_MESSAGE or says
 
 
-def test_the_system_prompt_is_bounded_and_halves_are_replaced_as_in_a_message(engine):
-    chat = ChatSession(system="be\ud800brief\u202e")
+def test_the_system_prompt_is_bounded_and_halves_are_replaced_as_in_a_message(loaded):
+    chat = Conversation(system="be\ud800brief\u202e")
     chat.ask("12 + 3")
     assert chat.messages()[0] == {"role": "system", "content": "be\ufffdbrief\u202e"}
-    assert list(chat.reply(engine, PARAMS))
-    with pytest.raises(Refused, match="system prompt has 100,000 characters"):
-        ChatSession(system="x" * 100_000).ask("12 + 3")
+    assert list(chat.reply(loaded, PARAMS))
+    with pytest.raises(UserError, match="system prompt has 100,000 characters"):
+        Conversation(system="x" * 100_000).ask("12 + 3")
 
 
-def test_half_surrogates_reach_the_model_as_replacement_characters(engine):
-    chat = ChatSession()
+def test_half_surrogates_reach_the_model_as_replacement_characters(loaded):
+    chat = Conversation()
     chat.ask("a\ud800b")
-    assert list(chat.reply(engine, PARAMS))
+    assert list(chat.reply(loaded, PARAMS))
 
 
-def test_a_conversation_that_no_longer_fits_says_what_to_do(engine):
-    chat = ChatSession()
+def test_a_conversation_that_no_longer_fits_says_what_to_do(loaded):
+    chat = Conversation()
     chat.ask("1 " * 600)
-    with pytest.raises(Refused, match=r"reads 700 at most.*lower max_new_tokens"):
-        list(chat.reply(engine, PARAMS))
+    with pytest.raises(UserError, match=r"reads 700 at most.*lower max_new_tokens"):
+        list(chat.reply(loaded, PARAMS))
     assert not chat.writing
 
 
 def test_too_many_turns_are_refused():
-    chat = ChatSession()
+    chat = Conversation()
     for _ in range(MOST_TURNS):
         chat.ask("x")
         chat.turns[-1].answer = "y"
-    with pytest.raises(Refused, match="start a new one"):
+    with pytest.raises(UserError, match="start a new one"):
         chat.ask("x")
 
 
-def test_the_time_limit_keeps_what_is_there(engine):
+def test_the_time_limit_keeps_what_is_there(loaded):
     ticks = iter(range(1000))
-    chat = ChatSession()
+    chat = Conversation()
     chat.ask("12 + 3")
-    frames = list(chat.reply(engine, PARAMS, limit=4.5, clock=lambda: float(next(ticks))))
+    frames = list(chat.reply(loaded, PARAMS, limit=4.5, clock=lambda: float(next(ticks))))
     assert len(frames) == 5
     assert "time allowed" in chat.last.note
 
@@ -175,16 +204,16 @@ def test_a_model_that_writes_nothing_but_end_of_text_is_explained():
     model, tokenizer = tiny_pair()
     with torch.no_grad():
         model.model.transformer.ff_out.weight.zero_()  # all logits equal: the first token, a special one, is written
-    engine = Engine("mute", None, model, tokenizer)
-    chat = ChatSession()
+    loaded = LoadedModel("mute", None, model, tokenizer)
+    chat = Conversation()
     chat.ask("hello")
-    list(chat.reply(engine, PARAMS))
+    list(chat.reply(loaded, PARAMS))
     assert chat.turns[-1].answer == ""
     assert "end-of-text" in chat.last.note
 
 
 def test_what_is_filled_after_the_end_of_an_answer_is_not_counted_as_written():
-    chat = ChatSession()
+    chat = Conversation()
     chat.ask("hello")
     params = SamplingParams(max_new_tokens=24, block_length=8, steps=24, stop_at_eos=True)
     frames = list(chat.reply(oracle("short", "hi"), params))
@@ -192,19 +221,19 @@ def test_what_is_filled_after_the_end_of_an_answer_is_not_counted_as_written():
     assert chat.last.counts.tokens <= 8
 
 
-def test_guesses_beyond_the_block_are_there_on_request(engine):
-    chat = ChatSession()
+def test_guesses_beyond_the_block_are_there_on_request(loaded):
+    chat = Conversation()
     chat.ask("12 + 3")
-    first = next(chat.reply(engine, PARAMS))
+    first = next(chat.reply(loaded, PARAMS))
     assert (first.guesses[6:] == -1).all()
-    chat = ChatSession()
+    chat = Conversation()
     chat.ask("12 + 3")
-    watched = next(chat.reply(engine, PARAMS, watch=True))
+    watched = next(chat.reply(loaded, PARAMS, look_ahead=True))
     assert (watched.guesses[6:] >= 0).all()
     assert watched.block == (0, 6)
 
 
 def test_a_session_is_a_value():
-    chat = ChatSession()
+    chat = Conversation()
     chat.ask("x")
     assert copy.deepcopy(chat).turns == chat.turns

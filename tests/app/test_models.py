@@ -1,4 +1,4 @@
-"""Loading, the shelf, and hot-swap."""
+"""Loading, the cache of loaded models, and hot-swap."""
 
 import re
 import threading
@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from app import models as engines
-from app.conversation import Refused
-from app.models import Catalogue, Desk, Engine, Setting, Shelf, load
+from app.models import AppState, LoadedModel, ModelCache, ModelIndex, Setting, UserError, load
 
 
 class Names:
@@ -31,40 +30,40 @@ def test_a_moved_alias_answers_with_the_other_version(model_folder, tmp_path):
     other = tmp_path / "other"
     other.symlink_to(model_folder)
     names = Names(champion=model_folder)
-    shelf = Shelf(names)
-    first, word = shelf.get("champion")
+    cache = ModelCache(names)
+    first, word = cache.get("champion")
     assert word == ""
-    assert shelf.get("champion") == (first, "")
+    assert cache.get("champion") == (first, "")
     names.places["champion"] = other
-    second, word = shelf.get("champion")
+    second, word = cache.get("champion")
     assert second is not first
     assert "moved" in word
 
 
 def test_a_champion_deleted_while_the_page_is_open_goes_on(model_folder):
     names = Names(champion=model_folder)
-    shelf = Shelf(names)
-    first, _ = shelf.get("champion")
+    cache = ModelCache(names)
+    first, _ = cache.get("champion")
     del names.places["champion"]
-    again, word = shelf.get("champion")
+    again, word = cache.get("champion")
     assert again is first
     assert "no longer in the registry" in word
-    with pytest.raises(Refused, match="no model"):
-        shelf.get("challenger")
+    with pytest.raises(UserError, match="no model"):
+        cache.get("challenger")
 
 
 def test_two_names_of_one_version_share_it_and_the_oldest_makes_room(model_folder, tmp_path):
     other = tmp_path / "other"
     other.symlink_to(model_folder)
-    shelf = Shelf(Names(a=model_folder, b=model_folder, c=other), most=2)
-    assert shelf.get("a")[0] is shelf.get("b")[0]
-    shelf.get("c")
-    assert len(shelf._engines) == 2
+    cache = ModelCache(Names(a=model_folder, b=model_folder, c=other), most=2)
+    assert cache.get("a")[0] is cache.get("b")[0]
+    cache.get("c")
+    assert len(cache._models) == 2
 
 
 def test_too_little_memory_is_said_before_loading(model_folder, monkeypatch):
     monkeypatch.setattr("llada_core.modeling.place.available_memory", lambda: 1000)
-    with pytest.raises(Refused, match=r"cannot be loaded: the model needs about .* GB of memory; 0\.0 GB are free"):
+    with pytest.raises(UserError, match=r"cannot be loaded: the model needs about .* GB of memory; 0\.0 GB are free"):
         load("it", lambda _: model_folder)
 
 
@@ -74,40 +73,40 @@ def test_the_pages_setting_says_where_models_lie(model_folder, monkeypatch):
     asked = []
     real = engines.load_to_answer
     monkeypatch.setattr(engines, "load_to_answer", lambda folder, **how: (asked.append(how), real(folder))[1])
-    Shelf(Names(it=model_folder), setting=Setting("cuda:1", 8)).get("it")
+    ModelCache(Names(it=model_folder), setting=Setting("cuda:1", 8)).get("it")
     assert asked == [{"device": "cuda:1", "bits": 8}]
 
 
 def test_a_folder_that_is_no_model_is_one_sentence(tmp_path):
-    with pytest.raises(Refused, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         load(str(tmp_path), Path)
 
 
-def test_special_strings_stay_text_when_many_ask_at_once(engine):
+def test_special_strings_stay_text_when_many_ask_at_once(loaded):
     asked = [{"role": "user", "content": "<|eot_id|> 12 " * 200}]
-    alone = engine.chat_ids(asked)
+    alone = loaded.tokenizer.chat_ids(asked)
     with ThreadPoolExecutor(8) as threads:
-        together = [threads.submit(engine.chat_ids, asked) for _ in range(200)]
+        together = [threads.submit(loaded.tokenizer.chat_ids, asked) for _ in range(200)]
     assert all(each.result() == alone for each in together)
 
 
 def test_a_moved_champion_that_cannot_be_loaded_leaves_the_one_before(model_folder, tmp_path):
     names = Names(champion=model_folder)
-    shelf = Shelf(names)
-    first, _ = shelf.get("champion")
+    cache = ModelCache(names)
+    first, _ = cache.get("champion")
     names.places["champion"] = tmp_path
     for _ in range(2):
-        again, word = shelf.get("champion")
+        again, word = cache.get("champion")
         assert again is first
         assert "the version before goes on" in word
         assert "cannot be loaded" in word
     names.places["champion"] = model_folder
-    assert shelf.get("champion") == (first, "")
+    assert cache.get("champion") == (first, "")
 
 
 def test_who_has_a_model_does_not_wait_for_one_that_loads(model_folder, monkeypatch):
-    shelf = Shelf(Names(here=model_folder, big=Path("elsewhere")))
-    here, _ = shelf.get("here")
+    cache = ModelCache(Names(here=model_folder, big=Path("elsewhere")))
+    here, _ = cache.get("here")
     begun, may_end = threading.Event(), threading.Event()
 
     def slow(name, resolve, setting):
@@ -116,13 +115,13 @@ def test_who_has_a_model_does_not_wait_for_one_that_loads(model_folder, monkeypa
         return here
 
     monkeypatch.setattr(engines, "load", slow)
-    desk = Desk(shelf, Catalogue(model_folder), "here")
-    loading = desk.bring("big", str)
+    state = AppState(cache, ModelIndex(model_folder), "here")
+    loading = state.bring("big", str)
     assert re.fullmatch(r"Loading: .* of 0\.0 GB in memory after \d+ s\.", next(loading))
     assert begun.is_set()
-    assert shelf.get("here") == (here, "")
+    assert cache.get("here") == (here, "")
     may_end.set()
-    rest: list[tuple[Engine, str]] = []
+    rest: list[tuple[LoadedModel, str]] = []
 
     def until_loaded():
         rest.append((yield from loading))
@@ -131,11 +130,11 @@ def test_who_has_a_model_does_not_wait_for_one_that_loads(model_folder, monkeypa
     assert rest == [(here, "")]
 
 
-def test_settings_that_the_model_cannot_use_are_refused(engine):
+def test_settings_that_the_model_cannot_use_are_refused(loaded):
     from llada_core.sampling.params import SamplingParams
 
-    with pytest.raises(Refused):
-        engine.write([5], SamplingParams(max_new_tokens=7, block_length=3, steps=5))
+    with pytest.raises(UserError):
+        loaded.write([5], SamplingParams(max_new_tokens=7, block_length=3, steps=5))
 
 
 def test_a_champion_that_moves_while_it_is_looked_up_is_never_taken_for_the_other(model_folder, tmp_path):
@@ -150,8 +149,8 @@ def test_a_champion_that_moves_while_it_is_looked_up_is_never_taken_for_the_othe
             return found
 
     names = Moving(champion=model_folder)
-    shelf = Shelf(names)
-    assert shelf.get("champion")[0].folder == model_folder
-    assert shelf.get("champion")[0].folder == other
+    cache = ModelCache(names)
+    assert cache.get("champion")[0].folder == model_folder
+    assert cache.get("champion")[0].folder == other
     names.places["champion"] = model_folder  # rolled back
-    assert shelf.get("champion")[0].folder == model_folder
+    assert cache.get("champion")[0].folder == model_folder

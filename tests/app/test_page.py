@@ -149,13 +149,13 @@ def test_a_reply_that_nobody_waits_for_leaves_the_conversation_on_the_page():
 
 
 def test_an_unexpected_error_is_a_sentence_with_a_number_and_the_log_has_the_rest(caplog):
-    from app.models import sentence, told
+    from app.models import errors_as_text, sentence
 
     def broken():
         yield "fine"
         raise RuntimeError("secret detail")
 
-    shown = list(told(broken, lambda text: text))
+    shown = list(errors_as_text(broken, lambda text: text))
     assert shown[0] == "fine"
     assert "secret" not in shown[1]
     number = caplog.records[0].args[0]

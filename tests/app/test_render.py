@@ -1,13 +1,22 @@
 """What a canvas looks like, and that no text can get out of its tile."""
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from app.canvas import Cell, printable, readable
-from app.render import LEVELS, canvas, conversation, escape, level, notice, table, tile
+from app.canvas import DONE, LEVELS, OPEN, STATES, Frame, printable, readable
+from app.render import canvas, conversation, escape, notice, table, tile
+
+
+def frame(state, confidence=0.9, width=1, block=(0, 0)):
+    """So many positions in one state."""
+    tokens, sure = np.zeros(width, np.int32), np.full(width, confidence, np.float32)
+    return Frame(tokens, tokens, sure, np.full(width, state, np.int8), block)
+
 
 CSS = Path(__file__).parents[2] / "app" / "page.css"
 NASTY = [
@@ -18,7 +27,7 @@ NASTY = [
 
 @pytest.mark.parametrize("text", NASTY)
 def test_no_text_gets_out_of_its_tile(text):
-    html = tile(Cell(printable(text), "done", 0.9, False))
+    html = tile(frame(DONE), 0, printable(text))
     inside = re.fullmatch(r'<i class="d c4"(?: title="([^"<>]*)")?>([^<>]*)</i>', html)
     assert inside, html
     assert not set("{}$`") & set(inside[2].replace("&#123;", "").replace("&#125;", "").replace("&#36;", ""))
@@ -56,15 +65,17 @@ def test_white_space_is_visible_and_huge_tokens_are_cut():
 
 
 def test_every_state_is_told_apart_without_colour():
-    states = [tile(Cell("4", state, 0.9, False)) for state in ("given", "open", "fresh", "done")]
+    states = [tile(frame(state), 0, "4") for state in range(len(STATES))]
     assert len(set(states)) == 4
     assert 'class="m"' in states[1]
     assert 'class="d f c4"' in states[2]
-    assert ' b"' in tile(Cell("", "open", None, True))
+    assert ' b"' in tile(frame(OPEN, block=(0, 1)), 0, "")
 
 
 def test_confidence_has_five_levels():
-    assert [level(c) for c in (0.0, 0.19, 0.2, 0.5, 0.99, 1.0, 1.5, -1.0, None)] == [0, 0, 1, 2, 4, 4, 4, 0, 2]
+    sure = np.array([0.0, 0.19, 0.2, 0.5, 0.99, 1.0, 1.5, -1.0, np.nan])
+    several = dataclasses.replace(frame(DONE, width=9), confidence=sure)
+    assert [several.level(at) for at in range(9)] == [0, 0, 1, 2, 4, 4, 4, 0, 2]
 
 
 def lightness(colour):
@@ -96,8 +107,8 @@ def test_shades_are_told_apart_by_lightness_alone_and_text_on_them_is_readable(t
 
 
 def test_a_canvas_has_as_many_tiles_at_every_step_so_nothing_jumps():
-    early = canvas([Cell("", "open", None, True)] * 30, "step 1")
-    late = canvas([Cell("longword", "done", 1.0, True)] * 30, "step 30")
+    early = canvas(frame(OPEN, np.nan, 30, (0, 30)), [""] * 30, "step 1")
+    late = canvas(frame(DONE, 1.0, 30, (0, 30)), ["longword"] * 30, "step 30")
     assert early.count("<i ") == late.count("<i ") == 30
     assert early.count("<p") == late.count("<p") == 1
     assert 'aria-label="canvas: 0 of 30 positions written"' in early
@@ -108,4 +119,4 @@ def test_escape_leaves_plain_text_readable():
 
 
 def test_a_canvas_of_512_tokens_stays_small_enough_to_stream():
-    assert len(canvas([Cell("token", "done", 0.5, False)] * 512)) < 32_000
+    assert len(canvas(frame(DONE, 0.5, 512), ["token"] * 512)) < 32_000

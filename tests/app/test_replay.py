@@ -10,7 +10,7 @@ import torch
 
 from app import render
 from app.canvas import Trace, find_runners_up
-from app.conversation import ChatSession
+from app.conversation import Conversation
 from llada_core.modeling.predictor import Prediction
 from llada_core.sampling.canvas import Step
 from llada_core.sampling.params import SamplingParams
@@ -18,10 +18,10 @@ from llada_core.tokenizer import SpecialTokens
 
 
 @pytest.fixture
-def chat(engine):
-    chat = ChatSession()
+def chat(loaded):
+    chat = Conversation()
     chat.ask("12 + 3")
-    list(chat.reply(engine, SamplingParams(max_new_tokens=12, block_length=12, steps=6), watch=True))
+    list(chat.reply(loaded, SamplingParams(max_new_tokens=12, block_length=12, steps=6), look_ahead=True))
     return chat
 
 
@@ -42,8 +42,8 @@ def test_the_file_holds_every_frame_and_asks_nothing_of_the_network(chat):
 
 def test_texts_cannot_end_the_script_or_leave_the_frame(chat):
     trace = chat.last.trace
-    for token in trace.texts:
-        trace.texts[token] = "</script><script>alert(1)</script>${1}"
+    for token in trace.spellings:
+        trace.spellings[token] = "</script><script>alert(1)</script>${1}"
     text = render.document(trace, prompt='</pre><img src=x onerror="alert(1)">')
     assert text.count("</script>") == 2
     framed = render.frame(text)
@@ -52,9 +52,9 @@ def test_texts_cannot_end_the_script_or_leave_the_frame(chat):
     assert 'sandbox="allow-scripts allow-downloads"' in framed
 
 
-def test_runners_up_are_what_the_sampler_saw(chat, engine):
+def test_runners_up_are_what_the_sampler_saw(chat, loaded):
     trace = chat.last.trace
-    find_runners_up(trace, engine.model)
+    find_runners_up(trace, loaded.model, loaded.decode)
     assert sorted(trace.runners) == list(range(12))
     final = trace.frames[-1]
     for at, others in trace.runners.items():
@@ -62,17 +62,16 @@ def test_runners_up_are_what_the_sampler_saw(chat, engine):
         np.testing.assert_allclose(others[0][1], final.confidence[at], rtol=1e-4)
         shares = [share for _, share in others]
         assert shares == sorted(shares, reverse=True)
-    trace.spell(engine.decode)
     assert len(data_of(render.document(trace))["runners"]) == 12
 
 
-def test_a_stopped_answer_can_be_replayed(engine):
-    chat = ChatSession()
+def test_a_stopped_answer_can_be_replayed(loaded):
+    chat = Conversation()
     chat.ask("12 + 3")
-    for frame in chat.reply(engine, SamplingParams(max_new_tokens=8, block_length=8, steps=8)):
+    for frame in chat.reply(loaded, SamplingParams(max_new_tokens=8, block_length=8, steps=8)):
         if frame.written == 3:
             chat.stop()
-    find_runners_up(chat.last.trace, engine.model)
+    find_runners_up(chat.last.trace, loaded.model, loaded.decode)
     data = data_of(render.document(chat.last.trace))
     assert len(data["frames"]) == 3
     assert len(data["runners"]) == 3
@@ -106,6 +105,6 @@ def test_what_the_end_of_an_answer_fills_in_has_no_confidence_and_changes_no_ear
     for number, (before, after) in enumerate(itertools.pairwise(canvases), start=1):
         trace.add(step(before, after, number))
     assert np.isnan(trace.frames[-1].confidence).tolist() == [False, False, True, True]
-    find_runners_up(trace, Looked())
+    find_runners_up(trace, Looked(), str)
     assert [row[2:] for row in looked] == canvases[:3]
     assert sorted(trace.runners) == [0, 1]

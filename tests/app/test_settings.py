@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from app import panel
-from app.conversation import Refused
+from app.models import UserError
 from llada_core.sampling.params import PRESETS, SENTENCES, SamplingParams, exactness, preset
 
 BASE = SamplingParams(max_new_tokens=32, block_length=8, steps=32, stop_at_eos=True)
@@ -46,12 +46,12 @@ def test_what_the_panel_shows_comes_back_unchanged():
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_one_sentence(name, value, says):
-    with pytest.raises(Refused, match=says):
+    with pytest.raises(UserError, match=says):
         panel.params({**vars(BASE), name: value})
 
 
 def test_settings_that_exclude_each_other_are_refused():
-    with pytest.raises(Refused, match="one choice"):
+    with pytest.raises(UserError, match="one choice"):
         panel.params({**vars(BASE), "threshold": "0.9", "factor": "1"})
 
 
@@ -66,9 +66,9 @@ def test_presets_say_whether_they_are_exact():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_run(engine, name):
-    from app.conversation import ChatSession
+def test_presets_run(loaded, name):
+    from app.conversation import Conversation
 
-    chat = ChatSession()
+    chat = Conversation()
     chat.ask("12 + 3")
-    assert list(chat.reply(engine, preset(name, BASE)))
+    assert list(chat.reply(loaded, preset(name, BASE)))

@@ -8,10 +8,11 @@ import io
 import pytest
 from rich.console import Console
 
-from app.canvas import printable, readable, typed, with_gaps
-from app.conversation import ChatSession
+from app.canvas import parse_template, printable, readable, typed
+from app.conversation import Conversation
+from app.models import LoadedModel
 from app.render import conversation
-from cli.chat import Conversation
+from cli.terminal import TerminalChat
 from llada_core.sampling.params import SamplingParams
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -46,14 +47,14 @@ TYPED = {
 def test_what_is_typed_reaches_the_model_and_is_shown_harmless(name):
     text, shown = TYPED[name]
     tokenizer = tiny_tokenizer()
-    chat = ChatSession(system=text)
+    chat = Conversation(system=text)
     chat.ask(text)
     chat.turns[-1].answer = text
     chat.ask(text)
     assert [message["content"] for message in chat.messages()] == [text] * 4
     assert text.strip() in tokenizer.decode(tokenizer.chat_ids(chat.messages()[1:2]), skip_special=False)
     assert tokenizer.decode(tokenizer.encode(typed(text))) == text
-    gap = with_gaps(f"{text}[[2]]", tokenizer.encode, tokenizer.special.mask_id, 500)
+    gap = parse_template(f"{text}[[2]]", tokenizer.encode, tokenizer.special.mask_id, 500)
     assert gap[:-2] == tokenizer.encode(text)
     assert readable(text) == (text if shown is None else shown)
     html = conversation([(text, text)])
@@ -64,17 +65,13 @@ def test_what_is_typed_reaches_the_model_and_is_shown_harmless(name):
 
 def test_the_terminal_chat_sends_what_was_typed_and_shows_what_is_harmless(monkeypatch):
     screen, asked = io.StringIO(), []
-    talk = Conversation(
-        tiny_model(),
-        tiny_tokenizer(),
-        SamplingParams(max_new_tokens=4, block_length=4, steps=1),
-        "",
-        Console(file=screen),
-    )
-    monkeypatch.setattr(talk, "answer", lambda: asked.append(talk.turns[-1]["content"]))
+    loaded = LoadedModel("tiny", None, tiny_model(), tiny_tokenizer())
+    params = SamplingParams(max_new_tokens=4, block_length=4, steps=1)
+    talk = TerminalChat(loaded, params, console=Console(file=screen))
+    monkeypatch.setattr(talk, "answer", lambda: asked.append(talk.conversation.undo()))
     lines = [*(text.replace("\r", "").replace("\n", "") for text, _ in TYPED.values()), "/quit"]
     monkeypatch.setattr(talk.console, "input", lambda _: lines.pop(0))
-    talk.run("tiny")
+    talk.run()
     assert asked == [text.replace("\r", "").replace("\n", "").strip() for text, _ in TYPED.values()]
 
 
@@ -89,7 +86,7 @@ def test_the_terminal_chat_sends_what_was_typed_and_shows_what_is_harmless(monke
     ],
 )
 def test_halves_of_characters_are_joined_or_replaced_since_they_have_no_tokens(text, arrives):
-    chat = ChatSession()
+    chat = Conversation()
     chat.ask(text)
     assert chat.messages() == [{"role": "user", "content": arrives}]
     assert tiny_tokenizer().decode(tiny_tokenizer().encode(arrives)) == arrives

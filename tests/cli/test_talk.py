@@ -3,11 +3,14 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from app.canvas import BOX, Cell, picture, shown
+from app.canvas import DONE, FRESH, OPEN, Frame
+from app.models import LoadedModel
 from cli.options import PUBLISHED, settings, with_length
+from cli.terminal import BOX, TerminalChat, box, picture
 from tests.tiny import tiny_pair
 
 SHORT = ("--max-new-tokens", "8")
@@ -43,17 +46,17 @@ def test_pinned_words_stand_in_the_answer(call, tiny):
 
 def test_the_canvas_is_shown_live(call, tiny):
     result = call("sample", "hi", "-m", tiny, *SHORT, "-v")
-    assert "8 of 8 tokens" in result.stderr
-    assert "tokens" not in result.stdout
+    assert "8 of 8 positions" in result.stderr
+    assert "positions" not in result.stdout
 
 
 def test_a_batch_and_its_gaps_are_shown_live_row_by_row(call, tiny):
     result = call("sample", "12[[2]]34", "5[[1]]", "-m", tiny, "--infill", "-v")
     assert result.exit_code == 0, result.stderr
-    assert "6 of 6 tokens" in result.stderr
-    assert "2 of 2 tokens" in result.stderr
+    assert "6 of 6 positions" in result.stderr
+    assert "2 of 2 positions" in result.stderr
     both = call("sample", "one", "two", "-m", tiny, *SHORT, "-v")
-    assert both.stderr.count("8 of 8 tokens") == 2
+    assert both.stderr.count("8 of 8 positions") == 2
 
 
 def test_other_settings_by_name(call, tiny):
@@ -73,6 +76,7 @@ def test_other_settings_by_name(call, tiny):
         (("--preset", "magic"), "there are exact, fast, creative"),
         (("--infill",), "Mark where"),
         (("--pin", "nonsense"), "position:word"),
+        (("--infill", "--pin", "0:x"), "leave it out, or --infill"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_line(call, tiny, arguments, says):
@@ -91,12 +95,14 @@ def test_a_length_alone_moves_what_depends_on_it(tiny):
 
 
 def test_a_canvas_has_the_same_shape_at_every_step():
-    states = [Cell("", "open", None, True), Cell("longword", "fresh", 0.9, True), Cell("4", "done", 0.1, False)]
-    assert [len(shown(cell)) for cell in states] == [BOX - 1] * 3
-    assert picture(states, 12).plain.split("\n")[0] == "▒▒▒▒▒ long…"
-    styles = {str(span.style) for span in picture(states, 80).spans}
-    assert len(styles) == 3
-    assert shown(states[0]) != shown(Cell("", "open", None, False)), "the block is told apart without colour"
+    tokens, sure = np.zeros(4, np.int32), np.array([np.nan, 0.9, 0.1, np.nan], np.float32)
+    frame = Frame(tokens, tokens, sure, np.array([OPEN, FRESH, DONE, OPEN], np.int8), (0, 2))
+    texts = ["", "longword", "4", ""]
+    assert [len(box(frame, at, text)) for at, text in enumerate(texts)] == [BOX - 1] * 4
+    assert picture(frame, texts, 12).plain.split("\n")[0] == "▒▒▒▒▒ long…"
+    styles = {str(span.style) for span in picture(frame, texts, 80).spans}
+    assert len(styles) == 4
+    assert box(frame, 0, "") != box(frame, 3, ""), "the block is told apart without colour"
 
 
 def chat(tiny, call, *lines, options=SHORT):
@@ -113,15 +119,15 @@ def test_a_conversation_with_commands(call, tiny):
     assert "8 steps · 8 forwards · 1.00 tokens per forward" in shown
     assert "block_length = 8" in shown
     assert "Approximate: the prefix cache" in shown
-    assert "8 of 8 tokens" in shown
-    assert "there is nothing to undo" in shown
+    assert "8 of 8 positions" in shown
+    assert "There is nothing to undo" in shown
     assert "forgotten: 12 + 3" in shown
 
 
 def test_an_answer_that_cannot_be_written_anew_stays(call, tiny):
     shown = chat(tiny, call, "12 + 3", "/set max_new_tokens=999", "/again", "/undo", "/undo", "/system x", "/new")
     assert "forgotten: 12 + 3" in shown
-    assert shown.count("there is nothing to undo") == 1
+    assert shown.count("There is nothing to undo") == 1
     assert "told so" in shown
     assert "a new conversation" in shown
 
@@ -135,7 +141,7 @@ def test_a_mistake_does_not_end_the_conversation(call, tiny):
         "steps 0",
         "name=value",
         "nothing was written",
-        "nothing was asked",
+        "There is nothing to write again",
         "no preset 'x'",
     ):
         assert part in shown.replace("\n", " ")
@@ -150,7 +156,7 @@ def test_a_conversation_too_long_for_the_model_says_so_and_goes_on(call, tiny):
 
 
 def test_ctrl_c_keeps_what_is_there(monkeypatch):
-    from cli import chat as module
+    from app import models as module
 
     model, tokenizer = tiny_pair()
     real = module.stream
@@ -164,12 +170,12 @@ def test_ctrl_c_keeps_what_is_there(monkeypatch):
     monkeypatch.setattr(module, "stream", interrupted)
     screen = io.StringIO()
     params = with_length(PUBLISHED, {"max_new_tokens": 8})
-    talk = module.Conversation(model, tokenizer, params, "", Console(file=screen))
-    talk.turns.append({"role": "user", "content": "hi"})
+    talk = TerminalChat(LoadedModel("tiny", None, model, tokenizer), params, console=Console(file=screen))
+    talk.conversation.ask("hi")
     talk.answer()
-    assert [turn["role"] for turn in talk.turns] == ["user", "assistant"]
+    assert talk.conversation.turns[0].answer is not None
     assert "stopped; what was written stays" in screen.getvalue()
-    assert talk.trace.frames[-1].written == 3
+    assert talk.conversation.last.trace.frames[-1].written == 3
 
 
 def test_escape_sequences_of_a_model_do_not_reach_the_terminal(call, tiny, monkeypatch):
