@@ -2,11 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from app.canvas import FRESH, OPEN, Frame, Trace, typed
 from app.models import LoadedModel, UserError

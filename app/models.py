@@ -8,13 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from app.canvas import speller
-from app.conversation import Refused, refusing
 from llada_core.data.puzzles import countdown, draw, seats, sudoku
 from llada_core.evaluation import recipes
 from llada_core.files import document, read
