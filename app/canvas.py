@@ -139,9 +139,7 @@ def speller(tokenizer: Tokenizer) -> Decode:
 
 
 @torch.inference_mode()
-def find_runners_up(
-    trace: Trace, model: MaskPredictor, decode: Decode, *, likeliest: int = 4, batch: int = 8
-) -> None:
+def find_runners_up(trace: Trace, model: MaskPredictor, decode: Decode, *, likeliest: int = 4, batch: int = 8) -> None:
     """Looks once more at every canvas of a trace, just before its step; fills `trace.runners` and spells them.
 
     Exactly what the sampler saw unless it was guided, shifted or cached.
