@@ -1,7 +1,7 @@
 """The views that fill gaps: Infill and the sudoku grid."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -106,17 +106,18 @@ class InfillView:
             raise UserError("Pinned words belong to the answer to a question; take them away, or the gaps.")
         loaded, _ = self.state.loaded(values[self.panel.model])
         params, tokenizer = self.panel.params(values), loaded.tokenizer
+        read: Callable[[list[int]], str] = tokenizer.answer_text
         if GAP.search(text):
             with as_user_error():
                 template = parse_template(text, tokenizer.encode, tokenizer.special.mask_id, loaded.context)
             params = for_template(params, [template], tokenizer.special.mask_id)
-            answer, read = LiveAnswer(), tokenizer.decode
+            answer, read = LiveAnswer(), tokenizer.decode  # nothing is cut off at an end token
             steps = loaded.fill(template, params, look_ahead=watch)
         else:
             prompt = prompt_ids(loaded, [question(text)], params)
             with as_user_error():
                 fixed = fixed_tokens(params.max_new_tokens, pins, tokenizer.encode)
-            answer, read = LiveAnswer(Trace(prompt)), tokenizer.answer_text
+            answer = LiveAnswer(Trace(prompt))
             steps = loaded.write(prompt, params, fixed_tokens=fixed, look_ahead=watch)
         frames, picture = answer.run(loaded, steps, read=read, limit=self.state.seconds), ""
         for picture in self.panel.live(loaded, answer, frames, values):
