@@ -232,15 +232,9 @@ def parse_template(text: str, encode: Encode, mask_id: int, longest: int) -> lis
 
 
 def for_template(params: SamplingParams, rows: Sequence[Sequence[int]], mask_id: int) -> SamplingParams:
-    """The settings for templates: one block over the longest, at most as many steps as the most masks of a row."""
+    """The settings for templates: room for the most masks of a row, in one block over the longest."""
     masks = max(list(row).count(mask_id) for row in rows)
-    return dataclasses.replace(
-        params,
-        max_new_tokens=masks,
-        block_length=max(map(len, rows)),
-        steps=min(params.steps, masks),
-        stop_at_eos=False,
-    )
+    return dataclasses.replace(params.at_length(masks), block_length=max(map(len, rows)), stop_at_eos=False)
 
 
 def fixed_tokens(length: int, pins: str, encode: Encode) -> dict[int, int]:

@@ -33,7 +33,7 @@ def _answer(state: AppState, message: str, preset: str, length: int) -> Generato
     loaded, _ = state.loaded(None)
     params = state.index.recommended(state.model)
     if length > 0:
-        params = params_of({**vars(params), "max_new_tokens": length, "steps": length, "block_length": length})
+        params = params_of(vars(params.at_length(length)))
     if preset != "recommended":
         with as_user_error():
             params = made_by(preset, params)

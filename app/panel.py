@@ -1,75 +1,35 @@
 """The sidebar: a model and the settings of its sampler."""
 
-import dataclasses
-import types
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import gradio as gr
-from pydantic import TypeAdapter
 
 from app.canvas import Frame
 from app.conversation import LiveAnswer
 from app.models import AppState, LoadedModel, UserError, as_user_error, paced, sentence
 from app.render import canvas, notice
-from llada_core.sampling.params import PRESETS, SENTENCES, SamplingParams, exactness
+from llada_core.sampling.params import PRESETS, SamplingParams, exactness
 from llada_core.sampling.params import preset as made_by
+from llada_core.settings import SettingInfo, describe
 
-Kind = Literal["choice", "integer", "number", "switch", "tokens"]
+SETTINGS = {name: info for name, info in describe(SamplingParams).items() if name != "rule"}  # names code to be run
 MOST_TOKENS = 1024
 LONGEST = 2000  # characters of a value, which an error repeats
-
-
-@dataclass(frozen=True)
-class Knob:
-    """One setting: `low` and `high` are None where there is no limit; `optional` ones may be left empty."""
-
-    name: str
-    kind: Kind
-    default: Any
-    sentence: str
-    low: float | None = None
-    high: float | None = None
-    choices: tuple[str, ...] = ()
-    optional: bool = False
-
-
-def knobs() -> list[Knob]:
-    """Every field of SamplingParams, in its order, but `rule`: a page does not name code to be run."""
-    fields = TypeAdapter(SamplingParams).json_schema()["properties"]
-    return [_knob(field, fields[field.name]) for field in dataclasses.fields(SamplingParams) if field.name != "rule"]
-
-
-def _knob(field: dataclasses.Field[Any], schema: dict[str, Any]) -> Knob:
-    annotation = field.type
-    optional = get_origin(annotation) in (Union, types.UnionType)
-    inner = next(a for a in get_args(annotation) if a is not type(None)) if optional else annotation
-    limits = next((part for part in schema.get("anyOf", []) if part.get("type") != "null"), schema)
-    low = limits.get("minimum", limits.get("exclusiveMinimum"))
-    high = limits.get("maximum", limits.get("exclusiveMaximum"))
-    if get_origin(inner) is Literal:
-        kind: Kind = "choice"
-    elif inner is bool:
-        kind = "switch"
-    else:
-        kind = "integer" if inner is int else "number" if inner is float else "tokens"
-    choices = tuple(str(c) for c in get_args(inner)) if kind == "choice" else ()
-    default = schema.get("default")
-    return Knob(field.name, kind, default, SENTENCES[field.name], low, high, choices, optional)
 
 
 def params(values: Mapping[str, Any]) -> SamplingParams:
     """The settings as the person left them; raises UserError with one sentence for a value out of range."""
     given: dict[str, Any] = {}
-    for knob in knobs():
-        value = values.get(knob.name, knob.default)
+    for name, setting in SETTINGS.items():
+        value = values.get(name, setting.default)
         if isinstance(value, str) and len(value) > LONGEST:
-            raise UserError(f"{knob.name}: {len(value):,} characters are no setting.")
+            raise UserError(f"{name}: {len(value):,} characters are no setting.")
         if value is None or value == "":
-            value = knob.default
-        given[knob.name] = _tokens(knob.name, value) if knob.kind == "tokens" else value
+            value = setting.default
+        given[name] = _tokens(name, value) if setting.kind == "list" else value
     with as_user_error():
         made = SamplingParams(**given)
     if made.max_new_tokens > MOST_TOKENS:
@@ -139,21 +99,21 @@ def build_panel(state: AppState) -> Panel:
     )  # fmt: skip
     preset = gr.Radio(["recommended", *PRESETS], value="recommended", label="Preset")
     exact = gr.HTML(notice(exactness(start)), elem_id="exactness", apply_default_css=False)
-    all_knobs = {knob.name: knob for knob in knobs()}
-    made = {name: _component(all_knobs[name], getattr(start, name)) for name in FIRST}
+    made = {name: _component(SETTINGS[name], getattr(start, name)) for name in FIRST}
     pace = gr.Slider(
         0, 60, value=state.pace, step=1, label="Steps shown a second", info="0: as fast as the model writes"
     )
     guesses = gr.Checkbox(False, label="Show guesses", info="what the model would write now at every masked position")
     with gr.Accordion("All settings", open=False):
-        made |= {name: _component(knob, getattr(start, name)) for name, knob in all_knobs.items() if name not in FIRST}
-    panel = Panel(model, preset, pace, guesses, {name: made[name] for name in all_knobs})
+        rest = (setting for name, setting in SETTINGS.items() if name not in FIRST)
+        made |= {setting.name: _component(setting, getattr(start, setting.name)) for setting in rest}
+    panel = Panel(model, preset, pace, guesses, {name: made[name] for name in SETTINGS})
 
     def named(name: str, values: Values) -> SamplingParams:
         base = state.index.recommended(values[model] or state.model)
         if name == "recommended":
             return base
-        return made_by(name, dataclasses.replace(base, max_new_tokens=int(values[panel.knobs["max_new_tokens"]] or 64)))
+        return made_by(name, base.at_length(int(values[panel.knobs["max_new_tokens"]] or base.max_new_tokens)))
 
     def describe(values: Values) -> tuple[str | None, str]:
         try:
@@ -182,26 +142,26 @@ def choices(state: AppState) -> list[str]:
     return list(dict.fromkeys([state.model, *state.index.names()]))
 
 
-def _component(knob: Knob, value: Any) -> gr.components.Component:
-    label, info = knob.name, knob.sentence + _range(knob)
-    if knob.kind == "choice":
-        return gr.Dropdown(list(knob.choices), value=value, label=label, info=info)
-    if knob.kind == "switch":
+def _component(setting: SettingInfo, value: Any) -> gr.components.Component:
+    label, info = setting.name, setting.description + _range(setting)
+    if setting.kind == "choice":
+        return gr.Dropdown(list(setting.choices), value=value, label=label, info=info)
+    if setting.kind == "switch":
         return gr.Checkbox(value, label=label, info=info)
-    if knob.kind == "tokens" or knob.optional:
+    if setting.kind == "list" or setting.optional:
         return gr.Textbox(_shown(value), label=label, info=info, placeholder="off")
-    low = None if knob.low is None or knob.kind == "number" else knob.low
-    step = 1 if knob.kind == "integer" else 0.05
+    low = None if setting.low is None or setting.kind == "number" else setting.low
+    step = 1 if setting.kind == "integer" else 0.05
     return gr.Number(value, label=label, info=info, minimum=low, precision=0 if step == 1 else None, step=step)
 
 
-def _range(knob: Knob) -> str:
+def _range(setting: SettingInfo) -> str:
     limits = [
-        f"from {knob.low:g}" if knob.low is not None else "",
-        f"to {knob.high:g}" if knob.high is not None else "",
+        f"from {setting.low:g}" if setting.low is not None else "",
+        f"to {setting.high:g}" if setting.high is not None else "",
     ]
     told = " ".join(part for part in limits if part)
-    empty = "may be left empty" if knob.optional else ""
+    empty = "may be left empty" if setting.optional else ""
     return f" ({', '.join(part for part in (told, empty) if part)})" if told or empty else ""
 
 

@@ -1,16 +1,20 @@
-"""Options that several commands share: the model, and the sampler's settings with a sentence each.
+"""Options that several commands share: the model, and the sampler's settings with their descriptions.
 
 Knows names and defaults; loads a model only when it is asked to.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 
-from llada_core.sampling.params import PRESETS, PUBLISHED, SENTENCES, SamplingParams, preset
-from llada_core.settings import DEVICE_SETTING, DEVICES
+from llada_core.sampling.params import PRESETS, PUBLISHED, SamplingParams, preset
+from llada_core.settings import DEVICE_SETTING, DEVICES, describe
 
 if TYPE_CHECKING:
     from llada_core.modeling.predictor import MaskPredictor
@@ -18,20 +22,62 @@ if TYPE_CHECKING:
 
 MODEL_HELP = "a folder, models:/NAME@alias, or a Hub name; none: the champion of params.yaml"
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
-Preset = Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}; none: the settings the model was registered with")]
-Length = Annotated[int | None, typer.Option("--max-new-tokens", help=SENTENCES["max_new_tokens"])]
-Block = Annotated[int | None, typer.Option("--block-length", help=SENTENCES["block_length"])]
-Steps = Annotated[int | None, typer.Option("--steps", help=SENTENCES["steps"])]
-Temperature = Annotated[float | None, typer.Option("--temperature", help=SENTENCES["temperature"])]
-Threshold = Annotated[float | None, typer.Option("--threshold", help=SENTENCES["threshold"])]
-Cache = Annotated[str | None, typer.Option("--cache", help=SENTENCES["cache"])]
 Device = Annotated[
     str, typer.Option(help=f"where the model lies: {DEVICES}; auto: GPUs if there are any", envvar=DEVICE_SETTING)
 ]
 Bits = Annotated[int | None, typer.Option(help="weights of 4 or 8 bits, on a CUDA GPU; none: as stored")]
-Seed = Annotated[int | None, typer.Option("--seed", help=SENTENCES["seed"])]
-OTHERS = ", ".join(sorted(set(SENTENCES) - {"max_new_tokens", "block_length", "steps", "temperature", "cache", "seed"}))
-Set = Annotated[list[str], typer.Option("-S", "--set", help=f"any sampler setting as name=value; repeatable: {OTHERS}")]
+SETTINGS = describe(SamplingParams)
+OWN_OPTION = ("max_new_tokens", "block_length", "steps", "temperature", "threshold", "cache", "seed")
+OTHERS = ", ".join(sorted(set(SETTINGS) - set(OWN_OPTION)))
+
+
+def _option(name: str) -> Any:
+    return typer.Option(help=SETTINGS[name].description)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options of every command that writes: which model, where it lies, and how it is sampled."""
+
+    model: Model = ""
+    preset: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}; none: the settings that come with the model")] = ""
+    max_new_tokens: Annotated[int | None, _option("max_new_tokens")] = None
+    block_length: Annotated[int | None, _option("block_length")] = None
+    steps: Annotated[int | None, _option("steps")] = None
+    temperature: Annotated[float | None, _option("temperature")] = None
+    threshold: Annotated[float | None, _option("threshold")] = None
+    cache: Annotated[str | None, _option("cache")] = None
+    seed: Annotated[int | None, _option("seed")] = None
+    device: Device = "auto"
+    bits: Bits = None
+    others: Annotated[
+        list[str] | None,
+        typer.Option("-S", "--set", help=f"any sampler setting as name=value; repeatable: {OTHERS}"),
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """The sampler settings that were asked for, by name; raises ValueError for one without a value."""
+        values = {name: getattr(self, name) for name in OWN_OPTION if getattr(self, name) is not None}
+        for text in self.others or ():
+            key, equals, value = text.partition("=")
+            if not equals:
+                raise ValueError(f"--set {text!r}: write it as name=value")
+            values[key.strip()] = yaml.safe_load(value)
+        return values
+
+
+def with_model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command(..., options: ModelOptions)` as typer reads it: each field of `ModelOptions` is an option of its own."""
+    own = [p for p in signature(command).parameters.values() if p.annotation is not ModelOptions]
+    shared = list(signature(ModelOptions).parameters.values())
+
+    @wraps(command)
+    def called(**values: Any) -> None:
+        options = ModelOptions(**{option.name: values.pop(option.name) for option in shared})
+        command(**values, options=options)
+
+    called.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
+    return called
 
 
 def name_or_champion(name: str) -> str:
@@ -56,27 +102,11 @@ def loaded(name: str, device: str = "auto", bits: int | None = None) -> "tuple[M
     return load_to_answer(folder, device=device, bits=as_wished), Tokenizer.load(folder)
 
 
-def settings(name: str, chosen: str, given: dict[str, Any], others: list[str]) -> SamplingParams:
+def settings(name: str, options: ModelOptions) -> SamplingParams:
     """The settings of a model, changed by a preset, then by what was given; a length alone moves what depends on it."""
-    base = recommended(name)
-    values = {key: value for key, value in given.items() if value is not None}
-    for text in others:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--set {text!r}: write it as name=value")
-        values[key.strip()] = yaml.safe_load(value)
-    return changed(preset(chosen, with_length(base, values)) if chosen else with_length(base, values), values)
-
-
-def with_length(base: SamplingParams, values: dict[str, Any]) -> SamplingParams:
-    """`base` at another answer length: as many steps, and a block that still divides it."""
-    length = values.get("max_new_tokens", base.max_new_tokens)
-    if length == base.max_new_tokens:
-        return base
-    fits = isinstance(length, int) and length % base.block_length == 0
-    return changed(
-        base, {"max_new_tokens": length, "steps": length, "block_length": base.block_length if fits else length}
-    )
+    base, values = recommended(name), options.given()
+    base = base.at_length(values.get("max_new_tokens", base.max_new_tokens))
+    return changed(preset(options.preset, base) if options.preset else base, values)
 
 
 def changed(base: SamplingParams, values: dict[str, Any]) -> SamplingParams:

@@ -5,30 +5,14 @@ from typing import Annotated
 
 import typer
 
-from cli.options import (
-    Bits,
-    Block,
-    Cache,
-    Device,
-    Length,
-    Model,
-    Preset,
-    Seed,
-    Set,
-    Steps,
-    Temperature,
-    Threshold,
-    loaded,
-    name_or_champion,
-    settings,
-)
+from cli.options import ModelOptions, loaded, name_or_champion, settings, with_model_options
 from llada_core.files import line_of
 from tasks.errors import one_line_errors
 
 
+@with_model_options
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="questions, answered as one batch; - reads one per line")],
-    model: Model = "",
     infill: Annotated[bool, typer.Option(help="the texts have gaps to fill: [[5]] is room for five tokens")] = False,
     pin: Annotated[str, typer.Option(help="words of the answer at fixed positions, as 0:Once,12:end")] = "",
     raw: Annotated[bool, typer.Option(help="continue the text itself instead of answering it in a chat")] = False,
@@ -36,17 +20,8 @@ def sample(
     as_json: Annotated[
         bool, typer.Option("--json", help="one JSON object per answer, with forwards and tokens")
     ] = False,
-    preset: Preset = "",
-    max_new_tokens: Length = None,
-    block_length: Block = None,
-    steps: Steps = None,
-    temperature: Temperature = None,
-    threshold: Threshold = None,
-    cache: Cache = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    bits: Bits = None,
-    others: Set = [],  # noqa: B006 (typer's way; never changed)
+    *,
+    options: ModelOptions,
 ) -> None:
     """Answer one or more questions, or fill the gaps of texts.
 
@@ -58,14 +33,10 @@ def sample(
 
         if infill and pin:
             raise ValueError("--pin pins words of the answer to a question; leave it out, or --infill")
-        given = {
-            "max_new_tokens": max_new_tokens, "block_length": block_length, "steps": steps, "temperature": temperature,
-            "threshold": threshold, "cache": cache, "seed": seed,
-        }  # fmt: skip
         texts = [typed(line.rstrip("\n")) for p in prompts for line in (sys.stdin if p == "-" else [p])]
-        name = name_or_champion(model)
-        params = settings(name, preset, given, others)
-        writer, tokenizer = loaded(name, device, bits)
+        name = name_or_champion(options.model)
+        params = settings(name, options)
+        writer, tokenizer = loaded(name, options.device, options.bits)
         started = (
             templates(writer, tokenizer, texts, params)
             if infill
@@ -79,20 +50,11 @@ def sample(
             print(line_of(record).rstrip("\n") if as_json else readable(answer))
 
 
+@with_model_options
 def chat(
-    model: Model = "",
     system: Annotated[str, typer.Option(help="what the model is told before the conversation")] = "",
-    preset: Preset = "",
-    max_new_tokens: Length = None,
-    block_length: Block = None,
-    steps: Steps = None,
-    temperature: Temperature = None,
-    threshold: Threshold = None,
-    cache: Cache = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    bits: Bits = None,
-    others: Set = [],  # noqa: B006
+    *,
+    options: ModelOptions,
 ) -> None:
     """Talk to a model in the terminal and watch it write; /help inside lists the commands, Ctrl-C stops an answer."""
     with one_line_errors():
@@ -100,12 +62,8 @@ def chat(
         from app.models import LoadedModel
         from cli.terminal import TerminalChat
 
-        given = {
-            "max_new_tokens": max_new_tokens, "block_length": block_length, "steps": steps, "temperature": temperature,
-            "threshold": threshold, "cache": cache, "seed": seed,
-        }  # fmt: skip
-        name = name_or_champion(model)
-        params = settings(name, preset, given, others)
-        writer, tokenizer = loaded(name, device, bits)
+        name = name_or_champion(options.model)
+        params = settings(name, options)
+        writer, tokenizer = loaded(name, options.device, options.bits)
         spoken = LoadedModel(name, None, writer, tokenizer, max_context=writer.max_length)
         TerminalChat(spoken, params, Conversation(system, bounded=False)).run()

@@ -4,13 +4,13 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 
 class ConfigError(ValueError):
@@ -41,7 +41,54 @@ class Block(BaseModel):
         try:
             return cls.model_validate(values, strict=False)
         except ValidationError as error:
-            raise ConfigError("; ".join(f"{where}: {_explain(cls, e)}" for e in error.errors())) from None
+            raise ConfigError("; ".join(f"{where}: {explain(cls, e)}" for e in error.errors())) from None
+
+
+Kind = Literal["choice", "switch", "integer", "number", "list", "text"]
+KINDS: dict[str, Kind] = {
+    "boolean": "switch",
+    "integer": "integer",
+    "number": "number",
+    "array": "list",
+    "string": "text",
+}
+
+
+@dataclass(frozen=True)
+class SettingInfo:
+    """One setting as a person meets it; `low` and `high` are None without a limit, `optional` ones may be left empty."""
+
+    name: str
+    description: str
+    kind: Kind
+    default: Any
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+
+def describe(block: type[Any]) -> dict[str, SettingInfo]:
+    """Name -> what the field says of itself (`Field(description=...)`, type, limits), in the order of the fields.
+
+    The one description that the page's panel, `--help` and the docs show. `block` has flat fields: numbers, texts,
+    switches, lists of numbers, or one of these and None.
+    """
+    found = {}
+    for name, schema in TypeAdapter(block).json_schema()["properties"].items():
+        parts = schema.get("anyOf", [schema])
+        inner = next(part for part in parts if part.get("type") != "null")
+        found[name] = SettingInfo(
+            name,
+            schema.get("description", ""),
+            "choice" if "enum" in inner else KINDS[inner["type"]],
+            schema.get("default"),
+            low=inner.get("minimum", inner.get("exclusiveMinimum")),
+            high=inner.get("maximum", inner.get("exclusiveMaximum")),
+            choices=tuple(inner.get("enum", ())),
+            optional=len(parts) > 1,
+        )
+    return found
 
 
 def free_settings(block: type[BaseModel]) -> dict[str, Any]:
@@ -56,7 +103,8 @@ def free_settings(block: type[BaseModel]) -> dict[str, Any]:
     return found
 
 
-def _explain(block: type[BaseModel], error: Any) -> str:
+def explain(block: type[Any], error: Any) -> str:
+    """One error of pydantic in one line; `block` is the model or the pydantic dataclass that refuses the values."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         _, _, last = key.rpartition(".")
@@ -69,7 +117,7 @@ def _explain(block: type[BaseModel], error: Any) -> str:
     )
 
 
-def _keys_at(block: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+def _keys_at(block: type[Any], path: tuple[str | int, ...]) -> list[str]:
     """The field names of the block found by following `path` from `block`."""
     for part in path:
         field = block.__pydantic_fields__.get(str(part))

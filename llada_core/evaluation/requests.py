@@ -3,12 +3,11 @@
 Knows a tokenizer and a model's limits; does not know how an answer is produced.
 """
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
-
-from pydantic import ValidationError
 
 from llada_core.evaluation.params import SAMPLER_FIELDS, Settings
 from llada_core.sampling.params import SamplingParams
@@ -88,16 +87,15 @@ def sampling_params(
         over["temperature"] = asked["temperature"]
     eos = values.pop("eos", "none")
     over |= {name: token_list(over[name]) for name in TOKEN_LISTS if name in over}
-    values = _lengths(values, over)
     if eos == "forbid":
-        values["forbid_tokens"] = (special.eos_id,)
+        over["forbid_tokens"] = (special.eos_id,)
     if eos == "defer":
-        values["defer_tokens"] = tuple(sorted(special.end_ids))
-    try:
-        return SamplingParams(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"sampler settings: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
+        over["defer_tokens"] = tuple(sorted(special.end_ids))
+    length = over.pop("max_new_tokens", values.get("max_new_tokens"))
+    own = {"max_new_tokens": length} | values
+    own = {"block_length": own["max_new_tokens"], "steps": own["max_new_tokens"]} | own
+    sizes = {name: over.pop(name) for name in ("block_length", "steps") if name in over}
+    return dataclasses.replace(SamplingParams(**own | over).at_length(length), **sizes)
 
 
 def token_list(value: Any) -> tuple[int, ...]:
@@ -105,19 +103,6 @@ def token_list(value: Any) -> tuple[int, ...]:
     if isinstance(value, str):
         return tuple(int(part) for part in value.strip("[]() ").replace(",", ";").split(";") if part.strip())
     return (value,) if isinstance(value, int) else tuple(int(v) for v in value)
-
-
-def _lengths(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` put over `values`; block and steps that nobody gave follow the length."""
-    merged = {**values, **over}
-    new, before = int(merged["max_new_tokens"]), values.get("max_new_tokens")
-    if "block_length" not in over:
-        kept = before != new and before == values.get("block_length")
-        merged["block_length"] = new if kept or "block_length" not in values else min(new, int(values["block_length"]))
-    if "steps" not in over:
-        steps = int(values.get("steps", before or new))
-        merged["steps"] = steps if before in (None, new) else max(1, round(steps * new / int(before)))
-    return merged
 
 
 def wanted(

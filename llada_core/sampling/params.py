@@ -1,4 +1,4 @@
-"""Every setting of the sampler with its sentence, the presets, and what is exact."""
+"""Every setting of the sampler with its description, the presets, and what is exact."""
 
 import dataclasses
 from functools import wraps
@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from llada_core.settings import ConfigError, nearest
+from llada_core.settings import ConfigError, explain
 
 PARALLEL_RULES = ("threshold", "factor", "entropy_bound", "rule")
 
@@ -37,28 +37,87 @@ class SamplingParams:
     Raises `ConfigError`, a `ValueError` of one line.
     """
 
-    max_new_tokens: int = Field(ge=1)
-    block_length: int = Field(ge=1)
-    steps: int = Field(ge=1)
-    temperature: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
-    remasking: Literal["low_confidence", "random", "margin", "entropy"] = "low_confidence"
-    cfg_scale: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
-    threshold: float | None = Field(default=None, gt=0.0, le=1.0)
-    factor: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
-    cache: Literal["none", "prefix", "dual"] = "none"
-    forbid_tokens: tuple[int, ...] = ()
-    defer_tokens: tuple[int, ...] = ()
-    stop_at_eos: bool = False
-    seed: int | None = None
-    entropy_bound: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
-    schedule: Literal["even", "linear", "cosine"] = "even"
-    stochastic_transfer: bool = False
-    cfg_keep_tokens: tuple[int, ...] = ()
-    cache_refresh: int | None = Field(default=None, ge=1)
-    cache_window: int = Field(default=0, ge=0)
-    right_shift_logits: bool = False
+    max_new_tokens: int = Field(ge=1, description="How many tokens the answer has room for.")
+    block_length: int = Field(
+        ge=1,
+        description="The answer is written block by block, each of so many tokens; as long as the answer: all at once.",
+    )
+    steps: int = Field(
+        ge=1,
+        description="Looks at the canvas for the whole answer; as many as tokens is exact, fewer write several at once.",
+    )
+    temperature: float = Field(
+        default=0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="0 always takes the likeliest token; higher draws at random, for variety.",
+    )
+    remasking: Literal["low_confidence", "random", "margin", "entropy"] = Field(
+        default="low_confidence",
+        description="Which positions come first: the surest, those with the clearest lead, the least entropy, or any.",
+    )
+    cfg_scale: float = Field(
+        default=0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Guidance away from the answer to no question; 0 is off, above 0 costs a second look per step.",
+    )
+    threshold: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1.0,
+        description="Write every position at least this sure in one step (approximate, fast); 0.9 is usual.",
+    )
+    factor: float | None = Field(
+        default=None,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="Like threshold, but stricter the more tokens are written at once; use one of the two.",
+    )
+    cache: Literal["none", "prefix", "dual"] = Field(
+        default="none",
+        description="Keep keys and values of what is written: prefix (before the block) or dual (around it); approximate.",
+    )
+    forbid_tokens: tuple[int, ...] = Field(default=(), description="Token numbers that are never written.")
+    defer_tokens: tuple[int, ...] = Field(default=(), description="Token numbers that are written last.")
+    stop_at_eos: bool = Field(
+        default=False, description="Stop as soon as the answer has ended instead of filling all of its room."
+    )
+    seed: int | None = Field(
+        default=None, description="The same number gives the same answer; empty draws a new one each time."
+    )
+    entropy_bound: float | None = Field(
+        default=None,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Like threshold, by the added entropies of what is written at once; needs remasking entropy.",
+    )
+    schedule: Literal["even", "linear", "cosine"] = Field(
+        default="even",
+        description="How many tokens each step writes: even, or as a linear or cosine noise schedule expects.",
+    )
+    stochastic_transfer: bool = Field(
+        default=False, description="Draw the number of tokens per step from the noise schedule (linear or cosine)."
+    )
+    cfg_keep_tokens: tuple[int, ...] = Field(
+        default=(), description="Token numbers of the question that guidance leaves visible."
+    )
+    cache_refresh: int | None = Field(
+        default=None, ge=1, description="Look at the whole canvas again every so many steps when a cache is used."
+    )
+    cache_window: int = Field(
+        default=0, ge=0, description="Dual cache: positions on each side of the block that are always looked at again."
+    )
+    right_shift_logits: bool = Field(
+        default=False,
+        description="For models converted from autoregressive ones, whose output is one position late.",
+    )
     # Newer than the checkpoints that name a run by its settings: left out of what is written while it says nothing.
-    rule: str | None = Field(default=None, exclude_if=lambda path: path is None)
+    rule: str | None = Field(
+        default=None,
+        exclude_if=lambda path: path is None,
+        description="Dotted path of a function of one's own that says what is written in a step, and what is taken back.",
+    )
 
     @property
     def parallel(self) -> bool:
@@ -69,6 +128,21 @@ class SamplingParams:
     def blocks(self) -> int:
         """The number of blocks of an answer."""
         return -(-self.max_new_tokens // self.block_length)
+
+    def at_length(self, length: int) -> "SamplingParams":
+        """These settings for an answer of `length` tokens, with as many tokens a step.
+
+        Blocks stay as long as they are where the even schedule can still share `length` among them, else one block
+        spans the answer, as one does that spanned it before. Raises `ConfigError` for a length below 1.
+        """
+        new = dataclasses.replace(self, max_new_tokens=length).max_new_tokens  # checked; a number where YAML had text
+        if new == self.max_new_tokens:
+            return dataclasses.replace(self, block_length=min(new, self.block_length))
+        block = new if self.block_length >= self.max_new_tokens else min(new, self.block_length)
+        if self.schedule == "even" and not self.parallel and new % block:
+            block = new
+        steps = max(1, round(self.steps * new / self.max_new_tokens))
+        return dataclasses.replace(self, max_new_tokens=new, block_length=block, steps=steps)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -108,18 +182,9 @@ def _told_in_one_line(init: Any) -> Any:
         try:
             init(self, *args, **values)
         except ValidationError as error:
-            raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
+            raise ConfigError("; ".join(explain(SamplingParams, e) for e in error.errors())) from None
 
     return told
-
-
-def _explain(error: Any) -> str:
-    key = str(error["loc"][0]) if error["loc"] else ""
-    if error["type"] == "unexpected_keyword_argument":
-        return f"unknown setting {key!r}{nearest(key, [f.name for f in dataclasses.fields(SamplingParams)])}"
-    if error["type"] == "value_error":
-        return str(error["msg"]).removeprefix("Value error, ")
-    return f"{key} {error['input']!r}: {error['msg']}" if error["type"] != "missing" else f"{key} is missing"
 
 
 SamplingParams.__init__ = _told_in_one_line(SamplingParams.__init__)  # type: ignore[method-assign]
@@ -128,30 +193,6 @@ SamplingParams.__init__ = _told_in_one_line(SamplingParams.__init__)  # type: ig
 PRESETS = ("exact", "fast", "creative")
 PUBLISHED = SamplingParams(max_new_tokens=128, block_length=32, steps=128, stop_at_eos=True)
 """Settings for a model that comes with none: those of LLaDA's own demo."""
-
-SENTENCES: dict[str, str] = {
-    "max_new_tokens": "How many tokens the answer has room for.",
-    "block_length": "The answer is written block by block, each of so many tokens; as long as the answer: all at once.",
-    "steps": "Looks at the canvas for the whole answer; as many as tokens is exact, fewer write several at once.",
-    "temperature": "0 always takes the likeliest token; higher draws at random, for variety.",
-    "remasking": "Which positions come first: the surest, those with the clearest lead, the least entropy, or any.",
-    "cfg_scale": "Guidance away from the answer to no question; 0 is off, above 0 costs a second look per step.",
-    "threshold": "Write every position at least this sure in one step (approximate, fast); 0.9 is usual.",
-    "factor": "Like threshold, but stricter the more tokens are written at once; use one of the two.",
-    "entropy_bound": "Like threshold, by the added entropies of what is written at once; needs remasking entropy.",
-    "cache": "Keep keys and values of what is written: prefix (before the block) or dual (around it); approximate.",
-    "cache_refresh": "Look at the whole canvas again every so many steps when a cache is used.",
-    "cache_window": "Dual cache: positions on each side of the block that are always looked at again.",
-    "stop_at_eos": "Stop as soon as the answer has ended instead of filling all of its room.",
-    "forbid_tokens": "Token numbers that are never written.",
-    "defer_tokens": "Token numbers that are written last.",
-    "cfg_keep_tokens": "Token numbers of the question that guidance leaves visible.",
-    "schedule": "How many tokens each step writes: even, or as a linear or cosine noise schedule expects.",
-    "stochastic_transfer": "Draw the number of tokens per step from the noise schedule (linear or cosine).",
-    "right_shift_logits": "For models converted from autoregressive ones, whose output is one position late.",
-    "rule": "Dotted path of a function of one's own that says what is written in a step, and what is taken back.",
-    "seed": "The same number gives the same answer; empty draws a new one each time.",
-}
 
 
 def as_values(params: SamplingParams) -> dict[str, Any]:

@@ -6,25 +6,23 @@ import pytest
 
 from app import panel
 from app.models import UserError
-from llada_core.sampling.params import PRESETS, SENTENCES, SamplingParams, exactness, preset
+from llada_core.sampling.params import PRESETS, SamplingParams, exactness, preset
 
 BASE = SamplingParams(max_new_tokens=32, block_length=8, steps=32, stop_at_eos=True)
 
 
-def test_every_sampler_value_has_a_knob_and_a_sentence():
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
-    assert [knob.name for knob in panel.knobs()] == [name for name in names if name != "rule"]  # names code to be run
-    assert set(SENTENCES) == set(names)
-    assert all(len(s) > 20 for s in SENTENCES.values())
+def test_every_setting_has_a_description():
+    assert list(panel.SETTINGS) == [name for name in vars(BASE) if name != "rule"]  # it names code to be run
+    assert all(len(setting.description) > 20 for setting in panel.SETTINGS.values())
 
 
 def test_ranges_are_those_of_the_params():
-    knobs = {knob.name: knob for knob in panel.knobs()}
-    assert (knobs["steps"].low, knobs["steps"].kind) == (1, "integer")
-    assert (knobs["threshold"].low, knobs["threshold"].high, knobs["threshold"].optional) == (0, 1, True)
-    assert knobs["remasking"].choices == ("low_confidence", "random", "margin", "entropy")
-    assert knobs["forbid_tokens"].kind == "tokens"
-    assert knobs["stop_at_eos"].kind == "switch"
+    settings = panel.SETTINGS
+    assert (settings["steps"].low, settings["steps"].kind) == (1, "integer")
+    assert (settings["threshold"].low, settings["threshold"].high, settings["threshold"].optional) == (0, 1, True)
+    assert settings["remasking"].choices == ("low_confidence", "random", "margin", "entropy")
+    assert settings["forbid_tokens"].kind == "list"
+    assert settings["stop_at_eos"].kind == "switch"
 
 
 def test_what_the_panel_shows_comes_back_unchanged():

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from app.canvas import DONE, FRESH, OPEN, Frame
 from app.models import LoadedModel
-from cli.options import PUBLISHED, settings, with_length
+from cli.options import PUBLISHED, ModelOptions, settings
 from cli.terminal import BOX, TerminalChat, box, picture
 from tests.tiny import tiny_pair
 
@@ -71,7 +71,7 @@ def test_other_settings_by_name(call, tiny):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--max-new-tokens", "0"), "max_new_tokens 0"),
+        (("--max-new-tokens", "0"), "(got 0)"),
         (("--max-new-tokens", "1000"), "longer than the model's 128"),
         (("--preset", "magic"), "there are exact, fast, creative"),
         (("--infill",), "Mark where"),
@@ -87,11 +87,11 @@ def test_settings_that_do_not_fit_are_one_line(call, tiny, arguments, says):
 
 
 def test_a_length_alone_moves_what_depends_on_it(tiny):
-    assert settings(tiny, "", {}, []) == PUBLISHED
-    moved = with_length(PUBLISHED, {"max_new_tokens": 64})
+    assert settings(tiny, ModelOptions()) == PUBLISHED
+    moved = settings(tiny, ModelOptions(max_new_tokens=64))
     assert (moved.steps, moved.block_length) == (64, 32)
-    odd = with_length(PUBLISHED, {"max_new_tokens": 50})
-    assert (odd.steps, odd.block_length) == (50, 50)
+    fast = settings(tiny, ModelOptions(max_new_tokens=50, preset="fast", others=["threshold=0.5"]))
+    assert (fast.steps, fast.block_length, fast.threshold) == (50, 50, 0.5)
 
 
 def test_a_canvas_has_the_same_shape_at_every_step():
@@ -138,7 +138,7 @@ def test_a_mistake_does_not_end_the_conversation(call, tiny):
     )
     for part in (
         "no command '/bogus'",
-        "steps 0",
+        "steps: Input should be greater than or equal to 1 (got 0)",
         "name=value",
         "nothing was written",
         "There is nothing to write again",
@@ -169,7 +169,7 @@ def test_ctrl_c_keeps_what_is_there(monkeypatch):
 
     monkeypatch.setattr(module, "stream", interrupted)
     screen = io.StringIO()
-    params = with_length(PUBLISHED, {"max_new_tokens": 8})
+    params = PUBLISHED.at_length(8)
     talk = TerminalChat(LoadedModel("tiny", None, model, tokenizer), params, console=Console(file=screen))
     talk.conversation.ask("hi")
     talk.answer()
