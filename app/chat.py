@@ -108,12 +108,14 @@ def build_chat(state: AppState, panel: Panel, session: gr.State) -> None:
         undo = gr.Button("Undo", size="sm", min_width=80, elem_id="undo")
         new = gr.Button("New conversation", size="sm", min_width=80, elem_id="new")
     line = gr.HTML(legend(), apply_default_css=False, elem_id="line")
-    samples = [[text] for text in state.index.examples(state.model)]
+    usage = state.index.usage(state.model)
+    samples = [[text] for text in usage.examples]
     examples = gr.Dataset(
         components=[box], samples=samples, label="Examples", elem_id="examples", visible=bool(samples)
     )
     with gr.Accordion("System prompt", open=False):
-        system = gr.Textbox(show_label=False, label="System prompt", lines=2, elem_id="system")
+        own = usage.system or "What the model is told before the conversation"
+        system = gr.Textbox(show_label=False, label="System prompt", lines=2, elem_id="system", placeholder=own)
     view = ChatView(state, panel, session, gr.State(None), talk, box, system)
     shown = [session, talk, box, view.editing]
     slow = {"show_progress_on": line, **state.queue()}
@@ -172,7 +174,7 @@ class CompareView:
         loaded, _ = self.state.loaded(name)
         params, chosen = self.panel.params(values), values[side.preset]
         if chosen == "recommended":
-            params = self.state.index.recommended(name)
+            params = self.state.index.usage(name).sampling
         elif chosen in PRESETS:
             params = preset(chosen, params)
         prompt = prompt_ids(loaded, [question(values[self.question] or "")], params)
@@ -187,7 +189,7 @@ class CompareView:
 def build_compare(state: AppState, panel: Panel) -> list[gr.Dropdown]:
     """Draws the view and wires it; returns the two choices of a model."""
     with gr.Row():
-        first = (state.index.examples(state.model) or [""])[0]
+        first = (state.index.usage(state.model).examples or [""])[0]
         question = gr.Textbox(label="Question for both", value=first, scale=5, elem_id="question")
         run = gr.Button("Compare", variant="primary", scale=1, min_width=100, elem_id="compare")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80)

@@ -100,8 +100,8 @@ class LiveAnswer:
 
 
 def prompt_ids(loaded: LoadedModel, messages: list[dict[str, str]], params: SamplingParams) -> list[int]:
-    """The ids of a conversation; raises UserError when they and the answer are longer than the model can read."""
-    prompt = loaded.tokenizer.chat_ids(messages)
+    """The ids of a conversation, as the model is to be asked; raises UserError when they and the answer are longer than the model can read."""
+    prompt = loaded.tokenizer.chat_ids(loaded.usage.messages(messages))
     if len(prompt) + params.max_new_tokens > loaded.context:
         raise UserError(
             f"The conversation has {len(prompt)} tokens and the answer asks for {params.max_new_tokens}; this model "

@@ -1,6 +1,7 @@
 """The views that fill gaps: Infill and the sudoku grid."""
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from app.models import AppState, UserError, as_user_error, errors_as_text
 from app.panel import QUICK, Panel, Values
 from app.render import classes, escape, notice
 from llada_core.data import puzzles
+from llada_core.usage import Usage
 from llada_core.verifiers.answers import verify_sudoku
 
 SIDE = 4
@@ -125,10 +127,15 @@ class InfillView:
         yield picture + notice(answer.note), readable(answer.text)
 
 
+def knows_sudoku(usage: Usage) -> bool:
+    """Whether the grid fits the model: one of its questions holds one."""
+    return any(re.search(rf"\b[0-{SIDE}]{{{CELLS}}}\b", question) for question in usage.examples)
+
+
 def build_infill(state: AppState, panel: Panel) -> None:
     """Draws the view and wires it."""
     gr.Markdown(HELP)
-    samples = PUZZLES if state.index.knows_sudoku(state.model) else GAPS
+    samples = PUZZLES if knows_sudoku(state.index.usage(state.model)) else GAPS
     with gr.Row():
         text = gr.Textbox(samples[0][0], label="A question, or a text with gaps", lines=3, scale=3, elem_id="gaps")
         pins = gr.Textbox(

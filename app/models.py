@@ -10,43 +10,32 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from app.canvas import speller
-from llada_core.data.puzzles import countdown, draw, seats, sudoku
 from llada_core.evaluation import recipes
-from llada_core.files import document, read
+from llada_core.files import document
 from llada_core.modeling import load_to_answer
 from llada_core.modeling.place import checked_bits, held_bytes
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import Step, stream, stream_infill
-from llada_core.sampling.params import PUBLISHED, SamplingParams
+from llada_core.sampling.params import SamplingParams
 from llada_core.settings import Bits, ConfigError
 from llada_core.tokenizer import Tokenizer
+from llada_core.usage import Usage
 from tasks.folders import sqlite_file
-from tasks.project import Params
 from tasks.record import registry
+from tasks.record.usage import GENERAL, usage_of
 
 HASH = re.compile(r"\b[0-9a-f]{40,}\b")
-EACH = 2  # examples of each benchmark
-GENERAL = (
-    "What is 72 divided by 6? Explain step by step.",
-    "Write a short poem about the sea.",
-    "List three uses of a paper clip.",
-)
 
 
 class ModelIndex:
-    """The registry of one project folder, and its params for what a version does not say itself."""
+    """The registry of one project folder, and how its models are to be asked."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        try:
-            self.params: Params | None = Params.load(root / "params.yaml")
-        except ConfigError:
-            self.params = None
 
     def names(self) -> list[str]:
         """Every alias and version of every registered model, newest first."""
@@ -90,10 +79,7 @@ class ModelIndex:
             rows += [("version", version.number), ("aliases", aliases)]
             tags = sorted((key, value) for key, value in version.tags.items() if key != "folder")  # a path of ours
             rows += [(key.replace("_", " ").replace(".", " "), _as_text(value)) for key, value in tags]
-            usual = vars(SamplingParams(max_new_tokens=1, block_length=1, steps=1))
-            rows.append(
-                ("recommended", _as_text({k: v for k, v in vars(self.recommended(name)).items() if v != usual[k]}))
-            )
+            rows += [(key, _as_text(value)) for key, value in self.usage(name).facts().items()]
         receipt = folder / "training.json"
         if receipt.is_file():
             values = document(receipt)
@@ -120,52 +106,16 @@ class ModelIndex:
             if each
         ]
 
-    def recommended(self, name: str) -> SamplingParams:
-        """The settings registered with a model; for others those of params.yaml, or of LLaDA's own demo."""
+    def usage(self, name: str) -> Usage:
+        """How a model is to be asked; one that the registry no longer names is asked as one from elsewhere."""
         try:
-            version = self.version(name)
+            return usage_of(self.root, name)
         except ConfigError:
-            version = None
-        if version is not None:
-            return registry.sampling_of(self.root, version) or PUBLISHED
-        if self._is_ours(name) and self.params is not None and self.params.register_ is not None:
-            return self.params.register_.sampling
-        return PUBLISHED
-
-    def examples(self, name: str) -> list[str]:
-        """Questions that this model answers: held-out ones it answered right, else fresh ones, else general ones."""
-        if not self._is_ours(name):
-            return list(GENERAL)
-        makers = (sudoku, countdown, seats)
-        fresh = [p.prompt for make in makers for p in draw(make, part="evaluate", count=2, seed="examples")]
-        return self._answered(name) or fresh
-
-    def _answered(self, name: str) -> list[str]:
-        """Two questions of each benchmark of data/eval that the registered model got right."""
-        try:
-            version = self.version(name)
-        except ConfigError:
-            return []
-        found: list[str] = []
-        for benchmark, scores in (registry.scores_of(self.root, version.hash) if version else {}).items():
-            file = registry.home(self.root) / "data" / "eval" / f"{benchmark}.jsonl"
-            if file.is_file() and any(scores.values()):
-                found += [q["prompt"] for q in read(file) if scores.get(q["id"])][:EACH]
-        return found
-
-    def knows_sudoku(self, name: str) -> bool:
-        """Whether the grid fits the model."""
-        return self._is_ours(name)
+            return Usage(examples=GENERAL)
 
     def _folder(self, name: str) -> Path:
         version = self.version(name)
         return Path(name) if version is None else registry.store_folder(self.root, version.hash)
-
-    def _is_ours(self, name: str) -> bool:
-        """Trained on this project's puzzles: registered here, or a folder with a training receipt."""
-        if Path(name).is_dir():
-            return (Path(name) / "training.json").is_file()
-        return registry.REFERENCE.fullmatch(name) is not None
 
     def _models(self) -> list[str]:
         """Names of all registered models; MLflow is not asked when it has no files yet, since asking makes them."""
@@ -218,6 +168,7 @@ class LoadedModel:
     model: MaskPredictor
     tokenizer: Tokenizer
     max_context: int = MOST_CONTEXT  # tokens of a canvas that whoever shows it allows
+    usage: Usage = field(default_factory=Usage)
     turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -273,14 +224,14 @@ class Setting:
         return cls(device, checked_bits(device, bits))
 
 
-def load(name: str, resolve: Callable[[str], Path], setting: Setting = Setting()) -> LoadedModel:
+def load(name: str, source: ModelIndex, setting: Setting = Setting(), place: str = "") -> LoadedModel:
     """Resolves, checks memory and loads; raises UserError with one sentence when any of it fails."""
     try:
-        folder = resolve(name)
+        folder, usage = source.resolve(name, place), source.usage(name)
         model, tokenizer = load_to_answer(folder, device=setting.device, bits=setting.bits), Tokenizer.load(folder)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise UserError(f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return LoadedModel(name, folder, model, tokenizer)
+    return LoadedModel(name, folder, model, tokenizer, usage=usage)
 
 
 class ModelCache:
@@ -320,7 +271,7 @@ class ModelCache:
             same = next((loaded for at, loaded in self._models.values() if at == place), None)
             while same is None and len(self._models.keys() - {name}) >= self._most:
                 del self._models[next(key for key in self._models if key != name)]
-        return self._kept(name, place, same or load(name, partial(self._source.resolve, place=place), self._setting))
+        return self._kept(name, place, same or load(name, self._source, self._setting, place))
 
     def _kept(self, name: str, place: str, loaded: LoadedModel) -> LoadedModel:
         """The model, now the one asked for last."""

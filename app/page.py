@@ -10,7 +10,7 @@ from app import render
 from app.canvas import find_runners_up
 from app.chat import build_chat, build_compare
 from app.conversation import Conversation
-from app.fill import build_infill, build_sudoku
+from app.fill import build_infill, build_sudoku, knows_sudoku
 from app.models import AppState, UserError, as_user_error, errors_as_text, sentence
 from app.panel import QUICK, Panel, build_panel, choices
 from app.panel import params as params_of
@@ -31,7 +31,7 @@ def build_api(state: AppState) -> None:
 
 def _answer(state: AppState, message: str, preset: str, length: int) -> Generator[dict[str, Any], None, None]:
     loaded, _ = state.loaded(None)
-    params = state.index.recommended(state.model)
+    params = state.index.usage(state.model).sampling
     if length > 0:
         params = params_of(vars(params.at_length(length)))
     if preset != "recommended":
@@ -142,7 +142,7 @@ def build_page(state: AppState) -> gr.Blocks:
             side = build_panel(state)
         with gr.Tab("Chat"):
             build_chat(state, side, session)
-        with gr.Tab("Sudoku", visible=state.index.knows_sudoku(state.model)):
+        with gr.Tab("Sudoku", visible=knows_sudoku(state.index.usage(state.model))):
             build_sudoku(state, side)
         with gr.Tab("Infill"):
             build_infill(state, side)

@@ -92,7 +92,7 @@ class Panel:
 
 def build_panel(state: AppState) -> Panel:
     """Draws the sidebar and wires presets to knobs."""
-    start = state.index.recommended(state.model)
+    start = state.index.usage(state.model).sampling
     model = gr.Dropdown(
         choices(state), value=state.model, label="Model", allow_custom_value=True, elem_id="model",
         info="an alias, a version, or a model folder",
@@ -110,7 +110,7 @@ def build_panel(state: AppState) -> Panel:
     panel = Panel(model, preset, pace, guesses, {name: made[name] for name in SETTINGS})
 
     def named(name: str, values: Values) -> SamplingParams:
-        base = state.index.recommended(values[model] or state.model)
+        base = state.index.usage(values[model] or state.model).sampling
         if name == "recommended":
             return base
         return made_by(name, base.at_length(int(values[panel.knobs["max_new_tokens"]] or base.max_new_tokens)))

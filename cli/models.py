@@ -11,6 +11,7 @@ from tasks.errors import one_line_errors
 
 if TYPE_CHECKING:
     from llada_core.evaluation.params import EvaluateParams
+    from llada_core.usage import Usage
     from tasks.work.evaluate import Places
 import os
 import shutil
@@ -56,6 +57,7 @@ def evaluate(
         from tasks.folders import safe
         from tasks.record.runs import home
         from tasks.record.tracking import send_sweep
+        from tasks.record.usage import saved_usage
         from tasks.work.measure import sweep_places
 
         if data is not None and not Path(data).expanduser().is_dir():
@@ -72,7 +74,7 @@ def evaluate(
             "run_code": run_code,
         }
         given |= {"root": data} | ({} if bits is None else {"bits": checked_bits(device, bits)})
-        params = _over_the_projects(base / "params.yaml", given)
+        params = _over_the_projects(base / "params.yaml", given, saved_usage(Path.cwd(), name))
         results = out or base / "reports" / "checkpoints" / safe(name)
         places = sweep_places(name, params, base, Path(data).expanduser() if data else None, results)
         found = _swept(name, asked, params, places, device)
@@ -99,13 +101,16 @@ def _swept(
         return found if rank() == 0 else None
 
 
-def _over_the_projects(file: Path, asked_for: dict[str, Any]) -> "EvaluateParams":
+def _over_the_projects(file: Path, asked_for: dict[str, Any], usage: "Usage | None") -> "EvaluateParams":
     """The project's own settings under what was asked for: a small model answers on the canvas that it was trained for,
-    and on no other."""
+    and on no other. Where the project does not say how puzzles are asked, the model's own usage does."""
     from llada_core.evaluation.params import EvaluateParams
+    from llada_core.sampling.params import as_values
     from tasks.project import Params
 
     measured = (Params.load(file).evaluate if file.exists() else None) or EvaluateParams()
+    if usage is not None and "puzzles" not in measured.model_fields_set:
+        asked_for = {"puzzles": {"sampling": as_values(usage.sampling)}} | asked_for
     return EvaluateParams.parse({**measured.model_dump(), **asked_for}, "llada eval")
 
 
@@ -180,6 +185,7 @@ def export(
     with one_line_errors():
         from llada_core.files import written_whole
         from tasks.record.registry import named, resolve, version_of
+        from tasks.record.usage import saved_usage
 
         name = name_or_champion(model)
         source = resolve(name)
@@ -195,7 +201,10 @@ def export(
                 merge_into(source, staging)
             else:
                 shutil.copytree(source, staging, dirs_exist_ok=True)
-            facts = card_facts(source, {key: value for key, value in tags.items() if key != "folder"})
+            usage = saved_usage(Path.cwd(), name)
+            if usage is not None:
+                usage.save(staging)
+            facts = card_facts(source, {key: value for key, value in tags.items() if key != "folder"}, usage)
             text = CARD.format(
                 library=library, title=folder.name, what=what, name=name, folder=folder.name, facts=facts
             )
@@ -247,16 +256,20 @@ def merge_into(source: Path, folder: Path) -> None:
     parts = model_folders(source)
     spoken = next((part for part in parts if (part / "tokenizer_config.json").is_file()), source)
     save_model(load_model(source, device=torch.device("cpu")), folder, Tokenizer.load(spoken))
-    if (source / "training.json").is_file():
-        shutil.copy2(source / "training.json", folder)
+    for name in ("training.json", "usage.json"):
+        if (source / name).is_file():
+            shutil.copy2(source / name, folder)
 
 
-def card_facts(source: Path, tags: dict[str, str]) -> str:
-    """Lineage and training receipt as a Markdown list."""
+def card_facts(source: Path, tags: dict[str, str], usage: "Usage | None") -> str:
+    """How the model is to be asked, training receipt and lineage as a Markdown list."""
     receipt = source / "training.json"
     trained = document(receipt) if receipt.is_file() else {}
     kept = ("stage", "steps", "tokens", "flops", "seconds")
     lines = [f"- training {key}: {trained[key]}" for key in kept if key in trained]
+    if usage is not None:
+        asked = [f"- {key}: {value}" for key, value in usage.facts().items()]
+        lines = [*asked, *(f"- example: {question}" for question in usage.examples), *lines]
     return "\n".join([*lines, *(f"- {key}: {value}" for key, value in sorted(tags.items()))])
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from llada_core.sampling.params import PRESETS, PUBLISHED, SamplingParams, preset
+from llada_core.sampling.params import PRESETS, SamplingParams, preset
 from llada_core.settings import DEVICE_SETTING, DEVICES, describe
 
 if TYPE_CHECKING:
@@ -102,9 +102,9 @@ def loaded(name: str, device: str = "auto", bits: int | None = None) -> "tuple[M
     return load_to_answer(folder, device=device, bits=as_wished), Tokenizer.load(folder)
 
 
-def settings(name: str, options: ModelOptions) -> SamplingParams:
+def settings(base: SamplingParams, options: ModelOptions) -> SamplingParams:
     """The settings of a model, changed by a preset, then by what was given; a length alone moves what depends on it."""
-    base, values = recommended(name), options.given()
+    values = options.given()
     base = base.at_length(values.get("max_new_tokens", base.max_new_tokens))
     return changed(preset(options.preset, base) if options.preset else base, values)
 
@@ -112,13 +112,3 @@ def settings(name: str, options: ModelOptions) -> SamplingParams:
 def changed(base: SamplingParams, values: dict[str, Any]) -> SamplingParams:
     """`base` with other values; raises ValueError that names an unknown one."""
     return SamplingParams(**{**vars(base), **values})
-
-
-def recommended(name: str) -> SamplingParams:
-    """The settings that a model was registered with, else those of LLaDA's demo."""
-    from tasks.record.registry import named, sampling_of, version_of
-
-    reference = None if Path(name).is_dir() else named(name)
-    if reference is None:
-        return PUBLISHED
-    return sampling_of(Path.cwd(), version_of(Path.cwd(), *reference)) or PUBLISHED

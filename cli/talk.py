@@ -1,6 +1,7 @@
 """llada sample and llada chat: their options; what they show is `cli.terminal`'s."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,17 +31,19 @@ def sample(
     with one_line_errors():
         from app.canvas import readable, typed
         from cli.terminal import answers, follow, templates
+        from tasks.record.usage import usage_of
 
         if infill and pin:
             raise ValueError("--pin pins words of the answer to a question; leave it out, or --infill")
         texts = [typed(line.rstrip("\n")) for p in prompts for line in (sys.stdin if p == "-" else [p])]
         name = name_or_champion(options.model)
-        params = settings(name, options)
+        usage = usage_of(Path.cwd(), name)
+        params = settings(usage.sampling, options)
         writer, tokenizer = loaded(name, options.device, options.bits)
         started = (
             templates(writer, tokenizer, texts, params)
             if infill
-            else answers(writer, tokenizer, texts, params, raw=raw, pins=pin)
+            else answers(writer, tokenizer, texts, params, usage=None if raw else usage, pins=pin)
         )
         follow(*started, tokenizer, live=visualize)
         for text, trace in zip(texts, started[0], strict=True):
@@ -61,9 +64,11 @@ def chat(
         from app.conversation import Conversation
         from app.models import LoadedModel
         from cli.terminal import TerminalChat
+        from tasks.record.usage import usage_of
 
         name = name_or_champion(options.model)
-        params = settings(name, options)
+        usage = usage_of(Path.cwd(), name)
+        params = settings(usage.sampling, options)
         writer, tokenizer = loaded(name, options.device, options.bits)
-        spoken = LoadedModel(name, None, writer, tokenizer, max_context=writer.max_length)
+        spoken = LoadedModel(name, None, writer, tokenizer, max_context=writer.max_length, usage=usage)
         TerminalChat(spoken, params, Conversation(system, bounded=False)).run()

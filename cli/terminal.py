@@ -29,6 +29,7 @@ from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import Step, stream, stream_infill
 from llada_core.sampling.params import SamplingParams, exactness, preset
 from llada_core.tokenizer import Tokenizer
+from llada_core.usage import Usage
 
 BOX = 6  # columns of one position, a space included
 SHADES = ("dim", "", "cyan", "bold cyan", "bold bright_white")  # unsure to sure, one for each level
@@ -75,10 +76,21 @@ Started = tuple[list[Trace], Iterator[Step]]
 
 
 def answers(
-    model: MaskPredictor, tokenizer: Tokenizer, texts: list[str], params: SamplingParams, *, raw: bool, pins: str
+    model: MaskPredictor,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    params: SamplingParams,
+    *,
+    usage: Usage | None,
+    pins: str,
 ) -> Started:
-    """The answers to questions as one batch (`raw`: what follows the texts themselves), not yet begun."""
-    rows = [tokenizer.encode(t) if raw else tokenizer.chat_ids([{"role": "user", "content": t}]) for t in texts]
+    """The answers to questions as one batch (without `usage`: what follows the texts themselves), not yet begun."""
+    rows = [
+        tokenizer.encode(text)
+        if usage is None
+        else tokenizer.chat_ids(usage.messages([{"role": "user", "content": text}]))
+        for text in texts
+    ]
     fixed = fixed_tokens(params.max_new_tokens, pins, tokenizer.encode)
     return [Trace(row, params.max_new_tokens) for row in rows], stream(model, rows, params, pinned=fixed)
 
@@ -202,7 +214,8 @@ class TerminalChat:
 
     def _system(self, text: str) -> None:
         self.conversation.system = text
-        self._say("it is told so before every question" if text else "it is told nothing beforehand")
+        own = self.loaded.usage.system
+        self._say("it is told so before every question" if text else f"it is told {own or 'nothing'} beforehand")
 
     def _new(self, _: str) -> None:
         self.conversation.clear()

@@ -13,7 +13,7 @@ FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 # What the house holds, files with code and their lines. Who adds a room or a feature raises these and says why; who takes
 # one away lowers them.
-MOST_FILES, MOST_LINES = 122, 17_126
+MOST_FILES, MOST_LINES = 123, 17_238
 # Under 40 lines, for a framework names them: DVC's commands, Prefect's deployments, MLflow's stored model, packages' faces.
 FRAMEWORKS = {
     *(f"tasks/{name}.py" for name in ("prepare", "pretrain", "sft", "grpo", "sft_control", "preference", "evaluate")),
@@ -21,7 +21,12 @@ FRAMEWORKS = {
     *("flows/__init__.py", "flows/promote.py", "cli/main.py"),
     *(f"llada_core/{name}__init__.py" for name in ("", "sampling/", "modeling/", "training/rewards/")),
 }
-SMALL = {"llada_core/evaluation/command.py", "llada_core/data/values.py", "llada_core/training/reference.py"}
+SMALL = {
+    "llada_core/usage.py",
+    "llada_core/evaluation/command.py",
+    "llada_core/data/values.py",
+    "llada_core/training/reference.py",
+}
 
 
 def lines_of_code(path: Path) -> int:

@@ -26,13 +26,13 @@ class Conversation(BaseModel):
 
 
 class ChatModel(PythonModel):
-    """Answers conversations with the sampler settings that the version was registered with."""
+    """Answers conversations as the version's usage says: sampler settings, turns, system prompt."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights, once their hash is verified."""
-        import llada_core
         from llada_core.modeling import load_to_answer
         from llada_core.tokenizer import Tokenizer
+        from llada_core.usage import Usage
         from tasks.folders import content_hash
 
         config = context.model_config
@@ -47,15 +47,16 @@ class ChatModel(PythonModel):
         # `mlflow.pyfunc.load_model(uri, model_config={"device": "cpu"})` and LLADAFLOW_DEVICE say otherwise
         self.model = load_to_answer(folder, device=config.get("device") or "auto", bits=config.get("bits"))
         self.tokenizer = Tokenizer.load(folder)
-        self.sampling = llada_core.SamplingParams(**config["sampling"])
+        usage = {**config.get("usage", {}), "sampling": config["sampling"]}  # which a caller may set by its own name
+        self.usage = Usage.parse(usage, "model_config")
 
     def predict(self, model_input: list[Conversation]) -> list[Message]:
         """The assistant's next turn of each conversation."""
         import llada_core
 
         turns = [[message.model_dump() for message in conversation.messages] for conversation in model_input]
-        prompts = [self.tokenizer.chat_ids(messages) for messages in turns]
-        answers = llada_core.generate(self.model, prompts, self.sampling).answers
+        prompts = [self.tokenizer.chat_ids(self.usage.messages(messages)) for messages in turns]
+        answers = llada_core.generate(self.model, prompts, self.usage.sampling).answers
         texts = [self.tokenizer.answer_text(answer.tolist()) for answer in answers]
         return [Message(role="assistant", content=text) for text in texts]
 

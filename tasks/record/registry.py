@@ -24,7 +24,6 @@ from llada_core.modeling.folder import (
     is_adapter,
     model_folders,
 )
-from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError
 from tasks.folders import (
     PATIENCE,
@@ -384,14 +383,8 @@ def scores_of(root: Path, digest: str) -> dict[str, dict[str, float]]:
     return read_json(path) if path.exists() else {}
 
 
-def sampling_of(root: Path, version: Version) -> SamplingParams | None:
-    """The sampler settings a version was registered with; None when its receipt is gone."""
-    found = settings_of(root, version).get("sampling")
-    return SamplingParams(**found) if found else None
-
-
 def settings_of(root: Path, version: Version) -> dict[str, Any]:
-    """The receipt of a version, with its sampling, device and bits; empty when it is gone."""
+    """The receipt of a version, with its sampling, usage, device and bits; empty when it is gone."""
     own = (r for r in receipts(root) if r["event"] == "version" and r["hash"] == version.hash)
     return next((r for r in own if r["name"] == version.name), {})
 

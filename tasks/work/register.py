@@ -35,6 +35,7 @@ from tasks.record.registry import (
     write_receipt,
 )
 from tasks.record.runs import RunFolder, home, stage_params
+from tasks.record.usage import usage_to_register
 from tasks.work.report import scores_of as answered
 
 Scores = dict[str, dict[str, float]]  # benchmark -> question -> score in [0, 1]
@@ -132,7 +133,9 @@ def _register(root: Path, params: Params, spec: RegisterParams) -> dict[str, Any
     version = next((v for v in known if v.hash == digest), None)
     if version is None:
         receipt: dict[str, Any] = {"event": "version", "name": spec.name, "hash": digest}
-        receipt |= {"sampling": as_values(spec.sampling), "device": spec.device, "bits": spec.bits}
+        usage = usage_to_register(root, digest, spec.sampling)
+        receipt |= {"sampling": as_values(spec.sampling), "usage": usage.model_dump(mode="json")}
+        receipt |= {"device": spec.device, "bits": spec.bits}
         receipt["tags"] = lineage(root, spec.model)
         write_receipt(root, receipt)  # first, so that a registration cut short is found again
         version = make_version(root, receipt)
@@ -180,7 +183,8 @@ def make_version(root: Path, receipt: dict[str, Any]) -> Version:
     import mlflow
 
     config = {"path": str(store_folder(root, digest)), "hash": digest, "sampling": receipt["sampling"]}
-    config |= {"device": receipt.get("device", "auto"), "bits": receipt.get("bits")}  # receipts of old have neither
+    # Receipts of old have none of these.
+    config |= {"device": receipt.get("device", "auto"), "bits": receipt.get("bits"), "usage": receipt.get("usage", {})}
     run_id = _mlflow_run(root, receipt["tags"])
     with mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(

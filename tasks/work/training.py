@@ -3,11 +3,17 @@
 The working directory is the run's snapshot. Knows neither launchers nor the objective of a stage.
 """
 
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError
-from llada_core.training.params import TrainingParams
+from llada_core.training.params import GRPOParams, TrainingParams
+from llada_core.usage import Usage
 from tasks.errors import StageError, StoppedError
 from tasks.folders import read_json, write_json
 from tasks.launch.program import rank, verify_inputs
@@ -16,6 +22,10 @@ from tasks.project import TRAINING_STAGES
 from tasks.record.registry import keep_base, lasting_name
 from tasks.record.runs import Work
 
+if TYPE_CHECKING:
+    from llada_core.tokenizer import Tokenizer
+
+READ, EXAMPLES, LONGEST_ANSWER = 10_000, 6, 1024  # rows of the data, questions of them, tokens of an answer
 # What differs from machine to machine, and so must not be in an output that DVC hashes.
 TIMINGS = ("_per_second", "seconds", "time", "memory_gb", "mfu", "step", "tokens", "flops", "share")
 
@@ -38,6 +48,8 @@ def train_stage(work: Work) -> float:
     if rank() == 0:
         try:
             _write_receipts(work, {"steps": receipt.steps, "tokens": receipt.tokens, "flops": receipt.flops})
+            if usage := learnt_usage(params, tokenizer, Path("data") / work.stage.removesuffix("_control")):
+                usage.save(Path("models") / work.stage)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise StageError(
                 f"{work.stage}: trained and exported, but its receipts failed: {' '.join(str(error).split())}; the same "
@@ -127,6 +139,47 @@ def _write_receipts(work: Work, spent: dict[str, Any]) -> None:
     write_json(Path("models") / work.stage / "training.json", origin | spent)
     write_json(Path("reports/training") / f"{work.stage}.json", last | spent)
     draw_curves(lines, Path("reports/training") / f"{work.stage}.png")
+
+
+def learnt_usage(params: TrainingParams, tokenizer: "Tokenizer", data: Path) -> Usage | None:
+    """How a model that was trained on `data` is to be asked; None where it learnt no dialogues.
+
+    Reinforcement learning says how it sampled; else one block has room for the longest reply of the first `READ` rows.
+    Turns are told by how often a row opens a reply. The system prompt is that of the model it starts from, as are its
+    example questions where the data have no texts.
+    """
+    from datasets import load_from_disk
+
+    before = None if params.init_from is None else Usage.load(_source(params.init_from))
+    rows = load_from_disk(str(data / "train"))
+    asked = next((name for name in ("maskable", "prompt_ids") if name in rows.column_names), None)
+    if asked is None or not isinstance(tokenizer.fast.chat_template, str):
+        return before
+    rows = rows.select(range(min(READ, len(rows)))).with_format("numpy")
+    opening = _reply_opening(tokenizer)
+    shown = rows["input_ids" if asked == "maskable" else "prompt_ids"]
+    several = any(np.asarray(ids, np.int64).tobytes().count(opening) > 1 for ids in shown)
+    usage = (before or Usage()).model_copy(update={"turns": "multi" if several else "single"})
+    if isinstance(params, GRPOParams):
+        questions = tuple(dict.fromkeys(str(text) for text in rows["prompt"][:EXAMPLES]))
+        sampling = params.validation or replace(params.sampling, temperature=0.0)
+        return usage.model_copy(update={"sampling": sampling, "examples": questions})
+    replies = [_longest_run(row) for row in rows["maskable"]] if asked == "maskable" else map(len, rows["chosen_ids"])
+    room = min(max(replies), LONGEST_ANSWER)
+    return usage.model_copy(update={"sampling": SamplingParams(room, room, room, stop_at_eos=True)})
+
+
+def _reply_opening(tokenizer: "Tokenizer") -> bytes:
+    """The ids between a question and its reply, as int64: what prompts with different questions end with."""
+    one, other = (tokenizer.chat_ids([{"role": "user", "content": text}])[::-1] for text in ("1", "b"))
+    ending = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+    return np.asarray(ending[::-1], np.int64).tobytes()
+
+
+def _longest_run(row: Any) -> int:
+    """The longest run of ones in a row (L,) of 0 and 1."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(row, np.int8), [0]])))
+    return int((edges[1::2] - edges[::2]).max(initial=1))
 
 
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:

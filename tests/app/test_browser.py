@@ -9,6 +9,7 @@ import pytest
 
 from app.models import AppState, LoadedModel, ModelIndex, UserError
 from llada_core.sampling.params import SamplingParams
+from llada_core.usage import Usage
 from tests.app.oracle import oracle
 from tests.ports import free_port
 
@@ -38,14 +39,9 @@ class Known(ModelIndex):
     def names(self):
         return ["champion", "other"]
 
-    def recommended(self, name):
-        return SamplingParams(max_new_tokens=24, block_length=24, steps=24, stop_at_eos=False)
-
-    def knows_sudoku(self, name):
-        return True
-
-    def examples(self, name):
-        return [f"Solve the sudoku {PUZZLE}"]
+    def usage(self, name):
+        sampling = SamplingParams(max_new_tokens=24, block_length=24, steps=24, stop_at_eos=False)
+        return Usage(sampling=sampling, examples=(f"Solve the sudoku {PUZZLE}",))
 
     def scores(self, name):
         return [("sudoku", "97.0 % of 500 questions")]

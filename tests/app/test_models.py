@@ -9,6 +9,7 @@ import pytest
 
 from app import models as engines
 from app.models import AppState, LoadedModel, ModelCache, ModelIndex, Setting, UserError, load
+from llada_core.usage import Usage
 
 
 class Names:
@@ -24,6 +25,9 @@ class Names:
 
     def resolve(self, name: str, place: str = "") -> Path:
         return Path(place) if place else self.places[name]
+
+    def usage(self, name: str) -> Usage:
+        return Usage()
 
 
 def test_a_moved_alias_answers_with_the_other_version(model_folder, tmp_path):
@@ -64,7 +68,7 @@ def test_two_names_of_one_version_share_it_and_the_oldest_makes_room(model_folde
 def test_too_little_memory_is_said_before_loading(model_folder, monkeypatch):
     monkeypatch.setattr("llada_core.modeling.place.available_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"cannot be loaded: the model needs about .* GB of memory; 0\.0 GB are free"):
-        load("it", lambda _: model_folder)
+        load("it", Names(it=model_folder))
 
 
 def test_the_pages_setting_says_where_models_lie(model_folder, monkeypatch):
@@ -79,7 +83,7 @@ def test_the_pages_setting_says_where_models_lie(model_folder, monkeypatch):
 
 def test_a_folder_that_is_no_model_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
-        load(str(tmp_path), Path)
+        load("it", Names(it=tmp_path))
 
 
 def test_special_strings_stay_text_when_many_ask_at_once(loaded):
@@ -109,7 +113,7 @@ def test_who_has_a_model_does_not_wait_for_one_that_loads(model_folder, monkeypa
     here, _ = cache.get("here")
     begun, may_end = threading.Event(), threading.Event()
 
-    def slow(name, resolve, setting):
+    def slow(name, source, setting, place):
         begun.set()
         assert may_end.wait(30)
         return here

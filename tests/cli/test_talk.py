@@ -9,8 +9,9 @@ from rich.console import Console
 
 from app.canvas import DONE, FRESH, OPEN, Frame
 from app.models import LoadedModel
-from cli.options import PUBLISHED, ModelOptions, settings
+from cli.options import ModelOptions, settings
 from cli.terminal import BOX, TerminalChat, box, picture
+from llada_core.sampling.params import PUBLISHED
 from tests.tiny import tiny_pair
 
 SHORT = ("--max-new-tokens", "8")
@@ -87,10 +88,10 @@ def test_settings_that_do_not_fit_are_one_line(call, tiny, arguments, says):
 
 
 def test_a_length_alone_moves_what_depends_on_it(tiny):
-    assert settings(tiny, ModelOptions()) == PUBLISHED
-    moved = settings(tiny, ModelOptions(max_new_tokens=64))
+    assert settings(PUBLISHED, ModelOptions()) == PUBLISHED
+    moved = settings(PUBLISHED, ModelOptions(max_new_tokens=64))
     assert (moved.steps, moved.block_length) == (64, 32)
-    fast = settings(tiny, ModelOptions(max_new_tokens=50, preset="fast", others=["threshold=0.5"]))
+    fast = settings(PUBLISHED, ModelOptions(max_new_tokens=50, preset="fast", others=["threshold=0.5"]))
     assert (fast.steps, fast.block_length, fast.threshold) == (50, 50, 0.5)
 
 

@@ -28,7 +28,14 @@ PLUMBING = {
 }
 CONFIG = {
     f"llada_core/{n}.py"
-    for n in ("data/params", "evaluation/params", "modeling/architecture", "sampling/params", "training/params")
+    for n in (
+        "data/params",
+        "evaluation/params",
+        "modeling/architecture",
+        "sampling/params",
+        "training/params",
+        "usage",
+    )
 }
 RL = (
     *("sampling", "verifiers", "likelihood.py", "evaluation", "data/__init__.py"),
