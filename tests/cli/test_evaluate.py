@@ -1,7 +1,11 @@
 """`llada eval`: a puzzle is asked on the canvas that params.yaml names, not on a default one."""
 
 import json
+import shutil
 from pathlib import Path
+
+from llada_core.sampling.params import SamplingParams
+from llada_core.usage import Usage
 
 PUZZLE = {"id": "0", "task": "seats", "prompt": "seats 123", "answer": {"order": "123"}}
 PARAMS = """
@@ -23,3 +27,21 @@ def test_puzzles_are_measured_with_the_settings_of_the_project(call, tiny, monke
     assert result.exit_code == 0, result.stderr
     (measured,) = json.loads(Path("out/seats.json").read_text())["models"].values()
     assert measured["settings"] == {"max_new_tokens": 6, "block_length": 3, "steps": 6}
+
+
+def test_without_a_project_puzzles_are_measured_as_the_model_is_to_be_asked(call, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    Path("data/eval").mkdir(parents=True)
+    Path("data/eval/seats.jsonl").write_text(json.dumps(PUZZLE) + "\n")
+    own = shutil.copytree(tiny, tmp_path / "own")
+    Usage(sampling=SamplingParams(6, 3, 6), system="Be brief.", examples=("Why?",)).save(own)
+    result = call("eval", "seats", "--model", str(own), "--out", "out")
+    assert result.exit_code == 0, result.stderr
+    (measured,) = json.loads(Path("out/seats.json").read_text())["models"].values()
+    lengths = ("max_new_tokens", "block_length", "steps")
+    assert {name: measured["settings"][name] for name in lengths} == dict(zip(lengths, (6, 3, 6), strict=True))
+    exported = call("export", "copy", "--model", str(own))
+    assert exported.exit_code == 0, exported.stderr
+    assert Usage.load(Path("copy")) == Usage.load(own)
+    card = Path("copy/README.md").read_text()
+    assert all(line in card for line in ("- turns: multi", "- system prompt: Be brief.", "- example: Why?"))

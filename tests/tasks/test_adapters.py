@@ -120,6 +120,7 @@ def test_receipts_that_fail_are_written_by_the_same_command_without_training(roo
     run_stage(root, "sft", [], training.train_stage)
     assert (root / "reports/training/sft.png").is_file()
     assert json.loads((root / "models/sft/training.json").read_text())["steps"] == 3
+    assert json.loads((root / "models/sft/usage.json").read_text())["sampling"]["stop_at_eos"]
 
 
 def test_a_model_of_the_hub_goes_by_its_name_and_commit(tmp_path):
