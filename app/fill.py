@@ -196,7 +196,7 @@ class SudokuView:
     def draw(self) -> list[Any]:
         """A puzzle that training never saw."""
         seed = str(random.SystemRandom().random())
-        puzzle = next(puzzles.draw(puzzles.sudoku, part="evaluate", count=1, seed=seed)).key
+        puzzle = next(puzzles.draw(puzzles.sudoku, split="evaluate", count=1, seed=seed)).key
         return [*["" if d == "0" else d for d in puzzle], blank(puzzle), notice("")]
 
 

@@ -1,4 +1,8 @@
-"""Text and JSON lines of any origin, read as UTF-8; files written whole, then renamed; the hash of what they hold."""
+"""Files as people bring them, read as UTF-8 text and as JSON, written whole or not at all; the hash of what they hold.
+
+What a file is, its first bytes say, not its name. Lines end at \\n alone: `str.splitlines` would cut at U+2028, U+2029 and
+U+0085 too, which JSON allows inside a string.
+"""
 
 import bz2
 import codecs
@@ -191,6 +195,12 @@ def _remedy(text: str, error: json.JSONDecodeError) -> str:
     if "Invalid control character" in error.msg:
         return "a line break or tab inside a string is written \\n or \\t"
     return "mend it there"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, as 64 hex digits."""
+    with path.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 @contextmanager

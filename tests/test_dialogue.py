@@ -2,6 +2,7 @@
 
 import functools
 import random
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -252,8 +253,9 @@ def test_the_published_ids_are_asked_everywhere():
     assert 126348 not in tokenizer.encode("<|eot_id|>")
     assert tokenizer.chat_ids([USER]) == prompt
     assert LoadedModel("m", Path(), None, tokenizer).tokenizer.chat_ids([USER]) == prompt
-    grpo = tokenise.prompts([{"prompt": USER["content"], "task": "x", "answer": 1}], tokenizer, GRPOData(length=999))
-    assert grpo.columns["prompt_ids"] == [prompt]
+    row = {"prompt": USER["content"], "task": "x", "answer": 1}
+    grpo = tokenise.prompts([row], tokenizer, GRPOData(length=999), Counter())
+    assert grpo["prompt_ids"] == [prompt]
     lm = LladaLM(Responder(None, tokenizer, Options(Settings())))
     asked, begun = lm.apply_chat_template([USER]), lm.apply_chat_template([USER, REPLY], add_generation_prompt=False)
     first, second = wanted([(asked, {}), (begun, {})], Settings(), tokenizer, 999)
@@ -265,7 +267,7 @@ def test_the_published_ids_are_asked_everywhere():
 
 @pytest.mark.parametrize("turns", ["last", "all", "each"])
 def test_nothing_behind_a_replys_end_token_is_trained(turns):
-    rows = tokenise.dialogues([{"messages": TALK}], published(), SFTData(turns=turns, length=999)).columns
+    rows = tokenise.dialogues([{"messages": TALK}], published(), SFTData(turns=turns, length=999), Counter())
     encode = published().encode
     one = [*first_question(), *ASKS, *encode("12"), 126348]
     two = [*one, *spoken("user", "this?"), *ASKS, *encode("is"), 126348]
@@ -278,7 +280,7 @@ def test_nothing_behind_a_replys_end_token_is_trained(turns):
 
 def test_pairs_end_with_the_end_token():
     row = {"prompt": USER["content"], "chosen": " 12 ", "rejected": "this"}
-    columns = tokenise.pairs([row], published(), PreferenceData(length=999)).columns
+    columns = tokenise.pairs([row], published(), PreferenceData(length=999), Counter())
     encode = published().encode
     values = [column[0].tolist() for column in columns.values()]
     assert values == [[*first_question(), *ASKS], [*encode("12"), 126348], [*encode("this"), 126348]]

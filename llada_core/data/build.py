@@ -1,4 +1,8 @@
-"""The data of one part, written once: mapped, split, encoded, packed, with its card."""
+"""The data of one training stage: rows of sources and puzzles, mapped, split, encoded in several processes, written once.
+
+What is written depends on the content of the sources and the block alone, not on the number of processes. A row's split
+is decided by its content, so equal rows never stand on both sides.
+"""
 
 import functools
 import gc
@@ -8,6 +12,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,130 +21,57 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from llada_core.data.encode import ENCODERS, Encoded, asking, content_hash, encode_ids, has_ids, text_in, text_of
+from llada_core.data.encode import ENCODERS, Columns, asking, encode_ids, has_ids, row_hash, text_in, text_of
 from llada_core.data.params import PartParams, PretrainData, SourceParams
-from llada_core.data.rows import PLAIN, Reading, Readings, RowFile, schema_of, table_of
-from llada_core.data.shapes import Shaped, shaped
-from llada_core.data.sources import DataError, Numbered, Origin, Row, RowError, Unusable, read
+from llada_core.data.rows import PLAIN, RowFile, SourceStats, card_of, schema_of, table_of
+from llada_core.data.shapes import shaped
+from llada_core.data.sources import DataError, Numbered, ResolvedSource, Row, RowError, UnusableRow, read
 from llada_core.data.values import QUESTIONS, joined, values_in
 from llada_core.settings import function_at
 from llada_core.tokenizer import Tokenizer
 
-Side = Literal["train", "validation"]
-Mapped = Shaped | Unusable | None  # None: the map function leaves the row out
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+_CHUNK = 1000  # rows
+_INLINE = 8  # chunks encoded before a pool of processes is worth starting
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of one source, numbered; `source` None: generated rows, which stay on the side `side`."""
+    """Some rows of one source, numbered; `source` None: generated rows, which need no map and whose split is known."""
 
     rows: tuple[Numbered, ...]
     place: str
     source: SourceParams | None = None
     map: str | None = None
-    side: Side = "train"
-
-
-def mapped(
-    chunk: Chunk, stage: str, params: PartParams, tokenizer: Tokenizer | None
-) -> Iterator[tuple[int, Row, Mapped]]:
-    """Each row of a source: its number, as published, and what its stage takes.
-
-    tokenizer: for map functions that ask for one, as dllm's do. Raises `DataError` where one is asked for and is None.
-    """
-    function = _function(chunk, params, tokenizer)
-    for number, raw in chunk.rows:
-        if isinstance(raw, Unusable):
-            yield number, {}, raw
-            continue
-        try:
-            row = function(raw)
-        except RowError as error:
-            yield number, raw, unusable(error, number)
-            continue
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            reason = f"the map function {chunk.map} raised {type(error).__name__}"
-            told = f"row {number}: {reason}: {error}; the row has the fields {', '.join(sorted(map(str, raw)))}"
-            yield number, raw, Unusable(reason, told)
-            continue
-        if row is None or has_ids(row):
-            yield number, raw, None if row is None else Shaped(row)
-            continue
-        try:
-            found = shaped(row, stage)
-        except RowError as error:
-            yield number, raw, unusable(error, number)
-        else:
-            # What a map function made is no matter of recognition.
-            yield number, raw, found if chunk.map is None else Shaped(found.row)
-
-
-def unusable(error: Exception, number: int) -> Unusable:
-    """What stands for the row of this number that raised this."""
-    if isinstance(error, RowError):
-        return Unusable(error.reason, f"row {number}: {error}")
-    if isinstance(error, UnicodeEncodeError):
-        reason = "half of a character in a text"
-        return Unusable(reason, f"row {number}: {reason} (a lone surrogate); write the whole one or take it away")
-    if isinstance(error, KeyError):
-        return Unusable(f"no field {error}", f"row {number}: the field {error} is missing")
-    return Unusable(str(error).partition(":")[0][:80], f"row {number}: {error}")
-
-
-def _function(chunk: Chunk, params: PartParams, tokenizer: Tokenizer | None) -> Callable[[Row], Row | None]:
-    if chunk.map is None:
-        if isinstance(params, PretrainData) and chunk.source is not None:
-            return functools.partial(_text_alone, chunk.source.text_field)
-        return _as_it_is
-    function = function_at(chunk.map, "map function")
-    parameters = inspect.signature(function).parameters
-    if "tokenizer" in parameters:
-        if tokenizer is None:
-            needs = "asks for the tokenizer, so none can be trained on its rows; name one (data.tokenizer.name)"
-            raise DataError(f"{chunk.place}: the map function {chunk.map} {needs}")
-        return functools.partial(function, **asking(parameters, tokenizer, params))
-    return function
-
-
-def _as_it_is(row: Row) -> Row:
-    return row
-
-
-def _text_alone(name: str, row: Row) -> Row:
-    return {"input_ids": row["input_ids"]} if has_ids(row) else {"text": text_of(row, name)}
-
-
-SIDES: tuple[Side, ...] = ("train", "validation")
-_CHUNK = 1000
-_INLINE = 8  # chunks tokenised before a pool of processes is worth starting
+    split: Split = "train"
 
 
 @dataclass(frozen=True)
-class Coded:
-    """One side's rows of a chunk as an Arrow table, its drops, and the values (uint64) of the questions in it.
+class EncodedChunk:
+    """The rows of a chunk as tables of their stage's columns, and what is to be told of them.
 
-    `read` says how the rows of a source were read; None for generated ones.
+    source: whose rows they are. questions: the values (uint64) of what its training rows ask.
     """
 
-    side: Side
-    table: pa.Table
-    counts: Counter[str]
+    source: str
+    tables: dict[Split, pa.Table]
     questions: np.ndarray
-    read: Reading | None
+    stats: SourceStats
 
 
-def chunks_of(source: SourceParams, origin: Origin) -> Iterator[Chunk]:
+def chunks_of(source: SourceParams, found: ResolvedSource) -> Iterator[Chunk]:
     """The rows of a source in chunks of fixed size."""
-    rows = read(source, origin)
+    rows = read(source, found)
     while chunk := tuple(itertools.islice(rows, _CHUNK)):
-        yield Chunk(chunk, origin.place, source, origin.map)
+        yield Chunk(chunk, found.place, source, found.map)
 
 
-def generated(rows: Iterable[Row], name: str, side: Side) -> Iterator[Chunk]:
-    """Rows that need no map function and whose side is known, in chunks of fixed size."""
+def generated(rows: Iterable[Row], name: str, split: Split) -> Iterator[Chunk]:
+    """Rows that need no map function and whose split is known, in chunks of fixed size."""
     numbered = enumerate(rows, 1)
     while chunk := tuple(itertools.islice(numbered, _CHUNK)):
-        yield Chunk(chunk, name, side=side)
+        yield Chunk(chunk, name, split=split)
 
 
 class Workers:
@@ -156,10 +88,10 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def each(self, function: Callable[[Chunk], list[Coded]], chunks: Iterator[Chunk]) -> Iterator[list[Coded]]:
+    def each(self, function: Callable[[Chunk], EncodedChunk], chunks: Iterator[Chunk]) -> Iterator[EncodedChunk]:
         """The results in the order of the chunks, few of which are in memory at a time."""
         yield from map(function, itertools.islice(chunks, _INLINE if self._processes > 1 else None))
-        waiting: deque[Future[list[Coded]]] = deque()
+        waiting: deque[Future[EncodedChunk]] = deque()
         for chunk in chunks:
             waiting.append(self._started().submit(function, chunk))
             if len(waiting) > 2 * self._processes:
@@ -186,99 +118,149 @@ def build(
     """Writes `folder/{train,validation}` (`datasets.load_from_disk`) and returns the card of what was written.
 
     `read` of the card says of each source that was not all plain and usable rows what they were read as, and how many
-    cannot be used, by reason, with the first of each. `folder/questions.npy` has the values of the questions in training rows of sources, if there are any.
-    Raises `DataError` when nothing is left to train on.
+    cannot be used, by reason, with the first of each. `folder/questions.npy` has the values of the questions in training
+    rows of sources, if there are any. Raises `DataError` when nothing is left to train on.
     """
-    tokenizer = _tokenizer(str(tokenizer_folder))
-    schema = schema_of(stage, params, tokenizer.vocab_size)
-    function = functools.partial(encode, stage, params, str(tokenizer_folder))
+    schema = schema_of(stage, params, _tokenizer(str(tokenizer_folder)).vocab_size)
     folder.mkdir(parents=True)
-    dropped: Counter[str] = Counter()
-    files = {side: RowFile(folder / side, params, schema) for side in SIDES}
-    questions, readings = [joined([])], Readings()
-    for coded in itertools.chain.from_iterable(workers.each(function, chunks)):
-        files[coded.side].add(coded.table)
-        dropped += coded.counts
-        readings.add(coded.read)
-        if coded.side == "train":
-            questions.append(coded.questions)
+    files = {split: RowFile(folder / split, params, schema) for split in SPLITS}
+    questions, stats = [joined([])], dict[str, SourceStats]()
+    for encoded in workers.each(functools.partial(encode, stage, params, str(tokenizer_folder)), chunks):
+        for split, table in encoded.tables.items():
+            files[split].add(table)
+        questions.append(encoded.questions)
+        stats.setdefault(encoded.source, SourceStats()).add(encoded.stats)
     if len(asked := joined(questions)):
         np.save(folder / QUESTIONS, asked)
+    dropped = sum((source.dropped for source in stats.values()), Counter[str]())
     card: dict[str, Any] = {"dropped": dict(sorted(dropped.items()))}
-    for side, file in files.items():
-        card[side] = file.close()
+    for split, file in files.items():
+        card[split] = file.close()
     if not card["train"]["rows"]:
-        dropped += readings.reasons()
-        why = f"dropped: {dict(sorted(dropped.items())) or 'none'}{readings.first()}"
+        dropped += sum((source.reasons for source in stats.values()), Counter[str]())
+        first = [f"; {name}, {told}" for name, source in stats.items() for _, told in source.first.values()]
+        why = f"dropped: {dict(sorted(dropped.items())) or 'none'}{''.join(first[:3])}"
         raise DataError(f"data.{stage}: no row is left to train on; {why}")
-    return card | ({"read": readings.card()} if readings.card() else {})
+    told = card_of(stats)
+    return card | ({"read": told} if told else {})
 
 
-def encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) -> list[Coded]:
-    """The rows of one chunk, mapped, put on their sides, repeated by their weight, and tokenised.
-
-    Nothing here refers to itself, so the cycle collector, which would walk over every list of ids, waits.
-    """
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nothing in here refers to itself, so the cycle collector, which would walk over every list of ids, waits."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return _encode(stage, params, tokenizer_folder, chunk)
+        yield
     finally:
         if collecting:
             gc.enable()
 
 
-def _encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) -> list[Coded]:
-    sides: dict[Side, list[tuple[int, Row]]] = {"train": [], "validation": []}
-    counts: Counter[str] = Counter()
+@_no_collection()
+def encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) -> EncodedChunk:
+    """The rows of one chunk, mapped, put on their splits, repeated by their weight, and tokenised.
+
+    Raises `DataError` for a generated row that cannot be used.
+    """
+    rows: dict[Split, list[tuple[int, Row]]] = {split: [] for split in SPLITS}
     asked: list[int] = []
-    tokenizer, reading = _tokenizer(tokenizer_folder), None
+    tokenizer, stats = _tokenizer(tokenizer_folder), SourceStats()
     if chunk.source is None:
-        sides[chunk.side] += [(number, row) for number, row in chunk.rows if isinstance(row, dict)]
+        rows[chunk.split] += [(number, row) for number, row in chunk.rows if isinstance(row, dict)]
     else:
-        reading = Reading(chunk.source.name, len(chunk.rows))
-        for number, raw, row in _usable(chunk, stage, params, tokenizer, reading, counts):
-            share = content_hash(row) / 2**64
-            if share < params.validation:
-                sides["validation"].append((number, row))
-                continue
-            spread = (share - params.validation) / (1 - params.validation)
-            weight = chunk.source.weight
-            copies = int(weight) + (spread < weight % 1)
-            sides["train"] += [(number, row)] * copies
-            if copies and stage != "pretrain":  # documents ask nothing
+        stats.rows = len(chunk.rows)
+        for number, raw, row in mapped(chunk, stage, params, tokenizer, stats):
+            split, copies = _split_of(row, params.validation, chunk.source.weight)
+            rows[split] += [(number, row)] * copies
+            if split == "train" and copies and stage != "pretrain":  # documents ask nothing
                 asked += _questions(raw, row)
-    results = []
-    for side, rows in sides.items():
-        encoded, refused = _encoded(stage, params, tokenizer, chunk.place, rows)
-        if reading is not None:
-            reading.unusable |= refused
-        elif refused:
-            raise DataError(f"{chunk.place}, {next(iter(refused.values())).told}")
-        table = table_of(encoded.columns, schema_of(stage, params, tokenizer.vocab_size, packed=False))
-        told = reading if side == SIDES[-1] else None  # once for both, when both are encoded
-        results.append(Coded(side, table, counts + encoded.counts, np.array(asked, np.uint64), told))
-        counts = Counter()
-    return results
+    schema = schema_of(stage, params, tokenizer.vocab_size, packed=False)
+    tables = {
+        split: table_of(_columns(stage, params, tokenizer, chunk.place, some, stats), schema)
+        for split, some in rows.items()
+    }
+    if chunk.source is None and stats.first:
+        raise DataError(f"{chunk.place}, {next(iter(stats.first.values()))[1]}")
+    name = chunk.place if chunk.source is None else chunk.source.name
+    return EncodedChunk(name, tables, np.array(asked, np.uint64), stats)
 
 
-def _usable(
-    chunk: Chunk, stage: str, params: PartParams, tokenizer: Tokenizer, reading: Reading, counts: Counter[str]
+def mapped(
+    chunk: Chunk, stage: str, params: PartParams, tokenizer: Tokenizer | None, stats: SourceStats
 ) -> Iterator[tuple[int, Row, Row]]:
-    """The number of each usable row, the row as published, and as its stage takes it; the others are counted."""
-    for number, raw, found in mapped(chunk, stage, params, tokenizer):
-        if found is None:
-            counts["map function"] += 1
-        elif isinstance(found, Unusable):
-            reading.unusable[number] = found
+    """The number of each usable row of a source, the row as published, and as its stage takes it; `stats` counts all.
+
+    tokenizer: for map functions that ask for one, as dllm's do. Raises `DataError` where one is asked for and is None.
+    """
+    function = _map_function(chunk, params, tokenizer)
+    for number, raw in chunk.rows:
+        if isinstance(raw, UnusableRow):
+            stats.refuse(number, raw)
+            continue
+        try:
+            row = raw if function is None else function(raw)
+        except RowError as error:
+            stats.refuse(number, unusable(error, number))
+            continue
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            reason = f"the map function {chunk.map} raised {type(error).__name__}"
+            told = f"row {number}: {reason}: {error}; the row has the fields {', '.join(sorted(map(str, raw)))}"
+            stats.refuse(number, UnusableRow(reason, told))
+            continue
+        if row is None:
+            stats.dropped["map function"] += 1
+            continue
+        try:
+            row, shape = (row, None) if has_ids(row) else shaped(row, stage)
+            row_hash(row)  # half of a character has neither a hash nor tokens
+        except (RowError, UnicodeEncodeError) as error:
+            stats.refuse(number, unusable(error, number))
         else:
-            try:
-                content_hash(found.row)
-            except UnicodeEncodeError as error:
-                reading.unusable[number] = unusable(error, number)
-            else:
-                reading.shapes[found.shape or PLAIN] += 1
-                yield number, raw, found.row
+            # What a map function made is no matter of recognition.
+            stats.shapes[shape if shape and chunk.map is None else PLAIN] += 1
+            yield number, raw, row
+
+
+def unusable(error: Exception, number: int) -> UnusableRow:
+    """What stands for the row of this number that raised this."""
+    if isinstance(error, RowError):
+        return UnusableRow(error.reason, f"row {number}: {error}")
+    if isinstance(error, UnicodeEncodeError):
+        reason = "half of a character in a text"
+        return UnusableRow(reason, f"row {number}: {reason} (a lone surrogate); write the whole one or take it away")
+    if isinstance(error, KeyError):
+        return UnusableRow(f"no field {error}", f"row {number}: the field {error} is missing")
+    return UnusableRow(str(error).partition(":")[0][:80], f"row {number}: {error}")
+
+
+def _map_function(chunk: Chunk, params: PartParams, tokenizer: Tokenizer | None) -> Callable[[Row], Row | None] | None:
+    """What is done to each row before its shape is looked at; None: nothing."""
+    if chunk.map is None:
+        if isinstance(params, PretrainData) and chunk.source is not None:
+            return functools.partial(_text_alone, chunk.source.text_field)
+        return None
+    function = function_at(chunk.map, "map function")
+    parameters = inspect.signature(function).parameters
+    if "tokenizer" in parameters:
+        if tokenizer is None:
+            needs = "asks for the tokenizer, so none can be trained on its rows; name one (data.tokenizer.name)"
+            raise DataError(f"{chunk.place}: the map function {chunk.map} {needs}")
+        return functools.partial(function, **asking(parameters, tokenizer, params))
+    return function
+
+
+def _text_alone(name: str, row: Row) -> Row:
+    return {"input_ids": row["input_ids"]} if has_ids(row) else {"text": text_of(row, name)}
+
+
+def _split_of(row: Row, validation: float, weight: float) -> tuple[Split, int]:
+    """The split of a row, which its content decides, and how often it stands there."""
+    share = row_hash(row) / 2**64
+    if share < validation:
+        return "validation", 1
+    spread = (share - validation) / (1 - validation)
+    return "train", int(weight) + (spread < weight % 1)
 
 
 def texts_in(stage: str, params: PartParams, chunk: Chunk) -> Iterator[str]:
@@ -286,13 +268,11 @@ def texts_in(stage: str, params: PartParams, chunk: Chunk) -> Iterator[str]:
     if chunk.source is None:
         yield from (text_in(row) for _, row in chunk.rows if isinstance(row, dict))
         return
-    for number, _, found in mapped(chunk, stage, params, None):
-        if not isinstance(found, Shaped):
-            continue
-        if has_ids(found.row):
+    for number, _, row in mapped(chunk, stage, params, None, SourceStats()):
+        if has_ids(row):
             made = "ids were made with a tokenizer, so none can be trained on them; name it (data.tokenizer.name)"
             raise DataError(f"{chunk.place}, row {number}: {made}")
-        yield text_in(found.row)
+        yield text_in(row)
 
 
 def _questions(raw: Row, row: Row) -> list[int]:
@@ -303,44 +283,46 @@ def _questions(raw: Row, row: Row) -> list[int]:
         return []
 
 
-def _encoded(
-    stage: str, params: PartParams, tokenizer: Tokenizer, place: str, rows: list[tuple[int, Row]]
-) -> tuple[Encoded, dict[int, Unusable]]:
-    """The columns of rows, and in place of those that the encoder refuses why it does."""
+def _columns(
+    stage: str, params: PartParams, tokenizer: Tokenizer, place: str, rows: list[tuple[int, Row]], stats: SourceStats
+) -> Columns:
+    """The columns of rows; those that the encoder refuses, drops or cuts are counted."""
     if any(has_ids(row) for _, row in rows):
-        return _given_ids(params, tokenizer, place, rows)
-    encoder = ENCODERS[stage]
+        return _given_ids(params, tokenizer, place, rows, stats)
+    encoder, dropped = ENCODERS[stage], Counter[str]()
     try:
-        return encoder([row for _, row in rows], tokenizer, params), {}
+        columns = encoder([row for _, row in rows], tokenizer, params, dropped)
     except (ValueError, KeyError, TypeError):
-        parts, refused = [encoder([], tokenizer, params)], {}
+        parts, refused, dropped = [encoder([], tokenizer, params, Counter())], False, Counter()
         for number, row in rows:  # again one by one, to leave out those that it is
             try:
-                parts.append(encoder([row], tokenizer, params))
+                parts.append(encoder([row], tokenizer, params, dropped))
             except (ValueError, KeyError, TypeError) as error:
-                refused[number] = unusable(error, number)
+                stats.refuse(number, unusable(error, number))
+                refused = True
         if not refused:
             raise
-    return _joined(parts), refused
+        columns = _joined(parts)
+    stats.dropped += dropped
+    return columns
 
 
 def _given_ids(
-    params: PartParams, tokenizer: Tokenizer, place: str, rows: list[tuple[int, Row]]
-) -> tuple[Encoded, dict[int, Unusable]]:
-    parts, refused = [], {}
+    params: PartParams, tokenizer: Tokenizer, place: str, rows: list[tuple[int, Row]], stats: SourceStats
+) -> Columns:
+    parts = []
     for number, row in rows:
         try:
-            parts.append(encode_ids([row], tokenizer, params))
+            parts.append(encode_ids([row], tokenizer, params, stats.dropped))
         except (RowError, KeyError, TypeError, OverflowError) as error:
-            refused[number] = unusable(error, number)
+            stats.refuse(number, unusable(error, number))
         except (DataError, ValueError) as error:  # another tokenizer, another stage: all rows are like this one
             raise DataError(f"{place}, row {number}: {error}") from None
-    return _joined(parts or [encode_ids([], tokenizer, params)]), refused
+    return _joined(parts or [encode_ids([], tokenizer, params, stats.dropped)])
 
 
-def _joined(parts: list[Encoded]) -> Encoded:
-    columns = {name: [value for part in parts for value in part.columns[name]] for name in parts[0].columns}
-    return Encoded(columns, sum((part.counts for part in parts), Counter()))
+def _joined(parts: list[Columns]) -> Columns:
+    return {name: [value for part in parts for value in part[name]] for name in parts[0]}
 
 
 @functools.cache

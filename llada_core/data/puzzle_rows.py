@@ -9,10 +9,10 @@ from typing import Any
 
 from llada_core.data import puzzles
 from llada_core.data.params import PuzzleCounts, PuzzlesParams, SourceParams
-from llada_core.data.puzzles import Part, Puzzle
-from llada_core.data.sources import DataError, Row, Unusable, find, read, split_file
+from llada_core.data.puzzles import PuzzleSplit, Puzzle
+from llada_core.data.sources import DataError, Row, UnusableRow, find, read, split_file
 
-_PARTS: dict[str, Part] = {"pretrain": "train", "sft": "train", "grpo": "grpo", "preference": "grpo"}
+_SPLITS: dict[str, PuzzleSplit] = {"pretrain": "train", "sft": "train", "grpo": "grpo", "preference": "grpo"}
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ def training_puzzles(stage: str, params: PuzzlesParams, seed: int) -> tuple[list
     for task, counts, generate in _generators(params):
         count = getattr(counts, stage)
         if count:
-            train += puzzles.draw(generate, part=_PARTS[stage], count=count, seed=f"{seed}:{task}:{stage}")
+            train += puzzles.draw(generate, split=_SPLITS[stage], count=count, seed=f"{seed}:{task}:{stage}")
             name = f"data.puzzles.{task}.validation ({seed})"
-            validation += puzzles.draw(generate, part="validation", count=counts.validation, seed=name)
+            validation += puzzles.draw(generate, split="validation", count=counts.validation, seed=name)
     for part in (train, validation):
         random.Random(f"{seed}:{stage}:order").shuffle(part)
     return train, validation
@@ -89,14 +89,14 @@ def benchmarks(params: PuzzlesParams, seed: int, roots: list[Path]) -> list[Benc
     for task, counts, generate in _generators(params):
         if counts.evaluate:
             name = f"data.puzzles.{task}.evaluate ({seed})"
-            drawn = list(puzzles.draw(generate, part="evaluate", count=counts.evaluate, seed=name))
+            drawn = list(puzzles.draw(generate, split="evaluate", count=counts.evaluate, seed=name))
             found.append(_benchmark(task, drawn))
             found += _published(task, seed, roots)
     sudoku = params.sudoku
     if sudoku.new_grids:
         generate = partial(puzzles.sudoku, empty=sudoku.empty, new=True)
         name = f"data.puzzles.sudoku.new_grids ({seed})"
-        drawn = list(puzzles.draw(generate, part=None, count=sudoku.new_grids, seed=name))
+        drawn = list(puzzles.draw(generate, split=None, count=sudoku.new_grids, seed=name))
         found.append(_benchmark("sudoku_new_grids", drawn))
     return found
 
@@ -132,7 +132,7 @@ def _published(task: str, seed: int, roots: list[Path]) -> list[Benchmark]:
     benchmark = Benchmark(f"{task}_published", [])
     origin = find(source, "evaluate", roots)
     for number, row in read(source, origin):
-        if isinstance(row, Unusable):  # what is measured is measured whole
+        if isinstance(row, UnusableRow):  # what is measured is measured whole
             raise DataError(f"{origin.place}, {row.told}")
         rng = random.Random(f"{seed}:{name}:{number}")
         answer: dict[str, Any]

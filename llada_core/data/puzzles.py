@@ -13,12 +13,17 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-Part = Literal["train", "grpo", "validation", "evaluate"]
+PuzzleSplit = Literal["train", "grpo", "validation", "evaluate"]
 Task = Literal["sudoku", "countdown", "seats"]
 TASKS: tuple[Task, ...] = ("sudoku", "countdown", "seats")
 
 # Upper ends of the hash ranges: 15 % evaluation, 5 % validation, 20 % GRPO, the rest pretraining and SFT.
-_PARTS: tuple[tuple[float, Part], ...] = ((0.15, "evaluate"), (0.20, "validation"), (0.40, "grpo"), (1.0, "train"))
+_SPLITS: tuple[tuple[float, PuzzleSplit], ...] = (
+    (0.15, "evaluate"),
+    (0.20, "validation"),
+    (0.40, "grpo"),
+    (1.0, "train"),
+)
 
 # The cells of each column, box and row of a 4x4 sudoku, numbered in row order. Rows come last: the grids that
 # `solved_grids` tries are made of whole rows, so the first units asked are those that can fail.
@@ -47,10 +52,10 @@ class Puzzle:
     shown: str = ""
 
 
-def part_of(task: str, key: str) -> Part:
+def split_of(task: str, key: str) -> PuzzleSplit:
     """The only side on which a puzzle of this value may occur."""
     share = _hash(f"{task}:{key}") / 2**64
-    return next(part for end, part in _PARTS if share < end)
+    return next(split for end, split in _SPLITS if share < end)
 
 
 def countdown_key(numbers: list[int], target: int) -> str:
@@ -161,21 +166,23 @@ def seats(rng: random.Random, *, people: int = 8, hasty: float = 0.0) -> Puzzle:
     )
 
 
-def draw(generate: Callable[[random.Random], Puzzle], *, part: Part | None, count: int, seed: str) -> Iterator[Puzzle]:
+def draw(
+    generate: Callable[[random.Random], Puzzle], *, split: PuzzleSplit | None, count: int, seed: str
+) -> Iterator[Puzzle]:
     """`count` puzzles that `generate` makes for one side; None: whatever it makes.
 
     Only the training sides repeat a value. Raises ValueError, naming `seed`, when there are not enough different ones.
     """
-    rng = random.Random(f"{seed}:{part}")
-    distinct = part not in ("train", "grpo")
+    rng = random.Random(f"{seed}:{split}")
+    distinct = split not in ("train", "grpo")
     seen: set[str] = set()
     found = misses = 0
     while found < count:
         puzzle = generate(rng)
-        if (part is not None and part_of(puzzle.task, puzzle.key) != part) or puzzle.key in seen:
+        if (split is not None and split_of(puzzle.task, puzzle.key) != split) or puzzle.key in seen:
             misses += 1
             if misses > _MISSES:
-                raise ValueError(f"{seed}: only {found} of {count} different puzzles exist for {part}; ask for fewer")
+                raise ValueError(f"{seed}: only {found} of {count} different puzzles exist for {split}; ask for fewer")
             continue
         if distinct:
             seen.add(puzzle.key)

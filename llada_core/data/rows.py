@@ -1,6 +1,8 @@
-"""Rows read, mapped and split, each drop counted with its reason."""
+"""Rows of one part on their way to disk: how those of each source were read, and the files that they are written into.
 
-import hashlib
+The folders are those that `datasets.load_from_disk` reads.
+"""
+
 import json
 from array import array
 from collections import Counter
@@ -16,62 +18,55 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llada_core.data.params import PartParams, PretrainData
-from llada_core.data.sources import DataError, Unusable
+from llada_core.data.sources import DataError, UnusableRow
+from llada_core.files import file_hash
 
 PLAIN = ""  # the shape of a row that is as its stage needs it
 ALWAYS_BEARABLE = 10  # rows of a source: in a small one they would be a large share
 
 
 @dataclass
-class Reading:
-    """Some rows of one source: how many of which shape, and the unusable ones by their number."""
+class SourceStats:
+    """How the rows of one source were read: as which shapes, and how many cannot be used, or were dropped or cut, and why."""
 
-    name: str
-    rows: int
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
-    unusable: dict[int, Unusable] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: dict[str, tuple[int, str]] = field(default_factory=dict)  # reason -> number and place of the first such row
+    _refused: set[int] = field(default_factory=set)
 
-
-class Readings:
-    """All rows of all sources of a part."""
-
-    def __init__(self) -> None:
-        self._rows: Counter[str] = Counter()
-        self._shapes: dict[str, Counter[str]] = {}
-        self._reasons: dict[str, Counter[str]] = {}
-        self._first: dict[tuple[str, str], str] = {}
-
-    def add(self, reading: Reading | None) -> None:
-        """Counts some more rows; None: generated ones, of which nothing is to be told."""
-        if reading is None:
+    def refuse(self, number: int, row: UnusableRow) -> None:
+        """Counts the row of this number, once, however often its weight repeats it."""
+        if number in self._refused:
             return
-        name = reading.name
-        self._rows[name] += reading.rows
-        self._shapes.setdefault(name, Counter()).update(reading.shapes)
-        self._reasons.setdefault(name, Counter()).update(each.reason for each in reading.unusable.values())
-        for _, each in sorted(reading.unusable.items()):
-            self._first.setdefault((name, each.reason), each.told)
+        self._refused.add(number)
+        self.reasons[row.reason] += 1
+        if row.reason not in self.first or number < self.first[row.reason][0]:
+            self.first[row.reason] = number, row.told
 
-    def card(self) -> dict[str, Any]:
-        """Source -> rows, `as` (rows by shape), `unusable` (by reason); without sources whose rows are all plain."""
-        found = {}
-        for name, rows in self._rows.items():
-            shapes = {shape: count for shape, count in sorted(self._shapes[name].items()) if shape != PLAIN}
-            reasons = {
-                reason: {"rows": count, "first": self._first[name, reason]}
-                for reason, count in sorted(self._reasons[name].items())
-            }
-            if shapes or reasons:
-                found[name] = {"rows": rows, "as": shapes, "unusable": reasons}
-        return found
+    def add(self, later: "SourceStats") -> None:
+        """Counts rows of the same source that stand behind those that were counted."""
+        self.rows += later.rows
+        self.dropped += later.dropped
+        self.shapes += later.shapes
+        self.reasons += later.reasons
+        for reason, place in sorted(later.first.items(), key=lambda found: found[1]):
+            self.first.setdefault(reason, place)
 
-    def reasons(self) -> Counter[str]:
-        """Unusable rows of all sources by reason."""
-        return sum(self._reasons.values(), Counter())
 
-    def first(self) -> str:
-        """Where the first of each kind stands, as the end of a sentence."""
-        return "".join(f"; {name}, {told}" for (name, _), told in list(self._first.items())[:3])
+def card_of(stats: Mapping[str, SourceStats]) -> dict[str, Any]:
+    """Source -> rows, `as` (rows by shape), `unusable` (by reason); without sources whose rows are all plain."""
+    found = {}
+    for name, source in stats.items():
+        shapes = {shape: count for shape, count in sorted(source.shapes.items()) if shape != PLAIN}
+        reasons = {
+            reason: {"rows": count, "first": source.first[reason][1]}
+            for reason, count in sorted(source.reasons.items())
+        }
+        if shapes or reasons:
+            found[name] = {"rows": source.rows, "as": shapes, "unusable": reasons}
+    return found
 
 
 def lines_of(card: Mapping[str, Any]) -> Iterator[str]:
@@ -186,7 +181,7 @@ class Packer:
 
 
 class RowFile:
-    """One side's rows on their way to a folder that `datasets.load_from_disk` reads."""
+    """The rows of one split on their way to a folder that `datasets.load_from_disk` reads."""
 
     def __init__(self, folder: Path, params: PartParams, schema: pa.Schema) -> None:
         self._folder, self._schema = folder, schema
@@ -223,8 +218,7 @@ class RowFile:
             self._write(table_of(self._packer.rest(), self._schema))
         self._writer.close()
         self._sink.close()
-        with self._path.open("rb") as data:
-            digest = hashlib.file_digest(data, "sha256").hexdigest()
+        digest = file_hash(self._path)
         self._folder.mkdir()
         whole = self._path.rename(self._folder / "data-00000-of-00001.arrow")
         features = datasets.Features.from_arrow_schema(self._schema)

@@ -1,8 +1,11 @@
-"""Messages and rows as people write them, in the shape that a stage needs, or why they cannot be."""
+"""Messages and rows as people write them, made what a training stage needs, or why they cannot be.
+
+Fine-tuning needs {messages}, preference {prompt, chosen, rejected}, GRPO {prompt, task, answer}, pretraining {text}. A
+row in another usual shape is mapped, and its shape is told, so that a wrong guess is seen.
+"""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -160,56 +163,45 @@ _PAIRS = (
 _SYSTEM = ("system", "system_prompt")
 
 
-@dataclass(frozen=True, slots=True)
-class Shaped:
-    """A row as its stage needs it; `shape`: what was recognised in it, None where nothing had to be done."""
+def shaped(row: Row, stage: str) -> tuple[Row, str | None]:
+    """A row of whatever shape as `stage` needs it, and what was recognised in it (None where nothing had to be done).
 
-    row: Row
-    shape: str | None = None
-
-
-def shaped(row: Row, stage: str) -> Shaped:
-    """A row of whatever shape, as `stage` needs it; raises `RowError` for one that it cannot use."""
+    Raises `RowError` for one that it cannot use.
+    """
     if stage == "sft":
         return _dialogue(row)
     if stage == "preference":
         return _preference(row)
     if stage == "grpo" and not isinstance(row.get("prompt"), str | None):
-        return Shaped(row | {"prompt": messages_of(row["prompt"])})
-    return Shaped(row)
+        return row | {"prompt": messages_of(row["prompt"])}, None
+    return row, None
 
 
-def _dialogue(row: Row) -> Shaped:
-    found = _messages_in(row) or _asked_and_answered(row)
-    if found is None:
-        raise RowError(
-            f"no shape that is known: {_fields(row)}",
-            "expected a list of messages in the field 'messages', or instruction and output, prompt and completion, question"
-            f" and answer; the row has the fields {_fields(row)}; name a map function for the source"
-            + (", or let it be read as documents (data.pretrain)" if "text" in row else ""),
-        )
-    if not any(map(trains, found.row["messages"][1:])):
+def _dialogue(row: Row) -> tuple[Row, str | None]:
+    messages, shape = _messages_in(row) or _asked_and_answered(row)
+    if not any(map(trains, messages[1:])):
         raise RowError("no answer", "no reply in it is trained on: each is empty, or marked so, or answers nothing")
-    return found
+    return {"messages": messages}, shape
 
 
-def _messages_in(row: Row) -> Shaped | None:
+def _messages_in(row: Row) -> tuple[list[Message], str | None] | None:
+    """The messages that a row holds as a list, and in which shape; None where it holds none."""
     for name in _DIALOGUES:
         entries = _unpacked(row.get(name))
         if isinstance(entries, list | dict) and entries:
             said, unusual = messages_of(entries), odd(entries)
-            told = _with_system(row, said)
-            plain = name == "messages" and unusual is None and told is said
+            whole = _with_system(row, said)
+            plain = name == "messages" and unusual is None and whole is said
             tools = ["tools left out"] if row.get("tools") else []
-            system = ["a system prompt of its own"] if told is not said else []
+            system = ["a system prompt of its own"] if whole is not said else []
             notes = ", ".join([*filter(None, [unusual]), *system, *tools])
             kind = "ShareGPT" if unusual and unusual.startswith("from and value") else name
-            shape = None if plain and not tools else f"{kind} ({notes})" if notes else kind
-            return Shaped({"messages": told}, shape)
+            return whole, None if plain and not tools else f"{kind} ({notes})" if notes else kind
     return None
 
 
-def _asked_and_answered(row: Row) -> Shaped | None:
+def _asked_and_answered(row: Row) -> tuple[list[Message], str]:
+    """A question and its answer in fields of their own as messages, and which fields; raises `RowError` without."""
     names = {str(name).strip().lower(): name for name in row}
     for asked, about, answered in _PAIRS:
         reply = next((name for name in answered if name in names), None)
@@ -228,11 +220,16 @@ def _asked_and_answered(row: Row) -> Shaped | None:
             said = [*said, *messages_of(completion)]
         else:
             said = [*said, {"role": "assistant", "content": text_from(completion, reply)}]
-        return Shaped({"messages": _with_system(row, said)}, "/".join(filter(None, [asked, context, reply])))
-    return None
+        return _with_system(row, said), "/".join(filter(None, [asked, context, reply]))
+    raise RowError(
+        f"no shape that is known: {_fields(row)}",
+        "expected a list of messages in the field 'messages', or instruction and output, prompt and completion, question"
+        f" and answer; the row has the fields {_fields(row)}; name a map function for the source"
+        + (", or let it be read as documents (data.pretrain)" if "text" in row else ""),
+    )
 
 
-def _preference(row: Row) -> Shaped:
+def _preference(row: Row) -> tuple[Row, str | None]:
     if not {"chosen", "rejected"} <= row.keys():
         raise RowError(
             f"no shape that is known: {_fields(row)}",
@@ -250,7 +247,7 @@ def _preference(row: Row) -> Shaped:
         if len(told.get("chosen", ())) < 2:
             raise RowError(f"no prompt: {_fields(row)}", f"expected a prompt; the row has the fields {_fields(row)}")
         asked, shape = told["chosen"][:-1], "chosen and rejected dialogues"
-    return Shaped({"prompt": asked, **replies}, shape)
+    return {"prompt": asked, **replies}, shape
 
 
 def _prompt(row: Row) -> tuple[str | list[Message] | None, str | None]:

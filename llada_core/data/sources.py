@@ -1,4 +1,8 @@
-"""Where rows are (files, folders, the Hub, published sets), and the rows of a file as people bring it."""
+"""Where rows are (files, folders, the Hub, short names of published sets), and the rows of a file as people bring it.
+
+Every row has its number, so that an error can say which. One that cannot be read is not lost in silence and stops
+nothing: an `UnusableRow` stands in its place.
+"""
 
 import csv
 import hashlib
@@ -37,14 +41,14 @@ class RowError(DataError):
 
 
 @dataclass(frozen=True, slots=True)
-class Unusable:
+class UnusableRow:
     """What stands in the place of a row that cannot be used: why, in words for its kind, and where, in a line."""
 
     reason: str
     told: str
 
 
-Numbered = tuple[int, Row | Unusable]
+Numbered = tuple[int, Row | UnusableRow]
 
 
 def rows_of(path: Path, unit: Literal["file", "line"] = "file") -> Iterator[Numbered]:
@@ -100,18 +104,18 @@ def _lined(lines: Iterable[tuple[int, bytes]], path: Path) -> Iterator[Numbered]
             yield number, _object(value, f"line {number}")
 
 
-def _hard_line(line: bytes, path: Path, number: int) -> Row | Unusable:
+def _hard_line(line: bytes, path: Path, number: int) -> Row | UnusableRow:
     """What orjson does not read: NaN, which the standard library does, and what is damaged."""
     where = f"{path}, line {number}"
     try:
         value = files.parsed(line, where)
     except FileError as error:
         reason = "not UTF-8 text" if "is not UTF-8" in str(error) else "not valid JSON"
-        return Unusable(reason, str(error).removeprefix(f"{path}, "))
+        return UnusableRow(reason, str(error).removeprefix(f"{path}, "))
     return _whole_characters(value, f"line {number}")
 
 
-def _whole_characters(value: Any, where: str) -> Row | Unusable:
+def _whole_characters(value: Any, where: str) -> Row | UnusableRow:
     """The value as a row, unless a text in it holds half of a character, which has no UTF-8 and no tokens."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -120,14 +124,14 @@ def _whole_characters(value: Any, where: str) -> Row | Unusable:
         says = (
             f"{where}: a text holds {half}, half of a character (a lone surrogate); write the whole one or take it away"
         )
-        return Unusable("half of a character in a text", says)
+        return UnusableRow("half of a character in a text", says)
     return _object(value, where)
 
 
-def _object(value: Any, where: str) -> Row | Unusable:
+def _object(value: Any, where: str) -> Row | UnusableRow:
     if isinstance(value, dict):
         return value
-    return Unusable("no JSON object", f"{where}: expected a JSON object, got {type(value).__name__}")
+    return UnusableRow("no JSON object", f"{where}: expected a JSON object, got {type(value).__name__}")
 
 
 def _listed(text: str, path: Path) -> Iterator[Numbered]:
@@ -215,18 +219,18 @@ def _csv(path: Path) -> Iterator[Numbered]:
             number += 1
             if "unexpected end of data" in str(error):
                 raise DataError(f"{path}, row {number}: a quote is opened there and never closed") from None
-            yield number, Unusable("not a row of a CSV table", f"row {number}: {error}")
+            yield number, UnusableRow("not a row of a CSV table", f"row {number}: {error}")
             continue
         if cells:
             number += 1
             yield number, _cells(names, cells, number, separator)
 
 
-def _cells(names: list[str], cells: list[str], number: int, separator: str) -> Row | Unusable:
+def _cells(names: list[str], cells: list[str], number: int, separator: str) -> Row | UnusableRow:
     """One row by its columns' names; cells that a program left out at the end of a line are empty."""
     if any(cells[len(names) :]):
         says = f"row {number}: {len(cells)} cells under {len(names)} columns; quote a cell that holds a {separator!r}"
-        return Unusable("more cells than columns", says)
+        return UnusableRow("more cells than columns", says)
     cells = cells[: len(names)] + [""] * (len(names) - len(cells))
     return {name: cell for name, cell in zip(names, cells, strict=True) if name or cell}
 
@@ -243,7 +247,7 @@ def _text(path: Path, unit: str) -> Iterator[Numbered]:
 
 
 @dataclass(frozen=True)
-class Known:
+class PublishedDataset:
     """A data set with a short name: where the Hub has it, and the function in maps.py that each stage uses."""
 
     hub: str | None = None
@@ -252,23 +256,25 @@ class Known:
     maps: dict[str, str] = field(default_factory=dict)
 
 
-KNOWN: dict[str, Known] = {
-    "alpaca": Known("tatsu-lab/alpaca", maps={"sft": "alpaca"}),
-    "dolly": Known("databricks/databricks-dolly-15k", maps={"sft": "dolly"}),
-    "tulu-3-sft-mixture": Known("allenai/tulu-3-sft-mixture"),
-    "ultrachat": Known("HuggingFaceH4/ultrachat_200k", split="train_sft"),
-    "smoltalk": Known("HuggingFaceTB/smoltalk", config="all"),
-    "opc-sft-stage1": Known("OpenCoder-LLM/opc-sft-stage1", "filtered_infinity_instruct", maps={"sft": "alpaca"}),
-    "opc-sft-stage2": Known("OpenCoder-LLM/opc-sft-stage2", "educational_instruct", maps={"sft": "alpaca"}),
-    "opc-annealing-corpus": Known("OpenCoder-LLM/opc-annealing-corpus", "algorithmic_corpus"),
-    "dclm": Known("mlfoundations/dclm-baseline-1.0"),
-    "gutenberg": Known(),
-    "gsm8k": Known("openai/gsm8k", "main", maps={"sft": "gsm8k_dialogue", "grpo": "gsm8k"}),
-    "math500": Known("ankner/math-500", maps={"grpo": "math"}),  # its training split: MATH without MATH-500
-    "countdown": Known("Jiayi-Pan/Countdown-Tasks-3to4", maps={"grpo": "countdown"}),
-    "sudoku4x4": Known(maps={"grpo": "sudoku"}),
-    "kodcode": Known("KodCode/KodCode-Light-RL-10K", maps={"grpo": "code"}),
-    "ultrafeedback": Known(
+PUBLISHED: dict[str, PublishedDataset] = {
+    "alpaca": PublishedDataset("tatsu-lab/alpaca", maps={"sft": "alpaca"}),
+    "dolly": PublishedDataset("databricks/databricks-dolly-15k", maps={"sft": "dolly"}),
+    "tulu-3-sft-mixture": PublishedDataset("allenai/tulu-3-sft-mixture"),
+    "ultrachat": PublishedDataset("HuggingFaceH4/ultrachat_200k", split="train_sft"),
+    "smoltalk": PublishedDataset("HuggingFaceTB/smoltalk", config="all"),
+    "opc-sft-stage1": PublishedDataset(
+        "OpenCoder-LLM/opc-sft-stage1", "filtered_infinity_instruct", maps={"sft": "alpaca"}
+    ),
+    "opc-sft-stage2": PublishedDataset("OpenCoder-LLM/opc-sft-stage2", "educational_instruct", maps={"sft": "alpaca"}),
+    "opc-annealing-corpus": PublishedDataset("OpenCoder-LLM/opc-annealing-corpus", "algorithmic_corpus"),
+    "dclm": PublishedDataset("mlfoundations/dclm-baseline-1.0"),
+    "gutenberg": PublishedDataset(),
+    "gsm8k": PublishedDataset("openai/gsm8k", "main", maps={"sft": "gsm8k_dialogue", "grpo": "gsm8k"}),
+    "math500": PublishedDataset("ankner/math-500", maps={"grpo": "math"}),  # its training split: MATH without MATH-500
+    "countdown": PublishedDataset("Jiayi-Pan/Countdown-Tasks-3to4", maps={"grpo": "countdown"}),
+    "sudoku4x4": PublishedDataset(maps={"grpo": "sudoku"}),
+    "kodcode": PublishedDataset("KodCode/KodCode-Light-RL-10K", maps={"grpo": "code"}),
+    "ultrafeedback": PublishedDataset(
         "HuggingFaceH4/ultrafeedback_binarized", split="train_prefs", maps={"preference": "preference"}
     ),
 }
@@ -283,7 +289,7 @@ _PACKED = ("", *files.PACKED)
 
 
 @dataclass(frozen=True)
-class Origin:
+class ResolvedSource:
     """A source that was found: a file, a folder written by `datasets`, or a name on the Hub; and its map function."""
 
     place: str
@@ -302,7 +308,7 @@ class Origin:
         return _TEST.search(split) is not None or split.partition("[")[0] == measured
 
 
-def find(source: SourceParams, stage: str, roots: list[Path]) -> Origin:
+def find(source: SourceParams, stage: str, roots: list[Path]) -> ResolvedSource:
     """Where a source's rows are; a short name is looked up below the roots before it is asked of the Hub.
 
     Raises FileNotFoundError that says where it was looked for, and `DataError` for a test set that a stage would train
@@ -318,30 +324,32 @@ def find(source: SourceParams, stage: str, roots: list[Path]) -> Origin:
     return origin
 
 
-def _found(source: SourceParams, stage: str, roots: list[Path]) -> Origin:
-    known = KNOWN.get(source.name) or next((k for k in KNOWN.values() if k.hub == source.name), Known())
+def _found(source: SourceParams, stage: str, roots: list[Path]) -> ResolvedSource:
+    known = PUBLISHED.get(source.name) or next(
+        (k for k in PUBLISHED.values() if k.hub == source.name), PublishedDataset()
+    )
     own_map = f"llada_core.data.maps.{known.maps[stage]}" if stage in known.maps else None
     split, config = source.split or known.split, source.config or known.config
     for root in roots:
         place = root / Path(source.name).expanduser()
         if place.is_dir() and any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return Origin(str(place), "saved", split, config, source.map or own_map, _digest_folder(place))
+            return ResolvedSource(str(place), "saved", split, config, source.map or own_map, _digest_folder(place))
         path = place if place.is_file() else split_file(place, source.split or "train")
         if path is not None:
-            return Origin(str(path), "file", split, config, source.map or own_map, _digest_file(path))
-    hub = known.hub if source.name in KNOWN else source.name if _looks_like_hub(source.name) else None
+            return ResolvedSource(str(path), "file", split, config, source.map or own_map, files.file_hash(path))
+    hub = known.hub if source.name in PUBLISHED else source.name if _looks_like_hub(source.name) else None
     if hub is None:
         looked = ", ".join(map(str, roots))
         raise FileNotFoundError(
             f"data source {source.name!r}: no file, and no folder with {split}{'|'.join(SUFFIXES)}, below {looked}"
-            f"{'' if source.name in KNOWN else nearest(source.name, list(KNOWN))}"
+            f"{'' if source.name in PUBLISHED else nearest(source.name, list(PUBLISHED))}"
         )
     asked = json.dumps([hub, config, split, source.revision])
-    return Origin(hub, "hub", split, config, source.map or own_map, hashlib.sha256(asked.encode()).hexdigest())
+    return ResolvedSource(hub, "hub", split, config, source.map or own_map, hashlib.sha256(asked.encode()).hexdigest())
 
 
-def read(source: SourceParams, origin: Origin) -> Iterator[Numbered]:
-    """The rows of a source with their numbers (of lines, from 1), those that cannot be read as `Unusable`.
+def read(source: SourceParams, origin: ResolvedSource) -> Iterator[Numbered]:
+    """The rows of a source with their numbers (of lines, from 1), those that cannot be read as `UnusableRow`.
 
     Raises `DataError` for a file that cannot be read as a whole, or holds nothing.
     """
@@ -351,7 +359,7 @@ def read(source: SourceParams, origin: Origin) -> Iterator[Numbered]:
         rows = (
             (n, row)
             for n, row in rows
-            if isinstance(row, Unusable) or all(text in str(row.get(name, "")) for name, text in wanted)
+            if isinstance(row, UnusableRow) or all(text in str(row.get(name, "")) for name, text in wanted)
         )
     rows = islice(rows, source.limit)
     first = next(rows, None)
@@ -361,7 +369,7 @@ def read(source: SourceParams, origin: Origin) -> Iterator[Numbered]:
     yield from rows
 
 
-def shared_with_test(source: SourceParams, origin: Origin) -> int | None:
+def shared_with_test(source: SourceParams, origin: ResolvedSource) -> int | None:
     """How many rows of a training file occur in the test file beside it as well; None when there is none beside it."""
     beside = split_file(Path(origin.place).parent, "test") if origin.kind == "file" else None
     if beside is None or str(beside) == origin.place:
@@ -374,7 +382,7 @@ def _value(row: Row) -> str:
     return json.dumps(row, sort_keys=True, default=str)
 
 
-def _read_datasets(source: SourceParams, origin: Origin) -> Iterator[Numbered]:
+def _read_datasets(source: SourceParams, origin: ResolvedSource) -> Iterator[Numbered]:
     import datasets
 
     if origin.kind == "saved":
@@ -404,13 +412,8 @@ def _looks_like_hub(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and files.suffix(name) not in SUFFIXES
 
 
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
-
-
 def _digest_folder(folder: Path) -> str:
     digests = [
-        f"{path.relative_to(folder)} {_digest_file(path)}" for path in sorted(folder.rglob("*")) if path.is_file()
+        f"{path.relative_to(folder)} {files.file_hash(path)}" for path in sorted(folder.rglob("*")) if path.is_file()
     ]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -73,7 +73,7 @@ def _examples_of_old(root: Path, name: str, version: Version | None) -> tuple[st
     if not _is_ours(root, name, version):
         return GENERAL
     makers = (sudoku, countdown, seats)
-    fresh = (p.prompt for make in makers for p in draw(make, part="evaluate", count=EACH, seed="examples"))
+    fresh = (p.prompt for make in makers for p in draw(make, split="evaluate", count=EACH, seed="examples"))
     return tuple((_answered(root, version.hash) if version else []) or fresh)
 
 

@@ -24,7 +24,7 @@ from llada_core.data.build import Chunk, Workers, build, chunks_of, generated, t
 from llada_core.data.params import DataParams, TokenizerParams
 from llada_core.data.puzzle_rows import as_rows, benchmarks, keys_of, training_puzzles
 from llada_core.data.rows import lines_of, require_usable
-from llada_core.data.sources import Origin, find, shared_with_test
+from llada_core.data.sources import ResolvedSource, find, shared_with_test
 from llada_core.data.values import QUESTIONS, saved_values, value_of
 from llada_core.files import line_of
 from llada_core.settings import ConfigError, function_at
@@ -216,7 +216,7 @@ def _with_recipes(measured: Measured, parts: list[Part], data: Path) -> dict[str
     return found
 
 
-def _code_of(origin: Origin) -> str | None:
+def _code_of(origin: ResolvedSource) -> str | None:
     return None if origin.map is None else inspect.getsource(function_at(origin.map, "map function"))
 
 

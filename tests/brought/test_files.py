@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from llada_core.data.params import SourceParams
-from llada_core.data.sources import DataError, Unusable, find, read, rows_of, split_file
+from llada_core.data.sources import DataError, UnusableRow, find, read, rows_of, split_file
 
 A, B = {"text": "é one"}, {"text": "two 🙂"}
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (A, B))
@@ -121,7 +121,7 @@ def test_one_bad_row_is_kept_apart_and_the_others_are_read(tmp_path, name):
     (tmp_path / name).write_bytes(around[0].encode() + bad + b"\n" + around[1].encode())
     (_, first), (_, middle), (_, last) = rows_of(tmp_path / name)
     assert (first, last) == (A, B)
-    assert isinstance(middle, Unusable)
+    assert isinstance(middle, UnusableRow)
     assert middle.reason == reason
     assert re.match(told, middle.told), middle.told
     assert "\n" not in middle.told

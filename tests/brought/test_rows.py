@@ -3,9 +3,12 @@
 A case is a line. To add one from a bug report see CONTRIBUTING.md.
 """
 
+import datetime
 import json
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from llada_core.data import maps
@@ -68,12 +71,12 @@ DIALOGUES = {
 @pytest.mark.parametrize("name", DIALOGUES)
 def test_a_dialogue_in_any_usual_shape_is_recognised_told_and_mapped(name):
     row, messages, told = DIALOGUES[name]
-    found = shaped(row, "sft")
-    assert found.row == {"messages": messages}
+    found, shape = shaped(row, "sft")
+    assert found == {"messages": messages}
     if told is None:
-        assert found.shape is None
+        assert shape is None
     else:
-        assert told in found.shape
+        assert told in shape
 
 
 # name: the row, the reason under which it is counted
@@ -120,9 +123,9 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_pair_in_any_usual_shape_is_recognised(name):
     row, prompt, told = PAIRS[name]
-    found = shaped(row, "preference")
-    assert found.row == {"prompt": prompt, "chosen": "A.", "rejected": "B."}
-    assert (told is None and found.shape is None) or told in found.shape
+    found, shape = shaped(row, "preference")
+    assert found == {"prompt": prompt, "chosen": "A.", "rejected": "B."}
+    assert (told is None and shape is None) or told in shape
 
 
 def test_maps_of_our_own_take_numbers_and_empty_cells():
@@ -254,3 +257,31 @@ def test_what_a_chat_template_refuses_and_a_map_function_raises_is_one_row(home)
     (reason,) = card["parts"]["sft"]["read"]["mine.jsonl"]["unusable"].items()
     assert reason[0] == "the map function llada_core.data.maps.alpaca raised KeyError"
     assert "row 2: " in reason[1]["first"]
+
+
+# What a table holds beside what its stage needs, and JSON does not know.
+BESIDE = {
+    "made": datetime.datetime(2024, 5, 1),
+    "day": datetime.date(2024, 5, 1),
+    "image": b"\xff",
+    "took": datetime.timedelta(seconds=3),
+}
+STAGES = {
+    "sft": {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+    "pretrain": {"input_ids": [5, 6, 7]},
+    "grpo": {"prompt": "Q?", "task": "math", "answer": {"answer": "7"}},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("column", BESIDE)
+def test_a_column_of_no_kind_that_json_knows_disturbs_nobody(home, stage, column):
+    table = pa.Table.from_pylist([STAGES[stage] | {column: BESIDE[column]}] * 2)
+    pq.write_table(table, home / "mine.parquet")
+    block = {"validation": 0.0, "sources": [{"name": "mine.parquet"}]} | (
+        {"drop_tail": False} if stage == "pretrain" else {}
+    )
+    values = {"workers": 1, "tokenizer": {"name": str(home / "tokenizer")}, stage: block}
+    card = prepare(DataParams.parse(values, "data"), seed=0, out=home / "data", home=home)
+    assert card["parts"][stage]["train"]["rows"] == (1 if stage == "pretrain" else 2)
+    assert "read" not in card["parts"][stage]

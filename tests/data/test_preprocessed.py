@@ -1,6 +1,7 @@
 """Ids made elsewhere: folders that dllm's tools saved, and map functions that return ids and labels."""
 
 import json
+from collections import Counter
 
 import datasets
 import pytest
@@ -93,18 +94,23 @@ def test_packed_rows_keep_their_borders(tmp_path):
 )
 def test_ids_that_cannot_be_trained_on_are_told(row, message):
     with pytest.raises(DataError, match=message):
-        encode_ids([row], tiny_tokenizer(), SFTData())
+        encode_ids([row], tiny_tokenizer(), SFTData(), Counter())
     with pytest.raises(DataError, match="prompts as text"):
-        encode_ids([row], tiny_tokenizer(), DataParams(puzzles={"seats": {"grpo": 1}}, grpo={}).grpo)
+        encode_ids([row], tiny_tokenizer(), DataParams(puzzles={"seats": {"grpo": 1}}, grpo={}).grpo, Counter())
+
+
+def encoded(row, params):
+    counts = Counter()
+    return encode_ids([row], tiny_tokenizer(), params, counts), counts
 
 
 def test_long_rows_are_cut_or_dropped_as_dllm_does():
     row = {"input_ids": list(range(6, 26)), "labels": [-100] * 10 + list(range(16, 26))}
-    cut = encode_ids([row], tiny_tokenizer(), SFTData(length=12))
-    assert [list(ids) for ids in cut.columns["input_ids"]] == [list(range(6, 18))]
-    assert cut.counts == {"answer cut": 1}
-    assert encode_ids([row], tiny_tokenizer(), SFTData(length=10)).counts == {"prompt too long": 1}
-    assert encode_ids([row], tiny_tokenizer(), SFTData(length=12, truncation="filter")).counts == {"too long": 1}
-    assert len(encode_ids([row], tiny_tokenizer(), PretrainData(length=12))) == 1
+    cut, counts = encoded(row, SFTData(length=12))
+    assert [list(ids) for ids in cut["input_ids"]] == [list(range(6, 18))]
+    assert counts == {"answer cut": 1}
+    assert encoded(row, SFTData(length=10))[1] == {"prompt too long": 1}
+    assert encoded(row, SFTData(length=12, truncation="filter"))[1] == {"too long": 1}
+    assert len(encoded(row, PretrainData(length=12))[0]["input_ids"]) == 1
     nothing = {"input_ids": [6, 7], "labels": [-100, -100]}
-    assert encode_ids([nothing], tiny_tokenizer(), SFTData()).counts == {"no answer": 1}
+    assert encoded(nothing, SFTData())[1] == {"no answer": 1}

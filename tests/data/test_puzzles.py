@@ -17,7 +17,7 @@ PARTS = ("train", "grpo", "validation", "evaluate")
 
 
 def drawn(task, part, count=300, seed="7"):
-    return list(puzzles.draw(GENERATORS[task], part=part, count=count, seed=seed))
+    return list(puzzles.draw(GENERATORS[task], split=part, count=count, seed=seed))
 
 
 @pytest.mark.parametrize("task", puzzles.TASKS)
@@ -66,7 +66,7 @@ def test_cells_that_break_a_rule_are_found_and_a_grid_is_solved_if_there_are_non
 
 
 def test_puzzles_of_new_grids_have_no_other_solution():
-    new = list(puzzles.draw(partial(puzzles.sudoku, empty=(7, 9), new=True), part=None, count=100, seed="3"))
+    new = list(puzzles.draw(partial(puzzles.sudoku, empty=(7, 9), new=True), split=None, count=100, seed="3"))
     assert len({p.key for p in new}) == 100
     assert all(puzzles.new_grids().issuperset(puzzles.solutions(p.key)) for p in new)
     assert Counter(p.key.count("0") for p in new).keys() == {7, 8, 9}
@@ -74,7 +74,7 @@ def test_puzzles_of_new_grids_have_no_other_solution():
 
 def test_hasty_answers_are_shown_in_their_share_and_only_the_last_person_keeps_the_seat():
     hasty = partial(puzzles.seats, people=9, hasty=0.6)
-    some = list(puzzles.draw(hasty, part="train", count=1000, seed="5"))
+    some = list(puzzles.draw(hasty, split="train", count=1000, seed="5"))
     kept = [[a for a, b in zip(p.key, p.shown, strict=True) if a == b] for p in some]
     assert all(verify("seats", p.solution, p.answer) for p in some)
     assert all(stays in ([], [p.key[-1]]) for p, stays in zip(some, kept, strict=True))
@@ -84,7 +84,7 @@ def test_hasty_answers_are_shown_in_their_share_and_only_the_last_person_keeps_t
 
 def test_asking_for_more_than_there_are_says_so():
     with pytest.raises(ValueError, match=r"seats: only \d+ of 5000 different puzzles exist for evaluate"):
-        list(puzzles.draw(partial(puzzles.seats, people=4), part="evaluate", count=5000, seed="seats"))
+        list(puzzles.draw(partial(puzzles.seats, people=4), split="evaluate", count=5000, seed="seats"))
 
 
 def drawn_for(stage):

@@ -10,7 +10,7 @@ import pytest
 from llada_core.data import maps, sources
 from llada_core.data.params import PuzzlesParams, SourceParams, SudokuParams
 from llada_core.data.puzzle_rows import benchmarks
-from llada_core.data.sources import DataError, Unusable, find, read
+from llada_core.data.sources import DataError, UnusableRow, find, read
 from llada_core.training.rewards.published import gsm8k
 
 # What dllm@ca17675 and d1@837888f make of these rows, by their own code.
@@ -53,7 +53,7 @@ def test_damaged_jsonl_is_told_with_its_line(tmp_path, content, message):
         return
     (first, good), (second, bad) = rows_of(tmp_path / "data.jsonl")
     assert (first, good, second) == (1, {"text": "a"}, 2)
-    assert isinstance(bad, Unusable)
+    assert isinstance(bad, UnusableRow)
     assert re.match(message, f"data.jsonl, {bad.told}")
 
 
@@ -168,7 +168,7 @@ def test_a_test_set_is_refused_for_training_unless_one_insists(tmp_path, asked, 
 
 def test_training_splits_are_no_test_sets(tmp_path):
     assert find(SourceParams(name="math500"), "grpo", [tmp_path]).split == "train"
-    for known in set(sources.KNOWN) - {"gutenberg", "sudoku4x4"}:
+    for known in set(sources.PUBLISHED) - {"gutenberg", "sudoku4x4"}:
         assert not find(SourceParams(name=known), "sft", [tmp_path]).is_test_set
     for name in ("latest.jsonl", "attested.txt", "contest/train.jsonl", "train.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -182,7 +182,7 @@ def test_a_stream_needs_an_end():
 
 
 def test_every_known_data_set_has_its_map_function():
-    for known in sources.KNOWN.values():
+    for known in sources.PUBLISHED.values():
         assert all(callable(getattr(maps, name)) for name in known.maps.values())
 
 
@@ -196,7 +196,7 @@ def test_published_prompts_are_those_of_d1_and_dllm_character_by_character(task)
             assert vars(maps)[f"{task}_terse"](case["row"])["prompt"] != row["prompt"]
             assert vars(maps)[f"{task}_terse"](case["row"])["answer"] == row["answer"]
     assert (
-        sources.KNOWN[{"sudoku": "sudoku4x4", "code": "kodcode", "math": "math500"}.get(task, task)].maps["grpo"]
+        sources.PUBLISHED[{"sudoku": "sudoku4x4", "code": "kodcode", "math": "math500"}.get(task, task)].maps["grpo"]
         == task
     )
 
@@ -240,7 +240,7 @@ def test_a_csv_holds_text_and_nothing_else(tmp_path):
     (tmp_path / "b.csv").write_text("a,b\n1,2\n1,2,3\n")
     first, second = (row for _, row in rows_of(tmp_path / "b.csv"))
     assert first == {"a": "1", "b": "2"}
-    assert second == Unusable(
+    assert second == UnusableRow(
         "more cells than columns", "row 2: 3 cells under 2 columns; quote a cell that holds a ','"
     )
     (tmp_path / "c.csv").write_text("")
