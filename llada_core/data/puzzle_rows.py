@@ -9,7 +9,7 @@ from typing import Any
 
 from llada_core.data import puzzles
 from llada_core.data.params import PuzzleCounts, PuzzlesParams, SourceParams
-from llada_core.data.puzzles import PuzzleSplit, Puzzle
+from llada_core.data.puzzles import Puzzle, PuzzleSplit
 from llada_core.data.sources import DataError, Row, UnusableRow, find, read, split_file
 
 _SPLITS: dict[str, PuzzleSplit] = {"pretrain": "train", "sft": "train", "grpo": "grpo", "preference": "grpo"}

@@ -1,6 +1,5 @@
 """Everything a run needs to go on, as files that cannot be half-written."""
 
-import hashlib
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from llada_core.files import file_hash
 from llada_core.training.engine import Ranks
 from llada_core.training.objectives import Objective
 
@@ -118,7 +118,7 @@ class Checkpoints:
         try:
             save_file(mine, path)
             _sync(path)
-            _write(path.with_suffix(".sha256"), _sha256(path))
+            _write(path.with_suffix(".sha256"), file_hash(path))
             if beside is not None:
                 beside(str(partial))
         except (OSError, RuntimeError, SafetensorError) as error:  # the last is how safetensors reports a full disk
@@ -134,13 +134,13 @@ class Checkpoints:
     def _publish(self, partial: Path, target: Path, state: Mapping[str, Any]) -> bool:
         try:
             _write(partial / _STATE, json.dumps(state, sort_keys=True, indent=1))
-            hashes = {_STATE: _sha256(partial / _STATE)}
+            hashes = {_STATE: file_hash(partial / _STATE)}
             for path in partial.glob("*.sha256"):
                 hashes[path.with_suffix(".safetensors").name] = path.read_text(encoding="utf-8")
                 path.unlink()
             for path in (path for path in sorted(partial.glob("*/**/*")) if path.is_file()):
                 _sync(path)
-                hashes[str(path.relative_to(partial))] = _sha256(path)
+                hashes[str(path.relative_to(partial))] = file_hash(path)
             _write(partial / _MANIFEST, json.dumps(hashes, sort_keys=True, indent=1))
             if target.exists():
                 shutil.rmtree(target)
@@ -162,7 +162,7 @@ def damaged(folder: Path, share: int = 0, shares: int = 1) -> str | None:
     """What is wrong with a checkpoint folder; None when every file (of one of several shares) matches its hash."""
     try:
         hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        wrong = [name for name in sorted(hashes)[share::shares] if _sha256(folder / name) != hashes[name]]
+        wrong = [name for name in sorted(hashes)[share::shares] if file_hash(folder / name) != hashes[name]]
     except (OSError, ValueError) as error:
         return str(error)
     return f"wrong hash: {', '.join(wrong)}" if wrong else None
@@ -274,11 +274,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # What DeepSpeed splits it writes and reads itself, in a folder of its own within ours.

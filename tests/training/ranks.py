@@ -63,7 +63,7 @@ def hanging(run):
 
 def counting_reads(counts):
     """Notes which files of a checkpoint this rank hashes, and how many bytes of which tensors it reads."""
-    hash_of, parts = checkpoint_module._sha256, Stored._parts
+    hash_of, parts = checkpoint_module.file_hash, Stored._parts
 
     def hashed(path):
         if path.parent.name.startswith("step-"):  # not one that is being written
@@ -75,7 +75,7 @@ def counting_reads(counts):
             counts["read"] += part.nbytes
             yield place, part
 
-    checkpoint_module._sha256, Stored._parts = hashed, read
+    checkpoint_module.file_hash, Stored._parts = hashed, read
 
 
 def main(path):
