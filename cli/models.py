@@ -80,7 +80,8 @@ def evaluate(
         found = _swept(name, asked, params, places, device)
         if found is None:
             return
-        send_sweep(base, name, params, places, [n for n, line in found.items() if "error" not in line])
+        measured = [n for n, line in found.items() if "error" not in line]
+        send_sweep(base, name, params, results, measured, key=places.answers.name)
         print(f"results are in {results}")
         raise typer.Exit(1 if any("error" in line for line in found.values()) else 0)
 
@@ -89,10 +90,9 @@ def _swept(
     name: str, asked: list[str], params: "EvaluateParams", places: "Places", device: str
 ) -> dict[str, dict[str, Any]] | None:
     """The results, by all GPUs of this machine; None in the processes that only answer a share."""
-    from tasks.launch.jobs import sharing
-    from tasks.launch.program import rank
     from tasks.record.registry import resolve
-    from tasks.work.evaluate import processes
+    from tasks.record.runs import rank
+    from tasks.work.evaluate import processes, sharing
     from tasks.work.measure import sweep
 
     program = [sys.executable, "-m", "cli.main", *sys.argv[1:]]

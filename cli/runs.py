@@ -1,4 +1,4 @@
-"""Runs from a terminal: `llada run`, `plan`, `status`, `runs`, `logs`, `cancel`, `accept`, `gc`, `lineage`, `doctor`, ...
+"""Runs from a terminal: `llada run`, `plan`, `status`, `runs`, `logs`, `cancel`, `accept`, `gc`, `lineage`, `restore`, `doctor`, ...
 
 Thin over tasks; knows no stage. Heavy packages are imported inside the commands that need them.
 """
@@ -90,9 +90,9 @@ def plan(
 
 
 def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
-    from tasks.graph import load_stage, with_sources
+    from tasks.graph import load_stage
     from tasks.launch.launchers import render
-    from tasks.launch.workspace import open_workspace
+    from tasks.launch.workspace import open_workspace, with_sources
     from tasks.project import Params
     from tasks.record.runs import open_run, stage_params
 
@@ -218,9 +218,10 @@ def promote(
 ) -> None:
     """Make a version champion, once its weights are verified."""
     with one_line_errors():
+        from tasks.launch.trial import try_out
         from tasks.work import register as promotion
 
-        print(f"champion: version {promotion.promote(Path.cwd(), name, version, why).number}")
+        print(f"champion: version {promotion.promote(Path.cwd(), name, version, why, try_out).number}")
 
 
 def rollback(
@@ -229,9 +230,19 @@ def rollback(
 ) -> None:
     """Give `champion` back to the version that held it before."""
     with one_line_errors():
+        from tasks.launch.trial import try_out
         from tasks.work import register as promotion
 
-        print(f"champion: version {promotion.roll_back(Path.cwd(), name, why).number}")
+        print(f"champion: version {promotion.roll_back(Path.cwd(), name, why, try_out).number}")
+
+
+def restore() -> None:
+    """Register anew what the registry has lost, from store/receipts.jsonl, and send MLflow every run again."""
+    with one_line_errors():
+        from tasks.record.versions import restore as restore_records
+
+        lost = restore_records(Path.cwd())
+        print(f"registered anew: {', '.join(lost)}" if lost else "the registry has lost no model")
 
 
 def doctor() -> None:
@@ -253,4 +264,4 @@ def doctor() -> None:
         raise typer.Exit(0 if all(finding.fine for finding in found) else 1)
 
 
-COMMANDS = (run, plan, status, runs, logs, cancel, accept, gc, lineage, promote, rollback, doctor)
+COMMANDS = (run, plan, status, runs, logs, cancel, accept, gc, lineage, promote, rollback, restore, doctor)

@@ -21,10 +21,9 @@ from llada_core.evaluation import recipes
 from llada_core.evaluation.params import ReportParams
 from tasks.errors import StageError, one_line_errors
 from tasks.folders import commit_of, read_json
-from tasks.launch.launchers import visible_gpus
 from tasks.launch.plan_memory import peak_of
 from tasks.launch.workspace import Workspace, configure_without_git, open_workspace
-from tasks.project import Params, data_root
+from tasks.project import Params, data_root, visible_gpus
 from tasks.record.runs import home
 from tasks.record.tracking import send_pending
 from tasks.work.evaluate import Places, answering, quiet_lm_eval

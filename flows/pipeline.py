@@ -28,10 +28,11 @@ from prefect.states import Completed
 from llada_core.settings import ConfigError, nearest
 from tasks.errors import StageError, one_line_errors
 from tasks.folders import SECONDS, NoDatabaseError, require, shown
-from tasks.launch.program import environment, restore_lost_records, summary
+from tasks.launch.program import environment, summary
 from tasks.launch.workspace import configure_without_git, open_workspace, pipeline_lock
 from tasks.record.runs import all_runs
 from tasks.record.tracking import mlflow_link
+from tasks.record.versions import restore_if_empty
 
 
 def require_prefect() -> str:
@@ -221,7 +222,7 @@ def pipeline(
         except BaseException:
             processes.end_all()
             raise
-        restore_lost_records(workspace.path)
+        restore_if_empty(workspace.path)
     report(workspace.path)
     if failed:
         raise StageError(f"failed: {', '.join(failed)}; the same flow goes on where it ended")

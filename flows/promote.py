@@ -5,6 +5,7 @@ from pathlib import Path
 from prefect import flow, task
 
 from llada_core.settings import ConfigError
+from tasks.launch.trial import try_out
 from tasks.work import register as registry
 
 
@@ -21,7 +22,7 @@ def gate(name: str, version: str) -> str:
 def promote(name: str, version: str = "candidate", why: str = "promoted by hand", gated: bool = True) -> str:
     """Make a version (number or alias) champion, once the gate and its weights are verified; returns its number."""
     reason = f"; {gate(name, version)}" if gated else "; without the gate"
-    champion = registry.promote(Path.cwd(), name, version, why + reason)
+    champion = registry.promote(Path.cwd(), name, version, why + reason, try_out)
     print(f"{name} version {champion.number} is champion: {why}")
     return champion.number
 
@@ -29,6 +30,6 @@ def promote(name: str, version: str = "candidate", why: str = "promoted by hand"
 @flow(name="roll-back", flow_run_name="{name}", log_prints=True)
 def roll_back(name: str, why: str = "rolled back") -> str:
     """Give the alias back to the champion before the present one; returns its number."""
-    champion = registry.roll_back(Path.cwd(), name, why)
+    champion = registry.roll_back(Path.cwd(), name, why, try_out)
     print(f"{name} version {champion.number} is champion again: {why}")
     return champion.number

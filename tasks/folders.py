@@ -63,7 +63,7 @@ def require(what: str, uri: str, setting: str) -> None:
         if "locked" in str(error):
             remedy = f"another program is writing; try again, or use PostgreSQL ({setting}=postgresql://...)"
         elif isinstance(error, sqlite3.DatabaseError):
-            remedy = "move it away: the next run makes it anew, and registers from store/receipts.jsonl"
+            remedy = "move it away: `llada restore` makes it anew from store/receipts.jsonl and the run folders"
         raise NoDatabaseError(f"{what} keeps its records in {shown(uri)}: {error}; {remedy}") from None
 
 

@@ -15,7 +15,6 @@ from llada_core.settings import ConfigError, nearest, read_yaml
 from tasks.project import TRAINING_STAGES
 
 CODE = frozenset({"llada_core", "tasks"})
-LABEL, NOT_LABEL = re.compile(r"[\w.@+-]+"), re.compile(r"[^\w.@+-]+")
 VALUE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -73,47 +72,6 @@ def lookup(params: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
-
-
-def with_sources(params: dict[str, Any], root: Path) -> dict[str, Any]:
-    """`params` with every model that is no stage's (a folder, an alias, a Hub name) as an absolute folder.
-
-    Such a model of `evaluate.models` becomes `label=folder`; the label stands in tables.
-    """
-    result = dict(params)
-    for stage in TRAINING_STAGES:
-        value = lookup(params, f"{stage}.init_from")
-        if value is not None and value not in TRAINING_STAGES:
-            result[stage] = params[stage] | {"init_from": _folder(value, root)}
-    if named := lookup(params, "evaluate.models"):
-        result["evaluate"] = params["evaluate"] | {"models": _labelled(named, root)}
-    return result
-
-
-def _labelled(names: list[str], root: Path) -> list[str]:
-    """Stages by name, other models as `label=folder`; raises `ConfigError` where two would share a label."""
-    asked: dict[str, str] = {}
-    models = []
-    for name in names:
-        label, sign, source = name.partition("=")
-        if not sign or not LABEL.fullmatch(label) or (root / name).exists():  # a path may hold a "=" of its own
-            label, source = NOT_LABEL.sub("-", name.rstrip("/").rpartition("/")[2]), name
-        elif source in TRAINING_STAGES:
-            raise ConfigError(f"evaluate.models: {name!r} labels a stage, which has its name; write {source!r}")
-        if label in asked:
-            both = f"{asked[label]!r} and {name!r} would both be {label!r} in tables"
-            other = asked[label] if name in TRAINING_STAGES else source
-            remedy = "list it once" if name == asked[label] else f"label one of them, such as other={other}"
-            raise ConfigError(f"evaluate.models: {both}; {remedy}")
-        asked[label] = name
-        models.append(name if name in TRAINING_STAGES else f"{label}={_folder(source, root)}")
-    return models
-
-
-def _folder(name: str, root: Path) -> str:
-    from tasks.record.registry import resolve
-
-    return str(resolve(name, root))
 
 
 def prune(spec: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:

@@ -2,23 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from llada_core.evaluation.params import EvaluateParams
-from llada_core.settings import ConfigError
-
-if TYPE_CHECKING:
-    pass
-
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from llada_core.data.params import DataParams
-from llada_core.evaluation.params import ReportParams
+from llada_core.evaluation.params import EvaluateParams, ReportParams
 from llada_core.modeling.families import ModelParams
 from llada_core.sampling.params import SamplingParams
-from llada_core.settings import Bits, Block, read_yaml, with_overrides
+from llada_core.settings import Bits, Block, ConfigError, read_yaml, with_overrides
 from llada_core.training.params import (
     PUBLISHED_LEARNING_RATE,
     TRAINING_STAGES,
@@ -232,3 +224,13 @@ def below(home: Path, given: str | None) -> Path | None:
     given = os.environ.get("LLADAFLOW_DATA_ROOT") or given
     root = home / Path(given).expanduser() if given else None
     return root if root is not None and root.is_dir() else None
+
+
+def visible_gpus() -> int:
+    """As CUDA would count them, without the seconds that importing torch takes."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+    if chosen is None:
+        return devices
+    names = [name.strip() for name in chosen.split(",") if name.strip()]
+    return min(devices, next((n for n, name in enumerate(names) if name == "-1"), len(names)))  # CUDA stops at -1

@@ -2,10 +2,9 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -16,7 +15,7 @@ from tasks.errors import StageError
 from tasks.folders import write_json
 from tasks.launch.launchers import LocalLauncher, SlurmLauncher
 from tasks.project import LaunchParams
-from tasks.record.runs import Request, RunFolder, changed_settings, take_settings
+from tasks.record.runs import SHARES, Request, RunFolder, changed_settings, take_settings
 
 Launcher = LocalLauncher | SlurmLauncher  # each verb (submit, state, cancel) acts on the job that a run folder names
 
@@ -167,14 +166,6 @@ def _asked_to_end(run: RunFolder) -> bool:
     return True
 
 
-FOLDER = "shards"
-
-
-def whole(run: RunFolder) -> RunFolder:
-    """The run that a share belongs to; any other run is whole."""
-    return RunFolder(run.path.parents[1]) if run.path.parent.name == FOLDER else run
-
-
 @contextmanager
 def shared(run: RunFolder, launch: LaunchParams) -> Iterator[LaunchParams]:
     """Has the other shares answered by jobs of their own while the block runs; yields how the first is launched.
@@ -202,41 +193,8 @@ def shared(run: RunFolder, launch: LaunchParams) -> Iterator[LaunchParams]:
                     launcher.cancel(share, 0.0)
 
 
-@contextmanager
-def sharing(count: int, program: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Has `count` - 1 more processes of this machine run `program` while the block does the first one's share.
-
-    Each is numbered as a launcher would number it (RANK, LOCAL_RANK, WORLD_SIZE), this one as 0, and takes the GPU of
-    its number. They need no launcher, since they meet in files alone: one that dies ends no other, and what it leaves
-    is done by this one. Those that still run when the block ends are ended.
-    """
-    if count == 1 or "RANK" in os.environ:
-        yield
-        return
-    common = {"WORLD_SIZE": str(count)}
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))}
-
-    def numbered(rank: int) -> dict[str, str]:
-        return {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-
-    others = [
-        subprocess.Popen(program, env={**os.environ, **threads, **(environment or {}), **numbered(rank)})
-        for rank in range(1, count)
-    ]
-    os.environ.update(numbered(0))
-    try:
-        yield
-    finally:
-        for name in numbered(0):
-            del os.environ[name]
-        for process in others:
-            process.terminate()
-        for process in others:
-            process.wait()
-
-
 def _share(run: RunFolder, number: int, count: int) -> RunFolder:
-    share = RunFolder(run.path / FOLDER / f"{run.key}-{number}of{count}")
+    share = RunFolder(run.path / SHARES / f"{run.key}-{number}of{count}")
     share.path.mkdir(parents=True, exist_ok=True)
     if not share.tree.is_symlink():
         share.tree.symlink_to("../../tree")

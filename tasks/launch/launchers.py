@@ -17,7 +17,7 @@ import jinja2
 from llada_core.settings import DEVICE_SETTING, ConfigError
 from llada_core.training.params import GRPOParams, TrainingParams
 from tasks.folders import hash_of, write_text
-from tasks.project import TRAINING_STAGES, LaunchParams, Params, SlurmParams
+from tasks.project import TRAINING_STAGES, LaunchParams, Params, SlurmParams, visible_gpus
 from tasks.record.runs import RunFolder
 
 TEMPLATE = Path(__file__).with_name("job.sh.jinja")
@@ -152,16 +152,6 @@ def ranks_per_node(training: TrainingParams | None, launch: LaunchParams, *, slu
 def gpus_of(launch: LaunchParams, *, slurm: bool) -> int:
     """GPUs of each node that a job will see."""
     return launch.slurm.gpus_per_node if slurm else visible_gpus()
-
-
-def visible_gpus() -> int:
-    """As CUDA would count them, without the seconds that importing torch takes."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
-    if chosen is None:
-        return devices
-    names = [name.strip() for name in chosen.split(",") if name.strip()]
-    return min(devices, next((n for n, name in enumerate(names) if name == "-1"), len(names)))  # CUDA stops at -1
 
 
 def _accelerate_config(run: RunFolder, launch: LaunchParams, training: TrainingParams | None) -> Path | None:

@@ -9,22 +9,34 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from llada_core.settings import ConfigError, nearest, read_yaml, require_package
 from tasks.errors import StageError, one_line_errors
-from tasks.folders import PATIENCE, read_json, sqlite_file
-from tasks.graph import load_stage, with_sources
+from tasks.folders import read_json
+from tasks.graph import load_stage
 from tasks.launch.jobs import attach_or_submit, follow, settle, shared
 from tasks.launch.launchers import machine_settings
-from tasks.launch.workspace import Workspace, configure_without_git, pipeline_lock
+from tasks.launch.status import TrainingProgress
+from tasks.launch.workspace import Workspace, configure_without_git, pipeline_lock, with_sources
 from tasks.project import TRAINING_STAGES, LaunchParams, Params
 from tasks.record import tracking
-from tasks.record.registry import hold_base, model_hash, receipts, tracking_uri, versions
-from tasks.record.runs import RunFolder, Work, differences, open_run, previous_run, request_of, stage_params
+from tasks.record.registry import hold_base
+from tasks.record.runs import (
+    RunFolder,
+    Work,
+    differences,
+    open_run,
+    previous_run,
+    rank,
+    request_of,
+    stage_params,
+)
+from tasks.record.versions import restore_if_empty
 
 
 def dvc(workspace: Workspace, *arguments: str) -> int:
@@ -83,37 +95,9 @@ def reproduce(workspace: Workspace, targets: list[str]) -> None:
     configure_without_git(workspace.path)
     with pipeline_lock(workspace):
         status = dvc(workspace, "repro", *known(workspace, targets))
-        restore_lost_records(workspace.path)
+        restore_if_empty(workspace.path)
     if status:
         raise StageError("the pipeline stopped; the same command goes on where it ended", status if status > 2 else 1)
-
-
-def restore_lost_records(root: Path) -> None:
-    """Send what MLflow does not have, and register anew what it has lost; costs nothing when all is there."""
-    if os.environ.get("LLADAFLOW_TRACKING") == "off":
-        return
-    names = {receipt["name"] for receipt in receipts(root)}
-    if names and _database_is_empty(root):
-        for name in names:
-            versions(root, name)
-        tracking.send_pending(root, again=True)
-    else:
-        tracking.send_pending(root)
-
-
-def _database_is_empty(root: Path) -> bool:
-    path = sqlite_file(tracking_uri(root))
-    if path is None:
-        return False
-    if not path.exists():
-        return True
-    import sqlite3
-
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=PATIENCE)) as database:
-        try:
-            return not database.execute("select 1 from model_versions limit 1").fetchall()
-        except sqlite3.OperationalError as error:
-            return "no such table" in str(error)  # one that is locked may hold everything
 
 
 def summary(workspace: Workspace) -> str:
@@ -165,8 +149,6 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
     asked = request_of(root, stage, params) | {"machine": machine_settings(parsed, stage.kind, launch)}
     run = open_run(root, stage, params, asked)
     again = stage.kind in OPEN_ENDED and not _inside_ranks()
-    from tasks.record import tracking
-
     with tracking.forwarding(run):
         if run.succeeded and not again:
             print(f"{run.key}: already made, its outputs are put in place", flush=True)
@@ -211,21 +193,10 @@ def do_work(run: RunFolder, function: Function) -> None:
     started = time.monotonic()
     stage = run.stage
     params = Params.parse(run.request["all_params"], run.key)
-    cost = function(Work(params, run, stage, stage.partition("@")[2] or None))
+    work = Work(params, run, stage, stage.partition("@")[2] or None)
+    cost = function(replace(work, follow=TrainingProgress(stage)) if stage in TRAINING_STAGES else work)
     if rank() == 0:
         run.succeed(time.monotonic() - started if cost is None else cost)
-
-
-def verify_inputs(work: Work) -> None:
-    """Folders outside the snapshot may have changed while the job waited; the first rank of each node looks.
-
-    Raises `ConfigError` for one that has.
-    """
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-        return
-    for path, digest in work.run.request["inputs"].items():
-        if Path(path).is_absolute() and model_hash(Path(path)) != digest:
-            raise ConfigError(f"{path} has changed since this job was submitted; run the same command again")
 
 
 def confirm_cost(root: Path, run: RunFolder, launch: LaunchParams) -> None:
@@ -249,11 +220,6 @@ def confirm_cost(root: Path, run: RunFolder, launch: LaunchParams) -> None:
 
 def _inside_ranks() -> bool:
     return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-
-
-def rank() -> int:
-    """Which of several processes this is; 0 writes."""
-    return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager

@@ -34,11 +34,11 @@ class TrainingProgress:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
             self._task = self._bar.add_task(stage, total=1.0)
-            self._bar.start()
 
     def __call__(self, line: dict[str, Any]) -> None:
         """Show a line; training lines at most every ten seconds where there is no bar."""
         if self._bar is not None and self._task is not None and "share" in line:
+            self._bar.start()  # with the first step, not while the model is loaded
             self._bar.update(self._task, completed=line["share"], description=sentence(self._stage, line))
             if line["share"] >= 1:
                 self._bar.stop()

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from filelock import FileLock
 
 from llada_core.settings import ConfigError, nearest, read_yaml, with_overrides
 from tasks.folders import add_worktree, copied, has_git, hash_of, mend_worktree, submitted, write_json, write_text
-from tasks.graph import prune, with_sources
+from tasks.graph import lookup, prune
 from tasks.project import TRAINING_STAGES, Params, data_root
 from tasks.record.registry import named, resolve
 from tasks.record.runs import home
@@ -137,6 +138,7 @@ def _benchmarks(params: Params, home: Path) -> Iterator[Item]:
             yield f"benchmark {name}", partial(taskset.tasks_of, recipes.find(name))
 
 
+LABEL, NOT_LABEL = re.compile(r"[\w.@+-]+"), re.compile(r"[^\w.@+-]+")
 PATIENCE = 600.0  # seconds for another process to make the same workspace
 
 
@@ -197,6 +199,45 @@ def _settle(root: Path, place: Path, values: dict[str, Any]) -> None:
     configure_workspace(root, place)
     if (place / ".git").is_file():
         mend_worktree(root, place)
+
+
+def with_sources(params: dict[str, Any], root: Path) -> dict[str, Any]:
+    """`params` with every model that is no stage's (a folder, an alias, a Hub name) as an absolute folder.
+
+    Such a model of `evaluate.models` becomes `label=folder`; the label stands in tables.
+    """
+    result = dict(params)
+    for stage in TRAINING_STAGES:
+        value = lookup(params, f"{stage}.init_from")
+        if value is not None and value not in TRAINING_STAGES:
+            result[stage] = params[stage] | {"init_from": _folder(value, root)}
+    if named := lookup(params, "evaluate.models"):
+        result["evaluate"] = params["evaluate"] | {"models": _labelled(named, root)}
+    return result
+
+
+def _labelled(names: list[str], root: Path) -> list[str]:
+    """Stages by name, other models as `label=folder`; raises `ConfigError` where two would share a label."""
+    asked: dict[str, str] = {}
+    models = []
+    for name in names:
+        label, sign, source = name.partition("=")
+        if not sign or not LABEL.fullmatch(label) or (root / name).exists():  # a path may hold a "=" of its own
+            label, source = NOT_LABEL.sub("-", name.rstrip("/").rpartition("/")[2]), name
+        elif source in TRAINING_STAGES:
+            raise ConfigError(f"evaluate.models: {name!r} labels a stage, which has its name; write {source!r}")
+        if label in asked:
+            both = f"{asked[label]!r} and {name!r} would both be {label!r} in tables"
+            other = asked[label] if name in TRAINING_STAGES else source
+            remedy = "list it once" if name == asked[label] else f"label one of them, such as other={other}"
+            raise ConfigError(f"evaluate.models: {both}; {remedy}")
+        asked[label] = name
+        models.append(name if name in TRAINING_STAGES else f"{label}={_folder(source, root)}")
+    return models
+
+
+def _folder(name: str, root: Path) -> str:
+    return str(resolve(name, root))
 
 
 def profile_file(root: Path, profile: str | None) -> Path:

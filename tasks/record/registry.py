@@ -173,6 +173,9 @@ def champion_of(root: Path) -> str:
 def version_of(root: Path, name: str, which: str) -> Version:
     """The version with an alias or number; raises `ConfigError` that lists what there is."""
     known = versions(root, name)
+    if not known and is_lost(root, name):
+        kept = home(root) / "store" / "receipts.jsonl"
+        raise ConfigError(f"the registry has lost model {name!r}; `llada restore` registers it anew from {kept}")
     if not known:
         raise ConfigError(f"no model {name!r} is registered; `make run` trains and registers one")
     for version in known:
@@ -182,18 +185,13 @@ def version_of(root: Path, name: str, which: str) -> Version:
     raise ConfigError(f"model {name!r} has no version {which!r}; it has: {listed}")
 
 
+def is_lost(root: Path, name: str) -> bool:
+    """Whether receipts tell of versions of a model, and MLflow knows none."""
+    return any(receipt["name"] == name for receipt in receipts(root)) and not versions(root, name)
+
+
 def versions(root: Path, name: str) -> list[Version]:
-    """All versions of a model, oldest first. A lost database is noticed here and filled again from the receipts."""
-    found = _versions(root, name)
-    if not found and any(receipt["name"] == name for receipt in receipts(root)):
-        from tasks.work.register import register_anew
-
-        register_anew(root, name)
-        found = _versions(root, name)
-    return found
-
-
-def _versions(root: Path, name: str) -> list[Version]:
+    """All versions of a model that MLflow knows, oldest first."""
     if not re.fullmatch(NAME, name):
         raise ConfigError(f"{name!r} is no name of a model; use letters, digits, dots, dashes and underscores")
     talk = client(root)
@@ -216,7 +214,7 @@ def trained_on(root: Path, data: str) -> list[Version]:
     """Every version, of any name, that a folder of data or weights (or the hash of one) went into."""
     digest = content_hash(root / data) if data and (root / data).exists() else data
     names = {entry.name for entry in client(root).search_registered_models(max_results=1000)}
-    found = [version for name in sorted(names) for version in _versions(root, name)]
+    found = [version for name in sorted(names) for version in versions(root, name)]
     return [v for v in found if any(value.startswith(digest) for value in json.loads(v.tags["inputs"]).values())]
 
 

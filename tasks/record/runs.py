@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +112,7 @@ def differences(new: Request, old: Request) -> list[str]:
 
 PAST = ("metrics.jsonl", "samples.jsonl", "recovery.json")  # beside checkpoints, what a run that goes on starts with
 MADE = ("data/", "models/", "reports/")  # made by stages, which replace and never change
+SHARES = "shards"  # the folder of a run with those of the jobs that share its benchmark
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,11 @@ class RunFolder:
     @property
     def stage(self) -> str:
         return self.request["stage"]
+
+    @property
+    def whole(self) -> "RunFolder":
+        """The run that a share belongs to; any other run is whole."""
+        return RunFolder(self.path.parents[1]) if self.path.parent.name == SHARES else self
 
     @property
     def root(self) -> Path:
@@ -370,6 +376,15 @@ def stage_params(root: Path, overrides: list[str]) -> dict[str, Any]:
     return values
 
 
+def rank() -> int:
+    """Which of several processes this is; 0 writes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _unseen(line: dict[str, Any]) -> None:
+    """Nobody looks on."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What a stage's function is given; the working directory is the run's snapshot, laid out like the project."""
@@ -378,3 +393,16 @@ class Work:
     run: RunFolder
     stage: str
     item: str | None  # the benchmark, for an instance of evaluate
+    follow: Callable[[dict[str, Any]], None] = _unseen  # told every line of metrics.jsonl while it trains
+
+
+def verify_inputs(work: Work) -> None:
+    """Folders outside the snapshot may have changed while the job waited; the first rank of each node looks.
+
+    Raises `ConfigError` for one that has.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        return
+    for path, digest in work.run.request["inputs"].items():
+        if Path(path).is_absolute() and model_hash(Path(path)) != digest:
+            raise ConfigError(f"{path} has changed since this job was submitted; run the same command again")

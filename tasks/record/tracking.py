@@ -1,34 +1,22 @@
 """What MLflow is told of a run, and what an outage leaves to be told later."""
 
 import json
+import logging
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from llada_core.files import read
+from llada_core.evaluation.params import EvaluateParams
+from llada_core.files import complete, parsed, read
 from llada_core.settings import flat
-from tasks.folders import hash_of, read_json, safe
-from tasks.record.registry import lock_of
-from tasks.record.runs import RunFolder, home
-
-if TYPE_CHECKING:
-    from mlflow.tracking import MlflowClient
-
-    from llada_core.evaluation.params import EvaluateParams
-    from tasks.work.evaluate import Places
-import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-from llada_core.files import complete, parsed
-from tasks.folders import sqlite_file, write_json
-from tasks.record.registry import artifacts
-from tasks.record.runs import all_runs
+from tasks.folders import hash_of, read_json, safe, sqlite_file, write_json
+from tasks.record.registry import artifacts, client, lock_of
+from tasks.record.runs import RunFolder, all_runs, home
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -48,27 +36,29 @@ def send_results(client: "MlflowClient", run: RunFolder, run_id: str, parent: st
             _beside_parameters(client, parent, run.request["all_params"], result["benchmark"], scores)
 
 
-def send_sweep(root: Path, model: str, params: "EvaluateParams", places: "Places", measured: Iterable[str]) -> bool:
+def send_sweep(
+    root: Path, model: str, params: EvaluateParams, results: Path, measured: Iterable[str], *, key: str
+) -> bool:
     """What `llada eval` measured, as an MLflow run of its own: settings, scores, every answer, the report.
 
-    The same measurement sent again adds nothing. False when MLflow does not take it (or is not wanted); nothing fails.
+    `results`: the folder with them; `key`: what tells weights, code and settings. The same measurement sent again adds
+    nothing. False when MLflow does not take it (or is not wanted); nothing fails.
     """
-    from tasks.record.registry import client
 
     def work() -> None:
         talk, name = client(root), safe(model)
-        experiment, key = experiment_of(talk, root), hash_of([places.answers.name, model, params.limit])[:16]
+        experiment, own = experiment_of(talk, root), hash_of([key, model, params.limit])[:16]
         with FileLock(lock_of(home(root))):
-            found = talk.search_runs([experiment], f"tags.`lladaflow.key` = '{key}'", max_results=1)
-            tags = {"lladaflow.key": key}
+            found = talk.search_runs([experiment], f"tags.`lladaflow.key` = '{own}'", max_results=1)
+            tags = {"lladaflow.key": own}
             run = found[0] if found else talk.create_run(experiment, tags=tags, run_name=f"eval {name}")
         run_id = run.info.run_id
         for benchmark in measured:
-            result = read_json(places.out / f"{benchmark}.json")["models"][name]
+            result = read_json(results / f"{benchmark}.json")["models"][name]
             scores = {name: result["score"]} if result.get("score") is not None else {}
             _beside_parameters(talk, run_id, {"model": model} | params.model_dump(mode="json"), benchmark, scores)
-            _log_tables(talk, run_id, {benchmark: places.out / benchmark / f"{name}.samples.jsonl"})
-        for file in sorted(places.out.glob("table.*")):
+            _log_tables(talk, run_id, {benchmark: results / benchmark / f"{name}.samples.jsonl"})
+        for file in sorted(results.glob("table.*")):
             talk.log_artifact(run_id, str(file))
         talk.set_terminated(run_id)
 
@@ -155,7 +145,7 @@ def send_pending(root: Path, *, again: bool = False) -> bool:
 
 
 def _made_in(root: Path, folder: Path) -> Iterator[RunFolder]:
-    """The runs of a folder that make something: a trial (tasks.launch.trial) has nothing to tell."""
+    """The runs of a folder that make something: a trial has nothing to tell."""
     yield from (run for run in all_runs(root) if run.root.resolve() == folder and run.request["outs"])
 
 
@@ -232,8 +222,6 @@ class Sender:
     """Sends one run folder; `cursor` remembers what arrived."""
 
     def __init__(self, run: RunFolder) -> None:
-        from tasks.record.registry import client
-
         self.run, self.request = run, run.request
         self.client: MlflowClient = client(run.path.parents[1])
         self.cursor = _cursor(run)

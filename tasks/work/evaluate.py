@@ -5,9 +5,11 @@ benchmark is put and scored is llada_core.evaluation's.
 """
 
 import logging
+import os
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +22,8 @@ from llada_core.evaluation.params import EvaluateParams
 from llada_core.files import line_of
 from llada_core.settings import ConfigError
 from tasks.folders import read_json, safe, write_json, write_text
-from tasks.launch.jobs import sharing, whole
-from tasks.launch.launchers import visible_gpus
-from tasks.launch.program import verify_inputs
-from tasks.project import data_root
-from tasks.record.runs import Work
+from tasks.project import data_root, visible_gpus
+from tasks.record.runs import Work, verify_inputs
 
 if TYPE_CHECKING:
     from llada_core.evaluation.answering import Responder
@@ -54,7 +53,7 @@ def run(work: Work) -> None:
         raise ConfigError(f"evaluate: say which benchmark; this run has: {', '.join(params.benchmarks)}")
     quiet_lm_eval()
     verify_inputs(work)
-    own = whole(work.run).path
+    own = work.run.whole.path
     root = data_root(work.params, own.parents[1])
     puzzles = Path("data/eval")
     places = Places(root, puzzles, Path("reports/eval"), own / "answers", trained=puzzles)
@@ -92,6 +91,39 @@ def processes(folders: list[Path], params: EvaluateParams, device: str = "auto")
     from llada_core.evaluation.answering import processes
 
     return processes(folders, params.dtype, device, params.bits)
+
+
+@contextmanager
+def sharing(count: int, program: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Has `count` - 1 more processes of this machine run `program` while the block does the first one's share.
+
+    Each is numbered as a launcher would number it (RANK, LOCAL_RANK, WORLD_SIZE), this one as 0, and takes the GPU of
+    its number. They need no launcher, since they meet in files alone: one that dies ends no other, and what it leaves
+    is done by this one. Those that still run when the block ends are ended.
+    """
+    if count == 1 or "RANK" in os.environ:
+        yield
+        return
+    common = {"WORLD_SIZE": str(count)}
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))}
+
+    def numbered(rank: int) -> dict[str, str]:
+        return {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+    others = [
+        subprocess.Popen(program, env={**os.environ, **threads, **(environment or {}), **numbered(rank)})
+        for rank in range(1, count)
+    ]
+    os.environ.update(numbered(0))
+    try:
+        yield
+    finally:
+        for name in numbered(0):
+            del os.environ[name]
+        for process in others:
+            process.terminate()
+        for process in others:
+            process.wait()
 
 
 def measure(name: str, model: str, answerer: "Responder", params: EvaluateParams, places: Places) -> Result:

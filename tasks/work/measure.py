@@ -17,10 +17,9 @@ from llada_core.files import parsed
 from llada_core.modeling.folder import is_adapter
 from llada_core.settings import ConfigError, flat, nearest
 from tasks.folders import commit_of, content_hash, hash_of, read_json, safe
-from tasks.launch.program import rank
 from tasks.project import below
 from tasks.record.registry import resolve
-from tasks.record.runs import differences, find_run
+from tasks.record.runs import differences, find_run, rank
 from tasks.work.evaluate import Places, answering, as_asked, measure, quiet_lm_eval
 
 if TYPE_CHECKING:
@@ -218,7 +217,7 @@ def sweep(
     """Any checkpoint (folder, alias, Hub name) against a list of benchmarks; one that fails does not stop the others.
 
     The model is loaded once, for all of them. Says what each and all cost before the first starts. Of several processes
-    (`tasks.launch.jobs.sharing`) only the first tells, returns and writes more than answers. Returns a result, or `{"error": why}`, for each benchmark;
+    (`tasks.work.evaluate.sharing`) only the first tells, returns and writes more than answers. Returns a result, or `{"error": why}`, for each benchmark;
     results are also written as the stage writes them, with a report (table.json, table.md, table.png) of those that
     succeeded.
     """

@@ -1,11 +1,10 @@
 """A registered version by reference; the gate that lets it be champion, its promotion, the way back."""
 
-import getpass
 import importlib.metadata
 import json
 import math
 import platform
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from llada_core.sampling.params import as_values
 from llada_core.settings import ConfigError
 from tasks.errors import one_line_errors
 from tasks.folders import commit_of, content_hash, hash_of, read_json, write_json
-from tasks.launch.trial import try_out
 from tasks.project import GateParams, Params, RegisterParams
-from tasks.record import tracking
 from tasks.record.registry import (
     Version,
     client,
@@ -36,6 +33,7 @@ from tasks.record.registry import (
 )
 from tasks.record.runs import RunFolder, home, stage_params
 from tasks.record.usage import usage_to_register
+from tasks.record.versions import PACKAGES, make_version, point, register_lost
 from tasks.work.report import scores_of as answered
 
 Scores = dict[str, dict[str, float]]  # benchmark -> question -> score in [0, 1]
@@ -105,16 +103,21 @@ def _words(difference: Difference) -> str:
 
 
 CHAMPION, CANDIDATE = "champion", "candidate"
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "mlflow")
+Trial = Callable[[Path, Version], object]
+"""Has a version loaded and asked a question; raises `StageError` when it does not answer."""
 
 
-def register(root: Path, params: Params) -> dict[str, Any]:
-    """Register the model that the run names; returns what became of it, which is also the stage's output."""
+def register(root: Path, params: Params, trial: Trial, send: Callable[[Path], object]) -> dict[str, Any]:
+    """Register the model that the run names; returns what became of it, which is also the stage's output.
+
+    `trial` is made before it becomes champion; `send` is called to have MLflow told of the runs that made it.
+    """
     spec = params.register_
     if spec is None:
         raise ConfigError("params.yaml has no block 'register'")
     with FileLock(_lock(root)):  # two runs with the same weights are one version
-        return _register(root, params, spec)
+        send(root)
+        return _register(root, params, spec, trial)
 
 
 def _lock(root: Path) -> Path:
@@ -122,13 +125,13 @@ def _lock(root: Path) -> Path:
     return store_folder(root, ".register.lock")
 
 
-def _register(root: Path, params: Params, spec: RegisterParams) -> dict[str, Any]:
+def _register(root: Path, params: Params, spec: RegisterParams, trial: Trial) -> dict[str, Any]:
     digest = keep(root, root / "models" / spec.model)
     hold_base(root, store_folder(root, digest))  # a champion whose base is nowhere could not be loaded
     require_weights(store_folder(root, digest))
     answers = (root / "reports" / "eval").glob(f"*/{spec.model}.samples.jsonl")
     write_json(store_folder(root, digest).with_suffix(".scores.json"), {p.parent.name: answered(p) for p in answers})
-    tracking.send_pending(root)
+    register_lost(root, spec.name)  # in their order, so that numbers and the champion are as they were
     known = versions(root, spec.name)
     version = next((v for v in known if v.hash == digest), None)
     if version is None:
@@ -143,7 +146,7 @@ def _register(root: Path, params: Params, spec: RegisterParams) -> dict[str, Any
     champion = champion_among(known)
     decision = judge(root, params, version, champion)
     if decision.passed and (champion is None or champion.number != version.number):
-        try_out(root, version)
+        trial(root, version)
         now = champion_among(versions(root, spec.name))  # a trial may wait for hours
         if now is not None and (champion is None or now.number != champion.number):
             champion, decision = now, judge(root, params, version, now)
@@ -175,58 +178,6 @@ def judge(root: Path, params: Params, version: Version, champion: Version | None
     return decide(
         params.register_.gate, scores_of(root, version.hash), scores_of(root, champion.hash) if champion else None
     )
-
-
-def make_version(root: Path, receipt: dict[str, Any]) -> Version:
-    """A new version that points to stored weights; nothing is copied but a note of some 30 KB."""
-    talk, digest = client(root), receipt["hash"]
-    import mlflow
-
-    config = {"path": str(store_folder(root, digest)), "hash": digest, "sampling": receipt["sampling"]}
-    # Receipts of old have none of these.
-    config |= {"device": receipt.get("device", "auto"), "bits": receipt.get("bits"), "usage": receipt.get("usage", {})}
-    run_id = _mlflow_run(root, receipt["tags"])
-    with mlflow.start_run(run_id=run_id):
-        logged = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(Path(__file__).parents[1] / "record" / "mlflow_model.py"),
-            model_config=config,
-            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES],
-            registered_model_name=receipt["name"],
-        )
-    number = str(logged.registered_model_version)
-    tags = {**receipt["tags"], "content_hash": digest}
-    for key, value in tags.items():
-        talk.set_model_version_tag(receipt["name"], number, key, value)
-    return Version(receipt["name"], number, digest, tags)
-
-
-def point(root: Path, version: Version, alias: str, why: str) -> None:
-    """Set an alias, with a record of who, when and why."""
-    client(root).set_registered_model_alias(version.name, alias, version.number)
-    if alias in version.aliases:
-        return
-    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    record = {"alias": alias, "hash": version.hash, "why": why, "who": getpass.getuser(), "when": when}
-    write_receipt(root, {"event": "alias", "name": version.name, **record})
-    client(root).set_model_version_tag(
-        version.name, version.number, f"{alias}.record", json.dumps(record, sort_keys=True)
-    )
-
-
-def register_anew(root: Path, name: str) -> None:
-    """Fill a lost registry from the receipts: versions in their order, then the aliases as they last were."""
-    print(f"the registry has lost model {name!r}; registering it anew from {home(root) / 'store' / 'receipts.jsonl'}")
-    made: dict[str, Version] = {}
-    aliases: dict[str, str] = {}
-    for receipt in (r for r in receipts(root) if r["name"] == name):
-        if receipt["event"] == "alias":
-            aliases[receipt["alias"]] = receipt["hash"]
-        elif receipt["hash"] not in made and store_folder(root, receipt["hash"]).is_dir():
-            made[receipt["hash"]] = make_version(root, receipt)
-    for alias, digest in aliases.items():
-        if digest in made:
-            client(root).set_registered_model_alias(name, alias, made[digest].number)
 
 
 def lineage(root: Path, stage: str) -> dict[str, str]:
@@ -262,27 +213,16 @@ def _chain(root: Path, stage: str) -> tuple[dict[str, str], dict[str, str]]:
     return runs, inputs
 
 
-def _mlflow_run(root: Path, tags: dict[str, str]) -> str | None:
-    """The MLflow run of the stage that made the weights; None when its run folder is gone."""
-    for key in json.loads(tags["stage_runs"]).values():
-        run = RunFolder(home(root) / "runs" / key)
-        if (run.path / "request.json").exists():
-            return tracking.Sender(run).send()
-    return None
-
-
 def _job(root: Path, key: str) -> str:
     run = RunFolder(home(root) / "runs" / key)
     return run.job_name if run.path.exists() else "unknown"
 
 
-def main() -> None:
+def main(overrides: list[str], trial: Trial, send: Callable[[Path], object]) -> None:
     """What dvc.yaml runs."""
-    import sys
-
     with one_line_errors():
         root = Path.cwd()
-        result = register(root, Params.load(root / "params.yaml", sys.argv[1:]))
+        result = register(root, Params.load(root / "params.yaml", overrides), trial, send)
         write_json(root / "reports" / "registered.json", result)
         verdict = "champion" if result["gate"]["passed"] else f"not champion ({result['gate']['reason']})"
         print(f"{result['name']} version {result['version']}: {verdict}")
@@ -298,16 +238,16 @@ def gate(root: Path, name: str, which: str) -> Decision:
     return judge(root, params, version_of(root, name, which), champion_among(versions(root, name)))
 
 
-def promote(root: Path, name: str, which: str, why: str) -> Version:
-    """Make a version (number or alias) champion, once its weights are verified and it has answered a question."""
+def promote(root: Path, name: str, which: str, why: str, trial: Trial) -> Version:
+    """Make a version (number or alias) champion, once its weights are verified and it has stood the trial."""
     version = version_of(root, name, which)
     require_weights(verified(root, version.hash))
-    try_out(root, version)
+    trial(root, version)
     point(root, version, CHAMPION, why)
     return version
 
 
-def roll_back(root: Path, name: str, why: str = "rolled back") -> Version:
+def roll_back(root: Path, name: str, why: str, trial: Trial) -> Version:
     """Give the alias back to the last champion before the present one; raises `ConfigError` when there was none."""
     present = version_of(root, name, CHAMPION)
     held = [r["hash"] for r in receipts(root) if r["name"] == name and r.get("alias") == CHAMPION]
@@ -315,4 +255,4 @@ def roll_back(root: Path, name: str, why: str = "rolled back") -> Version:
     version = next((v for v in versions(root, name) if v.hash == before), None)
     if version is None:
         raise ConfigError(f"model {name!r} had no champion before version {present.number}")
-    return promote(root, name, version.number, why)
+    return promote(root, name, version.number, why, trial)

@@ -16,11 +16,9 @@ from llada_core.training.params import GRPOParams, TrainingParams
 from llada_core.usage import Usage
 from tasks.errors import StageError, StoppedError
 from tasks.folders import read_json, write_json
-from tasks.launch.program import rank, verify_inputs
-from tasks.launch.status import TrainingProgress
 from tasks.project import TRAINING_STAGES
 from tasks.record.registry import keep_base, lasting_name
-from tasks.record.runs import Work
+from tasks.record.runs import Work, rank, verify_inputs
 
 if TYPE_CHECKING:
     from llada_core.tokenizer import Tokenizer
@@ -41,8 +39,7 @@ def train_stage(work: Work) -> float:
     model = _model(work, params, tokenizer)
     base = "" if params.lora is None else _base(work, params)
     place = RunPaths(data=Path("data"), run=work.run.path, export=Path("models") / work.stage, base=base)
-    follow = TrainingProgress(work.stage)
-    receipt = train(params, model, tokenizer, place, seed=work.params.seed, follow=follow)
+    receipt = train(params, model, tokenizer, place, seed=work.params.seed, follow=work.follow)
     if not receipt.finished:
         raise StoppedError(f"{work.stage}: stopped at step {receipt.steps}, saved; the same command goes on from there")
     if rank() == 0:

@@ -140,7 +140,7 @@ def test_what_does_not_answer_replaces_no_champion(root) -> None:  # noqa: F811
     with pytest.raises(StageError, match=r"toy version 2 does not become champion, .* computes no numbers"):
         register(root)
     with pytest.raises(StageError, match="does not become champion"):  # by a person neither
-        promote(root, "toy", "2", "by hand")
+        promote(root, "toy", "2", "by hand", try_out)
     assert [v.aliases for v in versions(root, "toy")] == [("champion",), ("candidate",)]
     assert (resolve("toy@champion") / "label").read_text() == "one"
     assert (resolve("toy@candidate") / "label").read_text() == "two"
@@ -153,5 +153,5 @@ def test_a_champion_that_is_no_more_what_it_was_is_not_rolled_back_to(root) -> N
     label.unlink()
     label.write_text("other")
     with pytest.raises(ConfigError, match="was altered"):
-        roll_back(root, "toy")
+        roll_back(root, "toy", "rolled back", try_out)
     assert (resolve("toy@champion") / "label").read_text() == "two"

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from llada_core.modeling import save_model
-from tasks.launch.jobs import sharing
 from tasks.project import Params
 from tasks.record.runs import RunFolder, Work
 from tasks.work import evaluate as stage
+from tasks.work.evaluate import sharing
 from tests.tasks.conftest import REPOSITORY, project  # noqa: F401  (a fixture)
 from tests.tiny import tiny_pair
 from tests.waiting import wait_for

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from llada_core.settings import ConfigError
-from tasks.graph import load_stage, lookup, prune, with_sources
+from tasks.graph import load_stage, lookup, prune
+from tasks.launch.workspace import with_sources
 from tasks.project import TRAINING_STAGES
 
 ROOT = Path(__file__).resolve().parents[2]

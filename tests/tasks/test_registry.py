@@ -3,6 +3,7 @@
 import json
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,11 @@ from llada_core.settings import ConfigError
 from tasks import folders
 from tasks.errors import StageError
 from tasks.folders import content_hash, write_json
+from tasks.launch.trial import try_out
 from tasks.project import Params
 from tasks.record.registry import resolve, store_folder, trained_on, version_of, versions
+from tasks.record.tracking import send_pending
+from tasks.record.versions import restore, restore_if_empty
 from tasks.work import register as stage
 from tasks.work.register import gate, promote, roll_back
 from tests.tiny import tiny_pair
@@ -69,7 +73,7 @@ def saved(root: Path, label: str, *, main: int, side: int, of: int = 100) -> Non
 
 def register(root: Path) -> dict:
     """Register what `saved` has made."""
-    return stage.register(root, Params.load(root / "params.yaml"))
+    return stage.register(root, Params.load(root / "params.yaml"), try_out, send_pending)
 
 
 def trained(root: Path, label: str, *, main: int, side: int) -> dict:
@@ -101,9 +105,9 @@ def test_older_versions_still_load_and_roll_back(root: Path) -> None:
     trained(root, "two", main=90, side=50)
     assert (resolve("models:/toy/1") / "label").read_text() == "one"
     assert (resolve("toy@champion") / "label").read_text() == "two"
-    assert roll_back(root, "toy").number == "1"
+    assert roll_back(root, "toy", "rolled back", try_out).number == "1"
     assert (resolve("models:/toy@champion") / "label").read_text() == "one"
-    assert promote(root, "toy", "candidate", "by hand").number == "2"
+    assert promote(root, "toy", "candidate", "by hand", try_out).number == "2"
     record = json.loads(version_of(root, "toy", "2").tags["champion.record"])
     assert record["why"] == "by hand"
     assert {"who", "when"} <= record.keys()
@@ -150,14 +154,37 @@ def test_a_served_version_lies_where_it_was_registered_to(root: Path, monkeypatc
     assert served(device="cpu").model.device.type == "cpu"
 
 
+def lose(root: Path, empty_database: Path) -> None:
+    """Empty the database in place: connections of this process would still read a file that was put away."""
+    with closing(sqlite3.connect(empty_database)) as empty, closing(sqlite3.connect(root / "mlflow.db")) as database:
+        empty.backup(database)
+
+
 def test_a_lost_database_is_filled_again_from_receipts(root: Path, empty_database: Path) -> None:
     trained(root, "one", main=50, side=50)
     trained(root, "two", main=90, side=50)
-    roll_back(root, "toy")
-    (root / "mlflow.db").unlink()
-    shutil.copy(empty_database, root / "mlflow.db")
+    roll_back(root, "toy", "rolled back", try_out)
+    lose(root, empty_database)
+    with pytest.raises(
+        ConfigError, match="has lost model 'toy'; `llada restore` registers it anew from .*receipts.jso"
+    ):
+        resolve("toy@champion")
+    assert versions(root, "toy") == []  # reading has changed nothing
+    assert restore(root) == ["toy"]
     assert (resolve("toy@champion") / "label").read_text() == "one"
     assert [(v.number, v.aliases) for v in versions(root, "toy")] == [("1", ("champion",)), ("2", ("candidate",))]
+    assert restore(root) == []
+    lose(root, empty_database)
+    restore_if_empty(root)  # after a pipeline
+    assert [v.aliases for v in versions(root, "toy")] == [("champion",), ("candidate",)]
+
+
+def test_a_run_that_registers_fills_a_lost_registry_first(root: Path, empty_database: Path) -> None:
+    trained(root, "one", main=50, side=50)
+    trained(root, "two", main=90, side=50)
+    lose(root, empty_database)
+    worse = trained(root, "three", main=20, side=50)
+    assert (worse["version"], worse["champion"]) == ("3", "2")
 
 
 def test_altered_or_missing_weights_are_refused(root: Path) -> None:
@@ -218,7 +245,7 @@ def test_the_gate_before_a_promotion(root: Path) -> None:
 
 def test_an_odd_name_is_told_as_such(root: Path) -> None:
     with pytest.raises(ConfigError, match="is no name of a model; use letters"):
-        promote(root, "toy' or '1", "1", "why not")
+        promote(root, "toy' or '1", "1", "why not", try_out)
 
 
 def test_a_database_that_is_locked_damaged_or_gone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -327,7 +327,7 @@ def test_evaluation_on_several_nodes_is_a_process_a_gpu_and_on_one_node_starts_i
 
 @pytest.mark.parametrize(("chosen", "seen"), [(None, 3), ("0,2", 2), ("", 0), ("-1", 0), ("1,-1,0", 1)])
 def test_gpus_are_counted_as_cuda_counts_them(chosen: str | None, seen: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.launch.launchers import visible_gpus
+    from tasks.project import visible_gpus
 
     devices = [Path(f"/dev/nvidia{n}") for n in (0, 1, 2)] + [Path("/dev/nvidia-caps"), Path("/dev/nvidiactl")]
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [d for d in devices if d.name[6].isdigit()])

@@ -8,12 +8,11 @@ import pytest
 
 from llada_core.evaluation.params import EvaluateParams
 from tasks.graph import load_stage
-from tasks.launch.program import restore_lost_records
 from tasks.record import tracking
 from tasks.record.registry import client
 from tasks.record.runs import RunFolder, open_run, stage_params
 from tasks.record.tracking import send_sweep
-from tasks.work.evaluate import Places
+from tasks.record.versions import restore_if_empty
 from tests.tasks.test_registry import empty_database  # noqa: F401  (a fixture)
 from tests.tasks.test_runs import finish, open_toy, program, the_run
 
@@ -72,7 +71,7 @@ def test_a_cursor_lost_after_sending_adds_nothing(tracked: Path) -> None:
 def test_one_parent_and_a_child_for_each_stage(tracked: Path) -> None:
     finish(program("tasks.pretrain"))
     finish(program("tasks.sft"))
-    restore_lost_records(tracked)
+    restore_if_empty(tracked)
     tracking.send([the_run(tracked)], over=True)
     talk = client(tracked)
     runs = talk.search_runs([talk.get_experiment_by_name(tracking.EXPERIMENT).experiment_id])
@@ -168,9 +167,8 @@ def test_an_evaluation_without_a_pipeline_is_a_run_of_its_own(tracked: Path, mon
     (out / "sudoku.json").write_text(json.dumps({"models": {"a__b": {"score": 1 / 3, "n": 3}}}))
     for name in ("table.json", "table.md", "table.png"):
         (out / name).write_text("a table")
-    places = Places(None, tracked / "data/eval", out, tracked / "runs/answers-0")
     for _ in range(2):
-        assert send_sweep(tracked, "a/b", EvaluateParams(limit=3), places, ["sudoku"])
+        assert send_sweep(tracked, "a/b", EvaluateParams(limit=3), out, ["sudoku"], key="answers-0")
     talk = client(tracked)
     [run] = talk.search_runs([tracking.experiment_of(talk, tracked)])
     assert (run.data.metrics, run.data.params["limit"], run.data.params["model"]) == (
@@ -185,4 +183,4 @@ def test_an_evaluation_without_a_pipeline_is_a_run_of_its_own(tracked: Path, mon
     assert [row[table["columns"].index("reply")] for row in table["data"]] == ["0", "1", "2"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    assert not send_sweep(tracked, "a/b", EvaluateParams(), places, ["sudoku"])
+    assert not send_sweep(tracked, "a/b", EvaluateParams(), out, ["sudoku"], key="answers-0")
