@@ -166,7 +166,7 @@ def test_a_lost_database_is_filled_again_from_receipts(root: Path, empty_databas
     roll_back(root, "toy", "rolled back", try_out)
     lose(root, empty_database)
     with pytest.raises(
-        ConfigError, match="has lost model 'toy'; `llada restore` registers it anew from .*receipts.jso"
+        ConfigError, match=r"has lost model 'toy'; `llada restore` registers it anew from .*receipts.jso"
     ):
         resolve("toy@champion")
     assert versions(root, "toy") == []  # reading has changed nothing
