@@ -86,7 +86,7 @@ def following(root: Path) -> float:
     write_json(run.path / "job.json", note)
     wall, cpu = time.monotonic(), time.process_time()
     with tracking.forwarding(run):
-        follow(run, LocalLauncher(), LaunchParams())
+        follow(run, LocalLauncher(LaunchParams()), LaunchParams())
         share = (time.process_time() - cpu) / (time.monotonic() - wall)
     job.wait()
     return share
@@ -117,7 +117,7 @@ def asking_slurm(root: Path) -> float:
         run = toy_run(root)
         job = cluster.ask("sbatch", "--parsable", "--hold", "--wrap", "true", "-o", "/dev/null").strip()
         write_json(run.path / "job.json", {"launcher": "slurm", "id": job})
-        launcher, before = SlurmLauncher(1.0), cpu_seconds()
+        launcher, before = SlurmLauncher(LaunchParams(poll_seconds=1.0)), cpu_seconds()
         for _ in range(asked):
             assert launcher.state(run) == "alive"
         return (cpu_seconds() - before) / asked / LaunchParams().poll_seconds

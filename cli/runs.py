@@ -91,7 +91,7 @@ def plan(
 
 def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
     from tasks.graph import load_stage
-    from tasks.launch.launchers import render
+    from tasks.launch.launchers import launcher_for
     from tasks.launch.workspace import open_workspace, with_sources
     from tasks.project import Params
     from tasks.record.runs import open_run, stage_params
@@ -103,7 +103,7 @@ def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
     launch = Params.parse(params, "params.yaml").launch.of(stage.partition("@")[0])
     print(f"run folder: {made.path} ({'already done' if made.succeeded else launch.kind})\n")
     if launch.kind != "inline":
-        print(render(made, launch, slurm=launch.kind == "slurm"))
+        print(launcher_for(launch).script(made))
 
 
 def runs() -> None:
@@ -145,7 +145,8 @@ def logs(
 def cancel(name: Run) -> None:
     """End the job of a run; training saves itself first, and the next `llada run` goes on from there."""
     with one_line_errors():
-        from tasks.launch.jobs import grace, launcher_of
+        from tasks.launch.jobs import grace
+        from tasks.launch.launchers import launcher_of
         from tasks.launch.status import state_of
         from tasks.project import Params
         from tasks.record.runs import find_run

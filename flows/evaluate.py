@@ -21,9 +21,10 @@ from llada_core.evaluation import recipes
 from llada_core.evaluation.params import ReportParams
 from tasks.errors import StageError, one_line_errors
 from tasks.folders import commit_of, read_json
+from tasks.launch.launchers import launcher_for
 from tasks.launch.plan_memory import peak_of
 from tasks.launch.workspace import Workspace, configure_without_git, open_workspace
-from tasks.project import Params, data_root, visible_gpus
+from tasks.project import Params, data_root
 from tasks.record.runs import home
 from tasks.record.tracking import send_pending
 from tasks.work.evaluate import Places, answering, quiet_lm_eval
@@ -79,8 +80,8 @@ def evaluate(
             processes.run("prepare", get_run_logger().info)
         if costs:
             _tell_costs(workspace, params, asked)
-        here = params.launch.of("evaluate").kind != "slurm" and visible_gpus() > 0
-        room = threading.Semaphore(at_once or (1 if here else 2))
+        launcher = launcher_for(params.launch.of("evaluate"))
+        room = threading.Semaphore(at_once or (1 if launcher.here and launcher.has_gpu else 2))
         futures = {measure.submit(f"evaluate@{name}", processes, room): name for name in asked}
         for number, future in enumerate(as_completed(list(futures)), 1):
             future.wait()  # the state is that of the last look

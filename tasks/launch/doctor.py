@@ -17,7 +17,7 @@ from pathlib import Path
 from llada_core.settings import ConfigError
 from tasks.folders import NoDatabaseError, require, shown
 from tasks.launch.doctor_nodes import two_nodes
-from tasks.launch.launchers import ask
+from tasks.launch.launchers import SlurmLauncher
 from tasks.project import LaunchParams, Params
 from tasks.record.registry import tracking_uri
 from tasks.record.runs import home
@@ -133,13 +133,11 @@ def _slurm(root: Path, base: Path) -> Iterator[Finding]:
 
 
 def _may_submit(launch: LaunchParams) -> Finding:
-    slurm = launch.slurm
-    options = [f"--{key}={value}" for key in ("partition", "account", "qos") if (value := getattr(slurm, key))]
     try:
-        ask("sbatch", "--test-only", *options, "--wrap", "true")
+        asked = SlurmLauncher(launch).try_submission()
     except (ConfigError, OSError) as error:
         return with_remedy(error)
-    return Finding(True, f"sbatch takes jobs for {' '.join(options) or 'the default partition and account'}")
+    return Finding(True, f"sbatch takes jobs for {asked or 'the default partition and account'}")
 
 
 def _run(*command: str) -> str:

@@ -13,26 +13,13 @@ from filelock import FileLock
 from llada_core.settings import ConfigError
 from tasks.errors import StageError
 from tasks.folders import write_json
-from tasks.launch.launchers import LocalLauncher, SlurmLauncher
+from tasks.launch.launchers import Launcher, launcher_for, launcher_of
 from tasks.project import LaunchParams
 from tasks.record.runs import SHARES, Request, RunFolder, changed_settings, take_settings
-
-Launcher = LocalLauncher | SlurmLauncher  # each verb (submit, state, cancel) acts on the job that a run folder names
 
 
 class TerminatedError(BaseException):
     """SIGTERM reached this program: what it looks after ends with it."""
-
-
-def launcher_for(kind: str, launch: LaunchParams) -> Launcher:
-    """The launcher of a kind: local or slurm."""
-    return SlurmLauncher(launch.poll_seconds) if kind == "slurm" else LocalLauncher()
-
-
-def launcher_of(run: RunFolder, launch: LaunchParams) -> Launcher:
-    """The launcher of the job that `run` already has, else the one asked for."""
-    job = run.job
-    return launcher_for(job["launcher"] if job else launch.kind, launch)
 
 
 def settle(run: RunFolder, asked: Request, launch: LaunchParams, *, again: bool = False) -> None:
@@ -76,8 +63,8 @@ def attach_or_submit(run: RunFolder, launch: LaunchParams, *, again: bool = Fals
             if state == "gone" and (again or not run.succeeded):  # asked once more: it may have succeeded just before
                 for marker in ("SUCCESS", "CANCELLED", "STOP", "exit"):
                     (run.path / marker).unlink(missing_ok=True)
-                launcher = launcher_for(launch.kind, launch)
-                launcher.submit(run, launch)
+                launcher = launcher_for(launch)
+                launcher.submit(run)
                 break
             time.sleep(launcher.poll_seconds)
         return launcher

@@ -1,4 +1,4 @@
-"""Launchers, local and Slurm, and the script of their jobs."""
+"""Launchers, one class a kind, and the script of their jobs: everything else asks the object."""
 
 import contextlib
 import os
@@ -9,15 +9,16 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jinja2
 
 from llada_core.settings import DEVICE_SETTING, ConfigError
 from llada_core.training.params import GRPOParams, TrainingParams
 from tasks.folders import hash_of, write_text
-from tasks.project import TRAINING_STAGES, LaunchParams, Params, SlurmParams, visible_gpus
+from tasks.project import TRAINING_STAGES, LaunchParams, Params, visible_gpus
 from tasks.record.runs import RunFolder
 
 TEMPLATE = Path(__file__).with_name("job.sh.jinja")
@@ -28,130 +29,133 @@ PASSED_ON = (
 )  # fmt: skip
 
 
-def render(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
-    """The whole script of one job."""
-    options = launch.slurm if slurm else SlurmParams()
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters["quote"] = lambda value: shlex.quote(str(value))
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        run=run.path,
-        slurm=slurm,
-        sbatch=sbatch_options(run, options) if slurm else [],
-        setup=[*(f"module load {name}" for name in options.modules), *options.setup],
-        env=_environment(run, launch, slurm=slurm),
-        command=_command(run, launch, slurm=slurm),
-        restarts=launch.restarts,
-    )
+State = Literal["alive", "gone", "unknown"]
 
 
-def write_job(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> Path:
-    """Put the script, and a person's own accelerate file, into the run folder: later edits reach no waiting job."""
-    if launch.accelerate_config:
-        own = run.root / Path(launch.accelerate_config).expanduser()
-        if not own.is_file():
-            raise ConfigError(
-                f"launch.accelerate_config: there is no {own}; give a path from the project's folder, or a whole one"
-            )
-        write_text(run.path / OWN_ACCELERATE, own.read_text(encoding="utf-8"))
-    write_text(run.path / "job.sh", render(run, launch, slurm=slurm))
-    return run.path / "job.sh"
+class Launcher(ABC):
+    """One way to start jobs, as `launch` says; each verb (submit, state, cancel) acts on the job that a run names."""
 
+    kind: ClassVar[str]  # as launch.kind and job.json have it
+    here: ClassVar[bool]  # whether its jobs run on this machine
+    nodes = 1
 
-def job_name(run: RunFolder) -> str:
-    """The name that finds a run's job again: its key, and which folder of that name it is."""
-    return f"{run.key}-{hash_of(str(run.path))[:6]}"
+    def __init__(self, launch: LaunchParams) -> None:
+        self.launch = launch
 
+    @property
+    @abstractmethod
+    def poll_seconds(self) -> float:
+        """Between two questions about a job."""
 
-def sbatch_options(run: RunFolder, slurm: SlurmParams) -> list[str]:
-    """The `#SBATCH` lines. One name and `singleton`: two jobs of one run never run at once."""
-    values = {
-        "job-name": job_name(run),
-        "dependency": "singleton",
-        "output": _as_option(run.log),
-        "open-mode": "append",
-        "nodes": slurm.nodes,
-        "ntasks-per-node": 1,
-        "cpus-per-task": slurm.cpus_per_task,
-        "gpus-per-node": slurm.gpus_per_node or None,
-        "mem": slurm.memory,
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "time": slurm.time,
-        "constraint": slurm.constraint,
-        "signal": f"B:USR1@{slurm.signal_seconds}" if slurm.time else None,
-    }
-    return ["--requeue", *(f"--{key}={value}" for key, value in values.items() if value is not None), *slurm.extra]
+    @property
+    @abstractmethod
+    def gpus(self) -> int:
+        """GPUs of each node that a job will see, as far as their number is known."""
 
+    @property
+    def has_gpu(self) -> bool:
+        """Whether a job will see a GPU, of whatever number."""
+        return self.gpus > 0
 
-def _as_option(path: Path) -> str:
-    """A path for `#SBATCH`: Slurm fills in what follows a `%`, and a space or `#` outside of quotes ends an option."""
-    text = str(path).replace("%", "%%")
-    plain = re.fullmatch(r"[\w/.@+,=:~%-]+", text)
-    return text if plain else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+    @abstractmethod
+    def submit(self, run: RunFolder) -> None:
+        """Start a job and note who it is."""
 
+    @abstractmethod
+    def state(self, run: RunFolder) -> State:
+        """Whether the job of `run` is still to run or running; `unknown` while nobody can tell."""
 
-def _environment(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> dict[str, str]:
-    passed = {} if slurm else {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    places = [str(run.tree), str(run.root)]
-    if any(":" in place for place in places):  # which ends an entry; the script starts in the first of them
-        places = [os.path.relpath(place, run.tree) for place in places]
-    own = {"LLADAFLOW_RUN": str(run.path), "PYTHONUNBUFFERED": "1", "PYTHONPATH": ":".join(places)}
-    # Several processes of one thread each are faster than one of several threads: a small model's products are small.
-    single = {"OMP_NUM_THREADS": "1"} if launch.cpu_processes > 1 and not gpus_of(launch, slurm=slurm) else {}
-    threads = {"OMP_NUM_THREADS": str(launch.threads)} if launch.threads else {}
-    return single | passed | own | threads | launch.env
+    @abstractmethod
+    def cancel(self, run: RunFolder, grace: float) -> None:
+        """End the job; it may save itself for `grace` seconds first."""
 
+    def options(self, run: RunFolder) -> list[str]:
+        """What a job asks of its scheduler."""
+        return []
 
-def _command(run: RunFolder, launch: LaunchParams, *, slurm: bool) -> str:
-    kind, _, item = run.stage.partition("@")
-    program = f"-m tasks.{kind}" + (f" {shlex.quote(item)}" if item else "")
-    python = shlex.quote(sys.executable)
-    nodes = launch.slurm.nodes if slurm else 1
-    training = Params.parse(run.request["all_params"], run.key).training(kind) if kind in TRAINING_STAGES else None
-    count = ranks_per_node(training, launch, slurm=slurm)
-    if kind == "evaluate" and nodes > 1 and launch.processes is None:
-        count = max(1, launch.slurm.gpus_per_node)  # on one node evaluate starts one process a GPU itself
-    processes = nodes * count
-    config = _accelerate_config(run, launch, training)
-    if processes == 1 and config is None:  # a kind that was asked for by name gets its process group even alone
-        command = f"{python} {program}"
-        return f"srun --kill-on-bad-exit=1 {_srun(launch)}{command}" if slurm else command
-    kinds = f"--config_file {shlex.quote(str(config))}" if config else "--multi_gpu"
-    ranks = f"{kinds} --num_processes {processes} --num_machines {nodes}"
-    accelerate = f"{python} -m accelerate.commands.launch {ranks} --mixed_precision no --dynamo_backend no"
-    if not slurm:
-        return f"{accelerate} --main_process_port 0 {program}"
-    per_node = f'{accelerate} --machine_rank "$SLURM_NODEID" --main_process_ip "$0" --main_process_port "$1" {program}'
-    return f'srun --kill-on-bad-exit=1 {_srun(launch)}bash -c {shlex.quote("exec " + per_node)} "$address" "$port"'
+    def setup(self) -> list[str]:
+        """Shell lines before the program."""
+        return []
 
-
-def machine_settings(params: Params, stage: str, launch: LaunchParams) -> dict[str, Any]:
-    """What a training stage's settings are where its job will run, whatever the machine that submits it has."""
-    if stage not in TRAINING_STAGES:
+    def passed_on(self) -> dict[str, str]:
+        """What a job sees of this process's environment, beside what the machine gives it."""
         return {}
-    slurm = launch.kind == "slurm"
-    otherwise = launch.gpu is not None or any("gpu" in option for option in launch.slurm.extra)
-    gpu = gpus_of(launch, slurm=slurm) > 0 or (slurm and otherwise)
-    return {"precision": params.settled(stage, gpu=gpu).precision}
 
+    @abstractmethod
+    def alone(self, program: str) -> str:
+        """The command line of one process."""
 
-def ranks_per_node(training: TrainingParams | None, launch: LaunchParams, *, slurm: bool) -> int:
-    """`launch.processes`, or for a training stage as many of the visible GPUs as its rows of a step divide over.
+    @abstractmethod
+    def ranks(self, accelerate: str, program: str) -> str:
+        """The command line of several processes that accelerate starts."""
 
-    Without a GPU `launch.cpu_processes` stands in for their number.
-    """
-    if launch.processes is not None or training is None:
-        return launch.processes or 1
-    nodes = launch.slurm.nodes if slurm else 1
-    most = gpus_of(launch, slurm=slurm) or launch.cpu_processes
-    rows = training.prompts if isinstance(training, GRPOParams) else training.batch_size
-    return max((n for n in range(1, most + 1) if rows % (n * nodes) == 0), default=1)
+    def planned(self, script: str, run: RunFolder) -> str:
+        """What of the script a person is shown who plans a job."""
+        return script
 
+    def script(self, run: RunFolder) -> str:
+        """The whole script of one job."""
+        environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+        environment.filters["quote"] = lambda value: shlex.quote(str(value))
+        return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+            run=run.path,
+            kind=self.kind,
+            options=self.options(run),
+            setup=self.setup(),
+            env=self._environment(run),
+            command=self._command(run),
+            restarts=self.launch.restarts,
+        )
 
-def gpus_of(launch: LaunchParams, *, slurm: bool) -> int:
-    """GPUs of each node that a job will see."""
-    return launch.slurm.gpus_per_node if slurm else visible_gpus()
+    def write_script(self, run: RunFolder) -> Path:
+        """Put the script, and a person's own accelerate file, into the run folder: later edits reach no waiting job."""
+        if self.launch.accelerate_config:
+            own = run.root / Path(self.launch.accelerate_config).expanduser()
+            if not own.is_file():
+                raise ConfigError(
+                    f"launch.accelerate_config: there is no {own}; give a path from the project's folder, or a whole one"
+                )
+            write_text(run.path / OWN_ACCELERATE, own.read_text(encoding="utf-8"))
+        write_text(run.path / "job.sh", self.script(run))
+        return run.path / "job.sh"
+
+    def ranks_per_node(self, training: TrainingParams | None) -> int:
+        """`launch.processes`, or for a training stage as many of the visible GPUs as its rows of a step divide over.
+
+        Without a GPU `launch.cpu_processes` stands in for their number.
+        """
+        if self.launch.processes is not None or training is None:
+            return self.launch.processes or 1
+        most = self.gpus or self.launch.cpu_processes
+        rows = training.prompts if isinstance(training, GRPOParams) else training.batch_size
+        return max((n for n in range(1, most + 1) if rows % (n * self.nodes) == 0), default=1)
+
+    def _environment(self, run: RunFolder) -> dict[str, str]:
+        places = [str(run.tree), str(run.root)]
+        if any(":" in place for place in places):  # which ends an entry; the script starts in the first of them
+            places = [os.path.relpath(place, run.tree) for place in places]
+        own = {"LLADAFLOW_RUN": str(run.path), "PYTHONUNBUFFERED": "1", "PYTHONPATH": ":".join(places)}
+        # Several processes of one thread each are faster than one of several threads: a small model's products are small.
+        single = {"OMP_NUM_THREADS": "1"} if self.launch.cpu_processes > 1 and not self.gpus else {}
+        threads = {"OMP_NUM_THREADS": str(self.launch.threads)} if self.launch.threads else {}
+        return single | self.passed_on() | own | threads | self.launch.env
+
+    def _command(self, run: RunFolder) -> str:
+        kind, _, item = run.stage.partition("@")
+        program = f"-m tasks.{kind}" + (f" {shlex.quote(item)}" if item else "")
+        python = shlex.quote(sys.executable)
+        training = Params.parse(run.request["all_params"], run.key).training(kind) if kind in TRAINING_STAGES else None
+        count = self.ranks_per_node(training)
+        if kind == "evaluate" and self.nodes > 1 and self.launch.processes is None:
+            count = max(1, self.gpus)  # on one node evaluate starts one process a GPU itself
+        processes = self.nodes * count
+        config = _accelerate_config(run, self.launch, training)
+        if processes == 1 and config is None:  # a kind that was asked for by name gets its process group even alone
+            return self.alone(f"{python} {program}")
+        kinds = f"--config_file {shlex.quote(str(config))}" if config else "--multi_gpu"
+        ranks = f"{kinds} --num_processes {processes} --num_machines {self.nodes}"
+        accelerate = f"{python} -m accelerate.commands.launch {ranks} --mixed_precision no --dynamo_backend no"
+        return self.ranks(accelerate, program)
 
 
 def _accelerate_config(run: RunFolder, launch: LaunchParams, training: TrainingParams | None) -> Path | None:
@@ -162,28 +166,25 @@ def _accelerate_config(run: RunFolder, launch: LaunchParams, training: TrainingP
     return None if kind in ("auto", "none") else run.tree / "tasks" / "accelerate" / f"{kind}.yaml"
 
 
-def _srun(launch: LaunchParams) -> str:
-    return "".join(f"{shlex.quote(option)} " for option in launch.slurm.srun_options)
-
-
-State = Literal["alive", "gone", "unknown"]
-
-
-class LocalLauncher:
+class LocalLauncher(Launcher):
     """Starts, looks after and ends jobs on this machine."""
 
+    kind, here = "local", True
     poll_seconds = 0.3
 
-    def submit(self, run: RunFolder, launch: LaunchParams) -> None:
-        """Start a job and note who it is."""
-        script = write_job(run, launch, slurm=False)
+    @property
+    def gpus(self) -> int:
+        return visible_gpus()
+
+    def submit(self, run: RunFolder) -> None:
+        script = self.write_script(run)
         with run.log.open("ab") as log:
             log_start = run.log_size
             process = subprocess.Popen(
                 ["bash", str(script)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         started = {"pid": process.pid, "start": start_time(process.pid), "boot": boot()}
-        run.note_job({"launcher": "local", "log_start": log_start} | started)
+        run.note_job({"launcher": self.kind, "log_start": log_start} | started)
 
     def state(self, run: RunFolder) -> State:
         """Whether the job of `run` is still there; raises `ConfigError` for a job of another machine."""
@@ -219,6 +220,20 @@ class LocalLauncher:
                 return False
             time.sleep(0.05)
         return True
+
+    def passed_on(self) -> dict[str, str]:
+        return {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+
+    def alone(self, program: str) -> str:
+        return program
+
+    def ranks(self, accelerate: str, program: str) -> str:
+        return f"{accelerate} --main_process_port 0 {program}"
+
+    def planned(self, script: str, run: RunFolder) -> str:
+        """The command line, to be copied and run in the project's folder."""
+        lines = script.replace(f"{run.tree}/tasks", "tasks").splitlines()
+        return next(line.strip().removesuffix(" &") for line in lines if f"-m tasks.{run.stage}" in line)
 
 
 def boot() -> str:
@@ -261,16 +276,32 @@ class NoAnswerError(OSError):
     """The Slurm controller did not answer; nothing is known."""
 
 
-class SlurmLauncher:
+class SlurmLauncher(Launcher):
     """Submits, looks after and ends jobs of a cluster."""
 
-    def __init__(self, poll_seconds: float) -> None:
-        self.poll_seconds = poll_seconds
+    kind, here = "slurm", False
+
+    def __init__(self, launch: LaunchParams) -> None:
+        super().__init__(launch)
+        self.nodes = launch.slurm.nodes
         self._said = ""
 
-    def submit(self, run: RunFolder, launch: LaunchParams) -> None:
+    @property
+    def poll_seconds(self) -> float:
+        return self.launch.poll_seconds
+
+    @property
+    def gpus(self) -> int:
+        return self.launch.slurm.gpus_per_node
+
+    @property
+    def has_gpu(self) -> bool:
+        otherwise = any("gpu" in option for option in self.launch.slurm.extra)
+        return self.gpus > 0 or self.launch.gpu is not None or otherwise
+
+    def submit(self, run: RunFolder) -> None:
         """Submit a job and note its id; waits while the controller does not answer, and never submits twice."""
-        script = write_job(run, launch, slurm=True)
+        script = self.write_script(run)
         while self._adopt(run) is None:
             try:
                 log_start = run.log_size
@@ -285,7 +316,7 @@ class SlurmLauncher:
         """Whether the job of `run` is still to run or running; `unknown` while the controller does not answer."""
         try:
             job = run.job
-            number = job["id"] if job and job["launcher"] == "slurm" else self._adopt(run)
+            number = job["id"] if job and job["launcher"] == self.kind else self._adopt(run)
             if number is None:
                 return "gone"
             word, reason = _state_of(number)
@@ -321,12 +352,93 @@ class SlurmLauncher:
         return found[0] if found else None
 
     def _note(self, run: RunFolder, number: str, log_start: int = 0) -> None:
-        run.note_job({"launcher": "slurm", "id": number, "log_start": log_start})
+        run.note_job({"launcher": self.kind, "id": number, "log_start": log_start})
 
     def _say(self, text: str) -> None:
         if text != self._said:
             self._said = text
             print(text, flush=True)
+
+    def options(self, run: RunFolder) -> list[str]:
+        """The `#SBATCH` lines. One name and `singleton`: two jobs of one run never run at once."""
+        slurm = self.launch.slurm
+        values = {
+            "job-name": job_name(run),
+            "dependency": "singleton",
+            "output": _as_option(run.log),
+            "open-mode": "append",
+            "nodes": slurm.nodes,
+            "ntasks-per-node": 1,
+            "cpus-per-task": slurm.cpus_per_task,
+            "gpus-per-node": slurm.gpus_per_node or None,
+            "mem": slurm.memory,
+            **self.place(),
+            "time": slurm.time,
+            "constraint": slurm.constraint,
+            "signal": f"B:USR1@{slurm.signal_seconds}" if slurm.time else None,
+        }
+        return ["--requeue", *(f"--{key}={value}" for key, value in values.items() if value is not None), *slurm.extra]
+
+    def place(self) -> dict[str, str | None]:
+        """Where on the cluster jobs run, and on whose account."""
+        slurm = self.launch.slurm
+        return {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
+
+    def try_submission(self) -> str:
+        """Have sbatch look at a job without submitting it; returns what was asked for.
+
+        Raises `ConfigError` with a remedy when it is refused, `NoAnswerError` when nobody answers.
+        """
+        options = [f"--{key}={value}" for key, value in self.place().items() if value]
+        ask("sbatch", "--test-only", *options, "--wrap", "true")
+        return " ".join(options)
+
+    def setup(self) -> list[str]:
+        return [*(f"module load {name}" for name in self.launch.slurm.modules), *self.launch.slurm.setup]
+
+    def alone(self, program: str) -> str:
+        return f"srun --kill-on-bad-exit=1 {self._srun_options()}{program}"
+
+    def ranks(self, accelerate: str, program: str) -> str:
+        place = '--machine_rank "$SLURM_NODEID" --main_process_ip "$0" --main_process_port "$1"'
+        per_node = shlex.quote(f"exec {accelerate} {place} {program}")
+        return f'srun --kill-on-bad-exit=1 {self._srun_options()}bash -c {per_node} "$address" "$port"'
+
+    def _srun_options(self) -> str:
+        return "".join(f"{shlex.quote(option)} " for option in self.launch.slurm.srun_options)
+
+
+LAUNCHERS: dict[str, type[Launcher]] = {launcher.kind: launcher for launcher in (LocalLauncher, SlurmLauncher)}
+
+
+def launcher_for(launch: LaunchParams, kind: str = "") -> Launcher:
+    """The launcher of a kind, else of `launch.kind`; what runs inline has no job, and looks as a local one would."""
+    return LAUNCHERS.get(kind or launch.kind, LocalLauncher)(launch)
+
+
+def launcher_of(run: RunFolder, launch: LaunchParams) -> Launcher:
+    """The launcher of the job that `run` already has, else the one asked for."""
+    job = run.job
+    return launcher_for(launch, job["launcher"] if job else "")
+
+
+def machine_settings(params: Params, stage: str, launch: LaunchParams) -> dict[str, Any]:
+    """What a training stage's settings are where its job will run, whatever the machine that submits it has."""
+    if stage not in TRAINING_STAGES:
+        return {}
+    return {"precision": params.settled(stage, gpu=launcher_for(launch).has_gpu).precision}
+
+
+def job_name(run: RunFolder) -> str:
+    """The name that finds a run's job again: its key, and which folder of that name it is."""
+    return f"{run.key}-{hash_of(str(run.path))[:6]}"
+
+
+def _as_option(path: Path) -> str:
+    """A path for `#SBATCH`: Slurm fills in what follows a `%`, and a space or `#` outside of quotes ends an option."""
+    text = str(path).replace("%", "%%")
+    plain = re.fullmatch(r"[\w/.@+,=:~%-]+", text)
+    return text if plain else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 def _state_of(number: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from llada_core.modeling.families import LoraParams
 from llada_core.settings import ConfigError
 from llada_core.training.params import GRPOParams, PreferenceParams, TrainingParams
 from tasks.folders import write_json
-from tasks.launch.launchers import ranks_per_node, render
+from tasks.launch.launchers import launcher_for
 from tasks.launch.plan_memory import GIB, Asked, estimate, memory_of, peak_of, room, shape_of
 from tasks.project import Params
 from tasks.record.runs import RunFolder, home
@@ -86,27 +86,20 @@ def asked_of(params: Params, stage: str, ranks: int) -> Asked:
 
 def ranks_of(params: Params, stage: str) -> tuple[int, int]:
     """GPUs in all and on each node, as the stage's job would take them."""
-    launch = params.launch.of(stage)
-    slurm = launch.kind == "slurm"
-    here = ranks_per_node(params.training(stage), launch, slurm=slurm)
-    return here * (launch.slurm.nodes if slurm else 1), here
+    launcher = launcher_for(params.launch.of(stage))
+    here = launcher.ranks_per_node(params.training(stage))
+    return here * launcher.nodes, here
 
 
 def script_of(params: Params, stage: str) -> str:
     """What the stage's job would run: the sbatch script, or the command line on this machine."""
-    launch = params.launch.of(stage)
+    launcher = launcher_for(params.launch.of(stage))
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder) / f"{stage}-planned")
         run.path.mkdir()
         asked = {"stage": stage, "root": str(Path.cwd()), "all_params": params.model_dump(mode="json", by_alias=True)}
         write_json(run.path / "request.json", asked)
-        text = render(run, launch, slurm=launch.kind == "slurm")
-        if launch.kind != "slurm":  # to be copied and run in the project's folder
-            text = text.replace(f"{run.tree}/tasks", "tasks")
-        text = text.replace(folder, str(home(Path.cwd()) / "runs"))
-    if launch.kind == "slurm":
-        return text
-    return next(line.strip().removesuffix(" &") for line in text.splitlines() if f"-m tasks.{stage}" in line)
+        return launcher.planned(launcher.script(run), run).replace(folder, str(home(Path.cwd()) / "runs"))
 
 
 def work_of(params: Params, stage: str) -> tuple[int, int, float]:

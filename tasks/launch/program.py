@@ -20,7 +20,7 @@ from tasks.errors import StageError, one_line_errors
 from tasks.folders import read_json
 from tasks.graph import load_stage
 from tasks.launch.jobs import attach_or_submit, follow, settle, shared
-from tasks.launch.launchers import machine_settings
+from tasks.launch.launchers import launcher_for, machine_settings
 from tasks.launch.status import TrainingProgress
 from tasks.launch.workspace import Workspace, configure_without_git, pipeline_lock, with_sources
 from tasks.project import TRAINING_STAGES, LaunchParams, Params
@@ -158,7 +158,7 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
             run_inline(run, function, again=again)
         else:
             confirm_cost(root, run, launch)
-            if launch.kind == "slurm" and launch.gpu is not None and stage.kind in TRAINING_STAGES:
+            if not launcher_for(launch).here and launch.gpu is not None and stage.kind in TRAINING_STAGES:
                 from tasks.launch.plan import refuse
 
                 refuse(Params.parse(params, "params.yaml"), stage.kind, launch.gpu)

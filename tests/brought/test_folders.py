@@ -15,7 +15,7 @@ import pytest
 from llada_core.settings import ConfigError
 from tasks.folders import git, home, prune_worktrees, require, sqlite_file, sqlite_uri, write_json
 from tasks.graph import load_stage
-from tasks.launch.launchers import LocalLauncher, render
+from tasks.launch.launchers import LocalLauncher, SlurmLauncher
 from tasks.launch.program import reproduce
 from tasks.launch.workspace import configure_workspace, open_workspace
 from tasks.project import LaunchParams
@@ -95,13 +95,13 @@ def test_a_job_starts_from_any_folder(name: str, tmp_path: Path) -> None:
     root = tmp_path / name
     shutil.copytree(REPOSITORY / "llada_core/verifiers", root / "llada_core/verifiers")
     run = run_of(made(root))
-    script = render(run, LaunchParams(), slurm=True)
+    script = SlurmLauncher(LaunchParams()).script(run)
     options = [shlex.split(line[1:]) for line in script.splitlines() if line.startswith("#SBATCH")]
     assert ["SBATCH", f"--output={run.log}".replace("%", "%%")] in options
     assert all(len(option) == 2 for option in options)
     shown = "\n".join(
         line
-        for line in render(run, LaunchParams(), slurm=False).splitlines()
+        for line in LocalLauncher(LaunchParams()).script(run).splitlines()
         if line.startswith(("run=", "cd ", "export"))
     )
     asked = f'{shown}\nprintf "%s" "$PYTHONPATH"'
@@ -161,7 +161,7 @@ def test_a_copy_never_writes_into_the_original(checkout: Path, how: str) -> None
 
 
 def test_a_copy_has_no_part_in_the_originals_job(checkout: Path) -> None:
-    run, launcher = run_of(checkout), LocalLauncher()
+    run, launcher = run_of(checkout), LocalLauncher(LaunchParams())
     own = os.getpid()
     from tasks.launch.launchers import start_time
 
@@ -183,7 +183,7 @@ def test_a_machine_that_was_started_anew_has_no_old_jobs(checkout: Path) -> None
 
     run = run_of(checkout)
     run.note_job({"launcher": "local", "pid": os.getpid(), "start": start_time(os.getpid()), "boot": "before"})
-    assert LocalLauncher().state(run) == "gone"
+    assert LocalLauncher(LaunchParams()).state(run) == "gone"
 
 
 def test_a_workspace_that_left_its_project_is_refused(checkout: Path) -> None:

@@ -23,7 +23,7 @@ from llada_core.modeling import add_lora, load_model
 from llada_core.training.engine import accelerator_for
 from llada_core.training.progress import read_metrics
 from llada_core.training.train import block_classes
-from tasks.launch.launchers import render
+from tasks.launch.launchers import LocalLauncher
 from tasks.project import TRAINING_STAGES, Params
 from tasks.record.runs import RunFolder
 from tasks.work.prepare import prepare
@@ -53,7 +53,7 @@ def command_of(params: Params, folder: Path) -> list[str]:
         "all_params": params.model_dump(mode="json", by_alias=True),
     }
     (folder / "request.json").write_text(json.dumps(request))
-    script = render(RunFolder(folder), params.launch, slurm=False)
+    script = LocalLauncher(params.launch).script(RunFolder(folder))
     (line,) = [line for line in script.splitlines() if "-m tasks." in line]
     return shlex.split(line.removesuffix(" &"))
 

@@ -15,7 +15,7 @@ from llada_core.settings import ConfigError
 from tasks.folders import write_json
 from tasks.graph import load_stage
 from tasks.launch import launchers
-from tasks.launch.launchers import render, start_time
+from tasks.launch.launchers import LAUNCHERS, SlurmLauncher, start_time
 from tasks.launch.program import run_stage
 from tasks.project import LaunchParams, Params
 from tasks.record.runs import RunFolder, all_runs, find_run, open_run, stage_params
@@ -212,7 +212,7 @@ def test_the_accelerate_file_of_a_distribution_is_the_snapshots(project: Path, k
     run = open_toy(project, f"pretrain.distribution.kind={kind}", "launch.processes=2")
     launch = Params.parse(run.request["all_params"], "").launch
     (project / "tasks/accelerate" / f"{kind}.yaml").write_text("edited since")
-    named = re.search(r"--config_file (\S+)", render(run, launch, slurm=True))
+    named = re.search(r"--config_file (\S+)", SlurmLauncher(launch).script(run))
     assert (REPOSITORY / "tasks/accelerate" / f"{kind}.yaml").read_text() == Path(named[1]).read_text()
 
 
@@ -226,10 +226,10 @@ def test_without_deepspeed_nothing_is_submitted(project: Path, monkeypatch: pyte
 def test_processes_without_a_gpu_have_a_thread_each_and_give_way_to_gpus(project: Path, monkeypatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
-    def script(gpus: int, *changes: str, slurm: bool = False) -> str:
+    def script(gpus: int, *changes: str, kind: str = "local") -> str:
         monkeypatch.setattr(launchers, "visible_gpus", lambda: gpus)
         launch = Params.parse(stage_params(project, list(changes)), "").launch
-        return render(open_toy(project, "pretrain.batch_size=12"), launch, slurm=slurm)
+        return LAUNCHERS[kind](launch).script(open_toy(project, "pretrain.batch_size=12"))
 
     assert "--num_processes" not in script(0)
     two = script(0, "launch.cpu_processes=2")
@@ -241,8 +241,8 @@ def test_processes_without_a_gpu_have_a_thread_each_and_give_way_to_gpus(project
     assert "--num_processes 4 " in script(4, "launch.cpu_processes=2")
     assert "--num_processes 8 " in script(0, "launch.cpu_processes=2", "launch.processes=8")
     gpus = "launch.slurm.gpus_per_node=3"
-    assert "--num_processes 2 " in script(0, "launch.cpu_processes=2", slurm=True)
-    assert "--num_processes 3 " in script(0, "launch.cpu_processes=2", gpus, slurm=True)
+    assert "--num_processes 2 " in script(0, "launch.cpu_processes=2", kind="slurm")
+    assert "--num_processes 3 " in script(0, "launch.cpu_processes=2", gpus, kind="slurm")
 
 
 def test_an_accelerate_file_that_is_not_there_is_told(project: Path) -> None:
@@ -318,7 +318,7 @@ def test_evaluation_on_several_nodes_is_a_process_a_gpu_and_on_one_node_starts_i
 
     def command(**slurm: object) -> str:
         own = {"processes": slurm.pop("processes", None), "slurm": {"gpus_per_node": 4, **slurm}}
-        return render(run, LaunchParams.parse({"kind": "slurm", **own}, "launch"), slurm=True)
+        return SlurmLauncher(LaunchParams.parse({"kind": "slurm", **own}, "launch")).script(run)
 
     assert "accelerate" not in command()
     assert "--num_processes 8 --num_machines 2" in command(nodes=2)
