@@ -37,25 +37,13 @@ class Launcher(ABC):
 
     kind: ClassVar[str]  # as launch.kind and job.json have it
     here: ClassVar[bool]  # whether its jobs run on this machine
-    nodes = 1
+    poll_seconds: float  # between two questions about a job
+    nodes: int
+    gpus: int  # of each node that a job will see, as far as their number is known
+    has_gpu: bool  # whether a job will see one, of whatever number
 
     def __init__(self, launch: LaunchParams) -> None:
         self.launch = launch
-
-    @property
-    @abstractmethod
-    def poll_seconds(self) -> float:
-        """Between two questions about a job."""
-
-    @property
-    @abstractmethod
-    def gpus(self) -> int:
-        """GPUs of each node that a job will see, as far as their number is known."""
-
-    @property
-    def has_gpu(self) -> bool:
-        """Whether a job will see a GPU, of whatever number."""
-        return self.gpus > 0
 
     @abstractmethod
     def submit(self, run: RunFolder) -> None:
@@ -170,11 +158,12 @@ class LocalLauncher(Launcher):
     """Starts, looks after and ends jobs on this machine."""
 
     kind, here = "local", True
-    poll_seconds = 0.3
+    poll_seconds, nodes = 0.3, 1
 
-    @property
-    def gpus(self) -> int:
-        return visible_gpus()
+    def __init__(self, launch: LaunchParams) -> None:
+        super().__init__(launch)
+        self.gpus = visible_gpus()
+        self.has_gpu = self.gpus > 0
 
     def submit(self, run: RunFolder) -> None:
         script = self.write_script(run)
@@ -283,21 +272,10 @@ class SlurmLauncher(Launcher):
 
     def __init__(self, launch: LaunchParams) -> None:
         super().__init__(launch)
-        self.nodes = launch.slurm.nodes
+        self.poll_seconds, self.nodes, self.gpus = launch.poll_seconds, launch.slurm.nodes, launch.slurm.gpus_per_node
+        otherwise = launch.gpu is not None or any("gpu" in option for option in launch.slurm.extra)
+        self.has_gpu = self.gpus > 0 or otherwise
         self._said = ""
-
-    @property
-    def poll_seconds(self) -> float:
-        return self.launch.poll_seconds
-
-    @property
-    def gpus(self) -> int:
-        return self.launch.slurm.gpus_per_node
-
-    @property
-    def has_gpu(self) -> bool:
-        otherwise = any("gpu" in option for option in self.launch.slurm.extra)
-        return self.gpus > 0 or self.launch.gpu is not None or otherwise
 
     def submit(self, run: RunFolder) -> None:
         """Submit a job and note its id; waits while the controller does not answer, and never submits twice."""

@@ -20,9 +20,11 @@ from llada_core.settings import ConfigError
 from tasks.folders import content_hash
 from tasks.graph import load_stage, with_sources
 from tasks.launch.program import run_stage
+from tasks.launch.trial import try_out
 from tasks.project import Params
 from tasks.record.registry import keep, lasting_name, model_hash, resolve, store_folder, verified, versions
 from tasks.record.runs import Request, RunFolder, Work, fingerprint, open_run, request_of, stage_params
+from tasks.record.tracking import send_pending
 from tasks.work import evaluate, training
 from tasks.work.register import register
 from tests.tasks.test_registry import PARAMS, empty_database, root  # noqa: F401  (fixtures)
@@ -64,7 +66,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 def ungated(project: Path) -> dict:
     (project / "params.yaml").write_text(PARAMS.partition("  gate:")[0] + "  gate: {}\n")
-    return register(project, Params.load(project / "params.yaml"))
+    return register(project, Params.load(project / "params.yaml"), try_out, send_pending)
 
 
 @pytest.mark.parametrize(("name", "place"), PLACES, ids=[name for name, _ in PLACES])

@@ -17,8 +17,10 @@ from tasks.errors import StageError
 from tasks.folders import content_hash
 from tasks.launch import status
 from tasks.launch.program import run_stage
+from tasks.launch.trial import try_out
 from tasks.project import Params
 from tasks.record.registry import hold_base, keep, keep_base, lasting_name, resolve, store_folder, verified
+from tasks.record.tracking import send_pending
 from tasks.work import training
 from tasks.work.register import register
 from tests.tiny import tiny_pair
@@ -105,7 +107,7 @@ def test_a_base_that_was_altered_or_is_gone_is_told_before_anything_is_made_of_i
     shutil.rmtree(root / "models/pretrain")
     (root / "params.yaml").write_text(PARAMS.replace("model: sft_control", "model: sft"))
     with pytest.raises(ConfigError, match="are in no store above it"):
-        register(root, Params.load(root / "params.yaml"))
+        register(root, Params.load(root / "params.yaml"), try_out, send_pending)
 
 
 def test_receipts_that_fail_are_written_by_the_same_command_without_training(root, monkeypatch):
