@@ -18,9 +18,10 @@ from llada_core.modeling.families import LoraParams
 from llada_core.modeling.folder import base_name
 from llada_core.settings import ConfigError
 from tasks.folders import content_hash
-from tasks.graph import load_stage, with_sources
+from tasks.graph import load_stage
 from tasks.launch.program import run_stage
 from tasks.launch.trial import try_out
+from tasks.launch.workspace import with_sources
 from tasks.project import Params
 from tasks.record.registry import keep, lasting_name, model_hash, resolve, store_folder, verified, versions
 from tasks.record.runs import Request, RunFolder, Work, fingerprint, open_run, request_of, stage_params
