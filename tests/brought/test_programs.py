@@ -236,6 +236,7 @@ FENCES = {
     "after another language": "```bash\npip install add\n```\n```python\n{}```",
     "after an example": "```python\nadd(1, 2)\n```\n```python\n{}```",
     "before an example": "```python\n{}```\nUse it:\n```python\nadd(1, 2)\n```",
+    "a lambda after an import": "```python\nimport math\n```\n```python\nadd = lambda a, b: a + b\n```",
     "in a list": "1. So:\n   ```python\n   def add(a, b):\n       return a + b\n   ```",
     "with a fence in its docstring": "```python\ndef add(a, b):\n    '''\n    ```\n    add(1, 2)\n    ```\n    '''\n    return a + b\n```",
     "none at all": "{}",

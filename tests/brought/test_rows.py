@@ -131,6 +131,16 @@ def test_a_pair_in_any_usual_shape_is_recognised(name):
 def test_maps_of_our_own_take_numbers_and_empty_cells():
     assert maps.alpaca({"instruction": "6 x 7?", "input": None, "output": 42})["messages"][1]["content"] == "42"
     assert maps.gsm8k({"question": "Q?", "answer": 42})["answer"] == {"answer": "42"}
+    grid, solved = "0034" + "3412" * 3, "1234" * 4
+    for puzzle in (
+        grid,
+        int(grid),
+        f" {int(grid)}\n",
+    ):  # a table that took it for a number has dropped the zeros in front
+        assert maps.sudoku({"Puzzle": puzzle, "Solution": int(solved)})["answer"] == {
+            "puzzle": grid,
+            "solution": solved,
+        }
 
 
 @pytest.fixture
