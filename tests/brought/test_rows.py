@@ -44,7 +44,7 @@ DIALOGUES = {
     "prompter": ({"messages": [{"role": "prompter", "text": "Q?"}, {"role": "assistant", "text": "A."}]}, [U, A], "role"),
     "developer": ({"messages": [{"role": "developer", "content": "Be brief."}, U, A]}, [S, U, A], None),
     "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q?"}]}, A]}, [U, A], "parts"),
-    "tool calls": ({"messages": [U, CALL, ANSWERED, A], "tools": [{}]}, [U, WRITTEN, ANSWERED, A], "tools left out"),
+    "tool calls": ({"messages": [U, CALL, ANSWERED, A], "tools": [{}]}, [U, WRITTEN, ANSWERED, A], "none trains, tools left out"),
     "a name": ({"messages": [U | {"name": "Ann"}, A]}, [U | {"name": "Ann"}, A], None),
     "nothing in other columns": ({"messages": [U | {"name": None, "tool_calls": None}, A | {"name": None}]}, [U, A], None),
     "columns": ({"messages": {"role": ["user", "assistant"], "content": ["Q?", "A."]}}, [U, A], "columns"),
