@@ -18,6 +18,7 @@ from tasks.launch.trial import try_out
 from tasks.record.registry import (  # fmt: skip
     Version,
     keep,
+    receipts,
     require_weights,
     resolve,
     store_folder,
@@ -108,6 +109,19 @@ def test_what_is_asked_before_an_alias_moves(project, name, change, changes, lin
     change(project / "models/sft")
     with pytest.raises((ValueError, OSError, StageError), match=line):
         asked(project, **changes)
+
+
+@pytest.mark.parametrize(
+    "change", [cut_short, written("model.safetensors", "weights"), without("model.safetensors"), without("config.json")]
+)
+def test_headers_are_seen_before_a_version_is_made(project, monkeypatch, change) -> None:
+    """By the process that registers, before it asks for a job or writes a receipt."""
+    saved(project, "two", main=90, side=50)
+    change(project / "models/sft")
+    monkeypatch.setattr("tasks.record.tracking.send_pending", lambda _: pytest.fail("it was not looked at"))
+    with pytest.raises((ValueError, OSError), match=r"model.safetensors|config.json"):
+        register(project)
+    assert not list(receipts(project))
 
 
 def test_a_trial_is_a_run_as_others_are(project, capsys) -> None:
