@@ -123,8 +123,6 @@ def fetch(
     Elsewhere, without the Hub: HF_HOME=FOLDER HF_HUB_OFFLINE=1 llada run PROFILE
     """
     with one_line_errors():
-        import os
-
         os.environ["HF_HOME"] = str(folder.resolve())  # read when the Hub's packages are first imported
         from tasks.launch.workspace import fetch as bring
         from tasks.launch.workspace import profile_file

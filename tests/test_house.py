@@ -62,3 +62,46 @@ def test_the_house_grows_only_on_purpose() -> None:
     small = {name for name, lines in with_code.items() if lines < 40}
     assert small <= FRAMEWORKS | SMALL, "join what has no idea of its own to the room that uses it"
     assert small >= SMALL, "take it off the list"
+
+
+# Packages that are optional, take seconds to import, or are not on every system: imported where they are first needed.
+INSIDE = {
+    *("accelerate", "datasets", "deepspeed", "dvc", "huggingface_hub", "math_verify", "matplotlib", "mlflow", "peft"),
+    *(
+        "psutil",
+        "pyarrow",
+        "pytest",
+        "requests",
+        "resource",
+        "safetensors",
+        "sqlalchemy",
+        "torch",
+        "transformers",
+        "urllib",
+    ),
+}
+# Files whose own imports may stand inside: commands, and what has to answer before torch or MLflow could be read.
+LIGHT = {
+    *(f"cli/{name}.py" for name in ("models", "options", "runs", "talk")),
+    *("app/__main__.py", "flows/evaluate.py", "tasks/lm_eval.py"),
+    *(f"tasks/launch/{name}.py" for name in ("plan", "plan_memory", "program", "trial", "workspace")),
+    *("tasks/record/mlflow_model.py", "tasks/record/registry.py"),
+    *(f"tasks/work/{name}.py" for name in ("evaluate", "measure", "prepare", "report", "training")),
+}
+
+
+def imports_inside(path: Path) -> set[str]:
+    """The modules that a file imports inside of its functions."""
+    functions = [
+        n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    nodes = [node for function in functions for node in ast.walk(function)]
+    named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return named | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_stand_on_top_but_for_slow_packages(path: Path) -> None:
+    inside = {name.partition(".")[0] for name in imports_inside(path)}
+    allowed = INSIDE | (set(ROOMS) if path.relative_to(ROOT).as_posix() in LIGHT else set())
+    assert inside <= allowed, f"on top with {sorted(inside - allowed)}, or say why not in this list"
