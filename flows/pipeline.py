@@ -28,7 +28,7 @@ from prefect.states import Completed
 from llada_core.settings import ConfigError, nearest
 from tasks.errors import StageError, one_line_errors
 from tasks.folders import SECONDS, NoDatabaseError, require, shown
-from tasks.launch.program import environment, summary
+from tasks.launch.program import environment, mend, summary
 from tasks.launch.workspace import configure_without_git, open_workspace, pipeline_lock
 from tasks.record.runs import all_runs
 from tasks.record.tracking import mlflow_link
@@ -66,6 +66,7 @@ def stage_graph(folder: Path) -> tuple[dict[str, set[str]], set[str]]:
     """
     from dvc.repo import Repo
 
+    mend(folder)
     with Repo(str(folder)) as repo:
         graph = {stage.name: {s.name for s in repo.index.graph[stage]} for stage in repo.index.graph}
         return graph, {address.rpartition(":")[2] for address in repo.status()}  # addresses hold the path from here
@@ -106,6 +107,7 @@ class StageProcesses:
     def run(self, stage: str, tell: Callable[[str], object]) -> Outcome:
         """Bring one stage up to date, telling each line it prints; raises `StageError` with the stage's exit status."""
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+        mend(self.folder)
         extra = {"LLADAFLOW_YES": "1"} if self.confirmed else {}
         outcome: Outcome = "skipped"
         text = ""

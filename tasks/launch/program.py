@@ -3,6 +3,7 @@ launch), and the pipeline by dvc repro.
 """
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -44,20 +45,52 @@ def dvc(workspace: Workspace, *arguments: str) -> int:
 
     A SIGTERM or SIGHUP (a kill, a closed terminal) goes on to DVC and to the stage that it runs, which ends its job.
     """
+    mend(workspace.path)
     command = [sys.executable, "-m", "dvc", *arguments]
     with subprocess.Popen(command, cwd=workspace.path, env=environment()) as process, _passing_on(process):
         return process.wait()
 
 
+def mend(folder: Path) -> None:
+    """Put aside what a DVC that was killed while it wrote has left: every later DVC command would refuse to read it.
+
+    DVC writes dvc.lock and its table of running commands in place, and holds a lock on another file meanwhile: with
+    that lock in hand, what cannot be read is broken for good. Neither is needed: without them the stages run again,
+    and each puts back what its run folder holds.
+    """
+    for guard, file in ((".dvc/tmp/lock", "dvc.lock"), (".dvc/tmp/rwlock.lock", ".dvc/tmp/rwlock")):
+        path = folder / file
+        if not path.exists() or _readable(path):
+            continue
+        (folder / guard).parent.mkdir(parents=True, exist_ok=True)
+        with (folder / guard).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists() and not _readable(path):
+                broken = path.with_name(path.name + ".broken")
+                os.replace(path, broken)
+                print(f"{path} cannot be read (was DVC killed?): put aside as {broken.name}", file=sys.stderr)
+
+
+def _readable(path: Path) -> bool:
+    try:
+        read_yaml(path)  # reads JSON too
+    except ConfigError:
+        return False
+    return True
+
+
 @contextmanager
 def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """DVC, which does not tell its children, is told together with them; then this program ends as well."""
+    """DVC, which does not tell its children, is told together with them; then this program ends as well.
+
+    DVC first: one that saw its child end would be at writing its own notes when the signal comes.
+    """
     import psutil
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         try:
             own = psutil.Process(process.pid)
-            told = [*own.children(recursive=True), own]  # with the stage's job, which saves itself and ends
+            told = [own, *own.children(recursive=True)]  # with the stage's job, which saves itself and ends
         except psutil.NoSuchProcess:
             told = []
         for one in told:

@@ -98,6 +98,18 @@ def test_a_run_that_is_told_to_end_takes_its_stage_along(project: Path, number: 
     assert steps(the_run(project)) == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("left", ["", '{"write": {"', "\0\0\0\0"], ids=["empty", "half", "zeros"])
+def test_what_a_killed_dvc_leaves_half_written_stops_no_later_run(project: Path, left: str) -> None:
+    finish(program("cli.main", "run", "--upto", "pretrain"))
+    for name in (".dvc/tmp/rwlock", "dvc.lock"):
+        (project / name).write_text(left)
+        text = finish(program("cli.main", "run", "--upto", "pretrain"))
+        assert f"{name} cannot be read (was DVC killed?): put aside as {Path(name).name}.broken" in text
+        assert (project / f"{name}.broken").read_text() == left
+    assert steps(the_run(project)) == [1, 2, 3, 4]  # nothing was trained again
+    assert "put aside" not in finish(program("cli.main", "run", "--upto", "pretrain"))
+
+
 def test_plan_shows_the_script_and_starts_nothing(project: Path) -> None:
     text = llada("plan", "--stage", "pretrain")
     assert "-m tasks.pretrain" in text
