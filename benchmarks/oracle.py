@@ -26,20 +26,29 @@ class Reference:
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.w[name] * wide.to(x.dtype)
 
-    def rotate(self, x: Tensor) -> Tensor:
-        if self.angles is None or len(self.angles[0]) != x.shape[-2]:
-            angle = torch.outer(torch.arange(x.shape[-2]).float(), self.frequency)
-            angle = torch.cat([angle, angle], dim=-1)
+    def rotate(self, x: Tensor, start: int) -> Tensor:
+        end = start + x.shape[-2]
+        if self.angles is None or len(self.angles[0]) < end:
+            angle = torch.outer(torch.arange(end).float(), self.frequency)
+            angle = torch.cat([angle, angle], dim=-1).to(x.device)
             self.angles = angle.cos(), angle.sin()
         wide = x.float()
         left, right = wide.chunk(2, dim=-1)
         turned = torch.cat([-right, left], dim=-1)
-        return (wide * self.angles[0] + turned * self.angles[1]).to(x.dtype)
+        cos, sin = (angle[start:end] for angle in self.angles)
+        return (wide * cos + turned * sin).to(x.dtype)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         """(B, L) -> logits (B, L, V)."""
+        return self.cached(tokens, [], 0)
+
+    def cached(self, tokens: Tensor, kept: list[tuple[Tensor, Tensor]], start: int) -> Tensor:
+        """(B, W) from position `start` -> logits (B, W, V); fills `kept` where it is empty, else writes these positions
+        into it and attends to all that it holds (Fast-dLLM's dual cache).
+        """
         self.forwards += 1
+        filled = bool(kept)
         x = F.embedding(tokens, self.w["model.transformer.wte.weight"])
         for layer in range(self.layers):
             at = f"model.transformer.blocks.{layer}."
@@ -48,7 +57,14 @@ class Reference:
                 F.linear(h, self.w[f"{at}{p}_proj.weight"]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                 for p in "qkv"
             )
-            y = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v)
+            k = self.rotate(k, start)
+            if filled:
+                for held, new in zip(kept[layer], (k, v), strict=True):
+                    held[:, :, start : start + new.shape[2]] = new
+                k, v = kept[layer]
+            else:
+                kept.append((k, v))
+            y = F.scaled_dot_product_attention(self.rotate(q, start), k, v)
             x = x + F.linear(y.transpose(1, 2).flatten(-2), self.w[at + "attn_out.weight"])
             h = self.norm(x, at + "ff_norm.weight")
             gate = F.silu(F.linear(h, self.w[at + "ff_proj.weight"]))
@@ -58,7 +74,7 @@ class Reference:
 
 def generate(model: Reference, prompt: Tensor, *, steps: int, new: int, block: int, mask_id: int) -> Tensor:
     """ML-GSAI's sampler, greedy, low-confidence remasking; prompt (B, P)."""
-    x = torch.full((len(prompt), prompt.shape[1] + new), mask_id)
+    x = torch.full((len(prompt), prompt.shape[1] + new), mask_id, device=prompt.device)
     x[:, : prompt.shape[1]] = prompt
     per_block = steps // (new // block)
     for number in range(new // block):
