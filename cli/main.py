@@ -2,7 +2,7 @@
 
 import typer
 
-from cli import models, runs, talk
+from cli import models, runs, serve, talk
 from cli import models as evaluate
 
 ANY_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -17,6 +17,7 @@ llada = typer.Typer(
 llada.command("sample", rich_help_panel="Talk")(talk.sample)
 llada.command("chat", rich_help_panel="Talk")(talk.chat)
 llada.command("app", rich_help_panel="Talk", context_settings=ANY_ARGUMENTS)(models.page)
+llada.command("serve", rich_help_panel="Talk")(serve.serve)
 llada.command("eval", rich_help_panel="Measure")(evaluate.evaluate)
 llada.command("fetch", rich_help_panel="Measure")(evaluate.fetch)
 llada.command("lm-eval", rich_help_panel="Measure", context_settings=ANY_ARGUMENTS)(evaluate.lm_eval)

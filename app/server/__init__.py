@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: what may be asked (schema), how it is answered (answers), over HTTP (http)."""

@@ -1,0 +1,205 @@
+"""The models that a server offers: loaded once, followed when their alias moves, and never more of them than were named."""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from app.canvas import parse_template
+from app.models import LoadedModel, ModelCache, UserError
+from app.server.answers import Draft
+from app.server.schema import BadRequestError, ChatRequest, CompletionRequest, Message, Sampled, ScoreRequest
+from llada_core.evaluation.requests import ChatText, pairs
+from llada_core.likelihood import Likelihood
+from llada_core.sampling.params import SamplingParams
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes on. `waiting` requests beyond the `at_once` that are written; `body` in bytes."""
+
+    at_once: int = 32
+    waiting: int = 128
+    seconds: float = 120.0
+    body: int = 1 << 20
+
+
+class Metrics:
+    """Counts of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._counter("requests", "Requests by path and status", "path", "status")
+        self.tokens = self._counter("tokens", "Tokens of prompts and of answers", "kind")
+        self.forwards = self._counter("forwards", "Forwards of the model that answers took")
+        self.swaps = self._counter("model_swaps", "Times that an alias led to other weights")
+        self.seconds = self._histogram("request_seconds", "From the request to the end of its answer", "path")
+        self.first = self._histogram("first_text_seconds", "Until the first text of an answer")
+        self.active = Gauge("lladaflow_requests_active", "Requests that are being written", registry=self.registry)
+        self.waiting = Gauge("lladaflow_requests_waiting", "Requests that wait", registry=self.registry)
+
+    def _counter(self, name: str, told: str, *labels: str) -> Counter:
+        return Counter(f"lladaflow_{name}", told, labels, registry=self.registry)
+
+    def _histogram(self, name: str, told: str, *labels: str) -> Histogram:
+        return Histogram(f"lladaflow_{name}", told, labels, buckets=SECONDS, registry=self.registry)
+
+
+@dataclass
+class Service:
+    """Models by the names they were given; the first answers for a client that asks for `default`."""
+
+    cache: ModelCache
+    names: Sequence[str]
+    limits: Limits = field(default_factory=Limits)
+    metrics: Metrics = field(default_factory=Metrics)
+    loaded: dict[str, LoadedModel] = field(init=False, default_factory=dict)
+    since: int = field(init=False, default_factory=lambda: int(time.time()))
+    _scoring: threading.Lock = field(init=False, default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            self.loaded[name], _ = self.cache.get(name)
+
+    def follow_aliases(self) -> list[str]:
+        """Looks names up again and takes other weights where an alias has moved; sentences for the log.
+
+        Answers under way end with the weights they began with. What cannot be loaded leaves the old ones in place.
+        """
+        told = []
+        for name in self.names:
+            before = self.loaded[name]
+            try:
+                self.loaded[name], said = self.cache.get(name)
+            except UserError as error:
+                said = str(error)
+            if self.loaded[name] is not before:
+                self.metrics.swaps.inc()
+            if said:
+                told.append(said)
+        return told
+
+    def model(self, name: str) -> LoadedModel:
+        """The one that a request names; raises `BadRequestError` (404) with the names that there are."""
+        found = self.loaded.get(self.names[0] if name == "default" else name)
+        if found is None:
+            offered = ", ".join(self.names)
+            raise BadRequestError(
+                f"there is no model {name!r} here; there are: {offered}", "model", "model_not_found", 404
+            )
+        return found
+
+    def chat(self, asked: ChatRequest) -> list[Draft]:
+        """The drafts of a conversation, one a choice."""
+        loaded = self.model(asked.model)
+        messages = loaded.usage.messages([message.as_turn() for message in asked.messages])
+        params = asked.settings(loaded.usage.sampling)
+        _judged(params, wanted=asked.logprobs)
+        return self._drafts(loaded, asked, params, [loaded.tokenizer.chat_ids(messages)])
+
+    def complete(self, asked: CompletionRequest) -> list[Draft]:
+        """The drafts of all prompts, the choices of each beside each other; or of one gap, or one template."""
+        loaded = self.model(asked.model)
+        params = asked.settings(loaded.usage.sampling)
+        _judged(params, wanted=asked.logprobs is not None)
+        encode = partial(loaded.tokenizer.encode, user=False)  # a raw text: special strings are tokens, as for lm-eval
+        prompts = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
+        if asked.template is None and asked.suffix is None:
+            return self._drafts(loaded, asked, params, prompts)
+        mask_id = loaded.model.special_tokens.mask_id
+        if asked.template is not None:
+            try:
+                ids, suffix = parse_template(asked.template, encode, mask_id, loaded.context), []
+            except ValueError as error:
+                raise BadRequestError(str(error), "template") from None
+            prompts = [ids]
+        else:
+            suffix = encode(asked.suffix or "")
+        return self._drafts(loaded, asked, params, prompts, suffix=suffix, whole=asked.template is not None)
+
+    def _drafts(
+        self,
+        loaded: LoadedModel,
+        asked: Sampled,
+        params: SamplingParams,
+        prompts: list[list[int]],
+        *,
+        suffix: list[int] | None = None,
+        whole: bool = False,
+    ) -> list[Draft]:
+        filling = whole or suffix is not None
+        if filling:  # a template is filled to its end
+            params = SamplingParams(**{**vars(params), "stop_at_eos": False})
+        blank = [loaded.model.special_tokens.mask_id] * (0 if whole else params.max_new_tokens)
+        found: list[Draft] = []
+        for prompt in prompts:
+            template = [*prompt, *blank, *(suffix or [])]
+            if len(template) > loaded.context:
+                raise BadRequestError(
+                    f"the prompt has {len(prompt)} tokens and the answer asks for {len(template) - len(prompt)}; "
+                    f"this model reads {loaded.context} at most",
+                    "max_tokens",
+                    "context_length_exceeded",
+                )
+            for choice in range(asked.n):
+                own = (
+                    params if params.seed is None else SamplingParams(**{**vars(params), "seed": params.seed + choice})
+                )
+                try:
+                    steps = loaded.fill(template, own) if filling else loaded.write(prompt, own)
+                except UserError as error:
+                    raise BadRequestError(str(error)) from None
+                found.append(Draft(loaded, own, prompt, steps, asked.stops, len(suffix or []), whole, len(found)))
+        return found
+
+    def score(self, asked: ScoreRequest) -> dict[str, object]:
+        """Log-likelihoods in nats, of labels their shares too. One request at a time: each fills the device by itself."""
+        loaded = self.model(asked.model)
+        special = loaded.model.special_tokens
+        prefix = special.eos_id if special.bos_id is None else special.bos_id
+        with self._scoring:
+            try:
+                encoded = pairs([(_context(p, loaded), a) for p, a in asked.texts], loaded.tokenizer, prefix)
+                how = asked.samples, asked.cfg_scale, asked.seed, asked.estimator
+                likelihood = Likelihood(loaded.model, *how)
+                scores = likelihood.scores(encoded)
+            except ValueError as error:
+                raise BadRequestError(str(error)) from None
+        self.metrics.forwards.inc(likelihood.forwards)
+        data: list[dict[str, object]] = [
+            {"index": i, "log_likelihood": score, "tokens": len(answer)}
+            for i, (score, (_, answer)) in enumerate(zip(scores, encoded, strict=True))
+        ]
+        if asked.labels is not None:
+            shares = np.exp(np.array(scores) - max(scores))
+            for entry, label, share in zip(data, asked.labels, shares / shares.sum(), strict=True):
+                entry |= {"label": label, "probability": float(share)}
+        counts = {"prompt_tokens": sum(len(prompt) + len(answer) for prompt, answer in encoded)}
+        return {
+            "object": "list",
+            "model": asked.model,
+            "data": data,
+            "usage": counts | {"forwards": likelihood.forwards},
+        }
+
+
+def _context(prompt: str | list[Message], loaded: LoadedModel) -> str:
+    """A raw text as it is; a conversation as one that remembers its messages, so that its ids are made of them."""
+    if isinstance(prompt, str):
+        return prompt
+    messages = loaded.usage.messages([message.as_turn() for message in prompt])
+    return ChatText(loaded.tokenizer.chat_text(messages), messages)
+
+
+def _judged(params: SamplingParams, *, wanted: bool) -> None:
+    """Whether what is known of a token when it is written is its probability; raises `BadRequestError` where it is not."""
+    if wanted and params.remasking != "low_confidence":
+        raise BadRequestError(
+            f"logprobs are known where remasking is 'low_confidence', here it is {params.remasking!r}", "logprobs"
+        )

@@ -1,0 +1,105 @@
+"""`llada serve` as a process: a client that leaves, many at once, a stop with answers under way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.ports import free_port
+from tests.waiting import PATIENCE, wait_for
+
+ASKED = {
+    "model": "default",
+    "messages": [{"role": "user", "content": "one and two"}],
+    "max_tokens": 512,
+    "steps": 512,
+    "stop_at_eos": False,
+}
+
+
+@pytest.fixture
+def server(model_folder: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen, str]]:
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "cli.main",
+        "serve",
+        "-m",
+        str(model_folder),
+        "--port",
+        str(port),
+        "--at-once",
+        "4",
+        "--waiting",
+        "8",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_for("the server", lambda: process.poll() is None and answers(url))
+        yield process, url
+        process.kill()
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def metric(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(name)), 0.0)
+
+
+def test_a_client_that_leaves_frees_its_place(server: tuple[subprocess.Popen, str]) -> None:
+    _, url = server
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json={**ASKED, "stream": True}, timeout=PATIENCE) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert metric(url, "lladaflow_requests_active") == 1
+    wait_for("the place", lambda: metric(url, "lladaflow_requests_active") == 0)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/chat/completions", json=ASKED, timeout=httpx.Timeout(PATIENCE, read=0.2))
+    wait_for("the place", lambda: metric(url, "lladaflow_requests_active") == 0)
+    assert metric(url, "lladaflow_forwards_total") < 1024  # neither was written to its end
+
+
+def test_more_than_fit_are_told_to_come_again(server: tuple[subprocess.Popen, str]) -> None:
+    _, url = server
+    small = {**ASKED, "max_tokens": 32, "steps": 32}
+    with ThreadPoolExecutor(64) as crowd:
+        found = list(
+            crowd.map(lambda _: httpx.post(f"{url}/v1/chat/completions", json=small, timeout=PATIENCE), range(64))
+        )
+    statuses = {answer.status_code for answer in found}
+    assert statuses == {200, 429}
+    told = next(answer for answer in found if answer.status_code == 429)
+    assert told.headers["retry-after"] == "1"
+    assert told.json()["error"]["type"] == "rate_limit_error"
+    texts = {answer.json()["choices"][0]["message"]["content"] for answer in found if answer.status_code == 200}
+    assert len(texts) == 1
+    assert metric(url, "lladaflow_requests_active") == metric(url, "lladaflow_requests_waiting") == 0
+
+
+def test_a_stop_lets_answers_end(server: tuple[subprocess.Popen, str]) -> None:
+    process, url = server
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json={**ASKED, "stream": True}, timeout=PATIENCE) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        events = [line.removeprefix("data: ") for line in lines if line]
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["choices"][0]["finish_reason"] in ("stop", "length")
+    assert process.wait(PATIENCE) in (0, -signal.SIGTERM)
