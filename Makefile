@@ -12,7 +12,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export GRADIO_ANALYTICS_ENABLED := False
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup run test test-faults test-browser test-solutions check app ui bench lock clean
+.PHONY: help setup run test test-faults test-browser test-solutions check app ui bench bench-serve lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,9 @@ ui: setup  ## MLflow and Prefect on loopback, until Ctrl-C
 
 bench: setup  ## side-by-side speed runs that print ratios
 	@$(BIN)/python -m benchmarks
+
+bench-serve: setup  ## the default run's model behind llada serve, under 1, 8, 32 and 128 clients (3 minutes)
+	@$(BIN)/python -m benchmarks.serving models/grpo
 
 lock:  ## resolve the closure anew into constraints.txt
 	@tools=$$(mktemp -d) && $(PYTHON) -m venv $$tools && $$tools/bin/pip install -q '.[all,dev]' \

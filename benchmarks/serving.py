@@ -1,0 +1,151 @@
+"""A server under load: arrivals drawn from a seed, percentiles of the first text and of whole answers, tokens a second, memory.
+
+`python -m benchmarks.serving FOLDER [--clients 1,8,32,128] [--seconds 30]` starts `llada serve` on a model folder (the default
+run's: its puzzles are asked) and streams answers to so many clients at once; each asks its next question after a pause
+drawn from an exponential distribution of the mean that `--pause` gives. Seconds are the wall's, client and server share
+the machine: a figure is worth something beside another of the same run.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+
+from benchmarks.timing import machine, table
+from llada_core.data.puzzles import seats, sudoku
+
+
+@dataclass
+class Load:
+    """What the clients of one cell saw."""
+
+    first: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    tokens: int = 0
+    forwards: int = 0
+    refused: int = 0
+    failed: int = 0
+    megabytes: list[float] = field(default_factory=list)
+
+
+def question(rng: random.Random) -> str:
+    """A puzzle as the default run asks it."""
+    return sudoku(rng, empty=(5, 10)).prompt if rng.random() < 0.5 else seats(rng, people=9).prompt
+
+
+async def answer(client: httpx.AsyncClient, text: str, load: Load) -> None:
+    """One question, streamed to its end."""
+    body = {"model": "default", "stream": True, "stream_options": {"include_usage": True}}
+    body |= {"messages": [{"role": "user", "content": text}]}
+    began, first = time.monotonic(), 0.0
+    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.status_code != 200:
+            load.refused += response.status_code == 429
+            load.failed += response.status_code != 429
+            return
+        ended = False
+        async for line in response.aiter_lines():
+            if not line or line == "data: [DONE]":
+                ended = ended or line == "data: [DONE]"
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if event.get("choices") and event["choices"][0]["delta"].get("content") and not first:
+                first = time.monotonic() - began
+            if "usage" in event:
+                load.tokens += event["usage"]["completion_tokens"]
+                load.forwards += event["usage"]["forwards"]
+        load.failed += not ended
+    load.first.append(first or time.monotonic() - began)
+    load.whole.append(time.monotonic() - began)
+
+
+async def client_of(url: str, number: int, until: float, pause: float, load: Load) -> None:
+    """One person who asks, reads, thinks and asks again until the time is over."""
+    rng = random.Random(number)
+    async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+        while time.monotonic() < until:
+            await asyncio.sleep(rng.expovariate(1 / pause) if pause else 0)
+            await answer(client, question(rng), load)
+
+
+async def cell(url: str, clients: int, seconds: float, pause: float, server: psutil.Process) -> Load:
+    """So many clients for so long; memory is looked at once a second."""
+    load, until = Load(), time.monotonic() + seconds
+    work = asyncio.gather(*(client_of(url, number, until, pause, load) for number in range(clients)))
+    while not work.done():
+        load.megabytes.append(server.memory_info().rss / 2**20)
+        await asyncio.wait([work], timeout=1.0)
+    await work
+    return load
+
+
+def percentiles(values: list[float]) -> str:
+    """Median, 90th and 99th, in seconds."""
+    ordered = sorted(values) or [float("nan")]
+    return " / ".join(f"{ordered[min(len(ordered) - 1, int(share * len(ordered)))]:.2f}" for share in (0.5, 0.9, 0.99))
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--clients", default="1,8,32,128")
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--pause", type=float, default=1.0)
+    given = parser.parse_args()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "cli.main",
+        "serve",
+        "-m",
+        str(given.model.resolve()),
+        "--port",
+        str(port),
+        "--waiting",
+        "256",
+    ]
+    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait(url, process)
+            server, rows = psutil.Process(process.pid), []
+            for clients in map(int, given.clients.split(",")):
+                load = asyncio.run(cell(url, clients, given.seconds, given.pause, server))
+                count = max(1, len(load.whole))
+                rows.append(
+                    [str(clients), str(len(load.whole)), str(load.refused), str(load.failed), percentiles(load.first),
+                     percentiles(load.whole), f"{len(load.whole) / given.seconds:.1f}", f"{load.tokens / given.seconds:.0f}",
+                     f"{load.forwards / count:.1f}", f"{load.megabytes[0]:.0f} / {max(load.megabytes):.0f}"]
+                )  # fmt: skip
+        finally:
+            process.terminate()
+    header = ["clients", "answers", "429", "failed", "first text, s (50 / 90 / 99)", "whole answer, s", "answers/s", "tokens/s", "forwards each", "MB begin / most"]  # fmt: skip
+    print(f"\nserving: {machine()}, {os.cpu_count()} cores shared with the clients\n\n{table(header, rows)}")
+
+
+def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        try:
+            httpx.get(f"{url}/health")
+            return
+        except httpx.HTTPError:
+            time.sleep(0.2)
+    raise SystemExit("the server did not start")
+
+
+if __name__ == "__main__":
+    main()
