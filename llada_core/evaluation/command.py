@@ -11,9 +11,10 @@ from pathlib import Path
 from lm_eval.__main__ import cli_evaluate
 
 from llada_core.evaluation.harness import LladaLM
+from llada_core.evaluation.served import ServedLM
 from llada_core.evaluation.taskset import OURS, compiled_once
 
-NAMES = {"llada": LladaLM}  # importing the class is what registers it
+NAMES = {"llada": LladaLM, "llada-server": ServedLM}  # importing the class is what registers it
 CACHE = Path(".cache") / "answers"
 
 
