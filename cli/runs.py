@@ -75,7 +75,8 @@ def plan(
         from llada_core.settings import read_yaml, with_overrides
         from tasks.launch.plan import refuse, script_of, told
         from tasks.launch.workspace import profile_file
-        from tasks.project import TRAINING_STAGES, Params
+        from tasks.project import Params
+        from tasks.stages import TRAINING_STAGES
 
         if stage is not None:
             _show_script(stage, profile, overrides)

@@ -12,14 +12,14 @@ from typing import Any
 
 from llada_core.modeling.folder import base_folder, is_adapter
 from llada_core.settings import ConfigError, nearest, read_yaml
-from tasks.project import TRAINING_STAGES
+from tasks.stages import TRAINING_STAGES
 
 CODE = frozenset({"llada_core", "tasks"})
 VALUE = re.compile(r"\$\{([\w.]+)\}")
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageNode:
     """One node: paths relative to the project (or absolute, for a model from elsewhere), keys of params.yaml."""
 
     name: str  # as DVC says it: sft, evaluate@sudoku
@@ -39,7 +39,7 @@ class Stage:
         return tuple(Path(path).name for path in self.inputs if path.startswith("models/"))
 
 
-def load_stage(root: Path, name: str, params: dict[str, Any]) -> Stage:
+def load_stage(root: Path, name: str, params: dict[str, Any]) -> StageNode:
     """The stage `name` (with its instance after @) of `root`/dvc.yaml, for the given values of params.yaml."""
     kind, _, item = name.partition("@")
     stages = read_yaml(root / "dvc.yaml").get("stages", {})
@@ -48,7 +48,7 @@ def load_stage(root: Path, name: str, params: dict[str, Any]) -> Stage:
     spec = _body(stages[kind])
     values = params | ({"item": item} if item else {})
     deps = [_fill(path, values) for path in _deps(kind, spec, params)]
-    return Stage(
+    return StageNode(
         name=name,
         code=tuple(path for path in deps if Path(path).parts[0] in CODE),
         inputs=tuple(path for path in deps if Path(path).parts[0] not in CODE),
@@ -57,7 +57,7 @@ def load_stage(root: Path, name: str, params: dict[str, Any]) -> Stage:
     )
 
 
-def chosen(params: dict[str, Any], stage: Stage) -> dict[str, Any]:
+def chosen(params: dict[str, Any], stage: StageNode) -> dict[str, Any]:
     """The values of the keys that `stage` reads; of `evaluate.overrides` an instance reads only its benchmark's."""
     values = {key: lookup(params, key) for key in stage.params}
     item = stage.name.partition("@")[2]

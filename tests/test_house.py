@@ -18,7 +18,7 @@ MOST_FILES, MOST_LINES = 130, 18_132
 FRAMEWORKS = {
     *(f"tasks/{name}.py" for name in ("prepare", "pretrain", "sft", "grpo", "sft_control", "preference", "evaluate")),
     *("tasks/report.py", "tasks/register.py", "tasks/trial.py", "tasks/lm_eval.py", "tasks/record/mlflow_model.py"),
-    *("flows/__init__.py", "flows/promote.py", "cli/main.py"),
+    *("tasks/__main__.py", "flows/__init__.py", "flows/promote.py", "cli/main.py"),
     *(f"llada_core/{name}__init__.py" for name in ("", "sampling/", "modeling/", "training/rewards/")),
 }
 SMALL = {

@@ -21,10 +21,10 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from llada_core.data.encode import ENCODERS, Columns, asking, encode_ids, has_ids, row_hash, text_in, text_of
+from llada_core.data.encode import Columns, asking, encode_ids, has_ids, row_hash, text_in, text_of
+from llada_core.data.formats import FORMATS, schema_of
 from llada_core.data.params import PartParams, PretrainData, SourceParams
-from llada_core.data.rows import PLAIN, RowFile, SourceStats, card_of, schema_of, table_of
-from llada_core.data.shapes import shaped
+from llada_core.data.rows import PLAIN, RowFile, SourceStats, card_of, table_of
 from llada_core.data.sources import DataError, Numbered, ResolvedSource, Row, RowError, UnusableRow, read
 from llada_core.data.values import QUESTIONS, joined, values_in
 from llada_core.settings import function_at
@@ -173,7 +173,7 @@ def encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) 
         for number, raw, row in mapped(chunk, stage, params, tokenizer, stats):
             split, copies = _split_of(row, params.validation, chunk.source.weight)
             rows[split] += [(number, row)] * copies
-            if split == "train" and copies and stage != "pretrain":  # documents ask nothing
+            if split == "train" and copies and FORMATS[stage].asks:
                 asked += _questions(raw, row)
     schema = schema_of(stage, params, tokenizer.vocab_size, packed=False)
     tables = {
@@ -212,7 +212,7 @@ def mapped(
             stats.dropped["map function"] += 1
             continue
         try:
-            row, shape = (row, None) if has_ids(row) else shaped(row, stage)
+            row, shape = (row, None) if has_ids(row) else FORMATS[stage].shaped(row)
             row_hash(row)  # half of a character has neither a hash nor tokens
         except (RowError, UnicodeEncodeError) as error:
             stats.refuse(number, unusable(error, number))
@@ -289,7 +289,7 @@ def _columns(
     """The columns of rows; those that the encoder refuses, drops or cuts are counted."""
     if any(has_ids(row) for _, row in rows):
         return _given_ids(params, tokenizer, place, rows, stats)
-    encoder, dropped = ENCODERS[stage], Counter[str]()
+    encoder, dropped = FORMATS[stage].encoder, Counter[str]()
     try:
         columns = encoder([row for _, row in rows], tokenizer, params, dropped)
     except (ValueError, KeyError, TypeError):

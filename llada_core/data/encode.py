@@ -8,7 +8,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llada_core.data.params import GRPOData, PartParams, PreferenceData, PretrainData, SFTData
@@ -195,8 +195,6 @@ def row_hash(row: Row) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
-Encoder = Callable[[Sequence[Row], Tokenizer, Any, Counter[str]], Columns]
-ENCODERS: dict[str, Encoder] = {"pretrain": documents, "sft": dialogues, "grpo": prompts, "preference": pairs}
 _IGNORED = -100  # the label of a position that is never masked nor scored
 
 

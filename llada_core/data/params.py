@@ -166,10 +166,16 @@ class DataParams(Block):
     @model_validator(mode="after")
     def _every_part_has_rows(self) -> Self:
         tasks = (self.puzzles.sudoku, self.puzzles.countdown, self.puzzles.seats)
-        for name in ("pretrain", "sft", "grpo", "preference"):
+        for name in (n for n in PuzzleCounts.model_fields if n in type(self).model_fields):
             part, count = getattr(self, name), sum(getattr(task, name) for task in tasks)
             if part is not None and not part.sources and not count:
                 raise ValueError(f"{name} has neither sources nor puzzles; name a source or set puzzles.sudoku.{name}")
             if part is None and count:
                 raise ValueError(f"puzzles are counted for {name}, which has no block; add data.{name}")
         return self
+
+    @property
+    def parts(self) -> dict[str, PartParams]:
+        """The blocks of the parts that this run has, by name."""
+        blocks = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: block for name, block in blocks.items() if isinstance(block, PartParams)}

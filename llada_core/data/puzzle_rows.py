@@ -12,8 +12,6 @@ from llada_core.data.params import PuzzleCounts, PuzzlesParams, SourceParams
 from llada_core.data.puzzles import Puzzle, PuzzleSplit
 from llada_core.data.sources import DataError, Row, UnusableRow, find, read, split_file
 
-_SPLITS: dict[str, PuzzleSplit] = {"pretrain": "train", "sft": "train", "grpo": "grpo", "preference": "grpo"}
-
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -24,50 +22,60 @@ class Benchmark:
     keys: list[str] = field(default_factory=list)
 
 
-def training_puzzles(stage: str, params: PuzzlesParams, seed: int) -> tuple[list[Puzzle], list[Puzzle]]:
-    """The puzzles of a stage for training and for validation, each in mixed order."""
+def training_puzzles(
+    part: str, split: PuzzleSplit, params: PuzzlesParams, seed: int
+) -> tuple[list[Puzzle], list[Puzzle]]:
+    """The puzzles that `params` count for a part, of `split` for training and for validation, each in mixed order."""
     train: list[Puzzle] = []
     validation: list[Puzzle] = []
     for task, counts, generate in _generators(params):
-        count = getattr(counts, stage)
+        count = getattr(counts, part)
         if count:
-            train += puzzles.draw(generate, split=_SPLITS[stage], count=count, seed=f"{seed}:{task}:{stage}")
+            train += puzzles.draw(generate, split=split, count=count, seed=f"{seed}:{task}:{part}")
             name = f"data.puzzles.{task}.validation ({seed})"
             validation += puzzles.draw(generate, split="validation", count=counts.validation, seed=name)
-    for part in (train, validation):
-        random.Random(f"{seed}:{stage}:order").shuffle(part)
+    for drawn in (train, validation):
+        random.Random(f"{seed}:{part}:order").shuffle(drawn)
     return train, validation
 
 
-def as_rows(stage: str, drawn: list[Puzzle], dialogues: Sequence[float] = (1.0,)) -> Iterator[Row]:
-    """What each stage's encoder reads: of a puzzle, or in `sft` and `grpo` of a dialogue.
+# Each gives what the encoder of one format reads. `shares[n - 1]` is the share of dialogues with n questions.
 
-    `dialogues[n - 1]` is the share of those with n questions. Fine-tuning shows each puzzle once, in the dialogues that
-    the list is cut into. GRPO asks each puzzle once, behind the solved ones that precede it in the list (of the first
-    ones, those that end it).
-    """
-    rng = random.Random(f"dialogues of {len(drawn)}")
 
-    def questions() -> int:
-        return rng.choices(range(1, len(dialogues) + 1), dialogues)[0]
+def documents(drawn: list[Puzzle], shares: Sequence[float] = (1.0,)) -> Iterator[Row]:
+    """One text a puzzle."""
+    yield from ({"text": puzzle.text} for puzzle in drawn)
 
-    if stage == "sft":
-        start = 0
-        while start < len(drawn):
-            end = start + questions()
-            yield {"messages": [m for puzzle in drawn[start:end] for m in _asked(puzzle, puzzle.shown)]}
-            start = end
-        return
+
+def dialogues(drawn: list[Puzzle], shares: Sequence[float] = (1.0,)) -> Iterator[Row]:
+    """Each puzzle once, in the dialogues that the list is cut into."""
+    questions, start = _questions(drawn, shares), 0
+    while start < len(drawn):
+        end = start + next(questions)
+        yield {"messages": [m for puzzle in drawn[start:end] for m in _asked(puzzle, puzzle.shown)]}
+        start = end
+
+
+def prompts(drawn: list[Puzzle], shares: Sequence[float] = (1.0,)) -> Iterator[Row]:
+    """Each puzzle asked once, behind the solved ones that precede it in the list (of the first ones, those that end it)."""
+    for number, (puzzle, questions) in enumerate(zip(drawn, _questions(drawn, shares), strict=False)):
+        history = [drawn[number - back] for back in range(questions - 1, 0, -1)]
+        messages = [m for earlier in history for m in _asked(earlier)]
+        prompt = [*messages, {"role": "user", "content": puzzle.prompt}] if messages else puzzle.prompt
+        yield {"prompt": prompt, "task": puzzle.task, "answer": puzzle.answer}
+
+
+def pairs(drawn: list[Puzzle], shares: Sequence[float] = (1.0,)) -> Iterator[Row]:
+    """Each puzzle with its solution, and with one that has a wrong digit."""
     for number, puzzle in enumerate(drawn):
-        if stage == "pretrain":
-            yield {"text": puzzle.text}
-        elif stage == "grpo":
-            history = [drawn[number - back] for back in range(questions() - 1, 0, -1)]
-            messages = [m for earlier in history for m in _asked(earlier)]
-            prompt = [*messages, {"role": "user", "content": puzzle.prompt}] if messages else puzzle.prompt
-            yield {"prompt": prompt, "task": puzzle.task, "answer": puzzle.answer}
-        else:
-            yield {"prompt": puzzle.prompt, "chosen": puzzle.solution, "rejected": _wrong(puzzle, number)}
+        yield {"prompt": puzzle.prompt, "chosen": puzzle.solution, "rejected": _wrong(puzzle, number)}
+
+
+def _questions(drawn: list[Puzzle], shares: Sequence[float]) -> Iterator[int]:
+    """How many questions the next dialogue has, without an end."""
+    rng = random.Random(f"dialogues of {len(drawn)}")
+    while True:
+        yield rng.choices(range(1, len(shares) + 1), shares)[0]
 
 
 def _asked(puzzle: Puzzle, reply: str = "") -> list[dict[str, str]]:

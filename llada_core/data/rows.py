@@ -107,21 +107,6 @@ def _told(reasons: Mapping[str, Any]) -> str:
     return "; ".join(named) + (f"; and {len(most) - 5} other reasons" if len(most) > 5 else "")
 
 
-def schema_of(stage: str, params: PartParams, vocab_size: int, *, packed: bool = True) -> pa.Schema:
-    """The columns of a stage's rows; not `packed`: of pretraining documents on their way to being packed."""
-    ids = pa.list_(pa.uint16() if vocab_size <= 1 << 16 else pa.int32())
-    text = pa.string()
-    fields: dict[str, dict[str, pa.DataType]] = {
-        "pretrain": {"input_ids": ids},
-        "sft": {"input_ids": ids, "maskable": pa.list_(pa.uint8())},
-        "grpo": {"prompt_ids": ids, "prompt": text, "task": text, "answer": text},
-        "preference": {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids},
-    }
-    if packed and isinstance(params, PretrainData) and params.documents:
-        fields["pretrain"]["document_ids"] = pa.list_(pa.int32())
-    return pa.schema(fields[stage])
-
-
 def table_of(columns: Mapping[str, Sequence[Any]], schema: pa.Schema) -> pa.Table:
     """Columns as an Arrow table; lists of ids are joined by numpy, since Arrow would look at each number's type."""
     arrays = [

@@ -163,21 +163,24 @@ _PAIRS = (
 _SYSTEM = ("system", "system_prompt")
 
 
-def shaped(row: Row, stage: str) -> tuple[Row, str | None]:
-    """A row of whatever shape as `stage` needs it, and what was recognised in it (None where nothing had to be done).
+# Each gives a row of whatever shape as rows of one format are, and what was recognised in it (None where nothing had to
+# be done); it raises `RowError` for a row that it cannot use.
 
-    Raises `RowError` for one that it cannot use.
-    """
-    if stage == "sft":
-        return _dialogue(row)
-    if stage == "preference":
-        return _preference(row)
-    if stage == "grpo" and not isinstance(row.get("prompt"), str | None):
-        return row | {"prompt": messages_of(row["prompt"])}, None
+
+def document(row: Row) -> tuple[Row, str | None]:
+    """A row with `text`, which its encoder looks at."""
     return row, None
 
 
-def _dialogue(row: Row) -> tuple[Row, str | None]:
+def prompt(row: Row) -> tuple[Row, str | None]:
+    """A row with `prompt`, `task` and `answer`; a prompt that is a dialogue becomes messages."""
+    if isinstance(row.get("prompt"), str | None):
+        return row, None
+    return row | {"prompt": messages_of(row["prompt"])}, None
+
+
+def dialogue(row: Row) -> tuple[Row, str | None]:
+    """A row with `messages`, one of which is a reply that is trained on."""
     messages, shape = _messages_in(row) or _asked_and_answered(row)
     if not any(map(trains, messages[1:])):
         raise RowError("no answer", "no reply in it is trained on: each is empty, or marked so, or answers nothing")
@@ -229,7 +232,8 @@ def _asked_and_answered(row: Row) -> tuple[list[Message], str]:
     )
 
 
-def _preference(row: Row) -> tuple[Row, str | None]:
+def pair(row: Row) -> tuple[Row, str | None]:
+    """A row with `prompt` and the replies `chosen` and `rejected`."""
     if not {"chosen", "rejected"} <= row.keys():
         raise RowError(
             f"no shape that is known: {_fields(row)}",

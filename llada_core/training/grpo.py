@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,10 @@ from llada_core.diffusion import Noise
 from llada_core.modeling import MaskPredictor
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.engine import Ranks
-from llada_core.training.objectives import Loss, StepWork
+from llada_core.training.objectives import Loss, StepWork, filled, stored_rows
 from llada_core.training.params import GRPOParams
 from llada_core.training.reference import Reference
+from llada_core.training.rewards import reward_named
 from llada_core.training.rollouts import (
     Completions,
     Masks,
@@ -312,3 +314,10 @@ class GRPO:
 def _by_row(values: Tensor, samples: int) -> Tensor:
     """(samples * R, T) to (R, samples, T)."""
     return values.view(samples, -1, values.shape[1]).transpose(0, 1)
+
+
+def objective(params: GRPOParams, model: MaskPredictor, tokenizer: Tokenizer, data: Path, *, seed: int) -> GRPO:
+    """That of a stage on the prompts in `data`/train and validation; raises ValueError without any."""
+    train, validation = filled(stored_rows(data / "train")), stored_rows(data / "validation")
+    reward = reward_named(params.reward, params.reward_weights)
+    return GRPO(model, PolicyData(train, validation, tokenizer, reward), params, seed=seed)

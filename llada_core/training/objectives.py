@@ -1,19 +1,24 @@
 """What training minimises, as sums that only the loop divides: the masked-diffusion bound of pretraining and fine-tuning.
 
-Knows batches and noise; does not know optimisers, ranks or files.
+Knows batches and noise; does not know optimisers. Other objectives have a file of their own, with a function like
+`objective` here, which the settings of their stage name by its path.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from datasets import Dataset, load_from_disk
 from torch import Tensor, nn
 
-from llada_core.data.batches import Batch, RowBatches
+from llada_core.data.batches import Batch, Order, RowBatches
 from llada_core.diffusion import MaskedLoss, Noise, alpha, corrupt, loss_weight, masked_nll
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.training.params import TrainingParams
+from llada_core.tokenizer import Tokenizer
+from llada_core.training.engine import Ranks
+from llada_core.training.params import PretrainParams, SFTParams, TrainingParams
 
 BUCKETS = 10
 _VALIDATION_STEP = -1
@@ -187,3 +192,73 @@ def bound_parts(bound: Tensor, t: Tensor, lengths: Tensor) -> dict[str, Tensor]:
 def sum_and_count(total: Tensor, count: float) -> Tensor:
     """(sum, count) as one tensor on the sum's device."""
     return torch.stack([total, torch.full_like(total, count)])
+
+
+def objective(
+    params: PretrainParams | SFTParams, model: MaskPredictor, tokenizer: Tokenizer, data: Path, *, seed: int
+) -> DiffusionObjective:
+    """That of pretraining and fine-tuning on the rows in `data`/train and validation; raises ValueError for unfit ones."""
+    train, held_out = (
+        _batches(
+            _fitting(_shown(data / part, params), model),
+            params,
+            model.special_tokens.eos_id,
+            seed=seed,
+            held_out=part != "train",
+        )
+        for part in ("train", "validation")
+    )
+    assert train is not None
+    return DiffusionObjective(model, train, held_out, params, seed=seed)
+
+
+def stored_rows(folder: Path) -> Dataset:
+    """The rows that `prepare` wrote, maybe none; raises FileNotFoundError where it did not."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no prepared data; run `python -m tasks.prepare` first")
+    try:
+        return load_from_disk(str(folder))
+    except IndexError:  # how datasets says that a folder holds no rows
+        return Dataset.from_dict({})
+
+
+def filled(table: Dataset) -> Dataset:
+    """The same table; raises ValueError for an empty one."""
+    if not len(table):
+        raise ValueError("the training data has no rows; see data/card.json for what was dropped")
+    return table
+
+
+def _shown(folder: Path, params: TrainingParams) -> Dataset:
+    """The rows without the numbers of documents that the settings do not ask for."""
+    table = stored_rows(folder)
+    if isinstance(params, PretrainParams) and not params.document_mask and "document_ids" in table.column_names:
+        table = table.remove_columns("document_ids")
+    return table
+
+
+def _fitting(table: Dataset, model: MaskPredictor) -> Dataset:
+    longest = int(_lengths(table).max()) if len(table) else 0
+    if longest > model.max_length:
+        raise ValueError(
+            f"a row has {longest} tokens, the model takes {model.max_length}; lower the data's `length` and prepare anew"
+        )
+    return table
+
+
+def _lengths(table: Dataset) -> Any:
+    return table.data["input_ids"].combine_chunks().value_lengths().to_numpy()
+
+
+def _batches(table: Dataset, params: TrainingParams, eos_id: int, *, seed: int, held_out: bool) -> RowBatches | None:
+    table = table.select(range(min(len(table), params.validation_rows))) if held_out else filled(table)
+    if not len(table):
+        return None
+    lengths = _lengths(table) if isinstance(params, SFTParams) and params.group_by_length else None
+    size, ranks = params.batch_size, Ranks().count
+    if held_out:
+        size = max(min(size, len(table)) // ranks, 1) * ranks
+    order = Order(len(table), size, seed=seed, lengths=lengths)
+    padding = params.eos_padding if isinstance(params, SFTParams) else "none"
+    cut = params.random_length_ratio if isinstance(params, PretrainParams) and not held_out else 0.0
+    return RowBatches(table, order, eos_id=eos_id, padding=padding, random_length=cut)

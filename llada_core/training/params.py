@@ -38,7 +38,6 @@ class RecoveryParams(Block):
     spike: float = Field(default=10.0, gt=1)  # a logged loss this many times the running mean counts as exploding
 
 
-TRAINING_STAGES: tuple[str, ...] = ("pretrain", "sft", "grpo", "sft_control", "preference")
 PUBLISHED_LEARNING_RATE = 2e-5  # at which trained weights are trained on; LLaDA's guideline and dllm: 1e-5 to 2.5e-5
 
 
@@ -47,6 +46,11 @@ class TrainingParams(Block):
 
     # What says how long a run is: the same run of another length goes on from its checkpoints (`extend`).
     LENGTH: ClassVar[tuple[str, ...]] = ("max_steps", "epochs", "max_flops", "flops_of")
+    # The part of the data that is trained on (a name of `llada_core.data.formats.FORMATS`), and the dotted path of a
+    # function (params, model, tokenizer, folder of that part, *, seed) -> Objective. By path, for objectives need torch.
+    ROWS: ClassVar[str]
+    OBJECTIVE: ClassVar[str] = "llada_core.training.objectives.objective"
+    FROM_SCRATCH: ClassVar[bool] = True  # the default of learning_rate is made for weights that this run makes
 
     # Nothing, a stage's name, a folder, a registry alias, a Hub name. The content of what it names determines the
     # result, and where that lies does not.
@@ -142,6 +146,7 @@ class TrainingParams(Block):
 class PretrainParams(TrainingParams):
     """Pretraining on packed rows."""
 
+    ROWS = "pretrain"
     random_length_ratio: float = Field(default=0.01, ge=0, le=1)  # share of steps cut to a uniform random length
     document_mask: bool = False  # attention stays inside a document of a packed row
 
@@ -149,6 +154,7 @@ class PretrainParams(TrainingParams):
 class SFTParams(TrainingParams):
     """Supervised fine-tuning: prompts are never noised; the loss is per answer length, as in LLaDA's guideline."""
 
+    ROWS = "sft"
     normalise: Literal["token", "sequence", "batch"] = "sequence"
     # EOS behind the answer that is a visible target, up to the longest row of the batch; n: that many. micro_batch: to
     # the longest row of a micro-batch, as dllm, so that the loss depends on ranks and on micro_batch_size.
@@ -167,6 +173,7 @@ class SFTParams(TrainingParams):
 class GRPOParams(TrainingParams):
     """Group-relative policy optimisation for diffusion models (d1, arXiv:2504.12216). `batch_size` is set by the groups."""
 
+    ROWS, OBJECTIVE, FROM_SCRATCH = "grpo", "llada_core.training.grpo.objective", False
     learning_rate: float = Field(default=3e-6, gt=0)
     schedule: Literal["constant", "cosine", "linear", "wsd", "phases"] = "constant"
     warmup: float = Field(default=1e-4, ge=0)
@@ -245,6 +252,7 @@ class GRPOParams(TrainingParams):
 class PreferenceParams(TrainingParams):
     """Preference tuning (VRPO, LLaDA 1.5, arXiv:2505.19223): DPO on ELBO differences."""
 
+    ROWS, OBJECTIVE, FROM_SCRATCH = "preference", "llada_core.training.preference.objective", False
     learning_rate: float = Field(default=5e-7, gt=0)
     beta: float = Field(default=0.1, gt=0)
     mask_samples: int = Field(default=8, ge=1)  # times t per answer, one mask each
@@ -264,3 +272,14 @@ def _no_sharded_copy(params: TrainingParams, beta: float) -> None:
         )
     if beta > 0 and params.lora is None and params.distribution.kind in ("fsdp", "zero3"):
         raise ValueError("a reference copy is not sharded; use LoRA (the adapter is switched off) or beta 0")
+
+
+# The training stages, in the order in which a list of them is told. A new one needs its line here, its objective, and its
+# place in dvc.yaml.
+TRAINING_STAGES: dict[str, type[TrainingParams]] = {
+    "pretrain": PretrainParams,
+    "sft": SFTParams,
+    "grpo": GRPOParams,
+    "sft_control": SFTParams,
+    "preference": PreferenceParams,
+}

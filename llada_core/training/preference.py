@@ -2,11 +2,12 @@
 
 VRPO (LLaDA 1.5, arXiv:2505.19223) lowers the variance of the preference score without moving its mean: the whole budget
 goes to distinct times with one mask each, and policy and reference are measured under the same masks. Knows pairs and
-noise; does not know optimisers or files.
+noise; does not know optimisers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from llada_core.data.batches import Order
 from llada_core.diffusion import Noise, alpha, corrupt, loss_weight, masked_nll
 from llada_core.modeling import MaskPredictor
-from llada_core.training.objectives import Loss, Objective, StepWork
+from llada_core.tokenizer import Tokenizer
+from llada_core.training.objectives import Loss, Objective, StepWork, filled, stored_rows
 from llada_core.training.params import PreferenceParams
 from llada_core.training.reference import Reference
 
@@ -127,3 +129,10 @@ class Preference(Objective):
             for name, part in found.items():
                 parts[f"validation_{name}"] += part.cpu()
         return parts
+
+
+def objective(
+    params: PreferenceParams, model: MaskPredictor, tokenizer: Tokenizer, data: Path, *, seed: int
+) -> Preference:
+    """That of a stage on the pairs in `data`/train and validation; raises ValueError without any."""
+    return Preference(model, filled(stored_rows(data / "train")), stored_rows(data / "validation"), params, seed=seed)

@@ -9,23 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_from_disk
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llada_core.data.batches import Order, RowBatches
 from llada_core.modeling import MaskPredictor, merge_adapter, save_model
 from llada_core.modeling.adapters import add_lora, save_adapter
+from llada_core.settings import function_at
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.engine import Ranks, accelerator_for, optimiser_for, same_precision, tied_table_last
-from llada_core.training.grpo import GRPO, PolicyData
 from llada_core.training.loop import Loop, TrainingState
-from llada_core.training.objectives import DiffusionObjective, Objective
-from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, SFTParams, TrainingParams
-from llada_core.training.preference import Preference
+from llada_core.training.objectives import Objective, stored_rows
+from llada_core.training.params import GRPOParams, TrainingParams
 from llada_core.training.progress import Follower, MetricsFile, active_parameters
-from llada_core.training.rewards import reward_named
 from llada_core.training.rollouts import specimens_of, write_samples
 
 
@@ -149,9 +145,6 @@ def _gathered(parameter: Tensor) -> AbstractContextManager[object]:
     return GatheredParameters([parameter])
 
 
-_DATA = {PretrainParams: "pretrain", SFTParams: "sft", GRPOParams: "grpo", PreferenceParams: "preference"}
-
-
 @dataclass(frozen=True)
 class Receipt:
     """What a training run cost and how it ended; `finished` is false after a stop request."""
@@ -244,29 +237,10 @@ def block_classes(model: MaskPredictor) -> tuple[str, ...]:
 def objective_for(
     params: TrainingParams, model: MaskPredictor, tokenizer: Tokenizer, data: Path, *, seed: int
 ) -> Objective:
-    """The objective of a stage on the prepared data in `data`."""
-    folder = data / _DATA[type(params)]
-    if isinstance(params, PretrainParams | SFTParams):
-        train_batches, held_out = (
-            _batches(
-                _fitting(_table(folder / part, params), model),
-                params,
-                model.special_tokens.eos_id,
-                seed=seed,
-                held_out=part != "train",
-            )
-            for part in ("train", "validation")
-        )
-        assert train_batches is not None
-        return DiffusionObjective(model, train_batches, held_out, params, seed=seed)
-    if isinstance(params, GRPOParams):
-        tables = [_filled(_table(folder / "train", params)), _table(folder / "validation", params)]
-        problems = PolicyData(tables[0], tables[1], tokenizer, reward_named(params.reward, params.reward_weights))
-        return GRPO(model, problems, params, seed=seed)
-    if isinstance(params, PreferenceParams):
-        pairs = [_filled(_table(folder / "train", params)), _table(folder / "validation", params)]
-        return Preference(model, pairs[0], pairs[1], params, seed=seed)
-    raise ValueError(f"no objective for {type(params).__name__}")
+    """What a stage with these settings minimises, on the prepared data in `data`; raises `ConfigError` for a wrong path."""
+    make = function_at(params.OBJECTIVE, "objective")
+    objective: Objective = make(params, model, tokenizer, data / params.ROWS, seed=seed)
+    return objective
 
 
 def _sampler(params: TrainingParams, tokenizer: Tokenizer, data: Path) -> Callable[[Any], list[dict[str, Any]]]:
@@ -274,53 +248,8 @@ def _sampler(params: TrainingParams, tokenizer: Tokenizer, data: Path) -> Callab
     settings = longest = None
     if isinstance(params, GRPOParams):
         settings, longest = params.validation or replace(params.sampling, temperature=0.0), params.max_prompt_length
-    specimens = specimens_of(_table(data / _DATA[type(params)] / "validation", params), params.samples, longest)
+    specimens = specimens_of(stored_rows(data / params.ROWS / "validation"), params.samples, longest)
     return lambda model: write_samples(model, tokenizer, specimens, settings)
-
-
-def _table(folder: Path, params: TrainingParams) -> Dataset:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no prepared data; run `python -m tasks.prepare` first")
-    try:
-        table = load_from_disk(str(folder))
-    except IndexError:  # how datasets says that a folder holds no rows
-        table = Dataset.from_dict({})
-    if isinstance(params, PretrainParams) and not params.document_mask and "document_ids" in table.column_names:
-        table = table.remove_columns("document_ids")
-    return table
-
-
-def _fitting(table: Dataset, model: MaskPredictor) -> Dataset:
-    longest = int(_lengths(table).max()) if len(table) else 0
-    if longest > model.max_length:
-        raise ValueError(
-            f"a row has {longest} tokens, the model takes {model.max_length}; lower the data's `length` and prepare anew"
-        )
-    return table
-
-
-def _lengths(table: Dataset) -> Any:
-    return table.data["input_ids"].combine_chunks().value_lengths().to_numpy()
-
-
-def _filled(table: Dataset) -> Dataset:
-    if not len(table):
-        raise ValueError("the training data has no rows; see data/card.json for what was dropped")
-    return table
-
-
-def _batches(table: Dataset, params: TrainingParams, eos_id: int, *, seed: int, held_out: bool) -> RowBatches | None:
-    table = table.select(range(min(len(table), params.validation_rows))) if held_out else _filled(table)
-    if not len(table):
-        return None
-    lengths = _lengths(table) if isinstance(params, SFTParams) and params.group_by_length else None
-    size, ranks = params.batch_size, Ranks().count
-    if held_out:
-        size = max(min(size, len(table)) // ranks, 1) * ranks
-    order = Order(len(table), size, seed=seed, lengths=lengths)
-    padding = params.eos_padding if isinstance(params, SFTParams) else "none"
-    cut = params.random_length_ratio if isinstance(params, PretrainParams) and not held_out else 0.0
-    return RowBatches(table, order, eos_id=eos_id, padding=padding, random_length=cut)
 
 
 def fingerprint_of(params: TrainingParams, data: Path, seed: int) -> dict[str, str]:
@@ -331,7 +260,7 @@ def fingerprint_of(params: TrainingParams, data: Path, seed: int) -> dict[str, s
     fixed: dict[str, Any] = params.determining() | {"seed": seed}
     length = {name: fixed.pop(name) for name in params.LENGTH}
     del fixed["extend"]  # how a run came to its length
-    cards = [data / _DATA[type(params)] / "card.json", data / "tokenizer" / "tokenizer.json"]
+    cards = [data / params.ROWS / "card.json", data / "tokenizer" / "tokenizer.json"]
     parts = [hashlib.sha256(card.read_bytes()).hexdigest() if card.exists() else "none" for card in cards]
     return {"configuration": _digest(fixed), "length": _digest(length), "data": _digest(parts)}
 

@@ -18,8 +18,9 @@ import jinja2
 from llada_core.settings import DEVICE_SETTING, ConfigError
 from llada_core.training.params import GRPOParams, TrainingParams
 from tasks.folders import hash_of, write_text
-from tasks.project import TRAINING_STAGES, LaunchParams, Params, visible_gpus
+from tasks.project import LaunchParams, Params, visible_gpus
 from tasks.record.runs import RunFolder
+from tasks.stages import TRAINING_STAGES, program_of
 
 TEMPLATE = Path(__file__).with_name("job.sh.jinja")
 OWN_ACCELERATE = "accelerate.yaml"  # launch.accelerate_config, as it was when the job was submitted
@@ -130,7 +131,7 @@ class Launcher(ABC):
 
     def _command(self, run: RunFolder) -> str:
         kind, _, item = run.stage.partition("@")
-        program = f"-m tasks.{kind}" + (f" {shlex.quote(item)}" if item else "")
+        program = f"-m {program_of(kind)}" + (f" {shlex.quote(item)}" if item else "")
         python = shlex.quote(sys.executable)
         training = Params.parse(run.request["all_params"], run.key).training(kind) if kind in TRAINING_STAGES else None
         count = self.ranks_per_node(training)
@@ -222,7 +223,7 @@ class LocalLauncher(Launcher):
     def planned(self, script: str, run: RunFolder) -> str:
         """The command line, to be copied and run in the project's folder."""
         lines = script.replace(f"{run.tree}/tasks", "tasks").splitlines()
-        return next(line.strip().removesuffix(" &") for line in lines if f"-m tasks.{run.stage}" in line)
+        return next(line.strip().removesuffix(" &") for line in lines if f"-m {program_of(run.stage)}" in line)
 
 
 def boot() -> str:

@@ -6,6 +6,7 @@ All from shapes and settings, with full rows; no model is loaded, no data read. 
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llada_core.modeling.families import LoraParams
 from llada_core.settings import ConfigError
@@ -104,10 +105,9 @@ def script_of(params: Params, stage: str) -> str:
 
 def work_of(params: Params, stage: str) -> tuple[int, int, float]:
     """Rows of one step, the longest they can be, and tokens that are only sampled or scored for that step."""
-    block, data = params.training(stage), params.data
-    part = getattr(data, "sft" if stage == "sft_control" else stage, None)
+    block, part = params.training(stage), _rows_of(params, stage)
     if part is None:
-        raise ConfigError(f"{stage} reads data.{stage}, which this run does not describe: no length to plan with")
+        raise ConfigError(f"{stage} reads data.{block.ROWS}, which this run does not describe: no length to plan with")
     if isinstance(block, GRPOParams):
         samples = block.mask_samples if block.likelihood == "elbo" else 1
         rows, asked = (
@@ -125,6 +125,11 @@ def work_of(params: Params, stage: str) -> tuple[int, int, float]:
     return block.batch_size, part.length, 0.0
 
 
+def _rows_of(params: Params, stage: str) -> Any:
+    """The block of the data that a stage trains on, None where this run does not describe it."""
+    return None if params.data is None else params.data.parts.get(params.training(stage).ROWS)
+
+
 def rows_at_once(block: TrainingParams, rows: int, ranks: int) -> int:
     """Rows in one forward and backward pass of a rank."""
     copies = block.mask_samples if isinstance(block, PreferenceParams) else 1
@@ -136,8 +141,7 @@ def rows_at_once(block: TrainingParams, rows: int, ranks: int) -> int:
 
 def steps_of(params: Params, stage: str) -> int | None:
     """Updates of the whole run; None where only the data or a number of FLOPs tells."""
-    block = params.training(stage)
-    part = getattr(params.data, "sft" if stage == "sft_control" else stage, None)
+    block, part = params.training(stage), _rows_of(params, stage)
     if block.max_steps is not None or block.epochs is None or part is None or not part.sources:
         return block.max_steps
     if any(source.limit is None for source in part.sources):

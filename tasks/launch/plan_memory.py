@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from llada_core.settings import ConfigError, nearest
 from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, TrainingParams
-from tasks.project import TRAINING_STAGES, Params
+from tasks.project import Params
+from tasks.stages import TRAINING_STAGES
 
 if TYPE_CHECKING:
     from llada_core.modeling import MaskPredictor

@@ -24,7 +24,7 @@ from tasks.launch.jobs import attach_or_submit, follow, settle, shared
 from tasks.launch.launchers import launcher_for, machine_settings
 from tasks.launch.status import TrainingProgress
 from tasks.launch.workspace import Workspace, configure_without_git, pipeline_lock, with_sources
-from tasks.project import TRAINING_STAGES, LaunchParams, Params
+from tasks.project import LaunchParams, Params
 from tasks.record import tracking
 from tasks.record.registry import hold_base
 from tasks.record.runs import (
@@ -38,6 +38,7 @@ from tasks.record.runs import (
     stage_params,
 )
 from tasks.record.versions import restore_if_empty
+from tasks.stages import STAGES, TRAINING_STAGES, program_of
 
 
 def dvc(workspace: Workspace, *arguments: str) -> int:
@@ -149,7 +150,6 @@ def summary(workspace: Workspace) -> str:
     return "\n\n".join(parts[:-1]) + "\n" + parts[-1]
 
 
-OPEN_ENDED = {"prepare"}  # reads files that no fingerprint covers, and keeps what it made by their content itself
 Function = Callable[[Work], float | None]  # returns what it cost in seconds, if it knows better than the clock
 
 
@@ -158,11 +158,12 @@ def stage_program(stage: str, function: Function, arguments: list[str] | None = 
     with one_line_errors():
         given = sys.argv[1:] if arguments is None else arguments
         items = [text for text in given if "=" not in text]
-        usage = f"python -m tasks.{stage}{' BENCHMARK' * (stage == 'evaluate')} [block.key=value ...]"
+        each = stage in STAGES and STAGES[stage].each
+        usage = f"python -m {program_of(stage)}{' BENCHMARK' * each} [block.key=value ...]"
         if {"-h", "--help"} & set(items):
             print(f"{usage}\n\nMakes this stage's outputs as params.yaml says, with overrides; made ones are put back.")
             return
-        if items[stage == "evaluate" :]:
+        if items[each:]:
             raise ConfigError(f"{stage}: unexpected {items[-1]!r}; overrides are written block.key=value")
         if folder := os.environ.get("LLADAFLOW_RUN"):
             do_work(RunFolder(Path(folder)), function)
@@ -181,7 +182,7 @@ def run_stage(root: Path, name: str, overrides: list[str], function: Function) -
         hold_base(root, root / path)
     asked = request_of(root, stage, params) | {"machine": machine_settings(parsed, stage.kind, launch)}
     run = open_run(root, stage, params, asked)
-    again = stage.kind in OPEN_ENDED and not _inside_ranks()
+    again = stage.kind in STAGES and STAGES[stage.kind].open_ended and not _inside_ranks()
     with tracking.forwarding(run):
         if run.succeeded and not again:
             print(f"{run.key}: already made, its outputs are put in place", flush=True)

@@ -21,9 +21,10 @@ from filelock import FileLock
 from llada_core.settings import ConfigError, nearest, read_yaml, with_overrides
 from tasks.folders import add_worktree, copied, has_git, hash_of, mend_worktree, submitted, write_json, write_text
 from tasks.graph import lookup, prune
-from tasks.project import TRAINING_STAGES, Params, data_root
+from tasks.project import Params, data_root
 from tasks.record.registry import named, resolve
 from tasks.record.runs import home
+from tasks.stages import TRAINING_STAGES
 
 
 def configure_workspace(root: Path, place: Path) -> None:
@@ -78,7 +79,6 @@ def _write(settings: ConfigObj, root: Path) -> None:
 
 
 Item = tuple[str, Callable[[], object]]
-PARTS = ("pretrain", "sft", "grpo", "preference")
 
 
 def fetch(params: Params, home: Path, tell: Callable[[str], None] = print) -> list[str]:
@@ -109,9 +109,9 @@ def _sources(params: Params, home: Path) -> Iterator[Item]:
     """Training data that is not below the data root."""
     from llada_core.data.sources import find
 
-    blocks = [(stage, getattr(params.data, stage)) for stage in PARTS if params.data and getattr(params.data, stage)]
     roots = [root for root in (data_root(params, home), home) if root]
-    for stage, source in ((stage, source) for stage, block in blocks for source in block.sources):
+    parts = params.data.parts if params.data else {}
+    for stage, source in ((name, source) for name, part in parts.items() for source in part.sources):
         origin = find(source, stage, roots)
         if origin.kind == "hub":
             yield (

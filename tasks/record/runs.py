@@ -19,9 +19,10 @@ from llada_core.files import complete, parsed
 from llada_core.settings import ConfigError, flat, read_yaml, with_overrides
 from llada_core.training.params import TrainingParams
 from tasks.folders import content_hash, files_in, hash_of, home, link_into, read_json, write_json, write_text
-from tasks.graph import CODE, Stage, chosen
-from tasks.project import TRAINING_STAGES, Params
+from tasks.graph import CODE, StageNode, chosen
+from tasks.project import Params
 from tasks.record.registry import model_hash
+from tasks.stages import TRAINING_STAGES
 
 FINGERPRINT_DIGITS = 16
 DETERMINING = ("stage", "settings", "code", "inputs")
@@ -29,7 +30,7 @@ Request = dict[str, Any]
 """The content of request.json."""
 
 
-def request_of(root: Path, stage: Stage, params: dict[str, Any]) -> Request:
+def request_of(root: Path, stage: StageNode, params: dict[str, Any]) -> Request:
     """What `stage` would make now: hashes of the code that runs and of the inputs, the settings, and their origin.
 
     `settings` determine the result. They are told with their defaults, so that one spelled out is the same one.
@@ -243,7 +244,7 @@ class RunFolder:
                 link_into(self.tree / out, root / out)
 
 
-def open_run(root: Path, stage: Stage, params: dict[str, Any], request: Request | None = None) -> RunFolder:
+def open_run(root: Path, stage: StageNode, params: dict[str, Any], request: Request | None = None) -> RunFolder:
     """The run folder of what `stage` would make now (`request`, if that is known); made, with its snapshot, if need be.
 
     With `extend` a run that is made begins from a shorter one's checkpoints; raises `ConfigError` while that one trains.
@@ -316,7 +317,7 @@ def take_settings(run: RunFolder, asked: Request) -> None:
         write_text(run.tree / "params.yaml", _params_file(new["all_params"]))  # to be read; the request is what counts
 
 
-def _snapshot(root: Path, stage: Stage, params: dict[str, Any], tree: Path) -> None:
+def _snapshot(root: Path, stage: StageNode, params: dict[str, Any], tree: Path) -> None:
     fresh = tree.with_name("tree.new")
     for old in (fresh, tree):
         shutil.rmtree(old, ignore_errors=True)

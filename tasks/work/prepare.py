@@ -21,8 +21,9 @@ import numpy as np
 
 import llada_core.data
 from llada_core.data.build import Chunk, Workers, build, chunks_of, generated, texts_in
+from llada_core.data.formats import FORMATS
 from llada_core.data.params import DataParams, TokenizerParams
-from llada_core.data.puzzle_rows import as_rows, benchmarks, keys_of, training_puzzles
+from llada_core.data.puzzle_rows import benchmarks, keys_of, training_puzzles
 from llada_core.data.rows import lines_of, require_usable
 from llada_core.data.sources import ResolvedSource, find, shared_with_test
 from llada_core.data.values import QUESTIONS, saved_values, value_of
@@ -35,7 +36,6 @@ from tasks.record.runs import Work
 from tasks.work.evaluate import quiet_lm_eval
 
 _CODE = Path(llada_core.data.__file__).parent  # a change there makes everything anew
-PARTS = ("pretrain", "sft", "grpo", "preference")
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,10 @@ class Part:
     """One training stage's share of the data: where its rows come from, and what determines them."""
 
     def __init__(self, stage: str, params: DataParams, seed: int, roots: list[Path]) -> None:
-        block = {"pretrain": params.pretrain, "sft": params.sft, "grpo": params.grpo, "preference": params.preference}
-        found = block[stage]
-        assert found is not None
-        self.stage, self.block = stage, found
+        found = params.parts[stage]
+        self.stage, self.block, self.format = stage, found, FORMATS[stage]
         self.origins = [(source, find(source, stage, roots)) for source in found.sources]
-        self.train, self.validation = training_puzzles(stage, params.puzzles, seed)
+        self.train, self.validation = training_puzzles(stage, self.format.split, params.puzzles, seed)
         self.dialogues = params.puzzles.dialogues
         drawn = hashlib.sha256(repr([self.train, self.validation, self.dialogues]).encode()).hexdigest()
         sources = [[origin.digest, _code_of(origin)] for _, origin in self.origins]
@@ -63,14 +61,14 @@ class Part:
 
     def chunks(self) -> Iterator[Chunk]:
         """All rows: puzzles first, then source after source."""
-        yield from generated(as_rows(self.stage, self.train, self.dialogues), "puzzles", "train")
-        yield from generated(as_rows(self.stage, self.validation, self.dialogues), "puzzles", "validation")
+        yield from generated(self.format.drawn(self.train, self.dialogues), "puzzles", "train")
+        yield from generated(self.format.drawn(self.validation, self.dialogues), "puzzles", "validation")
         for source, origin in self.origins:
             yield from chunks_of(source, origin)
 
     def texts(self, documents: int) -> Iterator[str]:
         """Training text of each source for a tokenizer."""
-        starts = [generated(as_rows(self.stage, self.train, self.dialogues), "puzzles", "train")]
+        starts = [generated(self.format.drawn(self.train, self.dialogues), "puzzles", "train")]
         starts += [chunks_of(source, origin) for source, origin in self.origins]
         for chunks in starts:
             yield from islice(
@@ -91,15 +89,14 @@ def prepare(
     kept = home / ".cache" / "prepared"
     kept.mkdir(parents=True, exist_ok=True)
     _sweep(kept)
-    blocks = (params.pretrain, params.sft, params.grpo, params.preference)
-    parts = [Part(stage, params, seed, roots) for stage, block in zip(PARTS, blocks, strict=True) if block is not None]
+    parts = [Part(stage, params, seed, roots) for stage in params.parts]
     with tempfile.TemporaryDirectory(dir=kept, prefix=".new-") as scratch, Workers(params.workers) as workers:
         folder = Path(scratch) / "data"
         folder.mkdir()
         card: dict[str, Any] = {"seed": seed, "parts": {}}
         if parts:
-            # Prompts add no new kind of text, and their number may change without another tokenizer, so another SFT.
-            read = [part for part in parts if part.stage in ("pretrain", "sft")] or parts
+            # The number of prompts may so change without another tokenizer, and with it another fine-tuning.
+            read = [part for part in parts if part.format.new_text] or parts
             tokenizer = _tokenizer(params.tokenizer, read, kept, Path(scratch))
             link_into(tokenizer, folder / "tokenizer")
             digest = content_hash(tokenizer)

@@ -16,9 +16,9 @@ from llada_core.training.params import GRPOParams, TrainingParams
 from llada_core.usage import Usage
 from tasks.errors import StageError, StoppedError
 from tasks.folders import read_json, write_json
-from tasks.project import TRAINING_STAGES
 from tasks.record.registry import keep_base, lasting_name
 from tasks.record.runs import Work, rank, verify_inputs
+from tasks.stages import TRAINING_STAGES
 
 if TYPE_CHECKING:
     from llada_core.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def train_stage(work: Work) -> float:
     if rank() == 0:
         try:
             _write_receipts(work, {"steps": receipt.steps, "tokens": receipt.tokens, "flops": receipt.flops})
-            if usage := learnt_usage(params, tokenizer, Path("data") / work.stage.removesuffix("_control")):
+            if usage := learnt_usage(params, tokenizer, Path("data") / params.ROWS):
                 usage.save(Path("models") / work.stage)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise StageError(

@@ -13,7 +13,7 @@ import pytest
 
 from llada_core.data import maps
 from llada_core.data.params import DataParams
-from llada_core.data.shapes import shaped
+from llada_core.data.shapes import dialogue, pair
 from llada_core.data.sources import DataError, RowError
 from llada_core.tokenizer import Tokenizer
 from tasks.folders import content_hash
@@ -71,7 +71,7 @@ DIALOGUES = {
 @pytest.mark.parametrize("name", DIALOGUES)
 def test_a_dialogue_in_any_usual_shape_is_recognised_told_and_mapped(name):
     row, messages, told = DIALOGUES[name]
-    found, shape = shaped(row, "sft")
+    found, shape = dialogue(row)
     assert found == {"messages": messages}
     if told is None:
         assert shape is None
@@ -105,7 +105,7 @@ UNUSABLE = {
 def test_a_row_that_cannot_be_used_has_a_reason(name):
     row, reason = UNUSABLE[name]
     with pytest.raises(RowError) as caught:
-        shaped(row, "sft")
+        dialogue(row)
     assert caught.value.reason == reason
     assert "\n" not in str(caught.value)
 
@@ -123,7 +123,7 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_pair_in_any_usual_shape_is_recognised(name):
     row, prompt, told = PAIRS[name]
-    found, shape = shaped(row, "preference")
+    found, shape = pair(row)
     assert found == {"prompt": prompt, "chosen": "A.", "rejected": "B."}
     assert (told is None and shape is None) or told in shape
 

@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 
 from llada_core.data import puzzles
+from llada_core.data.formats import FORMATS
 from llada_core.data.params import PuzzlesParams
-from llada_core.data.puzzle_rows import as_rows, training_puzzles
+from llada_core.data.puzzle_rows import dialogues, prompts, training_puzzles
 from llada_core.settings import ConfigError
 from llada_core.verifiers.answers import verify
 
@@ -90,12 +91,12 @@ def test_asking_for_more_than_there_are_says_so():
 def drawn_for(stage):
     counts = {"sft": 60, "grpo": 60, "validation": 5}
     params = PuzzlesParams.parse({"sudoku": counts, "countdown": counts, "seats": {**counts, "hasty": 0.5}}, "puzzles")
-    return training_puzzles(stage, params, seed=0)[0]
+    return training_puzzles(stage, FORMATS[stage].split, params, seed=0)[0]
 
 
 def test_dialogues_of_fine_tuning_show_every_puzzle_once_in_one_to_four_turns():
     drawn = drawn_for("sft")
-    rows = [row["messages"] for row in as_rows("sft", drawn, (0.4, 0.2, 0.2, 0.2))]
+    rows = [row["messages"] for row in dialogues(drawn, (0.4, 0.2, 0.2, 0.2))]
     counts = Counter(len(messages) // 2 for messages in rows)
     assert set(counts) == {1, 2, 3, 4}
     assert min(counts.values()) > len(rows) / 10
@@ -107,21 +108,19 @@ def test_dialogues_of_fine_tuning_show_every_puzzle_once_in_one_to_four_turns():
 
 def test_grpo_asks_every_puzzle_once_behind_up_to_three_solved_ones():
     drawn = drawn_for("grpo")
-    rows = list(as_rows("grpo", drawn, (0.4, 0.2, 0.2, 0.2)))
-    prompts = [
-        [{"role": "user", "content": r["prompt"]}] if isinstance(r["prompt"], str) else r["prompt"] for r in rows
-    ]
-    assert [messages[-1]["content"] for messages in prompts] == [p.prompt for p in drawn]
+    rows = list(prompts(drawn, (0.4, 0.2, 0.2, 0.2)))
+    asked = [[{"role": "user", "content": r["prompt"]}] if isinstance(r["prompt"], str) else r["prompt"] for r in rows]
+    assert [messages[-1]["content"] for messages in asked] == [p.prompt for p in drawn]
     assert [row["answer"] for row in rows] == [p.answer for p in drawn]
-    assert {len(messages) // 2 for messages in prompts} == {0, 1, 2, 3}
-    for at, messages in enumerate(prompts):
+    assert {len(messages) // 2 for messages in asked} == {0, 1, 2, 3}
+    for at, messages in enumerate(asked):
         earlier = [drawn[at - back] for back in range(len(messages) // 2, 0, -1)]
         assert [m["content"] for m in messages[:-1]] == [t for p in earlier for t in (p.prompt, p.solution)]
 
 
 def test_without_turns_a_dialogue_is_one_question():
     drawn = drawn_for("sft")
-    assert all(len(row["messages"]) == 2 for row in as_rows("sft", drawn))
-    assert all(isinstance(row["prompt"], str) for row in as_rows("grpo", drawn))
+    assert all(len(row["messages"]) == 2 for row in dialogues(drawn))
+    assert all(isinstance(row["prompt"], str) for row in prompts(drawn))
     with pytest.raises(ConfigError, match=r"dialogues \[0.5, 0.4\]"):
         PuzzlesParams.parse({"dialogues": [0.5, 0.4]}, "data.puzzles")

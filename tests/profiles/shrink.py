@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from llada_core.settings import read_yaml
-from tasks.project import TRAINING_STAGES, Params
+from tasks.project import Params
+from tasks.stages import TRAINING_STAGES
 from tests.tiny import tiny_tokenizer
 
 PROFILES = Path(__file__).parents[2] / "profiles"

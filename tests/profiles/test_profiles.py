@@ -24,8 +24,9 @@ from llada_core.training.engine import accelerator_for
 from llada_core.training.progress import read_metrics
 from llada_core.training.train import block_classes
 from tasks.launch.launchers import LocalLauncher
-from tasks.project import TRAINING_STAGES, Params
+from tasks.project import Params
 from tasks.record.runs import RunFolder
+from tasks.stages import TRAINING_STAGES
 from tasks.work.prepare import prepare
 from tests.profiles.shrink import PROFILES, shrunk, write_sources
 from tests.tiny import tiny_model

@@ -6,8 +6,9 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 
 from llada_core.data.batches import Batch
+from llada_core.data.formats import schema_of
 from llada_core.data.params import SFTData
-from llada_core.data.rows import RowFile, schema_of
+from llada_core.data.rows import RowFile
 from llada_core.modeling import load_model, save_model
 from llada_core.modeling.families import LoraParams
 from llada_core.sampling.params import SamplingParams
