@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
@@ -23,39 +24,27 @@ from app.server.schema import BadRequestError, ChatRequest, CompletionRequest, S
 from app.server.service import Service
 
 log = logging.getLogger("lladaflow.server")
+GONE = 499  # the client is, and nobody reads what is sent (nginx's number)
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/score", "/health", "/metrics")
 
 
 class Line:
-    """Who is written now, and who waits: at most `at_once` and `waiting` requests, first come, first served."""
+    """Who is written now: at most `at_once` requests, first come, first served. How many may wait is the guard's."""
 
     def __init__(self, service: Service) -> None:
         self.limits, self.metrics = service.limits, service.metrics
         self.places = asyncio.Semaphore(self.limits.at_once)
         self.threads = CapacityLimiter(self.limits.at_once)
-        self.waiting = 0
-
-    def require_room(self) -> None:
-        """Raises `BadRequestError` (429) where too many wait already."""
-        if self.places.locked() and self.waiting >= self.limits.waiting:
-            raise BadRequestError(f"{self.waiting} requests wait already; try again later", None, "queue_full", 429)
 
     @contextlib.asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
         """Inside, a request is written."""
-        self.waiting += 1
-        self.metrics.waiting.set(self.waiting)
-        try:
-            await self.places.acquire()
-        finally:
-            self.waiting -= 1
-            self.metrics.waiting.set(self.waiting)
-        self.metrics.active.inc()
-        try:
-            yield
-        finally:
-            self.places.release()
-            self.metrics.active.dec()
+        async with self.places:
+            self.metrics.active.inc()
+            try:
+                yield
+            finally:
+                self.metrics.active.dec()
 
     async def write(self, drafts: Sequence[Draft], request: Request) -> AsyncGenerator[tuple[Draft, str]]:
         """The drafts with their new texts, step by step in turn, until all are over; one whose client has gone is given up."""
@@ -99,6 +88,7 @@ def create_app(service: Service, *, key: str = "", follow_seconds: float = 5.0) 
     app.add_middleware(Guard, service=service, key=key)
     app.exception_handler(BadRequestError)(_refused)
     app.exception_handler(HTTPException)(_no_such_path)
+    app.exception_handler(ClientDisconnect)(_gone)
     app.exception_handler(Exception)(_failed)
 
     @app.get("/health")
@@ -134,7 +124,6 @@ def create_app(service: Service, *, key: str = "", follow_seconds: float = 5.0) 
     @app.post("/v1/score")
     async def score(request: Request) -> Response:
         asked = ScoreRequest.read(await _body(request, service.limits.body))
-        line.require_room()
         async with line.place():
             return JSONResponse(await to_thread.run_sync(service.score, asked, limiter=line.threads))
 
@@ -228,7 +217,6 @@ async def _generated(
     line: Line, request: Request, asked: Sampled, drafts_of: Callable[[], list[Draft]], form: Format
 ) -> Response:
     """A whole answer, or a stream that begins once the request is accepted."""
-    line.require_room()
     drafts = await to_thread.run_sync(drafts_of)
     if asked.stream:
         return StreamingResponse(_events(line, request, asked, drafts, form), media_type="text/event-stream")
@@ -236,7 +224,7 @@ async def _generated(
         async for _ in line.write(drafts, request):
             pass
         if any(draft.finish is None for draft in drafts):
-            return Response(status_code=499)  # nobody is there to read it
+            return Response(status_code=GONE)
         return JSONResponse(form.whole(drafts))
 
 
@@ -292,10 +280,14 @@ async def _follow(service: Service, seconds: float) -> None:
 
 
 class Guard:
-    """Around all of it: asks for the key, and counts what was answered and how long all of an answer took."""
+    """Around all of it: asks for the key, refuses who comes when too many wait, and counts what was answered.
+
+    Here, and not where an answer is made, so that whatever becomes of a request its place in the line is free again.
+    """
 
     def __init__(self, app: ASGIApp, service: Service, key: str) -> None:
         self.app, self.metrics, self.key = app, service.metrics, key.encode()
+        self.room, self.held = service.limits.at_once + service.limits.waiting, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -308,21 +300,31 @@ class Guard:
             status = message.get("status", status)
             await send(message)
 
+        answer: ASGIApp = self.app
+        if (refusal := self._refusal(scope)) is not None:
+            answer = await _refused(Request(scope), refusal)
+        works = refusal is None and scope["method"] == "POST"
+        self._hold(works)
         try:
-            if self._admits(scope):
-                await self.app(scope, receive, noting)
-            else:
-                text = "the API key is missing or wrong; send it as a bearer token"
-                refusal = await _refused(Request(scope), BadRequestError(text, None, "invalid_api_key", 401))
-                await refusal(scope, receive, noting)
+            await answer(scope, receive, noting)
         finally:
+            self._hold(-works)
             known = path if path in PATHS else "other"
-            self.metrics.requests.labels(known, status).inc()
+            self.metrics.requests.labels(known, status or GONE).inc()
             self.metrics.seconds.labels(known).observe(time.monotonic() - began)
 
-    def _admits(self, scope: Scope) -> bool:
+    def _hold(self, more: int) -> None:
+        self.held += more
+        self.metrics.accepted.set(self.held)
+
+    def _refusal(self, scope: Scope) -> BadRequestError | None:
         given = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ").strip()
-        return not self.key or scope["path"] == "/health" or secrets.compare_digest(given, self.key)
+        if self.key and scope["path"] != "/health" and not secrets.compare_digest(given, self.key):
+            text = "the API key is missing or wrong; send it as a bearer token"
+            return BadRequestError(text, None, "invalid_api_key", 401)
+        if scope["method"] == "POST" and self.held >= self.room:
+            return BadRequestError(f"{self.held} requests are here already; try again later", None, "queue_full", 429)
+        return None
 
 
 def _told(error: Exception) -> tuple[int, dict[str, Any]]:
@@ -353,6 +355,10 @@ async def _refused(_: Request, error: Exception) -> Response:
 async def _failed(_: Request, error: Exception) -> Response:
     status, body = _told(error)
     return JSONResponse(body, status)
+
+
+async def _gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=GONE)
 
 
 async def _no_such_path(request: Request, error: Exception) -> Response:

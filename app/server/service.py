@@ -42,7 +42,7 @@ class Metrics:
         self.seconds = self._histogram("request_seconds", "From the request to the end of its answer", "path")
         self.first = self._histogram("first_text_seconds", "Until the first text of an answer")
         self.active = Gauge("lladaflow_requests_active", "Requests that are being written", registry=self.registry)
-        self.waiting = Gauge("lladaflow_requests_waiting", "Requests that wait", registry=self.registry)
+        self.accepted = Gauge("lladaflow_requests_accepted", "Requests written or waiting", registry=self.registry)
 
     def _counter(self, name: str, told: str, *labels: str) -> Counter:
         return Counter(f"lladaflow_{name}", told, labels, registry=self.registry)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,7 +91,21 @@ def test_more_than_fit_are_told_to_come_again(server: tuple[subprocess.Popen, st
     assert told.json()["error"]["type"] == "rate_limit_error"
     texts = {answer.json()["choices"][0]["message"]["content"] for answer in found if answer.status_code == 200}
     assert len(texts) == 1
-    assert metric(url, "lladaflow_requests_active") == metric(url, "lladaflow_requests_waiting") == 0
+    assert metric(url, "lladaflow_requests_active") == metric(url, "lladaflow_requests_accepted") == 0
+
+
+def test_who_says_half_of_it_and_goes_is_forgotten(server: tuple[subprocess.Popen, str]) -> None:
+    process, url = server
+    host, port = url.removeprefix("http://").split(":")
+    for _ in range(20):  # more than may be here at once
+        with socket.create_connection((host, int(port))) as line:
+            line.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\n{")
+    wait_for("the places", lambda: metric(url, "lladaflow_requests_accepted") == 0)
+    assert httpx.post(
+        f"{url}/v1/chat/completions", json={**ASKED, "max_tokens": 32, "steps": 32}, timeout=PATIENCE
+    ).is_success
+    process.terminate()
+    assert "Traceback" not in process.stdout.read()
 
 
 def test_a_stop_lets_answers_end(server: tuple[subprocess.Popen, str]) -> None:
