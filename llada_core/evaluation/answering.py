@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 from llada_core.evaluation.params import SAMPLER_FIELDS, Settings
-from llada_core.evaluation.requests import OTHER_NAMES, TOKEN_LISTS, GenerationRequest, token_list
+from llada_core.evaluation.requests import TOKEN_LISTS, GenerationRequest, renamed, token_list
 from llada_core.files import content_hash, hash_of, line_of, parsed
 from llada_core.likelihood import greedy_matches, log_likelihoods
 from llada_core.modeling import MaskPredictor, load_model, load_to_answer
@@ -285,8 +285,11 @@ class Responder:
 
     def score(self, pairs: list[tuple[Ids, Ids]]) -> list[Response]:
         """Log-likelihoods of continuations given contexts, one batch."""
-        guidance = self.options.settings.cfg_scale or 0.0
-        values = log_likelihoods(self.model, pairs, samples=self.samples, cfg_scale=guidance, seed=self.options.seed)
+        settings, seed = self.options.settings, self.options.seed
+        guidance, estimator = settings.cfg_scale or 0.0, settings.estimator or "auto"
+        values = log_likelihoods(
+            self.model, pairs, samples=self.samples, cfg_scale=guidance, seed=seed, estimator=estimator
+        )
         check = self.options.check_greedy
         greedy = greedy_matches(self.model, pairs, cfg_scale=guidance) if check else [False] * len(pairs)
         return [{"ll": float(value), "greedy": each} for value, each in zip(values, greedy, strict=True)]
@@ -310,17 +313,17 @@ class Responder:
 AUTO_BATCH = 32
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What the reference evaluators also take and what means nothing here.
-_SILENT = ("max_batch_size", "mask_id", "save_dir", "trust_remote_code", "parallelize")
+_SILENT = ("max_batch_size", "mask_id", "save_dir", "trust_remote_code", "parallelize", "show_speed")
 
 
 def from_arguments(given: Mapping[str, Any]) -> tuple[Responder, AnswerStore]:
     """What `--model_args` (and lm-eval's batch size and device) name; raises `ConfigError`."""
-    values = {OTHER_NAMES.get(k, k): v for k, v in given.items() if k not in _SILENT}
+    values = renamed({k: v for k, v in given.items() if k not in _SILENT})
     name = values.pop("pretrained", None) or values.pop("model_path", None)
     if not name:
         raise ConfigError("model_args lacks pretrained=FOLDER_OR_NAME")
     samples = values.pop("mc_num", None) or values.pop("samples", None)
-    answers = values.pop("answers", None)
+    answers, estimator = values.pop("answers", None), values.pop("estimator", None)
     dtype, device, bits = str(values.pop("dtype", "auto")), values.pop("device", None), values.pop("bits", None)
     model = load(str(name), dtype, str(device or "auto"), bits)
     options = {k: values.pop(k) for k in ("max_length", "seed", "patience") if k in values}
@@ -333,6 +336,7 @@ def from_arguments(given: Mapping[str, Any]) -> tuple[Responder, AnswerStore]:
         "device",
         "bits",
         "mc_num",
+        "estimator",
         "is_check_greedy",
         "answers",
         *options,
@@ -341,7 +345,10 @@ def from_arguments(given: Mapping[str, Any]) -> tuple[Responder, AnswerStore]:
         if key not in [*SAMPLER_FIELDS, "eos"]:
             raise ConfigError(f"model_args: unknown setting {key!r}{nearest(key, allowed)}")
     values |= {k: token_list(values[k]) for k in TOKEN_LISTS if k in values}
-    settings = Settings(sampling=values, samples=samples, cfg_scale=values.get("cfg_scale"))
+    settings = Settings.parse(
+        {"sampling": values, "samples": samples, "cfg_scale": values.get("cfg_scale"), "estimator": estimator},
+        "model_args",
+    )
     size = AUTO_BATCH if batch.startswith("auto") else int(batch)
     answerer = Responder(model, Tokenizer.load(str(name)), Options(settings, size, check_greedy=greedy, **options))
     if not answers:

@@ -5,6 +5,7 @@ Knows recipes, puzzle files and lm-eval's evaluator; does not know stages, regis
 
 import logging
 import math
+import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from llada_core.evaluation.answering import Responder
 from llada_core.evaluation.harness import Cost, EstimatingLM, LladaLM
 from llada_core.evaluation.params import EvaluateParams, Settings
 from llada_core.evaluation.recipes import Recipe
-from llada_core.evaluation.statistics import estimate
+from llada_core.evaluation.statistics import estimate, mean_of_means
 from llada_core.settings import ConfigError, nearest
 
 log = logging.getLogger(__name__)
@@ -43,17 +44,14 @@ class Benchmark:
     @property
     def as_pinned(self) -> bool:
         """Whether the recipe's own settings are in force, so that its figures compare."""
-        return self._that_matter(self.settings) == self._that_matter(self.recipe.settings)
+        kind = self.recipe.kind
+        return self.settings.that_matter(kind) == self.recipe.settings.that_matter(kind)
 
     @property
     def shown_settings(self) -> Result:
         """The settings that this kind of benchmark uses."""
-        return self._that_matter(self.settings)
-
-    def _that_matter(self, settings: Settings) -> Result:
-        values = settings.model_dump(mode="json", exclude_none=True)
-        sampling = values.pop("sampling")
-        return sampling if self.recipe.kind == "generate" else values
+        estimator = {} if self.recipe.kind == "generate" else {"estimator": self.settings.estimator or "auto"}
+        return {**self.settings.that_matter(self.recipe.kind), **estimator}
 
 
 def benchmark(name: str, params: EvaluateParams, *, root: Path | None, puzzles: Path) -> Benchmark:
@@ -86,15 +84,30 @@ def _puzzle_benchmark(name: str, settings: Settings, path: Path) -> Benchmark:
     return Benchmark(name, recipe, taskset.puzzles(name, taskset.read_puzzles(path)), settings)
 
 
+def chosen(asked: Benchmark, limit: int | None = None) -> dict[str, list[int]] | None:
+    """The numbers of each task's questions that are asked where the settings ask for a share of them; None: all.
+
+    Drawn with a fixed seed, so that two models answer the same ones; at least one of each task, at most `limit`.
+    """
+    share = asked.settings.share
+    if share is None:
+        return None
+    sizes = {name: len(task.eval_docs) for name, task in asked.tasks["tasks"].items()}
+    drawn = {name: random.Random(name).sample(range(n), max(1, round(share * n))) for name, n in sizes.items()}
+    return {name: sorted(numbers[:limit]) for name, numbers in drawn.items()}
+
+
 def requests_of(asked: Benchmark, lm: LladaLM, *, limit: int | None = None) -> dict[str, list[Instance]]:
     """What lm-eval would ask, by kind of request, rendered for this model's tokenizer."""
     found: dict[str, list[Instance]] = {}
-    for task in asked.tasks["tasks"].values():
+    numbers = chosen(asked, limit)
+    for name, task in asked.tasks["tasks"].items():
         with taskset.compiled_once():
             task.build_all_requests(
-                limit=limit,
+                limit=limit if numbers is None else None,
+                samples=None if numbers is None else numbers[name],
                 apply_chat_template=asked.recipe.chat,
-                fewshot_as_multiturn=asked.recipe.chat,
+                fewshot_as_multiturn=asked.recipe.turns,
                 chat_template=lm.apply_chat_template if asked.recipe.chat else None,
                 tokenizer_name=lm.tokenizer_name,
             )
@@ -129,19 +142,23 @@ def run(
     recipe = asked.recipe
     if asked.absent:
         return {"absent": asked.absent, "recipe": recipe.name}, []
+    numbers = chosen(asked, limit)
     with taskset.compiled_once():
         outcome = evaluate(
             lm,
             asked.tasks,
-            limit=limit,
+            limit=limit if numbers is None else None,
+            samples=numbers,
             bootstrap_iters=0,
             log_samples=True,
             apply_chat_template=recipe.chat,
-            fewshot_as_multiturn=recipe.chat,
+            fewshot_as_multiturn=recipe.turns,
             confirm_run_unsafe_code=recipe.runs_code,
         )
-    metric, _, chosen = recipe.metric.partition(",")
-    told = [(task, s) for task, samples in sorted(outcome["samples"].items()) for s in samples if s["filter"] == chosen]
+    metric, _, read_by = recipe.metric.partition(",")
+    told = [
+        (task, s) for task, samples in sorted(outcome["samples"].items()) for s in samples if s["filter"] == read_by
+    ]
     told.sort(key=lambda pair: (pair[0], pair[1]["doc_id"]))
     records, rows = [_record(task, s, metric) for task, s in told], [s for _, s in told]
     if recipe.definition == "puzzles":
@@ -166,6 +183,8 @@ def run(
         "shots": recipe.shots,
         "chat": recipe.chat,
         "settings": asked.shown_settings,
+        **_noise(recipe, lm),
+        "drift": taskset.drift(recipe, asked.tasks),
         "as_pinned": asked.as_pinned,
         "versions": {name: version(name).partition("+")[0] for name in ("lm-eval", "torch", "transformers")},
     }, records
@@ -179,13 +198,24 @@ def _scores(recipe: Recipe, outcome: Mapping[str, Any], records: list[Result]) -
     result: Result = {"score": score, "n": len(values), "also": also, "stderr": None, "low": None, "high": None}
     if not all(isinstance(v, float) and math.isfinite(v) for v in values) or not math.isfinite(score):
         return result if math.isfinite(score) else {**result, "score": None}
-    measured = estimate(values)
     if recipe.kind == "rolling":
         return result
+    if recipe.average == "tasks":
+        by_task: dict[str, list[float]] = {}
+        for record in records:
+            by_task.setdefault(record["task"], []).append(record["score"])
+        return {**result, **mean_of_means(list(by_task.values()))}
+    measured = estimate(values)
     if not math.isclose(measured.value, score, abs_tol=1e-6):
         log.warning("%s: lm-eval aggregates to %.4f, the mean of questions is %.4f", recipe.name, score, measured.value)
         return result
     return {**result, "score": measured.value, "stderr": measured.stderr, "low": measured.low, "high": measured.high}
+
+
+def _noise(recipe: Recipe, lm: LM) -> Result:
+    """How far one estimate of a log-likelihood lies from its mean, in nats, where that was looked at."""
+    error = lm.estimator_error() if recipe.kind == "likelihood" and isinstance(lm, LladaLM) else None
+    return {} if error is None else {"estimator_error": round(error, 4)}
 
 
 def _overlap(records: list[Result]) -> Result:

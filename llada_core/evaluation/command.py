@@ -14,7 +14,8 @@ from llada_core.evaluation.harness import LladaLM
 from llada_core.evaluation.served import ServedLM
 from llada_core.evaluation.taskset import OURS, compiled_once
 
-NAMES = {"llada": LladaLM, "llada-server": ServedLM}  # importing the class is what registers it
+# Importing the classes is what registers them.
+NAMES = {"llada": LladaLM, "llada_dist": LladaLM, "fastdllm_llada": LladaLM, "llada-server": ServedLM}
 CACHE = Path(".cache") / "answers"
 
 

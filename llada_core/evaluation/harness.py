@@ -5,8 +5,9 @@ lm-eval's interface; does not know tasks, recipes or scores.
 """
 
 import logging
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 from lm_eval.api.instance import Instance
@@ -19,6 +20,7 @@ from llada_core.evaluation.answering import (
     Respond,
     Responder,
     Response,
+    Shard,
     answer_all,
     from_arguments,
     keys_of,
@@ -30,6 +32,7 @@ from llada_core.tokenizer import Message
 log = logging.getLogger(__name__)
 NO_ANSWER: Response = {"text": "", "tokens": 0, "forwards": 0, "ll": 0.0, "greedy": False}
 Pair = tuple[tuple[str, str], list[int], list[int]]
+LOOKED_AT = 32  # likelihoods estimated twice, for the error of the estimator
 
 
 class RequestBatch(NamedTuple):
@@ -40,7 +43,7 @@ class RequestBatch(NamedTuple):
     forwards: int
 
 
-@register_model("llada")
+@register_model("llada", "llada_dist", "fastdllm_llada")  # the last two are LLaDA's, Fast-dLLM's and dllm's names
 class LladaLM(TemplateLM):
     """A mask predictor that answers lm-eval's three kinds of requests."""
 
@@ -50,6 +53,7 @@ class LladaLM(TemplateLM):
         self.store = store or AnswerStore()
         self.new_tokens: list[int] = []  # of each generated answer, up to its end token
         self.forwards: list[int] = []  # that each generated answer took part in
+        self.scored: list[tuple[Pair, float]] = []  # the first likelihoods
         self.cost = Cost()
 
     @classmethod
@@ -132,7 +136,23 @@ class LladaLM(TemplateLM):
             [RequestBatch(group, max(lengths[i] for i in group), self.answerer.samples) for group in groups],
             lambda batch: self.answerer.score([fitting[i] for i in batch]),
         )
+        self.scored += zip(requests, (a["ll"] for a in answers), strict=True)
+        del self.scored[LOOKED_AT:]
         return [(a["ll"], a["greedy"]) for a in answers]
+
+    def estimator_error(self) -> float | None:
+        """Root mean square error of one log-likelihood, in nats: the first ones are estimated once more with another
+        seed. None where there are too few.
+        """
+        if len(self.scored) < LOOKED_AT:
+            return None
+        again = replace(self.answerer, options=replace(self.options, seed=self.options.seed + 1, check_greedy=False))
+        pairs_ = [again.fit(context, continuation) for (_, context, continuation), _ in self.scored]
+        size = self.options.batch_size
+        parts = [again.score(pairs_[i : i + size]) for i in range(0, len(pairs_), size)]
+        values = [answer["ll"] for part in parts for answer in part]
+        squares = [(value - first) ** 2 / 2 for value, (_, first) in zip(values, self.scored, strict=True)]
+        return math.sqrt(sum(squares) / len(squares))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood bounds of whole texts, in windows with half a window of context before each."""
@@ -212,7 +232,8 @@ class Cost:
 
 
 class EstimatingLM(LladaLM):
-    """Answers nothing and adds up what answering would cost at `rate` tokens a second; None: as measured by a forward."""
+    """Answers nothing and adds up what answering would cost at `rate` tokens a second; None: as measured by a forward on
+    each of the processes that share the work."""
 
     def __init__(self, answerer: Responder, rate: float | None = None) -> None:
         super().__init__(answerer)
@@ -220,6 +241,6 @@ class EstimatingLM(LladaLM):
 
     def _answer(self, kind: str, arguments: Sequence[Any], groups: list[RequestBatch], work: Respond) -> list[Response]:
         if groups:
-            rate = self.rate or self.answerer.tokens_per_second(len(groups[0].numbers), groups[0].length)
-            self.cost += Cost.of(groups, rate)
+            own = self.rate or self.answerer.tokens_per_second(len(groups[0].numbers), groups[0].length)
+            self.cost += Cost.of(groups, own if self.rate else own * Shard.of_process().world)
         return [NO_ANSWER] * len(arguments)

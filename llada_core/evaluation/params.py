@@ -5,7 +5,7 @@ Knows neither lm-eval nor models. A benchmark is the name of a recipe
 """
 
 import dataclasses
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,11 +20,14 @@ class Settings(Block):
     """How answers are obtained: fields of `SamplingParams` plus `eos`, and the Monte-Carlo samples of a likelihood.
 
     `eos`: none, defer (end tokens may be produced, committed last), forbid (the EOS token is never produced).
+    `estimator` of a likelihood, by the names of `llada_core.likelihood`; None: auto. All estimate the same number.
     """
 
     sampling: dict[str, str | int | float | bool | tuple[int, ...] | None] = Field(default_factory=dict)
     samples: int | None = Field(default=None, ge=1)
     cfg_scale: float | None = Field(default=None, ge=0)  # guidance of a likelihood
+    estimator: Literal["auto", "stock", "antithetic", "exact"] | None = None
+    share: float | None = Field(default=None, gt=0, le=1)  # of each task's questions, drawn with a fixed seed
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -42,7 +45,15 @@ class Settings(Block):
             sampling={**below.sampling, **self.sampling},
             samples=self.samples if self.samples is not None else below.samples,
             cfg_scale=self.cfg_scale if self.cfg_scale is not None else below.cfg_scale,
+            estimator=self.estimator or below.estimator,
+            share=self.share or below.share,
         )
+
+    def that_matter(self, kind: str) -> dict[str, Any]:
+        """The settings on which a benchmark's expected score depends, by its kind: not which estimator is used."""
+        values = self.model_dump(mode="json", exclude_none=True, exclude={"estimator", "share"})
+        sampling: dict[str, Any] = values.pop("sampling")
+        return sampling if kind == "generate" else values
 
 
 class EvaluateParams(Block):

@@ -33,8 +33,9 @@ def markdown(report: Result) -> str:
         lines.append("Behind a published figure: what each model lies above it, bold where that is more than noise.")
     lines += ["", *(f"- {remark}" for remark in report["remarks"])]
     lines += [f"- {text}" for text in _settings(report)]
-    told = (r for row in report["rows"] for r in row.get("references", []))
+    told = [r for row in report["rows"] for r in row.get("references", [])]
     lines += list(dict.fromkeys(f"- {r['source']}: {r['model']}, {r['where']}" for r in told))
+    lines += _not_the_same(report)
     if report["curves"]:
         lines += ["", "Training curves:", "", *(f"![{stage}](training/{stage}.png)" for stage in report["curves"])]
     return "\n".join(lines).rstrip() + "\n"
@@ -73,6 +74,17 @@ def _settings(report: Result) -> list[str]:
     versions: Result = next((row["versions"] for row in report["rows"] if row.get("versions")), {})
     code = ", ".join([*(f"{k} {v}" for k, v in versions.items()), f"commit {(report.get('commit') or 'unknown')[:12]}"])
     return [f"{', '.join(names)}: {how}" for how, names in told.items()] + ([code] if versions else [])
+
+
+def _not_the_same(report: Result) -> list[str]:
+    """Which figures were measured otherwise than the row beside them, and in what."""
+    told: dict[str, list[str]] = {}
+    for row in report["rows"]:
+        for figure in row.get("references", []):
+            if figure["differs"]:
+                how = "; ".join(f"{part} ({why})" for part, why in figure["differs"].items())
+                told.setdefault(f"not measured as {figure['source']} was: {how}", []).append(row["benchmark"])
+    return [f"- {', '.join(names)} {how}" for how, names in told.items()]
 
 
 def _score(score: Result | None, metric: str) -> str:
@@ -161,14 +173,26 @@ def _row(name: str, by_model: Mapping[str, Result], questions: Mapping[str, Scor
     if not measured:
         return {"benchmark": name, "absent": next(iter(by_model.values()))["absent"], "scores": {}, "differences": []}
     first = next(iter(measured.values()))
-    kept = ("recipe", "variant", "metric", "chance", "subset", "shots", "chat", "settings", "as_pinned", "versions")
+    kept = (
+        "recipe",
+        "variant",
+        "metric",
+        "chance",
+        "subset",
+        "shots",
+        "chat",
+        "settings",
+        "as_pinned",
+        "versions",
+        "drift",
+    )
     scores = {
         model: {key: value for key, value in result.items() if key not in kept} | {"at_chance": at_chance(result)}
         for model, result in measured.items()
     }
     return {
         "benchmark": name,
-        **{key: first[key] for key in kept},
+        **{key: first[key] for key in kept if key in first},
         "scores": scores,
         "differences": [d for c in params.comparisons if (d := difference(c, questions, params)) is not None],
         "references": references(first, measured),
@@ -193,26 +217,37 @@ def difference(comparison: Comparison, questions: Mapping[str, Scores], params: 
 
 
 def references(first: Result, measured: Mapping[str, Result]) -> list[Result]:
-    """Published figures of the row's recipe, with how far each model is from them and whether that is noise."""
-    figures = recipes.figures(first["recipe"])
-    variants = recipes.find(first["recipe"]).variants if figures else {}
-    now, found = first["variant"], []
-    for figure in figures:
-        # a variant that changes nothing was measured with the official settings
-        unchanged = figure.source in variants and not _changes(variants[figure.source])
-        equal = figure.source == now or (now == recipes.OFFICIAL and unchanged)
+    """Published figures of the row's recipe, with how far each model is from them and whether that is noise.
+
+    `differs`: part of the measurement (prompt, shots, filter, metric, settings, questions, version) -> how it is not the
+    figure's; `same_settings` is true where there is none.
+    """
+    found = []
+    for figure in recipes.figures(first["recipe"]):
         distances = {
             model: {"difference": r["score"] - figure.value, "within_noise": r["low"] <= figure.value <= r["high"]}
             for model, r in measured.items()
             if r["score"] is not None and r["low"] is not None
         }
-        same = bool(equal and first["as_pinned"] and not first["subset"])
-        found.append({**figure.model_dump(), "same_settings": same, "models": distances})
+        differs = _differs(first, figure.source)
+        row = {**figure.model_dump(), "same_settings": not differs, "differs": differs, "models": distances}
+        found.append(row)
     return found
 
 
-def _changes(variant: recipes.Variant) -> bool:
-    return variant.shots is not None or bool(variant.settings.model_dump(exclude_defaults=True))
+def _differs(first: Result, source: str) -> dict[str, str]:
+    recipe = recipes.find(first["recipe"])
+    if source not in (recipe.variant, *recipe.variants):
+        return {"settings": "no recipe repeats its own"}
+    published = recipe.of(source)
+    departures = recipe.of(first["variant"]).departures(published)
+    found: dict[str, str] = {str(part): how for part, how in departures.items()}
+    known = published.measured_with
+    if first.get("drift") and known is not None and not (known.differs or known.same):
+        found["version"] = "; ".join(first["drift"])
+    if not first["as_pinned"]:
+        found["settings"] = "not the recipe's"
+    return found | ({"questions": first["subset"]} if first["subset"] else {})
 
 
 def grpo_evidence(training: Mapping[str, Result]) -> Result:
@@ -236,6 +271,8 @@ def remarks(rows: Sequence[Result], params: ReportParams) -> list[str]:
         said += _overlap(name, row["scores"])
         if row["subset"]:
             said.append(f"{name}: a subset ({row['subset']}); not comparable with published figures.")
+        said += [f"{name}: {line}." for line in row.get("drift") or ()]
+        said += _estimated(name, row)
         if not row["as_pinned"]:
             said.append(f"{name}: settings are not those of its recipe; not comparable with published figures.")
         said += [_sentence(name, d) for d in row["differences"] if d["significant"]]
@@ -245,6 +282,15 @@ def remarks(rows: Sequence[Result], params: ReportParams) -> list[str]:
         if shown and not any(d["significant"] for d in shown):
             said.append(f"{comparison.model} and {comparison.baseline} differ on no benchmark by more than noise.")
     return said
+
+
+def _estimated(name: str, row: Result) -> list[str]:
+    """Which estimator gave the log-likelihoods, and how far one of them is off where that was looked at."""
+    errors = [s["estimator_error"] for s in row["scores"].values() if s.get("estimator_error") is not None]
+    if not errors:
+        return []
+    how = f"{row['settings'].get('estimator', 'auto')}, {row['settings'].get('samples', 'default')} samples"
+    return [f"{name}: log-likelihoods by {how}; one is off by {max(errors):.2f} nats (root mean square)."]
 
 
 def _overlap(name: str, scores: Mapping[str, Result]) -> list[str]:

@@ -26,6 +26,7 @@ OTHER_NAMES = {
     "suppress_tokens": "forbid_tokens",
     "begin_suppress_tokens": "defer_tokens",
 }
+CACHES = {"true": "prefix", "false": "none"}  # Fast-dLLM's switch
 TOKEN_LISTS = ("forbid_tokens", "defer_tokens", "cfg_keep_tokens")
 _IGNORED = {"until", "do_sample", "infill", "max_gen_toks", "temperature"}
 
@@ -66,6 +67,17 @@ class GenerationRequest:
         return len(self.prompt) + (self.blanks or self.params.max_new_tokens) + len(self.suffix)
 
 
+def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by our names: `use_cache` (none, prefix, dual, or true with `dual_cache`) is `cache`."""
+    values = {OTHER_NAMES.get(key, key): value for key, value in given.items()}
+    if "use_cache" in values:
+        cache = str(values.pop("use_cache")).lower()
+        values["cache"] = CACHES.get(cache, cache)
+    if str(values.pop("dual_cache", "false")).lower() == "true" and values.get("cache", "prefix") != "none":
+        values["cache"] = "dual"
+    return values
+
+
 def sampling_params(
     settings: Settings, special: SpecialTokens, asked: Mapping[str, Any] | None = None
 ) -> SamplingParams:
@@ -76,7 +88,7 @@ def sampling_params(
     false. A length given alone takes blocks and steps along. Raises `ConfigError` for unknown names or bad values.
     """
     values: dict[str, Any] = {k: v for k, v in settings.sampling.items() if v is not None}
-    asked = {OTHER_NAMES.get(k, k): v for k, v in (asked or {}).items()}
+    asked = renamed(asked or {})
     for key in asked:
         if key not in SAMPLER_FIELDS and key not in _IGNORED:
             raise ConfigError(f"gen_kwargs: unknown setting {key!r}{nearest(key, [*SAMPLER_FIELDS, *_IGNORED])}")

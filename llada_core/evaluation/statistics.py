@@ -89,6 +89,17 @@ def paired(first: Sequence[float], second: Sequence[float], *, resamples: int = 
     return Difference(value, n, max(-1.0, centre - half), min(1.0, centre + half), gained, lost, mcnemar(gained, lost))
 
 
+def mean_of_means(groups: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The mean over groups of their means, as `score`, with its `stderr` and 95 % interval (`low`, `high`)."""
+    means = [sum(group) / len(group) for group in groups]
+    # Where scores are right or wrong a group without any variety is not taken to be without any error (Agresti).
+    smooth = [(sum(group) + 2) / (len(group) + 4) for group in groups]
+    stderr = math.sqrt(sum(p * (1 - p) / len(g) for p, g in zip(smooth, groups, strict=True))) / len(groups)
+    score = sum(means) / len(means)
+    low, high = max(0.0, score - Z95 * stderr), min(1.0, score + Z95 * stderr)
+    return {"score": score, "stderr": stderr, "low": low, "high": high}
+
+
 def mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact p-value that so lopsided a split of discordant pairs arises by chance."""
     n, smaller = gained + lost, min(gained, lost)

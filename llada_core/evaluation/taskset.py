@@ -10,6 +10,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lm_eval.utils import env as templates
 
 from llada_core import files as json_lines
 from llada_core.data.values import question_in, value_of
+from llada_core.evaluation.definitions import opencompass
 from llada_core.evaluation.recipes import Recipe
 from llada_core.files import FileError
 from llada_core.settings import ConfigError
@@ -32,6 +34,7 @@ from llada_core.verifiers.answers import verify
 
 OURS = Path(__file__).parent / "definitions"
 STOCK = Path(lm_eval.__file__).parent / "tasks"
+FILTERS = (opencompass.FirstOption, opencompass.LastNumber)  # importing them is what makes their names known
 PUZZLE_FIELDS = ("id", "task", "prompt", "answer")
 FEWSHOT_SEED = 1234  # lm-eval's own default
 Tasks = dict[str, Any]
@@ -60,6 +63,27 @@ def tasks_of(recipe: Recipe, root: Path | None = None) -> Tasks:
             raise ConfigError(f"{recipe.name}: {_first_line(error)}") from error
     _check_version(recipe, loaded)
     return _prepared(dict(loaded), recipe.shots)
+
+
+def drift(recipe: Recipe, tasks: Tasks) -> list[str]:
+    """A sentence for each way in which these tasks are not the ones that the recipe's figure was measured with."""
+    measured, loaded = recipe.measured_with, tasks.get("tasks", {})
+    if measured is None:
+        return []
+    found: dict[str, list[str]] = {}
+    for name, task in loaded.items():
+        version = next((v for pattern, v in measured.versions.items() if fnmatch(name, pattern)), None)
+        if version is not None and float(task.VERSION) != version:
+            found.setdefault(f"version {task.VERSION} for {version}", []).append(name)
+        delimiter = task.config.target_delimiter
+        if measured.target_delimiter not in (None, delimiter):
+            found.setdefault(f"target delimiter {delimiter!r} for {measured.target_delimiter!r}", []).append(name)
+    why = f"; {measured.same}" if measured.same else ""
+    return [f"{_named(names)}: {what} of {measured.by}{why}" for what, names in found.items()]
+
+
+def _named(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def question_value(task: Any, document: Mapping[str, Any]) -> int:

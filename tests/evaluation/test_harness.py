@@ -265,3 +265,45 @@ def test_lm_evals_arguments_in_the_names_of_the_reference_evaluators(tmp_path):
         get_model("llada").create_from_arg_string(f"pretrained={tmp_path / 'm'},stepz=4")
     with pytest.raises(ConfigError, match="pretrained"):
         get_model("llada").create_from_arg_string("steps=4")
+
+
+@pytest.mark.parametrize(
+    ("said", "cache"),
+    [
+        ("use_cache=none", "none"),
+        ("use_cache=prefix,threshold=0.9", "prefix"),
+        ("use_cache=dual,factor=1.0", "dual"),
+        ("use_cache=True,show_speed=True", "prefix"),
+        ("use_cache=True,dual_cache=True,threshold=0.9", "dual"),
+        ("use_cache=False", "none"),
+    ],
+)
+def test_the_names_of_fast_dllm_and_its_caches(tmp_path, said, cache):
+    model, tokenizer = tiny_pair()
+    save_model(model, tmp_path / "m", tokenizer)
+    for name in ("llada", "llada_dist", "fastdllm_llada"):
+        lm = get_model(name).create_from_arg_string(f"model_path={tmp_path / 'm'},length=8,block_length=8,{said}")
+        assert replace_params(lm, "x").cache == cache
+
+
+def test_the_stock_estimator_can_be_asked_for_and_its_error_is_told(tmp_path):
+    model, tokenizer = tiny_pair()
+    save_model(model, tmp_path / "m", tokenizer)
+    where = f"pretrained={tmp_path / 'm'},mc_num=4"
+    stock = get_model("llada_dist").create_from_arg_string(f"{where},estimator=stock")
+    long = scoring([(f"{i} is", " one of the numbers that come after it") for i in range(32)])
+    values = stock.loglikelihood(long)
+    context, continuation = tokenizer.encode("0 is"), tokenizer.encode(" one of the numbers that come after it")
+    expected = log_likelihood(stock.answerer.model, context, continuation, samples=4, estimator="stock")
+    assert values[0][0] == pytest.approx(expected, abs=1e-4)
+    antithetic = get_model("llada").create_from_arg_string(where)
+    antithetic.loglikelihood(long)
+    assert stock.estimator_error() > antithetic.estimator_error() > 0
+    exact = lm_of()
+    exact.loglikelihood(scoring([(f"{i} is", " x") for i in range(40)]))
+    assert exact.estimator_error() == pytest.approx(0.0, abs=1e-4)
+    few = lm_of()
+    few.loglikelihood(scoring(PAIRS))
+    assert few.estimator_error() is None
+    with pytest.raises(ConfigError, match="estimator"):
+        get_model("llada").create_from_arg_string(f"{where},estimator=stocks")

@@ -42,7 +42,8 @@ DOCUMENT = {"solution": "Hence \\boxed{\\frac{1}{2}}.", "answer": "\\frac{1}{2}"
     ],
 )
 def test_both_scores_of_a_reply(reply, exact, verified):
-    assert results(DOCUMENT, [reply]) == {"exact_match": exact, "math_verify": verified}
+    scores = results(DOCUMENT, [reply])
+    assert (scores["exact_match"], scores["math_verify"]) == (exact, verified)
 
 
 def test_a_reference_that_math_verify_cannot_read_counts_when_repeated():

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from llada_core.evaluation import recipes, taskset
-from llada_core.evaluation.benchmark import Benchmark, benchmark, requests_of, run
+from llada_core.evaluation.benchmark import Benchmark, benchmark, chosen, requests_of, run
 from llada_core.evaluation.params import EvaluateParams, Settings
+from llada_core.evaluation.statistics import mean_of_means
 from llada_core.settings import ConfigError
 from tests.evaluation.scripted import GoldLM
 from tests.tiny import tiny_tokenizer
@@ -28,6 +29,17 @@ MEMBER = {
     "minerva_math": ("minerva_math_geometry", 3.1),
 }
 HERE = [n for n in recipes.names() if n not in NOT_HERE]
+
+
+def asks_otherwise(name, variant):
+    """Whether a variant asks or scores otherwise than the recipe; LLaDA 1.5's ask what Instruct's ask."""
+    recipe, other = recipes.find(name), recipes.find(f"{name}.{variant}")
+    fields = ("task", "definition", "change", "metric", "shots", "chat", "turns")
+    like = name.startswith("llada15") or recipe.variants[variant].like or "semi" in variant or variant.count("_")
+    return not like and any(getattr(recipe, f) != getattr(other, f) for f in fields)
+
+
+VARIANTS = [f"{n}.{v}" for n in HERE for v in recipes.find(n).variants if asks_otherwise(n, v)]
 
 
 @pytest.fixture(autouse=True)
@@ -49,25 +61,47 @@ def scripted(name, root, *, limit=4, shift=0, **options):
     return run(Benchmark(name, recipe, tasks, recipe.settings), lm, limit=limit)
 
 
-def test_every_column_of_both_tables_has_a_recipe_for_each_of_its_sources():
+def test_every_column_has_a_recipe_for_each_of_its_sources_that_one_can_repeat():
     columns = {name: [c.column for c in recipes.table(name).columns] for name in ("base", "instruct")}
     assert len(columns["base"]) == 14
     assert len(columns["instruct"]) == 10
-    without_settings = {"opencompass"}
-    for table in recipes.tables().values():
+    figures_alone = {"base": {"opencompass"}, "illada": {"illada"}}
+    # Fast-dLLM has no script for these two.
+    no_script = {"fastdllm_math", "fastdllm_mbpp"}
+    for name, table in recipes.tables().items():
         for column in table.columns:
             recipe = recipes.find(column.recipe)
-            for source in column.figures.keys() - {recipes.OFFICIAL} - without_settings:
-                assert recipe.of(source).variant == source
             assert column.figures.keys() <= table.sources.keys()
+            for source in column.figures.keys() - figures_alone.get(name, set()):
+                if not (column.recipe in no_script and source.startswith("paper")):
+                    assert recipe.of(source).variant == source
 
 
-def test_official_and_reproduced_figures():
+def test_figures_of_all_sources():
     row = {f.source: f.value for f in recipes.figures("base_gsm8k")}
-    assert row == pytest.approx({"official": 0.703, "dllm": 0.707})
-    assert {f.source: f.value for f in recipes.figures("instruct_gsm8k")}["semi_autoregressive"] == pytest.approx(0.786)
+    expected = {"official": 0.703, "length_512": 0.708, "length_256": 0.7, "opencompass": 0.719, "dllm": 0.707}
+    assert row == pytest.approx({**expected, "illada": 0.819})
+    instruct = {f.source: f.value for f in recipes.figures("instruct_gsm8k")}
+    assert instruct["semi_autoregressive"] == pytest.approx(0.786)
+    assert instruct["opencompass_semi_autoregressive"] == pytest.approx(0.789)
     official = [c.figures["official"] for c in recipes.table("base").columns]
     assert official == [65.9, 49.7, 45.9, 70.5, 46.1, 74.8, 73.6, 70.3, 31.4, 25.2, 35.4, 40.0, 70.5, 69.9]
+    by_opencompass = [c.figures.get("opencompass") for c in recipes.table("instruct").columns]
+    assert by_opencompass == [65.4, 36.6, 89.2, 75.3, 68.8, 29.6, 32.3, 47.0, 39.6, None]
+    assert [c.figures["opencompass"] for c in recipes.table("llada15").columns] == [83.6, 42.3, 34.8, 51.2, 42.6, 65.2]
+
+
+def test_a_variant_says_what_it_asks_otherwise():
+    internal, theirs = recipes.find("instruct_mmlu"), recipes.find("instruct_mmlu.opencompass")
+    assert internal.departures(internal).keys() == {"prompt", "filter", "shots"}
+    assert internal.departures(theirs).keys() == {"prompt", "shots", "filter", "metric"}
+    assert theirs.departures(theirs) == {}
+    assert theirs.settings == internal.settings
+    later = recipes.find("llada15_gsm8k.opencompass")
+    assert (later.task, later.shots) == ("gsm8k_opencompass", 4)
+    assert later.settings == recipes.find("llada15_gsm8k").settings
+    assert recipes.find("instruct_gsm8k").turns
+    assert not recipes.find("instruct_gsm8k.dllm").turns
 
 
 def test_a_variant_changes_only_what_it_names():
@@ -88,7 +122,7 @@ def test_an_unknown_recipe_names_the_nearest(name, message):
         recipes.find(name)
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", HERE + VARIANTS)
 def test_reference_answers_score_one_through_the_whole_harness(data_root, name):
     if recipes.find(name).kind == "rolling":
         pytest.skip("a likelihood of text has no right answer")
@@ -98,13 +132,16 @@ def test_reference_answers_score_one_through_the_whole_harness(data_root, name):
     assert result["subset"]
 
 
-@pytest.mark.parametrize("name", ["base_gsm8k", "instruct_gsm8k", "instruct_math", "poem_next"])
+OTHERS = ["base_gsm8k", "instruct_gsm8k", "instruct_math", "poem_next", "instruct_gsm8k.opencompass"]
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "instruct_math.opencompass"])
 def test_another_questions_answer_is_wrong(data_root, name):
     result, _ = scripted(name, data_root, limit=20 if "math" in name else 40, shift=1)
     assert result["score"] <= 0.05
 
 
-@pytest.mark.parametrize("name", [n for n in HERE if recipes.find(n).kind == "generate"])
+@pytest.mark.parametrize("name", [n for n in HERE + VARIANTS if recipes.find(n).kind == "generate"])
 def test_an_empty_answer_is_wrong_and_no_error(data_root, name):
     recipe = small(name).model_copy(update={"gold": ""})
     tasks = taskset.tasks_of(recipe, data_root)
@@ -136,7 +173,7 @@ def told(text):
 def test_first_prompt_stop_strings_and_filters_are_the_reviewed_ones(data_root):
     """The whole prompts were read before their hashes were kept; a change of one is a change of what is measured."""
     tokenizer, found = tiny_tokenizer(), {}
-    for name in HERE:
+    for name in HERE + VARIANTS:
         recipe = small(name)
         tasks = taskset.tasks_of(recipe, data_root)
         lm = GoldLM(tokenizer, recipe, tasks)
@@ -156,6 +193,35 @@ def test_first_prompt_stop_strings_and_filters_are_the_reviewed_ones(data_root):
     if os.environ.get("WRITE_REVIEWED"):
         REVIEWED.write_text(json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
     assert found == json.loads(REVIEWED.read_text(encoding="utf-8"))
+
+
+def test_the_published_prompts_of_opencompass_to_the_letter(data_root):
+    """What its files say, with one question in it."""
+    tokenizer = tiny_tokenizer()
+
+    def asked(name):
+        recipe = small(name)
+        tasks = taskset.tasks_of(recipe, data_root)
+        lm = GoldLM(tokenizer, recipe, tasks)
+        ((request, *_),) = requests_of(Benchmark(name, recipe, tasks, recipe.settings), lm, limit=1).values()
+        return request.args[0].messages, request.doc
+
+    messages, doc = asked("instruct_mmlu.opencompass")
+    hint = "There is a single choice question about anatomy. Answer the question by replying A, B, C or D."
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 5 + ["user"]
+    assert messages[0]["content"].startswith(f"{hint}\nQuestion: ")
+    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", doc["choices"], strict=True))
+    assert messages[-1]["content"] == f"{hint}\nQ: {doc['question']}\n{options}\nA: "
+    messages, doc = asked("instruct_math.opencompass")
+    boxed = "Please reason step by step, and put your final answer within \\boxed{}."
+    assert [m["content"] for m in messages] == [f"{doc['problem']}\n{boxed}"]
+    messages, doc = asked("instruct_mbpp.opencompass")
+    assert len(messages) == 7
+    tests = "\n".join(doc["test_list"])
+    assert messages[-1]["content"] == (
+        f"You are an expert Python programmer, and here is your task: {doc['text']} Your code should pass these tests:"
+        f"\n\n {tests}  \n"
+    )
 
 
 def test_local_files_are_marked_where_they_are_not_the_whole_benchmark(data_root):
@@ -186,3 +252,32 @@ def test_another_version_of_a_task_is_refused(data_root):
     other = recipes.find("base_gsm8k").model_copy(update={"version": 2.0})
     with pytest.raises(ConfigError, match=r"pinned to version 2\.0 of gsm8k, installed is 3\.0"):
         taskset.tasks_of(other, data_root)
+
+
+def test_drift_of_subtasks_is_told(data_root):
+    result, _ = scripted("base_bbh", data_root, limit=2)
+    assert result["drift"] == [
+        "bbh_cot_fewshot_word_sorting: version 4.0 for 3.0 of lm-eval 0.4.8",
+        "bbh_cot_fewshot_word_sorting: target delimiter '' for ' ' of lm-eval 0.4.8",
+    ]
+    recipe = small("base_gsm8k")
+    assert taskset.drift(recipe, taskset.tasks_of(recipe, data_root)) == []
+
+
+def test_a_share_asks_the_same_questions_every_time_and_is_marked(data_root):
+    recipe = small("instruct_gsm8k")
+    tasks = taskset.tasks_of(recipe, data_root)
+    asked = Benchmark("instruct_gsm8k", recipe, tasks, Settings(share=0.01).over(recipe.settings))
+    numbers = chosen(asked)["gsm8k_cot"]
+    assert (len(numbers), numbers == list(range(13))) == (13, False)
+    assert len(chosen(asked, 5)["gsm8k_cot"]) == 5
+    result, records = run(asked, GoldLM(tiny_tokenizer(), recipe, tasks))
+    assert [r["id"] for r in records] == [f"gsm8k_cot/{n}" for n in numbers]
+    assert (result["score"], result["subset"]) == (1.0, "13 of 1319 questions")
+    assert result["as_pinned"]
+
+
+def test_the_mean_over_subtasks_weighs_them_alike():
+    found = mean_of_means([[1.0] * 90, [0.0] * 10])
+    assert found["score"] == 0.5
+    assert 0.35 < found["low"] < 0.5 < found["high"] < 0.65

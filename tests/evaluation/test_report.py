@@ -7,6 +7,7 @@ import re
 import pytest
 
 from llada_core.evaluation.params import ReportParams
+from llada_core.evaluation.report import references
 from llada_core.evaluation.statistics import estimate
 from llada_core.settings import ConfigError
 from tasks.folders import read_json, write_json, write_text
@@ -112,6 +113,43 @@ def test_published_figures_stand_beside_and_a_subset_does_not_compare(results):
     text = (results.parent / "out" / "table.md").read_text()
     assert re.search(r"\| piqa † \|.*\| 73\.6 \(\*\*-\d+\.\d\*\*, \*\*-\d+\.\d\*\*, \*\*-\d+\.\d\*\*\) \|", text)
     assert "- countdown, sudoku, piqa: shots 0, chat True\n- lm-eval 0.4.13, commit " + "a" * 12 + "\n" in text
+
+
+def test_same_settings_only_where_nothing_of_the_measurement_differs():
+    def of(recipe, variant, **more):
+        row = result([1.0, 0.0], recipe=recipe, variant=variant, drift=[], **more)
+        return {r["source"]: r for r in references(row, {"m": row})}
+
+    asked = of("instruct_gsm8k", "opencompass")
+    assert asked["opencompass"]["same_settings"]
+    assert asked["opencompass"]["differs"] == {}
+    assert asked["internal"]["differs"].keys() == {"prompt", "shots", "filter"}
+    assert not of("instruct_gsm8k", "internal")["internal"]["same_settings"]
+    assert not of("instruct_gsm8k", "opencompass", subset="4 of 8")["opencompass"]["same_settings"]
+    base = of("base_gsm8k", "official")
+    assert base["official"]["same_settings"]
+    assert base["length_512"]["differs"].keys() == {"settings"}
+    assert base["illada"]["differs"] == {"settings": "no recipe repeats its own"}
+    changed = {**result([1.0], recipe="base_mmlu"), "drift": ["mmlu_law: version 2.0 for 1.0 of lm-eval 0.4.8"]}
+    (official, *_) = references(changed, {"m": changed})
+    assert (official["same_settings"], set(official["differs"])) == (False, {"version"})
+    # A version that is known to score alike is a line, and no other measurement.
+    alike = {**result([1.0], recipe="base_truthfulqa"), "drift": ["truthfulqa_mc2: version 3.0 for 2.0"]}
+    assert references(alike, {"m": alike})[0]["same_settings"]
+
+
+def test_the_report_says_what_differs_and_how_likelihoods_were_estimated(tmp_path):
+    settings = {"samples": 128, "cfg_scale": 0.0, "estimator": "stock"}
+    drift = ["bbh_cot_fewshot_snarks: version 4.0 for 3.0 of lm-eval 0.4.8"]
+    write(tmp_path / "eval", "instruct_mmlu", {"m": draws(0.6)}, recipe="instruct_mmlu", variant="internal")
+    write(tmp_path / "eval", "base_piqa", {"m": draws(0.6)}, recipe="base_piqa", settings=settings, estimator_error=1.5)
+    write(tmp_path / "eval", "base_bbh", {"m": draws(0.6)}, recipe="base_bbh", drift=drift)
+    names = ["instruct_mmlu", "base_piqa", "base_bbh"]
+    report = write_report(tmp_path / "eval", names, ReportParams(comparisons=()), tmp_path / "out")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "- instruct_mmlu not measured as internal was: prompt (the internal toolkit is not published); " in text
+    assert "base_piqa: log-likelihoods by stock, 128 samples; one is off by 1.50 nats" in text
+    assert f"base_bbh: {drift[0]}." in report["remarks"]
 
 
 def test_the_same_results_give_the_same_files(results):

@@ -10,19 +10,21 @@ import yaml
 from datasets import Dataset
 from math_verify import parse, verify
 
+from llada_core.evaluation.definitions.opencompass import same_answer
 from llada_core.verifiers.code import Case, passes, whole
 
 
 def lettered_endings(documents: Dataset) -> Dataset:
     """HellaSwag's questions with `context` and the endings as `A` to `D`, cleaned as lm-eval's likelihood task does.
 
-    The activity's label is left out, as in OpenCompass, whose prompt this is.
+    `labelled` is the context behind the activity's label, as dllm asks; OpenCompass, whose prompt this is, leaves it out.
     """
 
     def add(document: Mapping[str, Any]) -> dict[str, str]:
-        context = _clean(document["ctx_a"] + " " + document["ctx_b"].capitalize())
+        context = document["ctx_a"] + " " + document["ctx_b"].capitalize()
         endings = dict(zip("ABCD", map(_clean, document["endings"]), strict=True))
-        return {"context": context, **endings}
+        labelled = _clean(f"{document['activity_label']}: {context}")
+        return {"context": _clean(context), "labelled": labelled, **endings}
 
     return documents.map(add)
 
@@ -48,7 +50,7 @@ def _clean(text: str) -> str:
 
 
 # `exact_match`: what follows "The final answer is" equals the reference, as normalised text or as an expression.
-# `math_verify`: math-verify finds an equivalent answer in the reply. Sources: Lewkowycz et al. 2022
+# `math_verify`: math-verify finds an equivalent answer in the reply. `boxed`: OpenCompass's rule. Sources: Lewkowycz et al. 2022
 # (arXiv:2206.14858), appendix D, for the normalisation; lm-eval's minerva_math 3.1 for prompts and the two scores.
 
 _FINAL = re.compile(r"Final Answer: The final answer is(.*?). I hope it is correct.")
@@ -97,10 +99,11 @@ def shots() -> list[dict[str, str]]:
 
 
 def results(document: Mapping[str, Any], replies: list[str]) -> dict[str, float]:
-    """Both scores of one reply."""
+    """The three scores of one reply."""
     found = _FINAL.search(replies[0] + "I hope it is correct.")
     exact = found is not None and _equal(normalised(found.group(1).strip()), document["answer"])
-    return {"exact_match": float(exact), "math_verify": float(_verified(replies[0], document["solution"]))}
+    verified, boxed = _verified(replies[0], document["solution"]), same_answer(replies[0], document["solution"])
+    return {"exact_match": float(exact), "math_verify": float(verified), "boxed": float(boxed)}
 
 
 def _verified(reply: str, solution: str) -> bool:

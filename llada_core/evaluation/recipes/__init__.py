@@ -6,7 +6,7 @@ column differently. This file finds and reads them; it knows neither lm-eval nor
 
 from functools import cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
@@ -16,15 +16,9 @@ from llada_core.settings import Block, ConfigError, nearest, read_yaml
 
 FOLDER = Path(__file__).parent
 OFFICIAL = "official"
-Fields = dict[str, str | int | bool | list[str] | dict[str, str | bool | list[str]] | None]
-
-
-class Variant(Block):
-    """Where another source's setting departs from the official one."""
-
-    settings: Settings = Settings()
-    shots: int | None = Field(default=None, ge=0)
-    note: str = ""
+Fields = dict[str, Any]  # of an lm-eval task, as its YAML has them
+Part = Literal["prompt", "shots", "filter", "metric", "settings", "questions"]
+Departures = dict[Part, str]  # what of a measurement is not a figure's -> how
 
 
 class LocalFiles(Block):
@@ -35,8 +29,51 @@ class LocalFiles(Block):
     subset: str = ""  # said beside every score when these files are not the whole benchmark
 
 
+class Measured(Block):
+    """The version of a task that figures were measured with, and what the installed one does otherwise."""
+
+    by: str  # package and version
+    versions: dict[str, float] = Field(default_factory=dict)  # pattern of (sub)task names -> version
+    target_delimiter: str | None = None  # between question and answer; None: as installed
+    differs: Departures = Field(default_factory=dict)
+    same: str = ""  # why another version scores alike nevertheless
+
+
+class Variant(Block):
+    """Where another source departs from a recipe: every field that is given goes over the recipe's.
+
+    `like` takes what is asked and how it is scored from another recipe (`name.variant`), and leaves the sampler alone.
+    """
+
+    like: str = ""
+    settings: Settings = Settings()
+    task: str | None = None
+    definition: str | None = None
+    version: float | None = None
+    metric: str | None = None
+    also: tuple[str, ...] | None = None
+    shots: int | None = Field(default=None, ge=0)
+    chat: bool | None = None
+    multiturn: bool | None = None
+    average: Literal["questions", "tasks"] | None = None
+    change: Fields | None = None
+    local: LocalFiles | None = None
+    gold: str | None = None
+    differs: Departures | None = None
+    measured_with: Measured | None = None
+    note: str | None = None
+
+
+# What is asked and how it is scored: all of a recipe but its name, its sampler and its other variants.
+ASKED = tuple(name for name in Variant.model_fields if name not in ("like", "settings", "note"))
+
+
 class Recipe(Block):
-    """One benchmark column. `metric` is lm-eval's key `name,filter`; `chance` None: the mean of 1 / choices."""
+    """One benchmark column. `metric` is lm-eval's key `name,filter`; `chance` None: the mean of 1 / choices.
+
+    `multiturn`: worked examples are turns of their own in a chat, not one message with the question. `average` "tasks":
+    the mean over subtasks of their means. `differs`: how this is known to depart from what `variant` measured.
+    """
 
     name: str
     task: str
@@ -47,11 +84,15 @@ class Recipe(Block):
     also: tuple[str, ...] = ()
     shots: int = Field(ge=0)
     chat: bool = False
+    multiturn: bool | None = None  # None: as `chat`
+    average: Literal["questions", "tasks"] = "questions"
     chance: float | None = None
     runs_code: bool = False
     settings: Settings = Settings()
     change: Fields = Field(default_factory=dict)  # task fields that are ours and not lm-eval's
-    variant: str = OFFICIAL
+    variant: str = OFFICIAL  # whose figure these fields measure
+    differs: Departures = Field(default_factory=dict)
+    measured_with: Measured | None = None
     variants: dict[str, Variant] = Field(default_factory=dict)
     local: LocalFiles | None = None
     hub: bool = True  # whether the files can come from the Hub
@@ -68,22 +109,52 @@ class Recipe(Block):
             raise ValueError("a recipe that generates says what guessing scores (chance)")
         return self
 
+    @property
+    def turns(self) -> bool:
+        """Whether worked examples are turns of their own."""
+        return self.chat if self.multiturn is None else self.multiturn
+
     def of(self, variant: str) -> "Recipe":
         """This recipe as `variant` measured it; raises `ConfigError` naming the variants there are."""
-        if variant == OFFICIAL:
+        if variant == self.variant:
             return self
         if variant not in self.variants:
             raise ConfigError(
-                f"recipe {self.name!r} has no variant {variant!r}{nearest(variant, [OFFICIAL, *self.variants])}"
+                f"recipe {self.name!r} has no variant {variant!r}{nearest(variant, [self.variant, *self.variants])}"
             )
         chosen = self.variants[variant]
-        update = {
-            "variant": variant,
-            "settings": chosen.settings.over(self.settings),
-            "shots": self.shots if chosen.shots is None else chosen.shots,
-            "note": chosen.note or self.note,
-        }
+        # A departure holds for the figure that it was said of; a variant says its own.
+        update: dict[str, Any] = {"variant": variant, "differs": {}}
+        if chosen.like:
+            other = find(chosen.like)
+            update |= {name: getattr(other, name) for name in ASKED}
+        update |= {name: getattr(chosen, name) for name in ASKED if getattr(chosen, name) is not None}
+        update |= {"settings": chosen.settings.over(self.settings)}
+        update |= {"note": self.note if chosen.note is None else chosen.note}
         return self.model_copy(update=update)
+
+    @property
+    def _prompt(self) -> tuple[Any, ...]:
+        words = {key: value for key, value in self.change.items() if key not in ("filter_list", "metric_list")}
+        return self.task, self.definition, words, self.chat, self.turns if self.shots else None
+
+    def departures(self, published: "Recipe") -> Departures:
+        """What of this recipe is not what `published`, another variant of it, measured."""
+        (own, own_filter), (other, other_filter) = (r.metric.split(",", 1) for r in (self, published))
+        found: Departures = {}
+        if self._prompt != published._prompt:
+            found["prompt"] = f"that of {self.variant}"
+        if self.shots != published.shots:
+            found["shots"] = f"{self.shots} for {published.shots}"
+        lists = {key: self.change.get(key) == published.change.get(key) for key in ("filter_list", "metric_list")}
+        if own_filter != other_filter or not lists["filter_list"]:
+            found["filter"] = f"that of {self.variant}"
+        if (own, self.average) != (other, published.average) or not lists["metric_list"]:
+            found["metric"] = f"{own} over {self.average} for {other} over {published.average}"
+        if self.settings.that_matter(self.kind) != published.settings.that_matter(self.kind):
+            found["settings"] = f"those of {self.variant}"
+        lasting = published.measured_with.differs if published.measured_with else {}
+        return {**found, **lasting, **published.differs}
 
 
 @cache
@@ -100,7 +171,8 @@ def find(name: str) -> Recipe:
     if stem not in names():
         raise ConfigError(f"there is no recipe {name!r}{nearest(name.partition('.')[0], list(names()))}")
     path = FOLDER / f"{stem}.yaml"
-    return Recipe.parse({"name": stem, **read_yaml(path)}, path.name).of(variant or OFFICIAL)
+    recipe = Recipe.parse({"name": stem, **read_yaml(path)}, path.name)
+    return recipe.of(variant or recipe.variant)
 
 
 def exists(name: str) -> bool:
