@@ -2,8 +2,7 @@
 
 import typer
 
-from cli import models, runs, serve, talk
-from cli import models as evaluate
+from cli import measure, models, runs, serve, talk
 
 ANY_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -18,10 +17,10 @@ llada.command("sample", rich_help_panel="Talk")(talk.sample)
 llada.command("chat", rich_help_panel="Talk")(talk.chat)
 llada.command("app", rich_help_panel="Talk", context_settings=ANY_ARGUMENTS)(models.page)
 llada.command("serve", rich_help_panel="Talk")(serve.serve)
-llada.command("eval", rich_help_panel="Measure")(evaluate.evaluate)
-llada.command("fetch", rich_help_panel="Measure")(evaluate.fetch)
-llada.command("lm-eval", rich_help_panel="Measure", context_settings=ANY_ARGUMENTS)(evaluate.lm_eval)
-llada.command("diff", rich_help_panel="Measure")(evaluate.diff)
+llada.command("eval", rich_help_panel="Measure")(measure.evaluate)
+llada.command("fetch", rich_help_panel="Measure")(models.fetch)
+llada.command("lm-eval", rich_help_panel="Measure", context_settings=ANY_ARGUMENTS)(models.lm_eval)
+llada.command("diff", rich_help_panel="Measure")(models.diff)
 for command in runs.COMMANDS:
     llada.command(command.__name__, rich_help_panel="Run")(command)
 llada.command("export", rich_help_panel="Models")(models.export)

@@ -1,18 +1,16 @@
-"""Commands on models: eval, diff, fetch, export, app, ui."""
+"""Commands on models: diff, fetch, export, app, ui."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import Bits, Device, Model, name_or_champion
+from cli.options import name_or_champion
 from tasks.errors import one_line_errors
 
 if TYPE_CHECKING:
-    from llada_core.evaluation.params import EvaluateParams
     from llada_core.usage import Usage
-    from tasks.work.evaluate import Places
 import os
 import shutil
 import signal
@@ -23,95 +21,6 @@ from cli.options import MODEL_HELP
 from llada_core.files import document
 from llada_core.settings import ConfigError
 from tasks.errors import require_port
-
-
-def evaluate(
-    benchmarks: Annotated[
-        list[str], typer.Argument(help="names of recipes or of puzzle sets in data/eval; none: see --table")
-    ] = [],  # noqa: B006
-    model: Model = "",
-    table: Annotated[str, typer.Option(help="all benchmarks of a published table: base, instruct, ...")] = "",
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="questions per benchmark; the score is marked as a subset")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="questions answered at once")] = 32,
-    data: Annotated[
-        str | None, typer.Option(help="folder with benchmark files; none: LLADAFLOW_DATA_ROOT, else the Hub")
-    ] = None,
-    run_code: Annotated[bool, typer.Option(help="allow benchmarks that run the programs a model writes")] = False,
-    device: Device = "auto",
-    bits: Bits = None,
-    out: Annotated[Path | None, typer.Option(help="folder for results; none: reports/checkpoints/MODEL")] = None,
-) -> None:
-    """Measure a model on benchmarks; one that fails does not stop the others.
-
-    llada eval sudoku countdown          the champion on its puzzles
-    llada eval --table instruct --model GSAI-ML/LLaDA-8B-Instruct
-
-    On a machine with several GPUs each answers its share; a model that is too large for one is spread over all.
-    Sampler settings are the recipe's; those of puzzles, overrides and dtype are read from params.yaml here.
-    """
-    with one_line_errors():
-        from llada_core.evaluation.recipes import table as published
-        from llada_core.modeling.place import checked_bits
-        from tasks.folders import safe
-        from tasks.record.runs import home
-        from tasks.record.tracking import send_sweep
-        from tasks.record.usage import saved_usage
-        from tasks.work.measure import sweep_places
-
-        if data is not None and not Path(data).expanduser().is_dir():
-            raise FileNotFoundError(f"--data {data}: no such folder")
-        name = name_or_champion(model)
-        asked = list(benchmarks) + ([column.recipe for column in published(table).columns] if table else [])
-        if not asked:
-            raise ValueError("say what to measure: names of benchmarks, or --table base")
-        base = home(Path.cwd())
-        given: dict[str, Any] = {
-            "benchmarks": tuple(asked),
-            "limit": limit,
-            "batch_size": batch_size,
-            "run_code": run_code,
-        }
-        given |= {"root": data} | ({} if bits is None else {"bits": checked_bits(device, bits)})
-        params = _over_the_projects(base / "params.yaml", given, saved_usage(Path.cwd(), name))
-        results = out or base / "reports" / "checkpoints" / safe(name)
-        places = sweep_places(name, params, base, Path(data).expanduser() if data else None, results)
-        found = _swept(name, asked, params, places, device)
-        if found is None:
-            return
-        measured = [n for n, line in found.items() if "error" not in line]
-        send_sweep(base, name, params, results, measured, key=places.answers.name)
-        print(f"results are in {results}")
-        raise typer.Exit(1 if any("error" in line for line in found.values()) else 0)
-
-
-def _swept(
-    name: str, asked: list[str], params: "EvaluateParams", places: "Places", device: str
-) -> dict[str, dict[str, Any]] | None:
-    """The results, by all GPUs of this machine; None in the processes that only answer a share."""
-    from tasks.record.registry import resolve
-    from tasks.record.runs import rank
-    from tasks.work.evaluate import processes, sharing
-    from tasks.work.measure import sweep
-
-    program = [sys.executable, "-m", "cli.main", *sys.argv[1:]]
-    with sharing(processes([resolve(name)], params, device), program):
-        found = sweep(name, asked, params, places, device=device)
-        return found if rank() == 0 else None
-
-
-def _over_the_projects(file: Path, asked_for: dict[str, Any], usage: "Usage | None") -> "EvaluateParams":
-    """The project's own settings under what was asked for: a small model answers on the canvas that it was trained for,
-    and on no other. Where the project does not say how puzzles are asked, the model's own usage does."""
-    from llada_core.evaluation.params import EvaluateParams
-    from llada_core.sampling.params import as_values
-    from tasks.project import Params
-
-    measured = (Params.load(file).evaluate if file.exists() else None) or EvaluateParams()
-    if usage is not None and "puzzles" not in measured.model_fields_set:
-        asked_for = {"puzzles": {"sampling": as_values(usage.sampling)}} | asked_for
-    return EvaluateParams.parse({**measured.model_dump(), **asked_for}, "llada eval")
 
 
 def fetch(

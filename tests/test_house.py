@@ -83,7 +83,7 @@ INSIDE = {
 }
 # Files whose own imports may stand inside: commands, and what has to answer before torch or MLflow could be read.
 LIGHT = {
-    *(f"cli/{name}.py" for name in ("models", "options", "runs", "serve", "talk")),
+    *(f"cli/{name}.py" for name in ("measure", "models", "options", "runs", "serve", "talk")),
     *("app/__main__.py", "flows/evaluate.py", "tasks/lm_eval.py"),
     *(f"tasks/launch/{name}.py" for name in ("plan", "plan_memory", "program", "trial", "workspace")),
     *("tasks/record/mlflow_model.py", "tasks/record/registry.py"),

@@ -24,6 +24,7 @@ from tasks.work.evaluate import Places, answering, as_asked, measure, quiet_lm_e
 
 if TYPE_CHECKING:
     from llada_core.evaluation.answering import Responder
+    from llada_core.evaluation.harness import Cost
 
 
 Record = dict[str, Any]
@@ -258,22 +259,34 @@ def tell_costs(
     """Says what each benchmark costs at most, and last what all cost together: at `rate` tokens a second, or that of one
     measured forward. Returns why a benchmark cannot be put, for those that cannot.
     """
-    from llada_core.evaluation.benchmark import benchmark, cost_of
     from llada_core.evaluation.harness import Cost
 
-    failed, total = {}, Cost()
+    costs, failed = costs_of(answerer, benchmarks, params, places, rate)
+    for name in benchmarks:
+        tell(f"{name}: {costs[name] if name in costs else failed[name]}")
+    total = sum(costs.values(), Cost())
+    tell(f"{len(costs)} of {len(benchmarks)} benchmarks, one after the other: {total}")
+    return failed
+
+
+def costs_of(
+    answerer: "Responder",
+    benchmarks: Sequence[str],
+    params: EvaluateParams,
+    places: Places,
+    rate: float | None = None,
+) -> "tuple[dict[str, Cost], dict[str, str]]":
+    """What each benchmark costs at most, and why one cannot be put, for those that cannot."""
+    from llada_core.evaluation.benchmark import benchmark, cost_of
+
+    costs, failed = {}, {}
     for name in benchmarks:
         try:
             asked = benchmark(name, params, root=places.root, puzzles=places.puzzles)
-            cost = cost_of(asked, as_asked(answerer, asked), limit=params.limit, rate=rate)
+            costs[name] = cost_of(asked, as_asked(answerer, asked), limit=params.limit, rate=rate)
         except FAILURES as error:
             failed[name] = " ".join(str(error).split())
-            tell(f"{name}: {failed[name]}")
-        else:
-            total += cost
-            tell(f"{name}: {cost}")
-    tell(f"{len(benchmarks) - len(failed)} of {len(benchmarks)} benchmarks, one after the other: {total}")
-    return failed
+    return costs, failed
 
 
 def sweep_places(model: str, params: EvaluateParams, home: Path, root: Path | None, out: Path) -> Places:

@@ -4,6 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
+from cli.measure import budget_hours, with_settings
+from llada_core.evaluation.params import EvaluateParams, Settings
 from llada_core.sampling.params import SamplingParams
 from llada_core.usage import Usage
 
@@ -45,3 +49,32 @@ def test_without_a_project_puzzles_are_measured_as_the_model_is_to_be_asked(call
     assert Usage.load(Path("copy")) == Usage.load(own)
     card = Path("copy/README.md").read_text()
     assert all(line in card for line in ("- turns: multi", "- system prompt: Be brief.", "- example: Why?"))
+
+
+def test_a_budget_asks_the_share_of_questions_that_fits(call, tiny, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    monkeypatch.setattr("llada_core.evaluation.answering.Responder.tokens_per_second", lambda *_: 1.0)
+    Path("data/eval").mkdir(parents=True)
+    rows = [{**PUZZLE, "id": str(i)} for i in range(40)]
+    Path("data/eval/seats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("params.yaml").write_text(PARAMS)
+    result = call("eval", "seats", "--model", tiny, "--out", "out", "--budget", "1h")
+    assert result.exit_code == 0, result.stderr
+    (measured,) = json.loads(Path("out/seats.json").read_text())["models"].values()
+    assert 0 < measured["n"] < 40
+    assert measured["subset"] == f"{measured['n']} of 40 questions"
+    assert "1.00 h are for" in result.stdout
+    assert "seats †" in Path("out/table.md").read_text()
+    refused = call("eval", "seats", "--model", tiny, "--out", "out", "--budget", "0.1m")
+    assert refused.exit_code == 2
+    assert "give more time" in refused.stderr
+
+
+def test_times_and_settings_for_all_benchmarks():
+    assert (budget_hours("4h"), budget_hours("90m"), budget_hours("1.5 h")) == (4.0, 1.5, 1.5)
+    with pytest.raises(ValueError, match="such as 4h"):
+        budget_hours("4 days")
+    params = EvaluateParams(overrides={"a": Settings(samples=3)})
+    changed = with_settings(params, ["a", "b"], {"estimator": "stock", "share": None})
+    assert changed.overrides == {"a": Settings(samples=3, estimator="stock"), "b": Settings(estimator="stock")}
+    assert with_settings(params, ["a"], {"estimator": None}) is params

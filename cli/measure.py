@@ -1,0 +1,178 @@
+"""The command eval: recipes or a published table, with their cost before they start, within a budget if there is one."""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.options import Bits, Device, Model, name_or_champion
+from llada_core.settings import ConfigError
+from tasks.errors import one_line_errors
+
+if TYPE_CHECKING:
+    from llada_core.evaluation.params import EvaluateParams
+    from llada_core.usage import Usage
+    from tasks.work.evaluate import Places
+
+
+def evaluate(
+    benchmarks: Annotated[
+        list[str], typer.Argument(help="names of recipes or of puzzle sets in data/eval; none: see --table")
+    ] = [],  # noqa: B006
+    model: Model = "",
+    table: Annotated[str, typer.Option(help="all benchmarks of a published table: base, instruct, ...")] = "",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="questions per benchmark; the score is marked as a subset")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="questions answered at once")] = 32,
+    data: Annotated[
+        str | None, typer.Option(help="folder with benchmark files; none: LLADAFLOW_DATA_ROOT, else the Hub")
+    ] = None,
+    estimator: Annotated[
+        str, typer.Option(help="of likelihoods: auto, stock (LLaDA's own), antithetic, exact; none: the recipe's")
+    ] = "",
+    share: Annotated[
+        float | None,
+        typer.Option(help="share of each benchmark's questions, drawn with a fixed seed; marked as a subset"),
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="time for all of it, such as 4h or 30m: the share of questions that fits is asked")
+    ] = "",
+    run_code: Annotated[bool, typer.Option(help="allow benchmarks that run the programs a model writes")] = False,
+    device: Device = "auto",
+    bits: Bits = None,
+    out: Annotated[Path | None, typer.Option(help="folder for results; none: reports/checkpoints/MODEL")] = None,
+) -> None:
+    """Measure a model on benchmarks; one that fails does not stop the others. Says first what each costs on the GPUs here.
+
+    llada eval sudoku countdown          the champion on its puzzles
+    llada eval --table instruct --model GSAI-ML/LLaDA-8B-Instruct --budget 4h
+
+    Sampler settings are the recipe's; those of puzzles, overrides and dtype are read from params.yaml here.
+    """
+    with one_line_errors():
+        from tasks.folders import safe
+        from tasks.record.runs import home
+        from tasks.record.tracking import send_sweep
+        from tasks.record.usage import saved_usage
+        from tasks.work.measure import sweep_places
+
+        root = _folder(data)
+        hours = budget_hours(budget) if budget and share is None else None
+        name = name_or_champion(model)
+        asked = _asked(benchmarks, table)
+        base = home(Path.cwd())
+        given: dict[str, Any] = {"benchmarks": tuple(asked), "limit": limit, "batch_size": batch_size}
+        given |= {"run_code": run_code, "root": data} | _checked(device, bits)
+        params = _over_the_projects(base / "params.yaml", given, saved_usage(Path.cwd(), name))
+        params = with_settings(params, asked, {"estimator": estimator or None, "share": share})
+        results = out or base / "reports" / "checkpoints" / safe(name)
+        places = sweep_places(name, params, base, root, results)
+        found = _swept(name, asked, params, places, device, hours)
+        if found is None:
+            return
+        measured = [n for n, line in found.items() if "error" not in line]
+        send_sweep(base, name, params, results, measured, key=places.answers.name)
+        print(f"results are in {results}")
+        raise typer.Exit(1 if any("error" in line for line in found.values()) else 0)
+
+
+def _folder(data: str | None) -> Path | None:
+    root = Path(data).expanduser() if data is not None else None
+    if root is not None and not root.is_dir():
+        raise FileNotFoundError(f"--data {data}: no such folder")
+    return root
+
+
+def _asked(benchmarks: Sequence[str], table: str) -> list[str]:
+    from llada_core.evaluation.recipes import table as published
+
+    asked = [*benchmarks, *([column.recipe for column in published(table).columns] if table else [])]
+    if not asked:
+        raise ValueError("say what to measure: names of benchmarks, or --table base")
+    return asked
+
+
+def _checked(device: str, bits: int | None) -> dict[str, Any]:
+    from llada_core.modeling.place import checked_bits
+
+    return {} if bits is None else {"bits": checked_bits(device, bits)}
+
+
+def budget_hours(text: str) -> float:
+    """Hours in a time such as 4h, 90m or 1.5h; ValueError with what is allowed."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([hm])", text.strip())
+    if not found or not float(found[1]):
+        raise ValueError(f"--budget {text!r}: write hours or minutes above zero, such as 4h or 30m")
+    return float(found[1]) / (60 if found[2] == "m" else 1)
+
+
+def with_settings(params: "EvaluateParams", asked: Sequence[str], given: dict[str, Any]) -> "EvaluateParams":
+    """The parameters with settings that are given (others than None) for every benchmark."""
+    from llada_core.evaluation.params import Settings
+
+    values = {key: value for key, value in given.items() if value is not None}
+    if not values:
+        return params
+    over = Settings.parse(values, "llada eval")
+    own = {name: over.over(params.overrides.get(name, Settings())) for name in asked}
+    return params.model_copy(update={"overrides": {**params.overrides, **own}})
+
+
+def share_within(
+    hours: float, name: str, asked: list[str], params: "EvaluateParams", places: "Places", device: str, processes: int
+) -> float:
+    """The share of every benchmark's questions that fits into so many hours, at the rate of measured forwards."""
+    from tasks.record.registry import resolve
+    from tasks.work.evaluate import answering, quiet_lm_eval
+    from tasks.work.measure import costs_of
+
+    quiet_lm_eval()
+    with answering(resolve(name), params, device) as answerer:
+        costs, _ = costs_of(answerer, asked, params, places)
+    total = sum(cost.hours for cost in costs.values()) / processes
+    share = min(1.0, hours / total) if total else 1.0
+    print(
+        f"all questions take at most {total:.2f} h on {processes} processes; {hours:.2f} h are for {share:.2%} of them"
+    )
+    if share * max((cost.answers for cost in costs.values()), default=0) < 1:
+        raise ConfigError(f"--budget {hours:.2f} h is for less than a question of each benchmark; give more time")
+    return share
+
+
+def _swept(
+    name: str, asked: list[str], params: "EvaluateParams", places: "Places", device: str, hours: float | None
+) -> dict[str, dict[str, Any]] | None:
+    """The results, by all GPUs of this machine; None in the processes that only answer a share."""
+    from tasks.record.registry import resolve
+    from tasks.record.runs import rank
+    from tasks.work.evaluate import processes, sharing
+    from tasks.work.measure import sweep
+
+    program = [sys.executable, "-m", "cli.main", *sys.argv[1:]]
+    count = processes([resolve(name)], params, device)
+    if hours is not None:
+        if "RANK" in os.environ:
+            raise ConfigError("--budget is measured by one process; give the others its --share")
+        share = share_within(hours, name, asked, params, places, device, count)
+        params, program = with_settings(params, asked, {"share": share}), [*program, "--share", repr(share)]
+    with sharing(count, program):
+        found = sweep(name, asked, params, places, device=device)
+        return found if rank() == 0 else None
+
+
+def _over_the_projects(file: Path, asked_for: dict[str, Any], usage: "Usage | None") -> "EvaluateParams":
+    """The project's own settings under what was asked for: a small model answers on the canvas that it was trained for,
+    and on no other. Where the project does not say how puzzles are asked, the model's own usage does."""
+    from llada_core.evaluation.params import EvaluateParams
+    from llada_core.sampling.params import as_values
+    from tasks.project import Params
+
+    measured = (Params.load(file).evaluate if file.exists() else None) or EvaluateParams()
+    if usage is not None and "puzzles" not in measured.model_fields_set:
+        asked_for = {"puzzles": {"sampling": as_values(usage.sampling)}} | asked_for
+    return EvaluateParams.parse({**measured.model_dump(), **asked_for}, "llada eval")
