@@ -1,5 +1,6 @@
 """The command eval: recipes or a published table, with their cost before they start, within a budget if there is one."""
 
+import logging
 import os
 import re
 import sys
@@ -42,6 +43,12 @@ def evaluate(
     budget: Annotated[
         str, typer.Option(help="time for all of it, such as 4h or 30m: the share of questions that fits is asked")
     ] = "",
+    speed: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="accuracy beside tokens a forward with these sampler settings, such as cache=dual; or: usual"
+        ),
+    ] = None,
     run_code: Annotated[bool, typer.Option(help="allow benchmarks that run the programs a model writes")] = False,
     device: Device = "auto",
     bits: Bits = None,
@@ -49,36 +56,43 @@ def evaluate(
 ) -> None:
     """Measure a model on benchmarks; one that fails does not stop the others. Says first what each costs on the GPUs here.
 
-    llada eval sudoku countdown          the champion on its puzzles
     llada eval --table instruct --model GSAI-ML/LLaDA-8B-Instruct --budget 4h
 
     Sampler settings are the recipe's; those of puzzles, overrides and dtype are read from params.yaml here.
     """
     with one_line_errors():
-        from tasks.folders import safe
         from tasks.record.runs import home
         from tasks.record.tracking import send_sweep
-        from tasks.record.usage import saved_usage
-        from tasks.work.measure import sweep_places
 
-        root = _folder(data)
+        name, asked = name_or_champion(model), _asked(benchmarks, table)
         hours = budget_hours(budget) if budget and share is None else None
-        name = name_or_champion(model)
-        asked = _asked(benchmarks, table)
-        base = home(Path.cwd())
-        given: dict[str, Any] = {"benchmarks": tuple(asked), "limit": limit, "batch_size": batch_size}
-        given |= {"run_code": run_code, "root": data} | _checked(device, bits)
-        params = _over_the_projects(base / "params.yaml", given, saved_usage(Path.cwd(), name))
-        params = with_settings(params, asked, {"estimator": estimator or None, "share": share})
-        results = out or base / "reports" / "checkpoints" / safe(name)
-        places = sweep_places(name, params, base, root, results)
-        found = _swept(name, asked, params, places, device, hours)
-        if found is None:
-            return
+        given: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "run_code": run_code, "root": data}
+        over = {"estimator": estimator or None, "share": share}
+        params, places = _prepared(name, asked, given | _checked(device, bits), over, out)
+        if speed:
+            return _sped(name, asked, params, places, device, speed)
+        if (found := _swept(name, asked, params, places, device, hours)) is None:
+            return None
         measured = [n for n, line in found.items() if "error" not in line]
-        send_sweep(base, name, params, results, measured, key=places.answers.name)
-        print(f"results are in {results}")
-        raise typer.Exit(1 if any("error" in line for line in found.values()) else 0)
+        send_sweep(home(Path.cwd()), name, params, places.out, measured, key=places.answers.name)
+        print(f"results are in {places.out}")
+        raise typer.Exit(len(measured) < len(found))
+
+
+def _prepared(
+    name: str, asked: list[str], given: dict[str, Any], over: dict[str, Any], out: Path | None
+) -> "tuple[EvaluateParams, Places]":
+    """What was asked for over the project's own, and where it is read and written."""
+    from tasks.folders import safe
+    from tasks.record.runs import home
+    from tasks.record.usage import saved_usage
+    from tasks.work.measure import sweep_places
+
+    root, base = _folder(given["root"]), home(Path.cwd())
+    values = {"benchmarks": tuple(asked), **given}
+    params = _over_the_projects(base / "params.yaml", values, saved_usage(Path.cwd(), name))
+    params = with_settings(params, asked, over)
+    return params, sweep_places(name, params, base, root, out or base / "reports" / "checkpoints" / safe(name))
 
 
 def _folder(data: str | None) -> Path | None:
@@ -121,6 +135,27 @@ def with_settings(params: "EvaluateParams", asked: Sequence[str], given: dict[st
     over = Settings.parse(values, "llada eval")
     own = {name: over.over(params.overrides.get(name, Settings())) for name in asked}
     return params.model_copy(update={"overrides": {**params.overrides, **own}})
+
+
+def _sped(
+    name: str, asked: list[str], params: "EvaluateParams", places: "Places", device: str, texts: Sequence[str]
+) -> None:
+    """Prints what faster settings cost on each benchmark, and keeps it as speed-NAME.md beside the results."""
+    from llada_core.evaluation.benchmark import benchmark
+    from llada_core.evaluation.speed import study, told
+    from tasks.folders import write_text
+    from tasks.record.registry import resolve
+    from tasks.work.evaluate import answering, quiet_lm_eval
+
+    quiet_lm_eval(harness=logging.WARNING)
+    with answering(resolve(name), params, device) as answerer:
+        for each in asked:
+            put = benchmark(each, params, root=places.root, puzzles=places.puzzles)
+            if put.recipe.kind != "generate":
+                raise ConfigError(f"--speed: {each} writes nothing; name benchmarks that are answered in words")
+            text = told(each, study(put, answerer, texts, params.limit))
+            write_text(places.out / f"speed-{each}.md", text + "\n")
+            print(f"{text}\n")
 
 
 def share_within(

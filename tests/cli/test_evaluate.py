@@ -78,3 +78,17 @@ def test_times_and_settings_for_all_benchmarks():
     changed = with_settings(params, ["a", "b"], {"estimator": "stock", "share": None})
     assert changed.overrides == {"a": Settings(samples=3, estimator="stock"), "b": Settings(estimator="stock")}
     assert with_settings(params, ["a"], {"estimator": None}) is params
+
+
+def test_speed_is_told_beside_exact_and_kept(call, tiny, monkeypatch):
+    monkeypatch.setattr("llada_core.evaluation.speed.HALF", 0.0)
+    Path("data/eval").mkdir(parents=True)
+    Path("data/eval/seats.jsonl").write_text(json.dumps(PUZZLE) + "\n")
+    Path("params.yaml").write_text(PARAMS)
+    result = call(
+        "eval", "seats", "--model", tiny, "--out", "out", "--speed", "threshold=0.01", "--speed", "cache=dual"
+    )
+    assert result.exit_code == 0, result.stderr
+    kept = Path("out/speed-seats.md").read_text()
+    assert all(f"| {name}" in kept for name in ("exact", "threshold=0.01", "cache=dual"))
+    assert kept.strip() in result.stdout

@@ -1,0 +1,200 @@
+"""What faster sampler settings cost: accuracy and tokens a forward under several wordings, paired against exact.
+
+Rankings of decoders flip with the prompt (arXiv:2606.29228), so the worst wording stands beside the mean.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lm_eval.api.instance import Instance
+
+from llada_core.evaluation.answering import Responder
+from llada_core.evaluation.benchmark import Benchmark, run
+from llada_core.evaluation.harness import LladaLM
+from llada_core.evaluation.params import Settings
+from llada_core.evaluation.requests import DEFAULT_LENGTH, ChatText
+from llada_core.evaluation.statistics import Difference, paired
+
+EXACT = "exact"
+SEQUENTIAL: dict[str, Any] = {"threshold": None, "factor": None, "entropy_bound": None, "rule": None, "cache": "none"}
+USUAL = ("threshold=0.99", "threshold=0.9", "factor=0.5", "cache=prefix", "cache=dual", "cache=dual,threshold=0.9")
+HALF = 0.5  # a wording counts where exact solves so much
+ALPHA, FLOOR = 3.0, 0.05  # of accuracy under parallelism: how fast a lost point loses weight, and what is left out
+Sampling = dict[str, Any]
+
+
+@cache
+def wordings() -> dict[str, str]:
+    """Name -> text around a question, with `{question}` in its place."""
+    found: dict[str, str] = yaml.safe_load(Path(__file__).with_name("speed_prompts.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+def settings_of(asked: Benchmark, texts: Sequence[str]) -> dict[str, Sampling]:
+    """Name -> sampler settings: exact (a token a forward), then each text such as `threshold=0.9,cache=dual`.
+
+    `usual` stands for a common set; every one goes over exact's. Raises `ConfigError` for an unknown setting.
+    """
+    sampling = asked.settings.sampling
+    exact = {**SEQUENTIAL, "steps": sampling.get("max_new_tokens", DEFAULT_LENGTH)}
+    found = {EXACT: exact}
+    named = [each for given in texts for each in (USUAL if given == "usual" else (given,))]
+    for text in dict.fromkeys(named):
+        pairs = (part.partition("=") for part in text.split(","))
+        given = {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+        found[text] = Settings.parse({"sampling": {**exact, **given}}, f"--speed {text}").sampling
+    return found
+
+
+class RewordedLM(LladaLM):
+    """Asks every question in another wording: that of the last message of a dialogue, or of the whole text."""
+
+    def __init__(self, answerer: Responder, wording: str) -> None:
+        super().__init__(answerer)
+        self.wording, self.seconds = wording, 0.0
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        for request in requests:
+            prompt, *rest = request.args
+            request.arguments = (self._reworded(prompt), *rest)
+        started = time.monotonic()
+        answers = super().generate_until(requests)
+        self.seconds += time.monotonic() - started
+        return answers
+
+    def _reworded(self, prompt: str) -> str:
+        if not isinstance(prompt, ChatText):
+            return self.wording.replace("{question}", prompt)
+        *before, last = prompt.messages
+        said = {**last, "content": self.wording.replace("{question}", last["content"])}
+        return self.apply_chat_template([*before, said]) + prompt.begun
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting under one wording: scores by question, tokens and forwards of an answer, tokens a second."""
+
+    scores: tuple[float, ...]
+    tokens: float
+    forwards: float
+    tokens_per_second: float
+
+    @property
+    def accuracy(self) -> float:
+        """The mean score."""
+        return sum(self.scores) / len(self.scores)
+
+    @property
+    def parallelism(self) -> float:
+        """Tokens a forward."""
+        return self.tokens / self.forwards
+
+
+def measured(
+    asked: Benchmark, answerer: Responder, sampling: Sampling, wording: str, limit: int | None = None
+) -> Point:
+    """One setting under one wording, a question at a time as the published speeds; nothing is kept on disk."""
+    settings = Settings(sampling=sampling).over(asked.settings)
+    options = replace(answerer.options, settings=settings, batch_size=1)
+    lm = RewordedLM(replace(answerer, options=options), wording)
+    _, records = run(replace(asked, settings=settings), lm, limit=limit)
+    scores = tuple(float(record["score"]) for record in records)
+    tokens, forwards = sum(lm.new_tokens), sum(lm.forwards)
+    return Point(scores, tokens / len(scores), forwards / len(scores), tokens / max(lm.seconds, 1e-9))
+
+
+def study(
+    asked: Benchmark, answerer: Responder, texts: Sequence[str], limit: int | None = None
+) -> dict[str, dict[str, Point]]:
+    """Setting -> wording -> point; a wording in which exact solves less than half is asked of exact alone."""
+    chosen = settings_of(asked, texts)
+    found: dict[str, dict[str, Point]] = {name: {} for name in chosen}
+    for name, wording in wordings().items():
+        for setting, sampling in chosen.items():
+            found[setting][name] = measured(asked, answerer, sampling, wording, limit)
+            if found[EXACT][name].accuracy < HALF:
+                break
+    return found
+
+
+def accuracy_under_parallelism(points: Sequence[tuple[float, float]], best: float | None = None) -> float:
+    """d3LLM's measure of (tokens a forward, accuracy of 0 to 1) pairs, in percent points times tokens a forward.
+
+    The area under accuracy over parallelism, each accuracy weighted by exp(-3 (1 - accuracy / best)); what lies more
+    than five points below the slowest is left out. best: the highest accuracy there is; None: of these points.
+    """
+    ordered = sorted(points)
+    kept = [(rho, 100 * y) for rho, y in ordered if y >= ordered[0][1] - FLOOR]
+    top = 100 * best if best is not None else max(y for _, y in kept)
+    weighted = [(rho, y * min(1.0, math.exp(-ALPHA * (1 - y / top)))) if top else (rho, 0.0) for rho, y in kept]
+    area = kept[0][0] * kept[0][1]
+    for (before, lower), (rho, upper) in pairwise(weighted):
+        area += (rho - before) * (lower + upper) / 2
+    return area
+
+
+def table(points: Mapping[str, Mapping[str, Point]]) -> list[dict[str, Any]]:
+    """A row for each setting (setting -> wording -> point; `EXACT` is one): over the wordings in which exact solves half.
+
+    `mean` and `worst` accuracy with the wording that is worst, `difference` from exact paired over all their questions,
+    and whether no other setting is at least as accurate and as fast (`pareto`).
+    """
+    counted = [wording for wording, point in points[EXACT].items() if point.accuracy >= HALF]
+    rows = [_row(name, by_wording, points[EXACT], counted) for name, by_wording in points.items()] if counted else []
+    for row in rows:
+        faster = [o for o in rows if o is not row and o["tokens_per_forward"] >= row["tokens_per_forward"]]
+        row["pareto"] = not any(o["mean"] >= row["mean"] for o in faster)
+    return rows
+
+
+def _row(name: str, own: Mapping[str, Point], exact: Mapping[str, Point], counted: Sequence[str]) -> dict[str, Any]:
+    points = {wording: own[wording] for wording in counted}
+    worst = min(points, key=lambda wording: points[wording].accuracy)
+    scores = [score for point in points.values() for score in point.scores]
+    reference = [score for wording in counted for score in exact[wording].scores]
+    difference: Difference = paired(scores, reference)
+    n = len(points)
+    return {
+        "setting": name,
+        "wordings": list(counted),
+        "mean": sum(p.accuracy for p in points.values()) / n,
+        "worst": points[worst].accuracy,
+        "worst_wording": worst,
+        "tokens_per_forward": sum(p.tokens for p in points.values()) / sum(p.forwards for p in points.values()),
+        "forwards": sum(p.forwards for p in points.values()) / n,
+        "tokens_per_second": sum(p.tokens_per_second for p in points.values()) / n,
+        "difference": difference.value,
+        "low": difference.low,
+        "high": difference.high,
+    }
+
+
+def told(name: str, points: Mapping[str, Mapping[str, Point]]) -> str:
+    """The rows as Markdown, with accuracy under parallelism of the means, and of the worst wording of each setting."""
+    counted = [w for w, point in points[EXACT].items() if point.accuracy >= HALF]
+    left = [f"{w} {100 * p.accuracy:.0f} %" for w, p in points[EXACT].items() if w not in counted]
+    lines = [f"{name}: wordings in which exact solves half: {', '.join(counted) or 'none'}"]
+    lines += [f"not counted, by exact: {', '.join(left)}"] if left else []
+    rows = table(points)
+    if not rows:
+        return "\n".join(lines)
+    head = "| setting | mean % | worst % (wording) | against exact | tokens/forward | forwards | tokens/s |"
+    lines += ["", head, "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        against = f"{100 * r['difference']:+.1f} [{100 * r['low']:+.1f}, {100 * r['high']:+.1f}]"
+        cells = [f"{r['setting']}{' *' if r['pareto'] else ''}", f"{100 * r['mean']:.1f}"]
+        cells += [f"{100 * r['worst']:.1f} ({r['worst_wording']})", against, f"{r['tokens_per_forward']:.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{r['forwards']:.1f}", f"{r['tokens_per_second']:.0f}"]) + " |")
+    areas = [accuracy_under_parallelism([(r["tokens_per_forward"], r[key]) for r in rows]) for key in ("mean", "worst")]
+    lines += [
+        "",
+        f"* no other is as accurate and as fast. AUP {areas[0]:.1f} of the means, {areas[1]:.1f} of the worst.",
+    ]
+    return "\n".join(lines)

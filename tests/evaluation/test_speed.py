@@ -1,0 +1,81 @@
+"""Speed-ups under several wordings: which count, the worst beside the mean, and accuracy under parallelism."""
+
+import math
+
+import pytest
+
+from llada_core.evaluation import speed, taskset
+from llada_core.evaluation.answering import Options, Responder
+from llada_core.evaluation.benchmark import Benchmark
+from llada_core.evaluation.params import Settings
+from llada_core.evaluation.recipes import Recipe
+from llada_core.evaluation.speed import EXACT, Point, accuracy_under_parallelism, settings_of, study, table, told
+from llada_core.settings import ConfigError
+from tests.tiny import tiny_pair
+
+QUICK = Settings(sampling={"max_new_tokens": 8, "block_length": 8, "steps": 4, "threshold": 0.999})
+
+
+def point(right, n=20, tokens=10.0, forwards=10.0):
+    return Point((1.0,) * right + (0.0,) * (n - right), tokens, forwards, 5.0)
+
+
+@pytest.fixture
+def asked():
+    row = {"task": "seats", "prompt": "seats 12", "answer": '{"order": "12"}', "in_training": False}
+    fixed = {"definition": "puzzles", "version": 1.0, "kind": "generate", "metric": "correct,none", "shots": 0}
+    values = {"name": "seats", "task": "seats", "chat": True, "chance": 0.0, "settings": QUICK, **fixed}
+    rows = [{"id": str(i), **row} for i in range(3)]
+    return Benchmark("seats", Recipe.parse(values, "seats"), taskset.puzzles("seats", rows), QUICK)
+
+
+def test_area_as_d3llm_defines_it():
+    points = [(1.0, 0.8), (2.0, 0.8), (4.0, 0.76), (6.0, 0.7)]
+    weight = math.exp(-3 * (1 - 76 / 80))
+    assert accuracy_under_parallelism(points) == pytest.approx(80 + 80 + 2 * (80 + 76 * weight) / 2)
+    assert accuracy_under_parallelism([(1.0, 0.0)]) == 0.0
+    higher = accuracy_under_parallelism(points, best=0.9)
+    assert higher < accuracy_under_parallelism(points)
+
+
+def test_a_wording_counts_where_exact_solves_half_and_the_worst_is_named():
+    points = {
+        EXACT: {"a": point(18), "b": point(16), "c": point(4)},
+        "fast": {"a": point(18, forwards=5.0), "b": point(8, forwards=5.0)},
+        "slow": {"a": point(17), "b": point(15)},
+    }
+    exact, fast, slow = table(points)
+    assert (exact["mean"], exact["worst"], exact["worst_wording"]) == (pytest.approx(0.85), 0.8, "b")
+    assert (fast["mean"], fast["worst"], fast["worst_wording"]) == (pytest.approx(0.65), 0.4, "b")
+    assert (fast["tokens_per_forward"], fast["difference"]) == (2.0, pytest.approx(-0.2))
+    assert fast["high"] < 0
+    assert [row["pareto"] for row in (exact, fast, slow)] == [True, True, False]
+    text = told("seats", points)
+    assert "wordings in which exact solves half: a, b" in text
+    assert "not counted, by exact: c 20 %" in text
+    assert "| fast * | 65.0 | 40.0 (b) |" in text
+    assert told("seats", {EXACT: {"a": point(1)}}).endswith("not counted, by exact: a 5 %")
+
+
+def test_exact_is_a_token_a_forward_whatever_the_recipe_says(asked):
+    found = settings_of(asked, ["threshold=0.9,cache=dual", "usual"])
+    assert found[EXACT]["steps"] == 8
+    assert found[EXACT]["threshold"] is None
+    assert (found["threshold=0.9,cache=dual"]["threshold"], found["threshold=0.9,cache=dual"]["cache"]) == (0.9, "dual")
+    assert len(speed.wordings()) >= 3
+    with pytest.raises(ConfigError, match="treshold"):
+        settings_of(asked, ["treshold=0.9"])
+
+
+def test_every_wording_reaches_the_model_and_forwards_are_counted(asked, monkeypatch):
+    model, tokenizer = tiny_pair()
+    seen = []
+    reworded = speed.RewordedLM._reworded
+    monkeypatch.setattr(speed.RewordedLM, "_reworded", lambda lm, p: seen.append(reworded(lm, p)) or seen[-1])
+    monkeypatch.setattr(speed, "HALF", 0.0)
+    found = study(asked, Responder(model, tokenizer, Options()), ["threshold=0.01"], limit=2)
+    contents = {prompt.messages[-1]["content"] for prompt in seen}
+    assert contents == {text.replace("{question}", "seats 12") for text in speed.wordings().values()}
+    assert {point.forwards for point in found[EXACT].values()} == {8.0}
+    assert max(point.forwards for point in found["threshold=0.01"].values()) < 8.0
+    assert all(len(point.scores) == 2 for point in found[EXACT].values())
