@@ -27,6 +27,7 @@ MEMBER = {
     "cmmlu": ("cmmlu_anatomy", 1),
     "ceval-valid": ("ceval-valid_logic", 2),
     "minerva_math": ("minerva_math_geometry", 3.1),
+    "parallelbench": ("parallelbench_insert_random", 1),
 }
 HERE = [n for n in recipes.names() if n not in NOT_HERE]
 
