@@ -22,7 +22,7 @@ def serve(  # noqa: PLR0913 - a command has as many arguments as it has options
     login: Annotated[
         str, typer.Option(help="USER:PASSWORD asked for before the page opens.", envvar="LLADAFLOW_APP_LOGIN")
     ] = "",
-    at_once: Annotated[int, typer.Option(min=1, help="Answers written at the same time; more wait in line.")] = 4,
+    at_once: Annotated[int, typer.Option(min=1, help="Answers written at the same time; more wait in line.")] = 16,
     seconds: Annotated[float, typer.Option(min=1, help="Longest time that one answer may compute.")] = 120.0,
     device: Annotated[
         str, typer.Option(help=f"Where models lie: {DEVICES}; auto: GPUs if there are any.", envvar=DEVICE_SETTING)

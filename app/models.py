@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +20,10 @@ from llada_core.files import document
 from llada_core.modeling import load_to_answer
 from llada_core.modeling.place import checked_bits, held_bytes
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling import Step, stream, stream_infill
+from llada_core.sampling import Step
+from llada_core.sampling.engine import Engine
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.requests import Request, to_answer, to_fill
 from llada_core.settings import Bits, ConfigError
 from llada_core.tokenizer import Tokenizer
 from llada_core.usage import Usage
@@ -161,7 +164,7 @@ MOST_CONTEXT = 4096  # of the page, whose machine many may share
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """One model, ready to write. `turn` lets simultaneous writers share it step by step."""
+    """One model, ready to write: whoever writes at the same time shares the steps of its engine."""
 
     name: str
     folder: Path | None  # None in a terminal, which has one model and compares no two
@@ -169,12 +172,21 @@ class LoadedModel:
     tokenizer: Tokenizer
     max_context: int = MOST_CONTEXT  # tokens of a canvas that whoever shows it allows
     usage: Usage = field(default_factory=Usage)
-    turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What writes for all who ask: 64 at once, or as many as are together as long as 32 whole contexts."""
+        return Engine(self.model, rows=64, positions=32 * self.context)
 
     @property
     def context(self) -> int:
         """Longest canvas in tokens."""
         return min(self.model.max_length, self.max_context)
+
+    @property
+    def turn(self) -> threading.Lock:
+        """For whoever asks the model beside its engine: no step is made meanwhile."""
+        return self.engine.turn
 
     def decode(self, token: int) -> str:
         """One token as text, end tokens as a sign."""
@@ -193,22 +205,21 @@ class LoadedModel:
         `fixed_tokens`: answer position -> token that stands there from the start.
         """
         with as_user_error():
-            return self._in_turn(stream(self.model, [prompt], params, pinned=fixed_tokens, look_ahead=look_ahead))
+            requests, _ = to_answer(self.model, [prompt], params, pinned=fixed_tokens, ahead=look_ahead)
+        return self._steps(requests)
 
     def fill(
         self, template: list[int], params: SamplingParams, *, look_ahead: bool = False
     ) -> Generator[Step, None, None]:
         """Denoises the masks of a template."""
         with as_user_error():
-            return self._in_turn(stream_infill(self.model, [template], params, look_ahead=look_ahead))
+            requests = to_fill(self.model, [template], params, ahead=look_ahead)
+        return self._steps(requests)
 
-    def _in_turn(self, steps: Iterator[Step]) -> Generator[Step, None, None]:
-        while True:
-            with self.turn:
-                step = next(steps, None)
-            if step is None:
-                return
-            yield step
+    def _steps(self, requests: list[Request]) -> Generator[Step, None, None]:
+        with as_user_error():  # once the first step is asked for: who never begins takes no place
+            (answer,) = self.engine.submit(requests, watched=True)
+        yield from self.engine.follow(answer)
 
 
 @dataclass(frozen=True)
@@ -293,7 +304,7 @@ class AppState:
     index: ModelIndex
     model: str
     seconds: float = 120.0
-    at_once: int = 4
+    at_once: int = 16
     pace: float = 25.0
 
     def queue(self) -> dict[str, Any]:

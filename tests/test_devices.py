@@ -16,8 +16,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llada_core.modeling.block import Experts
 from llada_core.modeling.predictor import device_of
-from llada_core.sampling import generate
+from llada_core.sampling import stream
+from llada_core.sampling.engine import Engine
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.requests import to_answer
 from llada_core.settings import ConfigError
 from llada_core.training.engine import Ranks
 from llada_core.training.grpo import GRPO, Share
@@ -86,22 +88,39 @@ def test_a_preference_never_waits():
     assert gpu.waits == {}
 
 
-# Waits of one step within a block, of which each mode has the same one: how many positions are open is read.
+# Each mode waits once a step, also where rows enter blocks at different steps: for what the host has to know of them.
 REMASK = {"rule": "tests.sampling.test_own_rules.remask"}
+EACH = [{}, {"cache": "prefix"}, {"cache": "dual"}, {"threshold": 0.9}, REMASK, {"temperature": 1.0}, {"cfg_scale": 0.5},
+        {"schedule": "cosine", "stochastic_transfer": True}, {"stop_at_eos": True}, {"cache": "dual", "factor": 0.02}]  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", [{}, {"cache": "prefix"}, {"cache": "dual"}, {"threshold": 0.9}, REMASK], ids=str)
+@pytest.mark.parametrize("settings", EACH, ids=str)
 @pytest.mark.parametrize("kind", ["llada", "llada_moe"])
 def test_a_sampling_step_waits_once(kind, settings):
-    counts = []
-    for new in (8, 16):
-        params = SamplingParams(max_new_tokens=new, block_length=new, **({"steps": new} | settings))
+    extra = []
+    for new in (8, 24):
+        params = SamplingParams(max_new_tokens=new, block_length=4, seed=0, **({"steps": new} | settings))
+        model = moved(tiny_model(kind))
         with PretendGPU() as gpu:
-            generation = generate(moved(tiny_model(kind)), [[7, 8, 9], [3, 4, 5]], params)
-        counts.append((generation.forwards, gpu.waits.total()))
-    (few, waited), (many, more) = counts
-    assert many > few
-    assert more - waited == many - few
+            steps = sum(1 for _ in stream(model, [[7, 8, 9], [3, 4, 5]], params))
+        extra.append(gpu.waits.total() - steps)
+    assert extra[0] == extra[1], "what is waited for beside one transfer a step does not grow with the answer"
+
+
+def test_rows_that_join_and_rows_that_are_watched_cost_no_transfer_more():
+    params = SamplingParams(max_new_tokens=8, block_length=4, steps=8)
+    model = moved(tiny_model())
+    with PretendGPU() as gpu:
+        engine = Engine(model)
+        first = engine.submit(to_answer(model, [[7, 8, 9]], params)[0])
+        engine.step()
+        engine.step()
+        waited = gpu.waits.total()
+        second = engine.submit(to_answer(model, [[3, 4]], params)[0], watched=True)
+        asking = gpu.waits.total() - waited
+        engine.step()
+        assert (asking, gpu.waits.total() - waited) == (0, 1)
+        engine.finish([*first, *second])
 
 
 @pytest.fixture

@@ -24,7 +24,9 @@ from llada_core.modeling import MaskPredictor, load_model, load_to_answer
 from llada_core.modeling.folder import base_of, is_adapter
 from llada_core.modeling.place import checked_bits, processes_for
 from llada_core.modeling.pretrained import need_of
-from llada_core.sampling.sampler import generate, infill
+from llada_core.sampling.batch import Answer
+from llada_core.sampling.engine import Engine
+from llada_core.sampling.requests import Request, to_answer, to_fill
 from llada_core.settings import ConfigError, nearest
 from llada_core.tokenizer import Tokenizer
 
@@ -264,20 +266,27 @@ class Responder:
         return self.options.settings.samples or SAMPLES
 
     def generate(self, asked: list[GenerationRequest]) -> list[Response]:
-        """Answers to requests with the same settings, in one batch."""
-        if asked[0].blanks:
-            return self._infill(asked)
-        result = generate(self.model, [list(w.prompt) for w in asked], asked[0].params)
-        return [self._answer(row.tolist(), result.forwards) for row in result.answers]
+        """Answers to requests of any settings, `batch_size` at once, in their order: the next ones as places get free."""
+        engine = Engine(self.model, rows=self.options.batch_size, waiting=len(asked))
+        answers = engine.submit([self._request(each) for each in asked])
+        engine.finish(answers)
+        return [
+            self._answer(self._written(answer, w), answer.forwards) for answer, w in zip(answers, asked, strict=True)
+        ]
 
-    def _infill(self, asked: list[GenerationRequest]) -> list[Response]:
-        mask = self.tokenizer.special.mask_id
-        templates = [[*w.prompt, *[mask] * w.blanks, *w.suffix] for w in asked]
-        most = max(w.length for w in asked)
-        params = replace(asked[0].params, max_new_tokens=most, block_length=most, stop_at_eos=False, schedule="linear")
-        result = infill(self.model, templates, params)
-        parts = (row[len(w.prompt) :][: w.blanks] for row, w in zip(result.answers, asked, strict=True))
-        return [self._answer(part.tolist(), result.forwards) for part in parts]
+    def _request(self, asked: GenerationRequest) -> Request:
+        if not asked.blanks:
+            return to_answer(self.model, [asked.prompt], asked.params, copy=asked.copy)[0][0]
+        template = [*asked.prompt, *[self.tokenizer.special.mask_id] * asked.blanks, *asked.suffix]
+        own = replace(asked.params, max_new_tokens=asked.length, block_length=asked.length)
+        params = replace(own, stop_at_eos=False, schedule="linear")
+        return to_fill(self.model, [template], params, copy=asked.copy)[0]
+
+    @staticmethod
+    def _written(answer: Answer, asked: GenerationRequest) -> Ids:
+        assert answer.tokens is not None
+        first = len(asked.prompt) if asked.blanks else answer.request.start
+        return answer.tokens[first : first + (asked.blanks or asked.params.max_new_tokens)].tolist()
 
     def _answer(self, ids: Ids, forwards: int) -> Response:
         ends = [i for i, token in enumerate(ids) if token in self.tokenizer.end_ids]

@@ -5,6 +5,7 @@ Knows a tokenizer and a model's limits; does not know how an answer is produced.
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -53,13 +54,17 @@ class ChatText(str):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One answer to generate: `prompt` ids, settings, stop strings; `blanks` masks before `suffix` when infilling."""
+    """One answer to generate: `prompt` ids, settings, stop strings; `blanks` masks before `suffix` when infilling.
+
+    Of equal requests each is a `copy` of its own, from 0.
+    """
 
     prompt: tuple[int, ...]
     params: SamplingParams
     until: tuple[str, ...] = ()
     suffix: tuple[int, ...] = ()
     blanks: int = 0
+    copy: int = 0
 
     @property
     def length(self) -> int:
@@ -143,7 +148,14 @@ def wanted(
         found.append(GenerationRequest(tuple(prompt[-room:]), params, until))
     if shortened:
         log.warning("%d prompts lose their beginning: the model takes %d tokens with the answer", shortened, longest)
-    return found
+    seen: Counter[tuple[int, ...]] = Counter()
+    return [dataclasses.replace(each, copy=_counted(seen, each.prompt + each.suffix)) for each in found]
+
+
+def _counted(seen: Counter[tuple[int, ...]], ids: tuple[int, ...]) -> int:
+    """How often these ids came before."""
+    seen[ids] += 1
+    return seen[ids] - 1
 
 
 def prompt_ids(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[list[int]]:

@@ -189,10 +189,12 @@ class Surroundings:
 def key_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The additive bias for a 1/0 mask (B, T) or (B, W, T); None where nothing is hidden.
 
-    On CPU a mask of ones is found out; on a GPU that would stall the stream, so pass None there.
+    On CPU a mask of ones is found out; on a GPU that would stall the stream, so pass None there. A compiled call keeps it.
     The dtype's minimum, not -inf, keeps a row that sees nothing finite, as the published code does.
     """
-    if mask is None or (mask.device.type == "cpu" and bool(mask.all())):
+    if mask is None:
+        return None
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
         return None
     shaped = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
     bias = torch.zeros(shaped.shape, dtype=dtype, device=mask.device)

@@ -1,4 +1,4 @@
-"""The rows being written, their blocks, what one step did; and whether an input can be sampled at all.
+"""The rows being written, their blocks, and what one step did.
 
 Every row starts at column 0, so that a sequence has the same positions (and rounding) alone and in any batch; what is
 shorter is padded on the right and invisible.
@@ -6,137 +6,17 @@ shorter is padded on the right and invisible.
 Shapes: B rows of the caller's batch, A of them active, T columns, W positions of a block's window.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from llada_core.modeling.predictor import MaskPredictor, require_in_vocabulary, require_no_mask
-from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.denoiser import on_device
+from llada_core.sampling.requests import Request
 from llada_core.tokenizer import SpecialTokens
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """One prompt without its padding: `ids` (P,) int64; `visible` (P,) bool if it has holes."""
-
-    ids: Tensor
-    visible: Tensor | None = None
-
-
-def prompts(
-    model: MaskPredictor, prompt_ids: Tensor | Sequence[Sequence[int]] | Sequence[Tensor], attention_mask: Tensor | None
-) -> tuple[list[PromptRow], int]:
-    """The prompts of a batch, checked, and the width of the caller's layout: the longest, padding included."""
-    if isinstance(prompt_ids, Tensor):
-        rows, width = _rows_of_tensor(model, prompt_ids, attention_mask), prompt_ids.shape[1]
-    elif attention_mask is not None:
-        raise ValueError(
-            "attention_mask belongs to a prompt tensor; a list of prompts needs none, its prompts are not padded"
-        )
-    else:
-        rows = [PromptRow(ids) for ids in _rows_of_list(model, prompt_ids)]
-        width = max(len(row.ids) for row in rows)
-    for i, row in enumerate(rows):
-        ids = row.ids if row.visible is None else row.ids[row.visible]
-        require_in_vocabulary(model, ids, f"prompt {i}")
-        require_no_mask(
-            model, ids, f"prompt {i}", "to have masks filled, give the whole text as a template to infill()"
-        )
-    return rows, width
-
-
-def templates(model: MaskPredictor, template_ids: Tensor | Sequence[Sequence[int]] | Sequence[Tensor]) -> list[Tensor]:
-    """The templates of a batch; each has something to fill."""
-    rows = (
-        [row.ids for row in _rows_of_tensor(model, template_ids, None)]
-        if isinstance(template_ids, Tensor)
-        else _rows_of_list(model, template_ids)
-    )
-    for i, ids in enumerate(rows):
-        require_in_vocabulary(model, ids, f"template {i}")
-        if not bool((ids == model.special_tokens.mask_id).any()):
-            raise ValueError(f"template {i} has no mask id {model.special_tokens.mask_id}; there is nothing to fill")
-    return rows
-
-
-def _rows_of_tensor(model: MaskPredictor, ids: Tensor, attention_mask: Tensor | None) -> list[PromptRow]:
-    if ids.dim() != 2 or ids.dtype != torch.long or not len(ids):
-        raise ValueError(f"prompts must be (B, P) int64 with B of 1 or more, got {tuple(ids.shape)} {ids.dtype}")
-    ids = ids.to(model.device)
-    if attention_mask is None:
-        return [PromptRow(row) for row in ids]
-    if attention_mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask {tuple(attention_mask.shape)} must have the prompts' shape {tuple(ids.shape)}"
-        )
-    visible = attention_mask.to(model.device).bool()
-    result = []
-    for row, seen in zip(ids, visible, strict=True):
-        left = int((seen.cumsum(0) == 0).sum())
-        row, seen = row[left:], seen[left:]
-        hidden = torch.where(seen, row, model.special_tokens.pad_id)
-        result.append(PromptRow(hidden, None if bool(seen.all()) else seen))
-    return result
-
-
-def _rows_of_list(model: MaskPredictor, rows: Sequence[Sequence[int]] | Sequence[Tensor]) -> list[Tensor]:
-    if not len(rows):
-        raise ValueError("no prompt given; an unconditional text has one empty prompt, [[]]")
-    tensors = [torch.as_tensor(row, device=model.device).reshape(-1) for row in rows]
-    for i, ids in enumerate(tensors):
-        if ids.is_floating_point() and len(ids):
-            raise ValueError(f"prompt {i} holds {float(ids[0])}, a fraction; a prompt is token ids, whole numbers")
-    return [ids.long() for ids in tensors]
-
-
-def pinned(model: MaskPredictor, words: Mapping[int, int], new_tokens: int) -> Mapping[int, int]:
-    """Answer position -> token id, all inside the answer and the vocabulary, and not everything."""
-    for position, token in words.items():
-        if not 0 <= position < new_tokens:
-            raise ValueError(f"pinned position {position} is outside the answer 0..{new_tokens - 1}")
-        word, what = torch.tensor([token]), f"the word pinned at {position}"
-        require_in_vocabulary(model, word, what)
-        require_no_mask(model, word, what, "leave it out to have it written")
-    if len(words) == new_tokens:
-        raise ValueError(f"all {new_tokens} positions of the answer are pinned; there is nothing to write")
-    return words
-
-
-def answer_settings(params: SamplingParams) -> None:
-    """Do length, blocks and steps fit? The even schedule shares them out without remainder, as LLaDA does."""
-    new, block, steps = params.max_new_tokens, params.block_length, params.steps
-    if params.parallel or params.schedule != "even":
-        return
-    if new % block:
-        near = [b for b in range(1, new + 1) if new % b == 0]
-        near = [max(b for b in near if b < block), *[b for b in near if b > block][:1]]
-        raise ValueError(
-            f"block_length {block} does not divide max_new_tokens {new}; use {' or '.join(map(str, near))},"
-            " or schedule 'linear', which takes any length"
-        )
-    if steps % params.blocks:
-        low = max(1, steps // params.blocks) * params.blocks
-        raise ValueError(
-            f"steps {steps} cannot be shared by {params.blocks} blocks; use {low} or {low + params.blocks},"
-            " or schedule 'linear', which takes any number"
-        )
-
-
-def template_settings(params: SamplingParams) -> None:
-    """A template is filled to its end."""
-    if params.stop_at_eos:
-        raise ValueError("stop_at_eos is for answers; a template is filled to its end")
-
-
-def token_settings(model: MaskPredictor, params: SamplingParams) -> None:
-    """Are the tokens that `params` name in the vocabulary, and is anything left to say?"""
-    for name in ("forbid_tokens", "defer_tokens", "cfg_keep_tokens"):
-        require_in_vocabulary(model, torch.tensor(getattr(params, name), dtype=torch.long), name)
-    if len({*params.forbid_tokens, model.special_tokens.mask_id}) >= model.vocab_rows:
-        raise ValueError("forbid_tokens leaves no token that could be produced")
 
 
 @dataclass(frozen=True)
@@ -191,71 +71,47 @@ class Step:
 
 
 @dataclass(frozen=True)
-class CanvasRow:
-    """One sequence to write: `tokens` (L,); blocks are counted from `start` to `end`, excluded; `visible` (n,) bool
-    says which of the first n tokens are seen, if not all.
-    """
-
-    tokens: Tensor
-    start: int
-    end: int
-    visible: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Canvas:
-    """A batch of rows. A rows, T columns.
+    """Rows of any lengths, A of them over T columns.
 
-    `tokens` (A, T) int64, `mask_id` where open; `visible` (A, T) bool, or None when all is; `known` (A, T) bool: what
-    an unguided forward must not see; `start`, `end` (A,) int64: the columns between which blocks are counted, `end`
-    excluded; `size` (A,): the columns of the row; `number` (A,): each row's number in the caller's batch, whose layout
-    is `width` columns wide and padded on the left.
+    `tokens` (A, T) int64, `mask_id` where open; `seen` (A, T) bool: neither padding nor a hole; `known` (A, T) bool: what
+    an unguided forward must not see; `start`, `end`, `block` (A,) int64: the columns between which blocks are counted,
+    `end` excluded, and their length. On the host: the `sizes` of the rows, which have `holes`, and whether anything is
+    hidden, so that the canvas is `ragged`.
     """
 
     tokens: Tensor
-    visible: Tensor | None
+    seen: Tensor
     known: Tensor
     start: Tensor
     end: Tensor
-    size: Tensor
-    number: Tensor
-    width: int
+    block: Tensor
+    sizes: list[int]
+    holes: list[bool]
+    ragged: bool
     special: SpecialTokens
 
     @classmethod
-    def from_rows(
-        cls, rows: Sequence[CanvasRow], special: SpecialTokens, *, width: int = 0, blind_keeps: Sequence[int] = ()
-    ) -> "Canvas":
-        """Rows of any lengths. `width` of the caller's layout, if wider than the longest row; `blind_keeps`: token ids
-        that an unguided forward may see.
-        """
-        device = rows[0].tokens.device
-
-        def numbers(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.long, device=device)
-
-        size = numbers([len(row.tokens) for row in rows])
-        longest = max(len(row.tokens) for row in rows)
-        visible = torch.arange(longest, device=device) < size[:, None]
-        tokens = torch.full(visible.shape, special.pad_id, dtype=torch.long, device=device)
-        tokens[visible] = torch.cat([row.tokens for row in rows])
-        for i, row in enumerate(rows):
-            if row.visible is not None:
-                visible[i, : len(row.visible)] = row.visible
-        known = tokens != special.mask_id
-        if blind_keeps:
-            known &= ~torch.isin(tokens, numbers(blind_keeps))
-        return cls(
-            tokens=tokens,
-            visible=None if bool(visible.all()) else visible,
-            known=known,
-            start=numbers([row.start for row in rows]),
-            end=numbers([row.end for row in rows]),
-            size=size,
-            number=torch.arange(len(rows), device=device),
-            width=max(width, longest),
-            special=special,
+    def of(cls, requests: Sequence[Request], special: SpecialTokens, device: torch.device, step: int = 1) -> "Canvas":
+        """The canvas of some requests, in one copy to the device; its width is a multiple of `step`."""
+        sizes = [len(request.tokens) for request in requests]
+        seen = torch.arange(rounded(max(sizes), step)) < torch.tensor(sizes)[:, None]
+        tokens = torch.full(seen.shape, special.pad_id, dtype=torch.long)
+        known = torch.ones_like(seen)
+        for i, request in enumerate(requests):
+            tokens[i, : sizes[i]] = request.tokens
+            if request.visible is not None:
+                seen[i, : len(request.visible)] = request.visible
+            if request.params.cfg_keep_tokens:
+                known[i] = ~torch.isin(tokens[i], torch.tensor(request.params.cfg_keep_tokens))
+        known &= tokens != special.mask_id
+        bounds = torch.tensor([(request.start, request.end, request.block) for request in requests]).T
+        tokens, seen, known, (start, end, block) = (
+            x.to(device, non_blocking=True) for x in (tokens, seen, known, bounds)
         )
+        holes = [request.visible is not None for request in requests]
+        ragged = any(holes) or min(sizes) < seen.shape[1]
+        return cls(tokens, seen, known, start, end, block, sizes, holes, ragged, special)
 
     @property
     def mask_id(self) -> int:
@@ -268,67 +124,52 @@ class Canvas:
         return self.tokens == self.mask_id
 
     @property
-    def columns(self) -> Tensor:
-        """(T,) int64."""
-        return torch.arange(self.tokens.shape[1], device=self.tokens.device)
+    def visible(self) -> Tensor | None:
+        """(A, T) bool: what may be attended to; None when that is all."""
+        return self.seen if self.ragged else None
 
     @property
-    def shift(self) -> Tensor:
-        """(A,): by how many columns the caller's layout has each row further to the right."""
-        return self.width - self.size
-
-    def rows(self, kept: list[int]) -> "Canvas":
-        """The canvas of some rows only, without the columns that none of them has."""
-        index = torch.tensor(kept, device=self.tokens.device)
-        size = self.size[index]
-        columns = int(size.max())
-        visible = None if self.visible is None else self.visible[index, :columns]
-        return replace(
-            self,
-            tokens=self.tokens[index, :columns],
-            visible=None if visible is None or bool(visible.all()) else visible,
-            known=self.known[index, :columns],
-            start=self.start[index],
-            end=self.end[index],
-            size=size,
-            number=self.number[index],
-        )
-
-    def written(self, tokens: Tensor) -> "Canvas":
-        """The same rows with other tokens."""
-        canvas = replace(self, tokens=tokens)
-        canvas.__dict__.update(places=self.places, answer=self.answer)  # computed once for all steps of these rows
-        return canvas
-
-    @cached_property
     def answer(self) -> Tensor:
         """(A, T) bool: the columns in which blocks are counted."""
-        return (self.columns >= self.start[:, None]) & (self.columns < self.end[:, None])
+        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return (columns >= self.start[:, None]) & (columns < self.end[:, None])
 
-    @cached_property
-    def places(self) -> Tensor:
-        """(A*T,): where each position of this canvas lies in the caller's batch, flat in B*`width`."""
-        column = (self.columns + self.shift[:, None]) % self.width
-        return (self.number[:, None] * self.width + column).flatten()
+    def rows(self, order: list[int], step: int = 1) -> "Canvas":
+        """Some of the rows, in this order, without the columns that none of them has, but for a multiple of `step`."""
+        index, sizes = on_device(order, self.tokens.device), [self.sizes[i] for i in order]
+        width = rounded(max(sizes), step)
+        wide = {name: getattr(self, name)[:, :width] for name in ("tokens", "seen", "known")}
+        every = wide | {name: getattr(self, name) for name in ("start", "end", "block")}
+        chosen = {name: value.index_select(0, index) for name, value in every.items()}
+        holes = [self.holes[i] for i in order]
+        return replace(self, **chosen, sizes=sizes, holes=holes, ragged=any(holes) or min(sizes) < width)
 
-    def shown(self, board: Tensor | None = None) -> Tensor:
-        """(B, `width`): a copy of `board`, or of an empty one, with the rows of this canvas in the caller's layout."""
-        if board is None:
-            board = self.tokens.new_full((len(self.tokens), self.width), self.special.pad_id)
-        else:
-            board = board.clone()
-        board.view(-1)[self.places] = self.tokens.view(-1)
-        return board
+    def joined(self, other: "Canvas") -> "Canvas":
+        """These rows, then those of `other`."""
+        width = max(self.tokens.shape[1], other.tokens.shape[1])
+        both: dict[str, Any] = {}
+        for name, fill in (("tokens", self.special.pad_id), ("seen", False), ("known", True)):
+            parts = (getattr(canvas, name) for canvas in (self, other))
+            both[name] = torch.cat([F.pad(x, (0, width - x.shape[1]), value=fill) for x in parts])
+        for name in ("start", "end", "block"):
+            both[name] = torch.cat([getattr(self, name), getattr(other, name)])
+        sizes, holes = self.sizes + other.sizes, self.holes + other.holes
+        return replace(self, **both, sizes=sizes, holes=holes, ragged=any(holes) or min(sizes) < width)
+
+
+def rounded(width: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-width // step) * step
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The block of each row's first open position, on the device and, in one transfer, on the host. A rows.
+    """The block of each row's first open position. A rows.
 
     `number` (A,) counts from the row's start; `first`, `last` (A,) are its columns, `last` excluded. W positions from
     `first` on are the window that a rule judges: `places` (A, W) indices into the A*T flattened positions, `inside` (A, W)
-    bool where they belong to the block, `open` (A, W) bool where they are still masked. `fresh` (A,) bool: the row was in another block before. On the
-    host: `counts` of open positions, `entered` (as `fresh`), `firsts`.
+    bool where they belong to the block, `open` (A, W) bool where they are still masked. `fresh` (A,) bool: the row was in
+    another block before.
     """
 
     number: Tensor
@@ -338,34 +179,26 @@ class Blocks:
     inside: Tensor
     open: Tensor
     fresh: Tensor
-    counts: list[int]
-    entered: list[bool]
-    firsts: list[int]
 
     @classmethod
-    def of(cls, canvas: Canvas, length: int, width: int, before: Tensor) -> "Blocks":
-        """Blocks of `length` columns in windows of `width`; `before` (A,): the last ones' numbers. A finished row counts 0."""
-        number = (canvas.open.to(torch.uint8).argmax(1) - canvas.start).div(length, rounding_mode="floor")
-        first = canvas.start + number * length
-        last = torch.minimum(first + length, canvas.end)
+    def of(cls, canvas: Canvas, width: int, before: Tensor) -> "Blocks":
+        """Blocks in windows of `width`; `before` (A,): the numbers of the step before, -1 for a row's first."""
+        is_open = canvas.open
+        number = (is_open.to(torch.uint8).argmax(1) - canvas.start).div(canvas.block, rounding_mode="floor")
+        first = canvas.start + number * canvas.block
+        last = torch.minimum(first + canvas.block, canvas.end)
         columns = first[:, None] + torch.arange(width, device=first.device)
         inside = columns < last[:, None]
         # A window past the canvas repeats the canvas's edge, which `inside` leaves out.
         rows, canvas_width = canvas.tokens.shape
         places = columns.clamp(0, canvas_width - 1) + canvas_width * torch.arange(rows, device=first.device)[:, None]
-        is_open, fresh = inside & canvas.open.flatten()[places], number != before
-        counts, entered, firsts = torch.stack([is_open.sum(1), fresh.long(), first]).tolist()
-        entered = [bool(new) for new in entered]
-        return cls(number, first, last, places, inside, is_open, fresh, counts, entered, firsts)
+        return cls(number, first, last, places, inside, inside & is_open.flatten()[places], number != before)
 
-    def after(self, canvas: Canvas) -> "Blocks | None":
-        """The same blocks with what is open in them now; None once one is done, so that a row has moved on."""
-        still = self.inside & canvas.open.flatten()[self.places]
-        counts = still.sum(1).tolist()
-        if 0 in counts:
-            return None
-        # `fresh` stays as it was: it is read only where some row has entered a block.
-        return replace(self, open=still, counts=counts, entered=[False] * len(counts))
+    def tally(self, canvas: Canvas) -> Tensor:
+        """(4, A) int64, what the host has to know: open positions of the block, whether it is fresh, its first column, and
+        open positions of the row.
+        """
+        return torch.stack([self.open.sum(1), self.fresh.long(), self.first, canvas.open.sum(1)])
 
     def on_canvas(self, chosen: Tensor, canvas: Canvas) -> Tensor:
         """(A, T) bool: the positions of the windows that are `chosen` (A, W) bool."""

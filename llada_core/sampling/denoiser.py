@@ -4,15 +4,21 @@ with the logits.
 Shapes: B rows, L canvas positions, W positions fed, V vocabulary.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llada_core.modeling.predictor import KVCache, MaskPredictor
-from llada_core.sampling.canvas import Blocks, Canvas
 from llada_core.sampling.params import SamplingParams
+
+
+def on_device(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """(n,) of numbers that the host knows; the host waits for no device."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Query:
 
     `tokens` (A, T); `visible` (A, T) bool or None; `known` (A, T) bool, hidden from an unguided forward; `wanted` (P,)
     indices into the A*T flattened positions; `first` (A,) column of each row's block, also on the host; `fresh`: has
-    the row just entered it?
+    the row just entered it? A cache asks how many of `wanted` each row has, row after row: `counts`.
     """
 
     tokens: Tensor
@@ -32,12 +38,7 @@ class Query:
     first: Tensor
     firsts: list[int]
     fresh: list[bool]
-
-    @classmethod
-    def of(cls, canvas: Canvas, blocks: Blocks, wanted: Tensor) -> "Query":
-        """Asks about `wanted` positions of a canvas."""
-        seen = canvas.tokens, canvas.visible, canvas.known
-        return cls(*seen, wanted, canvas.mask_id, blocks.first, blocks.firsts, blocks.entered)
+    counts: list[int] = field(default_factory=list)
 
     def subset(self, rows: Tensor, wanted: Tensor) -> "Query":
         """The query of some rows (R,), with `wanted` counted in them."""
@@ -64,8 +65,11 @@ class Denoiser(Protocol):
     def logits(self, query: Query) -> Tensor:
         """(P, V) logits of `query.wanted`."""
 
-    def keep(self, rows: list[int], width: int) -> None:
-        """Only these of the active rows and the first `width` columns go on."""
+    def fixed(self, fresh: list[bool], shape: torch.Size) -> Callable[[Query], Tensor] | None:
+        """The next look, counted, as a function of tensors alone, over (A, T) tokens; None where it is more than one."""
+
+    def arrange(self, order: list[int], width: int) -> None:
+        """The active rows are now these of the ones before, in this order (-1: a new one), over `width` columns."""
 
 
 @dataclass
@@ -78,11 +82,20 @@ class PlainDenoiser:
 
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
-        self.forwards += 1
-        self.fed += query.tokens.numel()
+        self.fixed(query.fresh, query.tokens.shape)
+        return self.ask(query)
+
+    def ask(self, query: Query) -> Tensor:
+        """(P, V), uncounted."""
         return self.model(query.tokens, query.visible, positions=query.wanted).logits
 
-    def keep(self, rows: list[int], width: int) -> None:
+    def fixed(self, fresh: list[bool], shape: torch.Size) -> Callable[[Query], Tensor] | None:
+        """The whole canvas."""
+        self.forwards += 1
+        self.fed += shape.numel()
+        return self.ask
+
+    def arrange(self, order: list[int], width: int) -> None:
         """Nothing is remembered from step to step."""
 
 
@@ -102,9 +115,13 @@ class Wrapper:
         """Positions fed to the denoiser within."""
         return self.inner.fed
 
-    def keep(self, rows: list[int], width: int) -> None:
+    def fixed(self, fresh: list[bool], shape: torch.Size) -> Callable[[Query], Tensor] | None:
+        """None: what is wrapped is looked at step by step."""
+        return None
+
+    def arrange(self, order: list[int], width: int) -> None:
         """Passed on."""
-        self.inner.keep(rows, width)
+        self.inner.arrange(order, width)
 
 
 @dataclass
@@ -128,14 +145,16 @@ class GuidedDenoiser(Wrapper):
             first=query.first.repeat(2),
             firsts=query.firsts * 2,
             fresh=query.fresh * 2,
+            counts=query.counts * 2,
         )
         seeing, unseeing = self.inner.logits(doubled).float().chunk(2)
         # At scale 0 this is the seeing row, and not the blind one: LLaDA's scale is one less than the usual weight.
         return unseeing + (self.scale + 1) * (seeing - unseeing)
 
-    def keep(self, rows: list[int], width: int) -> None:
-        """Both halves of the kept rows go on."""
-        self.inner.keep(rows + [row + self.count for row in rows], width)
+    def arrange(self, order: list[int], width: int) -> None:
+        """Both halves alike."""
+        self.inner.arrange(order + [row if row < 0 else row + self.count for row in order], width)
+        self.count = len(order)
 
 
 @dataclass
@@ -161,15 +180,18 @@ class CacheWindow:
     margin: int = 0
     every: int | None = None
 
+    def width(self, columns: int, firsts: list[int]) -> int:
+        """How many of `columns` positions a step feeds of each row; rows are at blocks of their own, at `firsts`."""
+        if self.kind == "prefix":  # one width for all, as the earliest one needs it
+            return columns - min(firsts)
+        return min(self.block_length, columns) + 2 * self.margin
+
     def slots(self, query: Query) -> tuple[Tensor, Tensor]:
         """(A, W) canvas positions and (A,) the first of them; a window past the canvas repeats the canvas's edge."""
-        canvas_width = query.tokens.shape[1]
-        if self.kind == "prefix":  # rows are at blocks of their own: one width for all, as the earliest one needs it
-            start, width = query.first, canvas_width - min(query.firsts)
-        else:
-            start, width = query.first - self.margin, min(self.block_length, canvas_width) + 2 * self.margin
-        slots = start[:, None] + torch.arange(width, device=start.device)
-        return slots.clamp(0, canvas_width - 1), start
+        columns = query.tokens.shape[1]
+        start = query.first - (self.margin if self.kind == "dual" else 0)
+        slots = start[:, None] + torch.arange(self.width(columns, query.firsts), device=start.device)
+        return slots.clamp(0, columns - 1), start
 
 
 @dataclass
@@ -190,66 +212,91 @@ class CachedDenoiser:
 
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
-        every = self.window.every
+        stale = self._grown_older(query.fresh, query.tokens.shape)
+        if any(stale) and not all(stale):
+            return self.forward_mixed(query, stale)
+        return self._counted(stale[0], query.tokens.shape, query.firsts)(query)
+
+    def fixed(self, fresh: list[bool], shape: torch.Size) -> Callable[[Query], Tensor] | None:
+        """A refresh of all rows, or the windows of a dual cache; a prefix cache's have many widths."""
+        stale = self._stale(fresh)
+        if not all(stale) and (any(stale) or self.window.kind == "prefix"):
+            return None
+        return self._counted(self._grown_older(fresh, shape)[0], shape, [])
+
+    def _stale(self, fresh: list[bool]) -> list[bool]:
+        """Which rows are fed whole: known to the host, so that choosing the kind of forward waits for no device."""
+        return [new or age == self.window.every for new, age in zip(fresh, self.age or [0] * len(fresh), strict=True)]
+
+    def _grown_older(self, fresh: list[bool], shape: torch.Size) -> list[bool]:
+        """Which rows are stale in the step that is taken now."""
         if self.cache is None:
-            self.cache = self.model.new_cache(*query.tokens.shape)
-            self.age = [0] * len(query.tokens)
-        # Which rows are stale is kept on the host, so that choosing the kind of forward waits for no device.
-        stale = [new or age == every for new, age in zip(query.fresh, self.age, strict=True)]
-        self.age = [1 if old else age + 1 for old, age in zip(stale, self.age, strict=True)]
-        if all(stale):
-            return self.forward_full(query, self.cache)
-        if not any(stale):
-            return self.forward_window(query, query.wanted, self.cache)
-        return self.forward_mixed(query, torch.tensor(stale, device=query.tokens.device), self.cache)
+            self.cache = self.model.new_cache(*shape)
+        stale = self._stale(fresh)
+        self.age = [1 if old else age + 1 for old, age in zip(stale, self.age or [0] * len(fresh), strict=True)]
+        return stale
 
-    def forward_full(self, query: Query, cache: KVCache) -> Tensor:
-        """(P, V) from one forward over whole canvases, which fills `cache`: exact."""
+    def _counted(self, whole: bool, shape: torch.Size, firsts: list[int]) -> Callable[[Query], Tensor]:
+        """A forward over whole canvases, or over windows."""
         self.forwards += 1
-        self.fed += query.tokens.numel()
-        return self.model(query.tokens, query.visible, positions=query.wanted, cache=cache).logits
+        self.fed += shape.numel() if whole else shape[0] * self.window.width(shape[1], firsts)
+        return self.ask_all if whole else self.ask_windows
 
-    def forward_window(self, query: Query, wanted: Tensor, cache: KVCache) -> Tensor:
-        """(len(wanted), V) from one forward over the windows of all rows, which attends to `cache` everywhere else."""
+    def ask_all(self, query: Query, cache: KVCache | None = None) -> Tensor:
+        """(P, V) from one forward over whole canvases, which fills `cache`: exact. Uncounted."""
+        kept = self.cache if cache is None else cache
+        return self.model(query.tokens, query.visible, positions=query.wanted, cache=kept).logits
+
+    def ask_windows(self, query: Query) -> Tensor:
+        """(P, V) from one forward over the windows of all rows, which attends to the cache everywhere else. Uncounted."""
         slots, start = self.window.slots(query)
-        self.forwards += 1
-        self.fed += slots.numel()
         # From positions on the flattened canvas (A, T) to positions in the flattened windows (A, W).
-        row, column = wanted // query.tokens.shape[1], wanted % query.tokens.shape[1]
+        row, column = query.wanted // query.tokens.shape[1], query.wanted % query.tokens.shape[1]
         positions = row * slots.shape[1] + column - start[row]
         tokens = query.tokens.gather(1, slots)
-        return self.model(tokens, query.visible, positions=positions, cache=cache, slots=slots).logits
+        return self.model(tokens, query.visible, positions=positions, cache=self.cache, slots=slots).logits
 
-    def forward_mixed(self, query: Query, stale: Tensor, cache: KVCache) -> Tensor:
-        """(P, V) where some rows are `stale` (A,) bool: two forwards, each row read from the one that it would have had
+    def forward_mixed(self, query: Query, stale: list[bool]) -> Tensor:
+        """(P, V) where some rows are `stale` (A,): two forwards, each row read from the one that it would have had
         alone, so that an answer does not depend on its neighbours.
 
         The first feeds the windows of all rows (those of the stale ones for nothing, as to leave them out would copy the
         cache); the second feeds the stale rows whole and into a cache of their own, which then takes their place.
         """
-        width = query.tokens.shape[1]
-        row = query.wanted // width
-        of_stale = stale[row]
-        from_windows = self.forward_window(query, query.wanted[~of_stale], cache)
+        width, device = query.tokens.shape[1], query.tokens.device
+        row_of = [row for row, count in enumerate(query.counts) for _ in range(count)]
+        of_stale, others = (
+            on_device([i for i, r in enumerate(row_of) if stale[r] is kind], device) for kind in (True, False)
+        )
+        windows = self._counted(False, query.tokens.shape, query.firsts)
+        from_windows = windows(replace(query, wanted=query.wanted[others]))
 
-        rows = stale.nonzero()[:, 0]
+        numbers = [row for row, old in enumerate(stale) if old]
+        rows, rank = on_device(numbers, device), {row: i for i, row in enumerate(numbers)}
         # The number of each stale row among the stale ones, where its positions are asked for in the smaller batch.
-        rank = torch.zeros_like(stale, dtype=torch.long)
-        rank = rank.index_copy(0, rows, torch.arange(len(rows), device=rows.device))
-        wanted = rank[row[of_stale]] * width + query.wanted[of_stale] % width
-        anew = self.model.new_cache(len(rows), width)
-        from_canvases = self.forward_full(query.subset(rows, wanted), anew)
-        cache.replace(rows, anew)
+        ranks = on_device([rank[row] for row in row_of if stale[row]], device)
+        anew = self.model.new_cache(len(numbers), width)
+        wanted = ranks * width + query.wanted[of_stale] % width
+        self._counted(True, torch.Size((len(numbers), width)), [])
+        from_canvases = self.ask_all(query.subset(rows, wanted), anew)
+        assert self.cache is not None
+        self.cache.replace(rows, anew)
 
-        result = from_canvases.new_empty(len(row), from_canvases.shape[-1])
-        result[of_stale], result[~of_stale] = from_canvases, from_windows
-        return result
+        result = from_canvases.new_empty(len(row_of), from_canvases.shape[-1])
+        return result.index_copy_(0, of_stale, from_canvases).index_copy_(0, others, from_windows)
 
-    def keep(self, rows: list[int], width: int) -> None:
-        """The cached rows that go on, without the columns that no row has any more."""
-        if self.cache is not None:
-            self.cache = self.cache.rows(torch.tensor(rows, device=self.cache.keys[0].device), width)
-        self.age = [self.age[row] for row in rows]
+    def arrange(self, order: list[int], width: int) -> None:
+        """The cached rows that go on, and room for the new ones, which are stale."""
+        self.age = [0 if row < 0 else self.age[row] for row in order]
+        if self.cache is None or max(order) < 0:
+            self.cache = None
+            return
+        # A new row is first fed whole: until then any other's keys may stand in its place.
+        index = on_device([max(row, 0) for row in order], self.cache.keys[0].device)
+        cache, more = self.cache.rows(index, width), max(0, width - self.cache.length)
+        if more:
+            cache = KVCache(*([F.pad(x, (0, 0, 0, 0, 0, more)) for x in kept] for kept in (cache.keys, cache.values)))
+        self.cache = cache
 
 
 def denoiser_of(model: MaskPredictor, params: SamplingParams) -> Denoiser:

@@ -3,15 +3,15 @@
 Near certainty numbers between 0 and 1 run out long before logits do: 1 - 1e-17 is 1, also in float64. So each
 confidence has a second form that never does, its log-odds or what plays their part: who is surest is asked of that one,
 thresholds and people are given the first. Noise is counter-based, as in `diffusion`: a number is a hash of seed, prompt,
-how many equal prompts precede it in the batch, how many numbers the row has drawn, and column. So one seed gives one
+the copy that is asked for of equal ones, how many numbers the row has drawn, and column. So one seed gives one
 answer whatever else is in the batch and on whatever device, and there is no generator to keep in step.
 
 Shapes: A active rows, P proposals, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -22,8 +22,8 @@ from llada_core.diffusion import hashed, keyed
 from llada_core.sampling.params import SamplingParams
 
 
-def gumbel_argmax(logits_PV: Tensor, temperature: float, uniforms_PV: Tensor) -> Tensor:
-    """Samples softmax(logits / temperature) by argmax of exp(logit) / (-ln u)^temperature, taken as its logarithm.
+def gumbel_argmax(logits_PV: Tensor, temperature: float | Tensor, uniforms_PV: Tensor) -> Tensor:
+    """Samples softmax(logits / temperature), one for all or (P, 1), by argmax of exp(logit) / (-ln u)^temperature, taken as its logarithm.
 
     In the precision of `uniforms_PV`, float64 where the device has it, as arXiv:2409.02908 shows that low precision
     distorts the distribution. Overwrites `uniforms_PV`.
@@ -32,53 +32,55 @@ def gumbel_argmax(logits_PV: Tensor, temperature: float, uniforms_PV: Tensor) ->
     return (logits_PV.to(noise.dtype) - noise).argmax(-1)
 
 
-@dataclass
-class RowNoise:
-    """The random numbers of the active rows: `keys` (A,) int64, and how many rows of numbers each has drawn so far."""
+def noise_key(prompt: Tensor, seed: int, copy: int) -> int:
+    """The key, int64, of the numbers of the `copy`-th answer to a prompt (P,) int64 on the CPU."""
+    digest = hashlib.blake2b(f"{seed} {copy} ".encode() + prompt.numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of P proposals: each hashes its row's key and a number of its own.
+
+    `keys`, `numbers` (P,) int64; `counts` (P,), how many proposals its row has: what it draws next is so much further on.
+    """
 
     keys: Tensor
-    drawn: list[int] = field(init=False)
+    numbers: Tensor
+    counts: Tensor
 
-    def __post_init__(self) -> None:
-        self.drawn = [0] * len(self.keys)
-
-    @classmethod
-    def of_prompts(cls, prompts: Sequence[Tensor], seed: int | None, device: torch.device) -> "RowNoise":
-        """Keys that depend on nothing but `seed`, the row's prompt and its number among equal prompts.
-
-        Without a seed one is drawn from torch's global generator.
-        """
-        base = int(torch.randint(2**62, ()).item()) if seed is None else seed
-        seen: dict[bytes, int] = {}
-        keys = []
-        for prompt in prompts:
-            text = prompt.cpu().numpy().tobytes()
-            number = seen[text] = seen.get(text, -1) + 1
-            digest = hashlib.blake2b(f"{base} {number} ".encode() + text, digest_size=8).digest()
-            keys.append(int.from_bytes(digest, "little", signed=True))
-        return cls(torch.tensor(keys, dtype=torch.int64, device=device))
-
-    def uniforms(self, counts: Sequence[int], width: int) -> Tensor:
-        """(sum of counts, width) float64 in [0, 1), all 53 bits: the next `counts[i]` rows of numbers of row i.
-
-        float32 of 24 bits on devices without float64 (mps).
-        """
-        device = self.keys.device
-        numbers = [first + i for first, count in zip(self.drawn, counts, strict=True) for i in range(count)]
-        rows = [row for row, count in enumerate(counts) for _ in range(count)]
-        self.drawn = [first + count for first, count in zip(self.drawn, counts, strict=True)]
-        row, number = torch.tensor([rows, numbers], dtype=torch.int64).to(device, non_blocking=True)
+    def uniforms(self, width: int) -> Tensor:
+        """(P, width) float64 in [0, 1), all 53 bits; float32 of 24 bits on devices without float64 (mps)."""
         # The highest bits as a fraction, as many as the type tells apart evenly; the mask takes away the copies of the
         # sign that an arithmetic shift draws in.
-        bits = hashed(keyed(self.keys[row], number), width)
-        if device.type == "mps":
+        bits = hashed(keyed(self.keys, self.numbers), width)
+        if bits.device.type == "mps":
             return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
         return ((bits >> 11) & 0x1FFFFFFFFFFFFF).to(torch.float64) * 2.0**-53
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Only these of the active rows go on."""
-        self.keys = self.keys[torch.tensor(rows, dtype=torch.int64, device=self.keys.device)]
-        self.drawn = [self.drawn[i] for i in rows]
+    def next(self) -> "Draw":
+        """Those that are drawn after these."""
+        return Draw(self.keys, self.numbers + self.counts, self.counts)
+
+    def part(self, some: slice) -> "Draw":
+        """Of some of the proposals."""
+        return Draw(self.keys[some], self.numbers[some], self.counts[some])
+
+
+@dataclass(frozen=True)
+class RowNoise:
+    """The random numbers of A rows: `keys` (A,) int64, and how many each row has drawn so far, `drawn` (A,) int64."""
+
+    keys: Tensor
+    drawn: Tensor
+
+    def draw(self, rows: Tensor, ranks: Tensor, counts: Tensor) -> Draw:
+        """The next numbers for proposals of `rows` (P,), the `ranks`-th (P,) of the `counts` (A,) that its row makes."""
+        return Draw(self.keys[rows], self.drawn[rows] + ranks, counts[rows])
+
+    def after(self, drawn: Tensor) -> "RowNoise":
+        """Once each row has drawn so many more, (A,)."""
+        return RowNoise(self.keys, self.drawn + drawn)
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,12 @@ class Confidence:
             self.value.masked_fill(deferred, 0.0), self.key.masked_fill(deferred, torch.finfo(self.key.dtype).min)
         )
 
-    def laid_out(self, shape: torch.Size, places: Tensor) -> Self:
-        """On a canvas of `shape`, at flat `places` (P,); -inf elsewhere."""
-        closed = torch.full((shape.numel(),), -torch.inf, dtype=self.key.dtype, device=self.key.device)
-        return type(self)(
-            closed.index_copy(0, places, self.value).view(shape), closed.index_copy(0, places, self.key).view(shape)
-        )
+    def laid_out(self, where: Tensor, places: Tensor) -> Self:
+        """On windows (R, W), at flat `places` (P,) where they are open, as `where` (R, W) bool says; -inf elsewhere."""
+        if len(places) == where.numel():  # all of them
+            return type(self)(*(x.view(where.shape).masked_fill(~where, -torch.inf) for x in (self.value, self.key)))
+        closed = torch.full((where.numel(),), -torch.inf, dtype=self.key.dtype, device=self.key.device)
+        return type(self)(*(closed.index_copy(0, places, x).view(where.shape) for x in (self.value, self.key)))
 
 
 # (P, V) float32 logits, (P,) proposed tokens, (P,) uniforms in [0, 1) -> (P,) confidences, higher is surer
@@ -182,7 +184,7 @@ CONFIDENCES: dict[str, Score] = {
 
 
 CHUNK = 1 << 28
-"""Logits looked at together; with more, rows are taken one by one so that the copies made here stay small."""
+"""Logits looked at together; of more, a part at a time, so that the copies made here stay small."""
 
 
 @dataclass(frozen=True)
@@ -190,55 +192,64 @@ class Proposer:
     """What turns logits into proposed tokens and confidences; which of them stay is a rule's to say."""
 
     score: Score
-    temperature: float
     never: Tensor
     forbidden: Tensor
     deferred: Tensor
+    hot: bool
     at_random: bool
 
     @classmethod
     def of(cls, params: SamplingParams, mask_id: int, device: torch.device) -> "Proposer":
-        """The values that `params` name."""
+        """The values that `params` name; the temperature itself is each row's own."""
 
         def ids(values: tuple[int, ...]) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=device)
 
         return cls(
             score=CONFIDENCES[params.remasking],
-            temperature=params.temperature,
             never=ids((mask_id,)),
             forbidden=ids(params.forbid_tokens),
             deferred=ids(params.defer_tokens),
+            hot=params.temperature > 0,
             at_random=params.remasking == "random",
         )
 
-    def propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Confidence]:
-        """Tokens (P,) and their confidences (P,) from logits (P, V), `counts` of which belong to each row in turn.
+    @property
+    def draws(self) -> int:
+        """How many numbers a proposal takes."""
+        return self.hot + self.at_random
 
-        Without noise the likeliest tokens. MASK is never proposed, yet its probability counts against the proposal, as
+    def propose(
+        self, logits: Tensor, draw: Draw | None = None, temperature: Tensor | None = None
+    ) -> tuple[Tensor, Confidence]:
+        """Tokens (P,) and their confidences (P,) from logits (P, V); `temperature` (P, 1) float64, where it is above 0.
+
+        Without a draw the likeliest tokens. MASK is never proposed, yet its probability counts against the proposal, as
         in the references.
         """
-        if noise is None or logits.numel() <= CHUNK:
-            return self._propose(logits, noise, counts)
-        parts, at = [], 0
-        for row, count in enumerate(counts):  # a row's numbers are its own, so rows may be taken apart
-            only = [count if i == row else 0 for i in range(len(counts))]
-            parts.append(self._propose(logits[at : at + count], noise, only))
-            at += count
+        rows = max(1, CHUNK // logits.shape[1])
+        if draw is None or len(logits) <= rows:
+            return self._propose(logits, draw, temperature)
+        parts = []
+        for at in range(0, len(logits), rows):
+            some = slice(at, at + rows)
+            warmth = None if temperature is None else temperature[some]
+            parts.append(self._propose(logits[some], draw.part(some), warmth))
         tokens, found = zip(*parts, strict=True)
         return torch.cat(tokens), Confidence(torch.cat([c.value for c in found]), torch.cat([c.key for c in found]))
 
-    def _propose(self, logits: Tensor, noise: RowNoise | None, counts: list[int]) -> tuple[Tensor, Confidence]:
+    def _propose(self, logits: Tensor, draw: Draw | None, temperature: Tensor | None) -> tuple[Tensor, Confidence]:
         logits = logits.float()
         if len(self.forbidden):
             logits = logits.index_fill(-1, self.forbidden, -torch.inf)
         possible = logits.index_fill(-1, self.never, -torch.inf)
-        if noise is None or not self.temperature:
+        if draw is None or temperature is None or not self.hot:
             tokens = possible.argmax(-1)
         else:
-            tokens = gumbel_argmax(possible, self.temperature, noise.uniforms(counts, logits.shape[-1]))
+            tokens = gumbel_argmax(possible, temperature, draw.uniforms(logits.shape[-1]))
+            draw = draw.next()
         # Positions beyond the block have no noise of their own: they are shown to people and not chosen among.
-        uniforms = noise.uniforms(counts, 1)[:, 0] if self.at_random and noise is not None else None
+        uniforms = draw.uniforms(1)[:, 0] if self.at_random and draw is not None else None
         score = probability if self.at_random and uniforms is None else self.score
         # Deferred tokens take no share of the others' confidence, and come last where they are proposed themselves.
         if len(self.deferred):

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llada_core.sampling.canvas import Blocks, Canvas
 from llada_core.sampling.params import SamplingParams
-from llada_core.sampling.proposals import Confidence, RowNoise
+from llada_core.sampling.proposals import Confidence
 from llada_core.settings import function_at
 
 State = dict[str, Tensor]
@@ -30,15 +29,15 @@ of the open positions keep what was proposed. take back: (B, W) bool, which toke
 None from a rule that never takes one back. W is the same in all steps of a generation.
 """
 
-Transfer = Callable[[Tensor, Tensor], Tensor]  # open positions (B,), steps (B,) -> counts (B, S)
+Transfer = Callable[[Tensor, Tensor, int], Tensor]  # open positions (B,), steps (B,), their most S -> counts (B, S)
 
 
-def even_transfer(open_B: Tensor, steps_B: Tensor) -> Tensor:
+def even_transfer(open_B: Tensor, steps_B: Tensor, span: int) -> Tensor:
     """As even as whole numbers allow, the first steps one more (LLaDA's transfer schedule).
 
     A row with fewer open positions than steps is done before its zeros come, where LLaDA goes on spending forwards.
     """
-    step = torch.arange(int(steps_B.max()), device=open_B.device)
+    step = torch.arange(span, device=open_B.device)
     base, extra = open_B // steps_B, open_B % steps_B
     return (base[:, None] + (step < extra[:, None])) * (step < steps_B[:, None])
 
@@ -53,11 +52,11 @@ def cosine_noise(t: Tensor) -> Tensor:
     return 1 - (1 - (math.pi / 2 * (1 - t)).cos())
 
 
-def expected_transfer(open_B: Tensor, steps_B: Tensor, *, noise: Callable[[Tensor], Tensor]) -> Tensor:
+def expected_transfer(open_B: Tensor, steps_B: Tensor, span: int, *, noise: Callable[[Tensor], Tensor]) -> Tensor:
     """What the reverse process from time 1 to 0 uncovers on average, rounded; empty steps are left out."""
     left = open_B.clone()
     counts = []
-    for step in range(int(steps_B.max())):
+    for step in range(span):
         # 1 - alpha in float32, as in dllm: which way a half is rounded hangs on it.
         t = ((steps_B - step).double() / steps_B).clamp(min=0.0).float()
         s = ((steps_B - step - 1).double() / steps_B).clamp(min=0.0).float()
@@ -69,13 +68,12 @@ def expected_transfer(open_B: Tensor, steps_B: Tensor, *, noise: Callable[[Tenso
     return without_zeros(torch.stack(counts, dim=1))
 
 
-def sampled_transfer(uniforms_BN: Tensor, steps_B: Tensor, *, noise: Callable[[Tensor], Tensor]) -> Tensor:
+def sampled_transfer(uniforms_BN: Tensor, steps_B: Tensor, span: int, *, noise: Callable[[Tensor], Tensor]) -> Tensor:
     """The reverse process itself: each of N open positions is uncovered at a time of its own, drawn by its uniform.
 
     Counts over the positions are binomial with chance 1 - noise(s) / noise(t) of those still masked (nan: no position).
     """
     # Rows may have budgets of different lengths: `level` counts each row's remaining steps, zero or less past its end.
-    span = int(steps_B.max())
     level = torch.arange(span, 0, -1, device=steps_B.device).double() - (span - steps_B[:, None])
     s = ((level - 1) / steps_B[:, None]).clamp(min=0.0)
     masked_after = torch.where(s > 0, noise(s), 0.0)
@@ -103,18 +101,22 @@ def top_k(scores: Confidence, is_open: Tensor, state: State) -> tuple[Tensor, No
     return is_open & (ranks(scores.key) < count), None, {**state, "step": state["step"] + 1}
 
 
-def threshold(scores: Confidence, is_open: Tensor, state: State, *, value: float) -> tuple[Tensor, None, State]:
+def threshold(
+    scores: Confidence, is_open: Tensor, state: State, *, value: float | Tensor
+) -> tuple[Tensor, None, State]:
     """Every confidence of at least `value`, and the surest one in any case (Fast-dLLM)."""
     return is_open & ((scores.value >= value) | (ranks(scores.key) == 0)), None, state
 
 
-def factor(scores: Confidence, is_open: Tensor, state: State, *, value: float) -> tuple[Tensor, None, State]:
+def factor(scores: Confidence, is_open: Tensor, state: State, *, value: float | Tensor) -> tuple[Tensor, None, State]:
     """The r-th surest if its confidence is 1 - value/(r + 1) or more, and the surest in any case (Fast-dLLM)."""
     rank = ranks(scores.key)  # from 0, so that r is rank + 1
     return is_open & ((rank == 0) | (scores.value >= 1 - value / (rank + 2))), None, state
 
 
-def entropy_bound(scores: Confidence, is_open: Tensor, state: State, *, value: float) -> tuple[Tensor, None, State]:
+def entropy_bound(
+    scores: Confidence, is_open: Tensor, state: State, *, value: float | Tensor
+) -> tuple[Tensor, None, State]:
     """The longest run of lowest entropies whose sum without the largest is within `value` nats (arXiv:2505.24857).
 
     `scores` are those of `negative_entropy`: keys are minus the logarithms of the entropies.
@@ -167,59 +169,51 @@ def transfer_of(params: SamplingParams) -> Transfer:
     return partial(counts, noise=NOISES[params.schedule])
 
 
-def rule_of(params: SamplingParams) -> Rule:
-    """The rule that `params` name; raises `ConfigError` if there is no function at the dotted path of one's own."""
+def rule_of(params: SamplingParams, value: Tensor | None = None) -> Rule:
+    """The rule that `params` name, with `value` (B, 1) float64 for the number in them where rows have their own.
+
+    Raises `ConfigError` if there is no function at the dotted path of one's own.
+    """
     if params.rule is not None:
         return ending(function_at(params.rule, "rule"))
-    if params.threshold is not None:
-        return partial(threshold, value=params.threshold)
-    if params.factor is not None:
-        return partial(factor, value=params.factor)
-    if params.entropy_bound is not None:
-        return partial(entropy_bound, value=params.entropy_bound)
+    number = number_of(params)
+    for rule, named in ((threshold, params.threshold), (factor, params.factor), (entropy_bound, params.entropy_bound)):
+        if named is not None:
+            return partial(rule, value=number if value is None else value)
     return top_k
+
+
+def number_of(params: SamplingParams) -> float:
+    """The number of the rule that `params` name; 0 where it has none."""
+    return next((x for x in (params.threshold, params.factor, params.entropy_bound) if x is not None), 0.0)
 
 
 @dataclass(frozen=True)
 class TransferSchedule:
     """How many positions `top_k` commits in each step of a block.
 
-    `steps` is the budget of the whole answer; with `draw`, `transfer` is given uniforms (B, N), nan where there is no
-    position, in place of counts (B,).
+    With `draw`, `transfer` is given uniforms (B, N), nan where there is no position, in place of counts (B,).
     """
 
     transfer: Transfer
-    steps: int
-    block_length: int
     draw: bool = False
 
-    def begin(self, state: State, canvas: Canvas, blocks: Blocks, noise: RowNoise) -> State:
-        """`state` with the `counts` (B, S) of the rows that have just entered a block, and their `step` (B,) zero."""
-        if not any(blocks.entered):
-            return state
-        # Each row's steps are shared by its own blocks, rounded up, whatever lengths its neighbours have.
-        of_row = (canvas.end - canvas.start + self.block_length - 1) // self.block_length
-        steps = (self.steps + of_row - 1) // of_row
-        counts = self.transfer(self._material(blocks, noise), steps)
-        if "counts" in state:  # rows in the middle of a block keep theirs, which may be of more steps than are left
-            width = max(counts.shape[1], state["counts"].shape[1])
-            old, new = (F.pad(x, (0, width - x.shape[1])) for x in (state["counts"], counts))
-            counts = torch.where(blocks.fresh[:, None], new, old)
-        return {**state, "counts": counts, "step": state.get("step", torch.zeros_like(steps))}
+    @staticmethod
+    def room(state: State, steps: Tensor, span: int) -> State:
+        """`state` with room for `counts` (B, S) of at least `span` steps, and for the `step` (B,) that a row is at."""
+        old = state.get("counts", steps.new_zeros(len(steps), span))
+        counts = F.pad(old, (0, max(0, span - old.shape[1])))
+        return {"counts": counts, "step": state.get("step", torch.zeros_like(steps))}
 
-    def _material(self, blocks: Blocks, noise: RowNoise) -> Tensor:
-        device = blocks.first.device
-        if not self.draw:
-            return torch.tensor(blocks.counts, device=device)
-        # Only rows that enter a block draw, so that a row's numbers do not depend on where its neighbours are.
-        drawn = [count * new for count, new in zip(blocks.counts, blocks.entered, strict=True)]
-        real = torch.arange(max(drawn), device=device) < torch.tensor(drawn, device=device)[:, None]
-        uniforms = torch.full(real.shape, torch.nan, dtype=torch.float64, device=device)
-        return uniforms.masked_scatter(real, noise.uniforms(drawn, 1))
+    def begin(self, state: State, material: Tensor, steps: Tensor, fresh: Tensor) -> State:
+        """`state` with the `counts` (B, S) of the rows that have just entered a block, `fresh` (B,), of `steps` (B,) each.
+
+        Rows in the middle of a block keep theirs.
+        """
+        counts = self.transfer(material, steps, state["counts"].shape[1])
+        return {**state, "counts": torch.where(fresh[:, None], counts, state["counts"])}
 
 
 def schedule_of(params: SamplingParams) -> TransferSchedule | None:
     """The schedule that `params` name; None where the rule alone says how much is committed."""
-    if params.parallel:
-        return None
-    return TransferSchedule(transfer_of(params), params.steps, params.block_length, draw=params.stochastic_transfer)
+    return None if params.parallel else TransferSchedule(transfer_of(params), draw=params.stochastic_transfer)

@@ -209,17 +209,8 @@ class GRPO:
 
     def _sample(self, prompts: list[Prompt], width: int, *, seed: int) -> Sampled:
         settings, size = replace(self.params.sampling, seed=seed), self.params.rollout_batch
-        size = max(size // self.params.generations, 1) * self.params.generations  # a group stays in one call
-        parts = [
-            sample(self.predictor, self.problems.tokenizer, prompts[i : i + size], settings, width=width)
-            for i in range(0, len(prompts), size)
-        ]
-        tokens, attention, scored, written, ended = map(
-            torch.cat, zip(*(part.tensors() for part in parts), strict=True)
-        )
-        texts = [text for part in parts for text in part.texts]
-        forwards, fed = sum(part.forwards for part in parts), sum(part.fed for part in parts)
-        return Sampled(tokens, attention, scored, written, ended, texts, forwards, fed)
+        size = max(size // self.params.generations, 1) * self.params.generations  # no fewer than a group
+        return sample(self.predictor, self.problems.tokenizer, prompts, settings, width=width, at_once=size)
 
     def _remember_old(self, model: nn.Module, first: int) -> int:
         """Log-probabilities of the rollout's policy under the masks of the later updates; the first needs none.

@@ -212,9 +212,10 @@ def sample(
     params: SamplingParams,
     *,
     width: int | None = None,
+    at_once: int | None = None,
 ) -> Sampled:
-    """Answer every prompt once; `width` pads prompts to more than the longest of this batch."""
-    generation = generate(model, [prompt.ids for prompt in prompts], params)
+    """Answer every prompt once, so many `at_once`; `width` pads prompts to more than the longest of these."""
+    generation = generate(model, [prompt.ids for prompt in prompts], params, at_once=at_once)
     answers = torch.stack([answer.cpu() for answer in generation.answers])
     longest = max(width or 0, *(len(prompt.ids) for prompt in prompts))
     new = answers.shape[1]

@@ -11,6 +11,7 @@ from app.canvas import DONE, FRESH, OPEN, Frame
 from app.models import LoadedModel
 from cli.options import ModelOptions, settings
 from cli.terminal import BOX, TerminalChat, box, picture
+from llada_core.sampling.engine import Engine
 from llada_core.sampling.params import PUBLISHED
 from tests.tiny import tiny_pair
 
@@ -157,18 +158,16 @@ def test_a_conversation_too_long_for_the_model_says_so_and_goes_on(call, tiny):
 
 
 def test_ctrl_c_keeps_what_is_there(monkeypatch):
-    from app import models as module
-
     model, tokenizer = tiny_pair()
-    real = module.stream
+    real = Engine.follow
 
-    def interrupted(*arguments, **options):
-        steps = real(*arguments, **options)
+    def interrupted(engine, answer):
+        steps = real(engine, answer)
         for _ in range(3):
             yield next(steps)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "stream", interrupted)
+    monkeypatch.setattr(Engine, "follow", interrupted)
     screen = io.StringIO()
     params = PUBLISHED.at_length(8)
     talk = TerminalChat(LoadedModel("tiny", None, model, tokenizer), params, console=Console(file=screen))

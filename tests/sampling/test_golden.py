@@ -52,7 +52,7 @@ def assert_valid_choice(model, params: SamplingParams, before, after, first: int
     block = torch.arange(first, last)
     open_here = block[before[0, block] == model.special_tokens.mask_id]
     with torch.no_grad():
-        proposals, confidence = proposer.propose(model(before, positions=open_here).logits, None, [])
+        proposals, confidence = proposer.propose(model(before, positions=open_here).logits)
     scores = confidence.value
     taken = after[0, open_here] != model.special_tokens.mask_id
     assert torch.equal(after[0, open_here][taken], proposals[taken])
@@ -138,9 +138,9 @@ def test_sampler_dllm_among_ties():
 @pytest.mark.parametrize("row", cases()["schedule"], ids=lambda row: f"{row['mask_num']}over{row['steps']}")
 def test_schedules(row):
     count, steps = torch.tensor([row["mask_num"]]), torch.tensor([row["steps"]])
-    assert even_transfer(count, steps)[0].tolist() == row["llada"]
+    assert even_transfer(count, steps, row["steps"])[0].tolist() == row["llada"]
     for name, noise in NOISES.items():
-        quotas = expected_transfer(count, steps, noise=noise)[0].tolist()
+        quotas = expected_transfer(count, steps, row["steps"], noise=noise)[0].tolist()
         assert [q for q in quotas if q] == row[f"dllm_{name}"]
 
 
@@ -148,9 +148,9 @@ def test_schedules_of_several_rows():
     table = cases()["schedule_multirow"]
     counts = torch.tensor(table["mask_num"])
     steps = torch.full_like(counts, table["steps"])
-    assert even_transfer(counts, steps).tolist() == table["llada"]
+    assert even_transfer(counts, steps, table["steps"]).tolist() == table["llada"]
     for name, noise in NOISES.items():
-        assert expected_transfer(counts, steps, noise=noise).tolist() == table[f"dllm_{name}"]
+        assert expected_transfer(counts, steps, table["steps"], noise=noise).tolist() == table[f"dllm_{name}"]
 
 
 @pytest.mark.parametrize("number", [0, 2])

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from llada_core.sampling.params import SamplingParams
-from llada_core.sampling.proposals import CONFIDENCES, Confidence, RowNoise, margin, negative_entropy, probability
+from llada_core.sampling.proposals import (
+    CONFIDENCES,
+    Confidence,
+    RowNoise,
+    margin,
+    negative_entropy,
+    noise_key,
+    probability,
+)
 from llada_core.sampling.unmask import (
     cosine_noise,
     entropy_bound,
@@ -78,7 +86,7 @@ def test_ranks_are_a_permutation_that_keeps_ties_in_order():
 
 
 def test_even_transfer_of_rows_with_budgets_of_their_own():
-    quotas = even_transfer(torch.tensor([7, 5]), torch.tensor([3, 2]))
+    quotas = even_transfer(torch.tensor([7, 5]), torch.tensor([3, 2]), 3)
     assert quotas.tolist() == [[3, 2, 2], [3, 2, 0]]
 
 
@@ -88,7 +96,7 @@ def test_sampled_transfer_is_the_reverse_process(noise):
     rows, open_here, steps = 4000, 12, 5
     uniforms = torch.rand(rows, open_here, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     uniforms[0, 4:] = torch.nan
-    quotas = sampled_transfer(uniforms, torch.full((rows,), steps), noise=noise)
+    quotas = sampled_transfer(uniforms, torch.full((rows,), steps), steps, noise=noise)
     assert quotas.sum(1).tolist() == [4] + [12] * (rows - 1)
     counts = torch.zeros(steps)
     edges = noise(torch.arange(steps - 1, -1, -1).double() / steps)
@@ -102,7 +110,7 @@ def test_sampled_transfer_is_the_reverse_process(noise):
 
 def test_sampled_transfer_counts_what_it_drew():
     uniforms = torch.tensor([[0.95, 0.05, 0.5, 0.55]], dtype=torch.float64)
-    assert sampled_transfer(uniforms, torch.tensor([4]), noise=linear_noise).tolist() == [[1, 2, 1, 0]]
+    assert sampled_transfer(uniforms, torch.tensor([4]), 4, noise=linear_noise).tolist() == [[1, 2, 1, 0]]
 
 
 def test_probability_is_that_of_the_softmax():
@@ -157,21 +165,38 @@ def test_equal_tokens_have_no_margin_and_stay_open_to_be_committed():
     assert found.key.item() > CLOSED
 
 
+def noise_of(*keys):
+    return RowNoise(torch.tensor(keys), torch.zeros(len(keys), dtype=torch.long))
+
+
+def uniforms(noise, counts, width):
+    """The next numbers of each row, so many, and the noise after them."""
+    counts = torch.tensor(counts)
+    rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    ranks = torch.cat([torch.arange(int(count)) for count in counts])
+    return noise.draw(rows, ranks, counts).uniforms(width), noise.after(counts)
+
+
 def test_a_rows_draws_are_its_own_whatever_shares_the_batch():
-    prompts = [torch.tensor(ids) for ids in ([5, 6], [7], [5, 6])]
-    together = RowNoise.of_prompts(prompts, 3, torch.device("cpu"))
-    alone = RowNoise.of_prompts(prompts[:1], 3, torch.device("cpu"))
-    first, both = alone.uniforms([2], 40), together.uniforms([2, 3, 1], 40)
+    keys = [noise_key(torch.tensor(ids), 3, copy) for ids, copy in (([5, 6], 0), ([7], 0), ([5, 6], 1))]
+    first, alone = uniforms(noise_of(keys[0]), [2], 40)
+    both, together = uniforms(noise_of(*keys), [2, 3, 1], 40)
     assert torch.equal(first, both[:2])
     assert not torch.isclose(both[:1], both[5:]).any(1).all(), "equal prompts draw numbers of their own"
-    together.keep([0, 2])
-    assert torch.equal(alone.uniforms([1], 60)[:, :40], together.uniforms([1, 1], 40)[:1])
+    later = RowNoise(together.keys[[0, 2]], together.drawn[[0, 2]])
+    assert torch.equal(uniforms(alone, [1], 60)[0][:, :40], uniforms(later, [1, 1], 40)[0][:1])
     assert not torch.isclose(first, both[2:4]).all()
 
 
+def test_numbers_that_are_drawn_next_are_others():
+    counts = torch.tensor([2])
+    draw = noise_of(5).draw(torch.tensor([0, 0]), torch.arange(2), counts)
+    following, _ = uniforms(noise_of(5).after(counts), [2], 7)
+    assert torch.equal(draw.next().uniforms(7), following)
+
+
 def test_draws_have_53_bits_and_are_uniform():
-    noise = RowNoise.of_prompts([torch.tensor([1]), torch.tensor([2])], 0, torch.device("cpu"))
-    u = noise.uniforms([300, 300], 500)
+    u, _ = uniforms(noise_of(noise_key(torch.tensor([1]), 0, 0), noise_key(torch.tensor([2]), 0, 0)), [300, 300], 500)
     assert u.dtype == torch.float64
     assert ((u * 2.0**53) % 2 == 1).double().mean().item() == pytest.approx(0.5, abs=0.01)
     share = torch.histc(u, 20, 0, 1) / u.numel()

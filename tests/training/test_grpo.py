@@ -350,7 +350,9 @@ def test_long_prompts_lose_their_beginning(data, tmp_path, monkeypatch):
     assert [p.ids for p in rollouts.prompts_of(table, [0, 1], 2)] == [[10, 20], [20, 30]]
     assert rollouts.prompts_of(table, [1])[0].ids == [11, 20, 30]
     lengths, real = set(), rollouts.generate
-    monkeypatch.setattr(rollouts, "generate", lambda m, p, s: lengths.update(map(len, p)) or real(m, p, s))
+    monkeypatch.setattr(
+        rollouts, "generate", lambda m, p, *s, **how: lengths.update(map(len, p)) or real(m, p, *s, **how)
+    )
     run(data, tmp_path, max_steps=1, max_prompt_length=1, samples=2)
     assert lengths == {1}
 

@@ -1,0 +1,405 @@
+"""The one loop: rows that share forwards, each with settings of its own, joining and leaving between steps.
+
+A step asks for logits of all rows, proposes and scores, commits, and tells the host once what it has to know: which rows
+have finished, and where the others are. What a row gets does not depend on its neighbours: a sequence starts at column 0,
+its random numbers are keyed by its request, and its numbers (thresholds, quotas, temperature) are its own.
+
+Shapes: A active rows, T columns, W positions of a block's window, P proposals; R rows of one part.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, _dynamo
+from torch.nn import functional as F
+
+from llada_core.modeling.predictor import MaskPredictor
+from llada_core.sampling.canvas import Blocks, Canvas, Step
+from llada_core.sampling.denoiser import Denoiser, Query, denoiser_of, on_device
+from llada_core.sampling.proposals import Confidence, Proposer, RowNoise
+from llada_core.sampling.requests import Request
+from llada_core.sampling.unmask import Rule, State, TransferSchedule, number_of, rule_of, schedule_of
+
+Compiled = Literal["off", "graph", "max"]
+COLUMNS = 64  # a compiled step's canvas is a multiple of so many wide
+SHAPES = 256  # that may be compiled, of rows, window and canvas
+
+
+@dataclass(eq=False)
+class Answer:
+    """What comes of a request. `tokens` (L,) int64 once it is finished, on the model's device; `forwards` it took part in.
+
+    `steps`, if somebody watches it, those not taken yet; `shown` (1, L), the canvas after the last of them. `error`: why it
+    will never be finished.
+    """
+
+    request: Request
+    steps: deque[Step] | None = None
+    tokens: Tensor | None = None
+    forwards: int = 0
+    finished: bool = False
+    cancelled: bool = False
+    error: BaseException | None = None
+    shown: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.shown = self.request.tokens[None]
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will come."""
+        return self.finished or self.cancelled or self.error is not None
+
+
+class Part:
+    """Rows of a batch whose tokens are chosen by the same operations: consecutive ones, with tensors of numbers."""
+
+    def __init__(self, model: MaskPredictor, request: Request) -> None:
+        self.choice, params = request.choice, request.params
+        self.device, self.answers = model.device, list[Answer]()
+        self.proposer = Proposer.of(params, request.mask_id, model.device)
+        self.schedule: TransferSchedule | None = schedule_of(params)
+        self.noise = RowNoise(*on_device([], model.device).new_empty(2, 0))
+        self.state: State = {}
+        # A rule of one's own sees windows of one width from the first step to the last, whoever is beside it.
+        self.own_width = min(params.block_length, model.max_length) if params.rule is not None else None
+        self.rule: Rule = rule_of(params)
+        self.warmth = self.steps = torch.empty(0)
+        self.width = self.span = 0  # positions of its windows, and the most steps of a block
+
+    def takes(self, request: Request) -> bool:
+        """Whether a new row belongs here: never beside rows whose own rule remembers something already."""
+        return request.choice == self.choice and not (self.own_width and self.state)
+
+    def arrange(self, kept: list[int], new: Sequence[Answer]) -> None:
+        """Only these of its rows go on, followed by new ones."""
+        self.answers = [self.answers[i] for i in kept] + list(new)
+        index, more = on_device(kept, self.device), len(new)
+        self.state = {name: padded(value[index], more) for name, value in self.state.items()}
+        settings = [answer.request.params for answer in self.answers]
+        keys = on_device([answer.request.key for answer in self.answers], self.device)
+        self.noise = RowNoise(keys, padded(self.noise.drawn[index], more))
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        numbers = [(p.temperature, number_of(p)) for p in settings]
+        warmth, limit = torch.tensor(numbers, dtype=wide).to(self.device, non_blocking=True).T
+        self.warmth = warmth[:, None]
+        self.rule = rule_of(settings[0], limit[:, None])
+        steps = [answer.request.steps for answer in self.answers]
+        self.steps, self.span = on_device(steps, self.device), max(steps)
+        self.width = self.own_width or max(answer.request.block for answer in self.answers)
+        if self.schedule is not None:
+            self.state = self.schedule.room(self.state, self.steps, self.span)
+
+    def step(self, logits: Tensor, slots: Tensor, blocks: Blocks, *, entered: bool) -> "Choice":
+        """What `logits` (P, V) at `slots` (P,) of its windows (R, W) come to; `entered`: some row is in a new block."""
+        is_open, counts = blocks.open, blocks.open.sum(1)
+        rows = slots // is_open.shape[1]
+        ranks = (is_open.cumsum(1) - 1).flatten()
+        draw = self.noise.draw(rows, ranks[slots], counts)
+        proposals, confidence = self.proposer.propose(logits, draw, self.warmth[rows])
+        self.noise = self.noise.after(self.proposer.draws * counts)
+        if entered:
+            self._enter(blocks, ranks, counts)
+        scores = confidence.laid_out(is_open, slots)
+        narrow = self.width
+        scores = Confidence(scores.value[:, :narrow], scores.key[:, :narrow])
+        commit, back, self.state = self.rule(scores, is_open[:, :narrow], self.state)
+        beyond = (0, is_open.shape[1] - narrow)
+        return Choice(proposals, confidence, F.pad(commit, beyond), None if back is None else F.pad(back, beyond))
+
+    def _enter(self, blocks: Blocks, ranks: Tensor, counts: Tensor) -> None:
+        """Rows in a new block remember nothing, and those of a schedule are told their quotas."""
+        fresh = blocks.fresh
+        self.state = {name: zero_where(fresh, value) for name, value in self.state.items()}
+        if self.schedule is None:
+            return
+        material = counts
+        if self.schedule.draw:  # only rows that enter a block draw, so that a row's numbers do not depend on the others
+            rows, width = blocks.open.shape
+            every = torch.arange(rows, device=ranks.device).repeat_interleave(width, output_size=rows * width)
+            uniforms = self.noise.draw(every, ranks, counts).uniforms(1).view(rows, width)
+            material = torch.where(blocks.open & fresh[:, None], uniforms, torch.nan)
+            self.noise = self.noise.after(counts * fresh)
+        self.state = self.schedule.begin(self.state, material, self.steps, fresh)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a part proposes (P,) and how sure it is, and what of it is committed and taken back, (R, W) bool."""
+
+    proposals: Tensor
+    confidence: Confidence
+    commit: Tensor
+    back: Tensor | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a step asks for: `counts` positions of each row's window, and `beyond` open ones outside of it; and what a cache
+    has to know of the rows, see `Query`. Without that, every row counts as one that may be in a new block.
+    """
+
+    counts: list[int]
+    beyond: list[int]
+    firsts: list[int] = field(default_factory=list)
+    fresh: list[bool] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a step did. A rows, T columns.
+
+    `tokens` (A, T) after it; `first`, `last` (A,) columns of the blocks; `asked` (Q,) indices into the A*T flattened
+    positions, row by row, first those of the blocks and then those beyond; `proposals` (Q,) and `confidences` (Q,).
+    """
+
+    tokens: Tensor
+    first: Tensor
+    last: Tensor
+    asked: Tensor
+    proposals: Tensor
+    confidences: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a step leads: the canvas, its blocks, what the host has to know of them, and what was seen."""
+
+    canvas: Canvas
+    blocks: Blocks
+    tally: Tensor
+    seen: Seen
+
+
+@dataclass(frozen=True)
+class Moment(Seen):
+    """One step of a batch, and the `answers` that took part, with `counts` and `beyond` of what was asked in each row.
+
+    Where some answer is watched, `copied` holds on the CPU, flat: `tokens`, `first` and `last` in turn, `asked`,
+    `proposals`, and the bits of `confidences`.
+    """
+
+    answers: list[Answer]
+    counts: list[int]
+    beyond: list[int]
+    copied: Tensor | None
+
+
+class Batch:
+    """Rows of one way to be asked. Between steps rows `join`, and those of answers that nobody wants `leave`.
+
+    One that has become empty is not used again. `compiled`: "off"; "graph", a step of equal shapes becomes one function,
+    on a GPU one captured graph; "max" looks for the fastest kernels too, which takes minutes. What compiles is the exact
+    step, and refreshes and windows of a dual cache of rows that are at the same point; all else is as with "off".
+    """
+
+    def __init__(self, model: MaskPredictor, request: Request, compiled: Compiled = "off") -> None:
+        self.model, self.way, self.graph = model, request.way, None
+        if compiled != "off":
+            mode = {"graph": "reduce-overhead", "max": "max-autotune"}[compiled]
+            self.graph = torch.compile(self.advance, fullgraph=True, dynamic=False, mode=mode)
+        # A function that is compiled for one width of the canvas serves all narrower ones down to the next step.
+        self.columns = 1 if self.graph is None else COLUMNS
+        self.denoiser: Denoiser = denoiser_of(model, request.params)
+        self.parts: list[Part] = []
+        self.canvas: Canvas | None = None
+        self.ends = on_device(sorted(model.special_tokens.end_ids), model.device)
+        self.tally: list[list[int]] = [[], [], [], []]  # on the host, of each row: see `Blocks.tally`
+        self.blocks: Blocks | None = None
+        self.stops: Tensor | None = None  # (A,) bool, the rows that end at an end token, if any does
+        self.numbers = on_device([], model.device)  # of the block that each row was in, -1 before its first
+
+    @property
+    def answers(self) -> list[Answer]:
+        """Of the active rows, in their order."""
+        return [answer for part in self.parts for answer in part.answers]
+
+    def join(self, answers: Iterable[Answer]) -> None:
+        """New rows, from the next step on."""
+        old, added = self.answers, list(answers)
+        if not added:
+            return
+        of_part: dict[int, list[Answer]] = {}
+        for answer in added:
+            number = next((i for i, part in enumerate(self.parts) if part.takes(answer.request)), len(self.parts))
+            if number == len(self.parts):
+                self.parts.append(Part(self.model, answer.request))
+            of_part.setdefault(number, []).append(answer)
+        for number, new in of_part.items():
+            self.parts[number].arrange(list(range(len(self.parts[number].answers))), new)
+        fresh = Canvas.of(
+            [answer.request for answer in added], self.model.special_tokens, self.model.device, self.columns
+        )
+        canvas = fresh if self.canvas is None else self.canvas.joined(fresh)
+        opening = [answer.request.opening for answer in added]
+        for kept, value in zip(
+            self.tally, zip(*((n, 1, first, left) for n, first, left in opening), strict=True), strict=True
+        ):
+            kept.extend(value)
+        self.numbers = padded(self.numbers, len(added), -1)
+        # Rows of a part stand beside each other.
+        place = {id(answer): i for i, answer in enumerate(old + added)}
+        self._rearrange(canvas, [place[id(answer)] for answer in self.answers], len(old))
+
+    def leave(self, gone: Iterable[Answer]) -> None:
+        """These rows go on no longer; what they had written is in their answers."""
+        away = {id(answer) for answer in gone}
+        order = [i for i, answer in enumerate(self.answers) if id(answer) not in away]
+        if len(order) == len(self.answers):
+            return
+        kept = [[i for i, answer in enumerate(part.answers) if id(answer) not in away] for part in self.parts]
+        for part, rows in zip(self.parts, kept, strict=True):
+            if 0 < len(rows) < len(part.answers):
+                part.arrange(rows, [])
+        self.parts = [part for part, rows in zip(self.parts, kept, strict=True) if rows]
+        if order:
+            assert self.canvas is not None
+            self._rearrange(self.canvas, order, len(self.numbers))
+
+    def _rearrange(self, canvas: Canvas, order: list[int], before: int) -> None:
+        """The rows of `canvas` in this order; those from number `before` on are new."""
+        self.canvas = canvas if order == list(range(len(canvas.sizes))) else canvas.rows(order, self.columns)
+        self.tally = [[values[i] for i in order] for values in self.tally]
+        self.numbers = self.numbers[on_device(order, self.numbers.device)]
+        self.denoiser.arrange([i if i < before else -1 for i in order], self.canvas.tokens.shape[1])
+        stops = [answer.request.params.stop_at_eos for answer in self.answers]
+        self.stops = on_device(stops, self.model.device, torch.bool) if any(stops) else None
+        self.blocks = None
+
+    @torch.no_grad()
+    def step(self) -> Moment:
+        """Commits something in every row; those that are done leave, their answers finished."""
+        assert self.canvas is not None
+        if self.blocks is None:
+            self.blocks = Blocks.of(self.canvas, max(part.width for part in self.parts), self.numbers)
+        answers, (counts, entered, firsts, left) = self.answers, self.tally
+        beyond = [n - m if a.request.ahead else 0 for n, m, a in zip(left, counts, answers, strict=True)]
+        fresh = [bool(new) for new in entered]
+        fixed = None if self.graph is None or any(beyond) else self.denoiser.fixed(fresh, self.canvas.tokens.shape)
+        if fixed is not None and self.graph is not None:
+            width = self.blocks.open.shape[1]
+            asked = Asked([width] * len(answers), beyond)
+            with _dynamo.config.patch(recompile_limit=SHAPES):
+                outcome = self.graph(self.canvas, self.blocks, asked, fixed)
+        else:
+            asked = Asked(counts, beyond, firsts, fresh)
+            outcome = self.advance(self.canvas, self.blocks, asked, self.denoiser.logits)
+        told = self._told(outcome, answers)
+        return Moment(**vars(outcome.seen), answers=answers, counts=asked.counts, beyond=beyond, copied=told)
+
+    def advance(self, canvas: Canvas, blocks: Blocks, asked: "Asked", ask: Callable[[Query], Tensor]) -> "Outcome":
+        """One step on the device: `ask` for logits, propose, score, commit, and find the blocks of the next one.
+
+        Where every position of the windows is asked for, shapes are those of rows, window and canvas alone: a function
+        that can be compiled once and captured. Otherwise the host says how many are open, and only those are looked at.
+        """
+        # Indices into the flattened windows and the flattened canvas, in the same order. Their number is known to the
+        # host, so that the device need not be waited for.
+        total, everything = sum(asked.counts), blocks.open.numel()
+        if total == everything:
+            slots = torch.arange(everything, device=canvas.tokens.device)
+        else:
+            slots = torch.nonzero_static(blocks.open.flatten(), size=total)[:, 0]
+        mine = wanted = blocks.places.flatten()[slots]
+        if any(asked.beyond):
+            wanted = torch.cat([mine, self._beyond(canvas, mine, asked.beyond)])
+        seen = canvas.tokens, canvas.visible, canvas.known
+        logits = ask(Query(*seen, wanted, canvas.mask_id, blocks.first, asked.firsts, asked.fresh, asked.counts))
+        choice = self._choose(logits[:total], slots, blocks, asked)
+
+        # What is committed was MASK; a window past the canvas repeats its edge, so that what is not is left by adding 0.
+        written = torch.where(choice.commit.view(-1)[slots], choice.proposals - canvas.mask_id, 0)
+        tokens = canvas.tokens.view(-1).index_add(0, mine, written).view_as(canvas.tokens)
+        if choice.back is not None:
+            tokens = tokens.masked_fill(blocks.on_canvas(choice.back, canvas), canvas.mask_id)
+        after = replace(canvas, tokens=self._closed(tokens, canvas))
+        proposals, values = choice.proposals, choice.confidence.value
+        if any(asked.beyond):
+            further, sure = self._guesses(logits[total:], asked.beyond)
+            proposals, values = torch.cat([proposals, further]), torch.cat([values, sure])
+        following = Blocks.of(after, blocks.open.shape[1], blocks.number)
+        shown = Seen(after.tokens, blocks.first, blocks.last, wanted, proposals, values)
+        return Outcome(after, following, following.tally(after), shown)
+
+    @staticmethod
+    def _beyond(canvas: Canvas, mine: Tensor, beyond: list[int]) -> Tensor:
+        """The open positions outside of the blocks, of the rows that want to see them."""
+        watched = on_device([n > 0 for n in beyond], mine.device, torch.bool)
+        others = (canvas.open & watched[:, None]).flatten().index_fill(0, mine, value=False)
+        return torch.nonzero_static(others, size=sum(beyond))[:, 0]
+
+    def _spans(self, counts: list[int]) -> list[tuple[Part, slice, slice]]:
+        """Each part with its rows, and with what is its own of a sequence in which row i has `counts[i]` entries."""
+        found, row, at = [], 0, 0
+        for part in self.parts:
+            rows = slice(row, row + len(part.answers))
+            many = sum(counts[rows])
+            found.append((part, rows, slice(at, at + many)))
+            row, at = rows.stop, at + many
+        return found
+
+    def _choose(self, logits: Tensor, slots: Tensor, blocks: Blocks, asked: "Asked") -> Choice:
+        """All parts' choices, row after row."""
+        news = asked.fresh or [True] * len(asked.counts)
+        if len(self.parts) == 1:
+            return self.parts[0].step(logits, slots, blocks, entered=any(news))
+        found, width = [], blocks.open.shape[1]
+        for part, rows, mine in self._spans(asked.counts):
+            own = Blocks(*(value[rows] for value in vars(blocks).values()))
+            found.append(part.step(logits[mine], slots[mine] - rows.start * width, own, entered=any(news[rows])))
+        sure = (torch.cat(x) for x in zip(*((c.confidence.value, c.confidence.key) for c in found), strict=True))
+        back = None
+        if any(c.back is not None for c in found):
+            back = torch.cat([torch.zeros_like(c.commit) if c.back is None else c.back for c in found])
+        commit = torch.cat([c.commit for c in found])
+        return Choice(torch.cat([c.proposals for c in found]), Confidence(*sure), commit, back)
+
+    def _guesses(self, logits: Tensor, beyond: list[int]) -> tuple[Tensor, Tensor]:
+        """Proposals beyond the blocks, and the values of their confidences."""
+        found = [part.proposer.propose(logits[mine]) for part, _, mine in self._spans(beyond)]
+        return torch.cat([tokens for tokens, _ in found]), torch.cat([sure.value for _, sure in found])
+
+    def _closed(self, tokens: Tensor, canvas: Canvas) -> Tensor:
+        """`tokens` (A, T), ended rows filled: a row ends at its first end token with nothing open before it."""
+        if self.stops is None:
+            return tokens
+        nothing_open = (tokens == canvas.mask_id).cumsum(1) == 0
+        reached = torch.isin(tokens, self.ends) & canvas.answer & nothing_open
+        after = canvas.answer & (reached.cumsum(1) > reached.long()) & self.stops[:, None]
+        return tokens.masked_fill(after, self.model.special_tokens.eos_id)
+
+    def _told(self, outcome: "Outcome", answers: list[Answer]) -> Tensor | None:
+        """The step is taken: the host learns where the rows are and what watched ones are shown, its one wait for the
+        device; and who is done leaves.
+        """
+        assert self.blocks is not None
+        self.canvas, self.blocks, self.numbers = outcome.canvas, outcome.blocks, self.blocks.number
+        tally, copied = outcome.tally, None
+        if any(answer.steps is not None for answer in answers):
+            seen = outcome.seen
+            bounds, bits = torch.stack([seen.first, seen.last], 1), seen.confidences.double().view(torch.int64)
+            parts = (tally, seen.tokens, bounds, seen.asked, seen.proposals, bits)
+            flat = torch.cat([x.flatten() for x in parts]).cpu()
+            tally, copied = flat[: tally.numel()].view(tally.shape), flat[tally.numel() :]
+        self.tally = tally.tolist()
+        done = []
+        for i, (answer, left) in enumerate(zip(answers, self.tally[3], strict=True)):
+            answer.forwards += 1
+            if not left:
+                answer.tokens, answer.finished = self.canvas.tokens[i, : self.canvas.sizes[i]], True
+                done.append(answer)
+        self.leave(done)
+        return copied
+
+
+def padded(value: Tensor, more: int, fill: int = 0) -> Tensor:
+    """`value` (R, ...) followed by `more` rows of `fill`."""
+    return torch.cat([value, value.new_full((more, *value.shape[1:]), fill)]) if more else value
+
+
+def zero_where(rows: Tensor, value: Tensor) -> Tensor:
+    """`value` (R, ...), zero in those `rows` (R,) bool."""
+    return value.masked_fill(rows.view(-1, *[1] * (value.dim() - 1)), 0)

@@ -1,0 +1,219 @@
+"""One queue in front of one model: requests wait in the order they came, join a batch, and leave it when they are done.
+
+Nobody works in the background: whoever waits for a step takes the turn and makes one, for all rows of a batch, while the
+others wait for theirs. Rows that cannot share a forward (other cache, other guidance) are in batches of their own, which
+take steps in turn.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from llada_core.modeling.predictor import MaskPredictor
+from llada_core.sampling.batch import Answer, Batch, Compiled, Moment
+from llada_core.sampling.canvas import Step
+from llada_core.sampling.requests import Request
+
+
+class Engine:
+    """Writes answers to requests of any settings, at most `rows` at once over at most `positions` canvas positions.
+
+    A request waits for no more than those that came before it: nobody overtakes, and each of them ends. With `waiting`
+    requests in the queue, or a canvas larger than `positions`, a request is refused: `ValueError`, with the number. Who
+    holds `turn` has the model to himself. `compiled`: see `Batch`.
+    """
+
+    def __init__(
+        self,
+        model: MaskPredictor,
+        *,
+        rows: int = 32,
+        positions: int | None = None,
+        waiting: int = 1024,
+        compiled: Compiled = "off",
+    ) -> None:
+        self.model, self.rows, self.waiting, self.compiled = model, rows, waiting, compiled
+        self.positions = positions or rows * model.max_length
+        self.forwards = self.fed = 0  # of the model, and tokens in them, by all batches
+        self._queue: deque[Answer] = deque()
+        self.batches: deque[Batch] = deque()
+        self.turn, self._door = threading.Lock(), threading.Lock()
+
+    @property
+    def active(self) -> list[Answer]:
+        """Those that are being written."""
+        return [answer for batch in self.batches for answer in batch.answers]
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody writes or waits."""
+        return bool(self._queue or self.batches)
+
+    def submit(self, requests: Sequence[Request], *, watched: bool = False) -> list[Answer]:
+        """An answer to come for each request; `watched` ones keep their steps until they are taken."""
+        for request in requests:
+            if len(request.tokens) > self.positions:
+                raise ValueError(
+                    f"a canvas of {len(request.tokens)} tokens is larger than the {self.positions} that fit here; "
+                    "shorten the prompt or max_new_tokens"
+                )
+        answers = [Answer(request, steps=deque() if watched else None) for request in requests]
+        with self._door:
+            if len(self._queue) + len(answers) > self.waiting:
+                raise ValueError(f"{len(self._queue)} requests are waiting, and {self.waiting} may; try again later")
+            self._queue.extend(answers)
+        return answers
+
+    def finish(self, answers: Sequence[Answer]) -> None:
+        """Returns once all of these are written."""
+        for answer in answers:
+            while not answer.over:
+                with self.turn:
+                    if not answer.over:
+                        self._step()
+            if answer.error is not None:
+                raise answer.error
+
+    def follow(self, answer: Answer) -> Generator[Step, None, None]:
+        """The steps of a watched answer as they come; who takes no more of them has the answer given up."""
+        assert answer.steps is not None
+        try:
+            while True:
+                if not answer.steps:
+                    with self.turn:  # also to be told of the end: the last step is there once the turn is over
+                        if not (answer.steps or answer.over):  # another may have made it while this one waited
+                            self._step()
+                if answer.steps:
+                    yield answer.steps.popleft()
+                elif answer.error is not None:
+                    raise answer.error
+                elif answer.over:
+                    return
+        finally:
+            self.cancel(answer)
+
+    def cancel(self, answer: Answer) -> None:
+        """Gives up an answer; its place is free before the next step."""
+        answer.cancelled = True
+        # Whoever has the turn sees to it. Not waited for: a generator may be closed by the collector, amid a step.
+        if self.turn.acquire(blocking=False):
+            try:
+                self._sweep()
+            finally:
+                self.turn.release()
+
+    def step(self) -> None:
+        """One step of the batch whose turn it is; of none, where nobody writes."""
+        with self.turn:
+            self._step()
+
+    def _step(self) -> None:
+        self._sweep()
+        self._admit()
+        if not self.batches:
+            return
+        batch = self.batches[0]
+        self.batches.rotate(-1)
+        forwards, fed = batch.denoiser.forwards, batch.denoiser.fed
+        try:
+            with evaluating(self.model):
+                moment = batch.step()
+        except BaseException as error:
+            self.batches.remove(batch)
+            for answer in batch.answers:
+                answer.error = error
+            if not isinstance(error, Exception):
+                raise
+            return
+        self.forwards += batch.denoiser.forwards - forwards
+        self.fed += batch.denoiser.fed - fed
+        _tell(moment)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Answers that nobody wants any more leave, and batches without rows."""
+        for batch in list(self.batches):
+            batch.leave([answer for answer in batch.answers if answer.cancelled])
+            if not batch.answers:
+                self.batches.remove(batch)
+
+    def _admit(self) -> None:
+        """Those at the head of the queue join while there is room; nobody overtakes one that has to wait."""
+        places = self.rows - len(self.active)
+        joining: dict[Batch, list[Answer]] = {}
+        while self._queue:
+            answer = self._queue[0]
+            if not answer.cancelled:
+                batch = next((batch for batch in self.batches if batch.way == answer.request.way), None)
+                if places < 1 or not self._fits(answer.request, batch, joining):
+                    break
+                if batch is None:
+                    batch = Batch(self.model, answer.request, self.compiled)
+                    self.batches.append(batch)
+                joining.setdefault(batch, []).append(answer)
+                places -= 1
+            self._queue.popleft()
+        for batch, answers in joining.items():
+            batch.join(answers)
+
+    def _fits(self, request: Request, batch: Batch | None, joining: dict[Batch, list[Answer]]) -> bool:
+        """Whether the canvases, each as wide as its longest row, have room for one row more."""
+        total, others = 0, list(self.batches)
+        for each in [*others, *([None] if batch is None else [])]:
+            sizes = [] if each is None else [len(a.request.tokens) for a in each.answers + joining.get(each, [])]
+            sizes += [len(request.tokens)] if each is batch else []
+            total += len(sizes) * max(sizes, default=0)
+        return total <= self.positions
+
+
+@contextmanager
+def evaluating(model: MaskPredictor) -> Iterator[None]:
+    """The model without dropout, and afterwards as it was."""
+    if not model.training:  # telling every layer again would cost a small model as much as half a step
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+def _tell(moment: Moment) -> None:
+    """Each watched answer gets its row of a step, on the CPU."""
+    if moment.copied is None:
+        return
+    (rows, columns), asked = moment.tokens.shape, len(moment.asked)
+    told = moment.copied.split([rows * columns, 2 * rows, asked, asked, asked])
+    tokens, bounds, places = told[0].view(rows, columns), told[1].view(rows, 1, 2), told[2]
+    near, far = 0, sum(moment.counts)
+    for row, answer in enumerate(moment.answers):
+        spans = slice(near, near + moment.counts[row]), slice(far, far + moment.beyond[row])
+        near, far = spans[0].stop, spans[1].stop
+        if answer.steps is None:
+            continue
+
+        def own(values: Tensor, spans: tuple[slice, slice] = spans) -> Tensor:
+            return values[spans[0]] if spans[1].start == spans[1].stop else torch.cat([values[s] for s in spans])
+
+        after = tokens[row : row + 1, : len(answer.request.tokens)]
+        step = Step(
+            tokens=after,
+            before=answer.shown,
+            mask_id=answer.request.mask_id,
+            forwards=answer.forwards,
+            rows=_FIRST,
+            bounds=bounds[row],
+            asked=own(places) - row * columns,
+            proposals=own(told[3]),
+            confidences=own(told[4]).view(torch.float64),
+        )
+        answer.shown = after
+        answer.steps.append(step)
+
+
+_FIRST = torch.zeros(1, dtype=torch.long)
