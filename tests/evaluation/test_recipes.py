@@ -92,6 +92,17 @@ def test_figures_of_all_sources():
     assert [c.figures["opencompass"] for c in recipes.table("llada15").columns] == [83.6, 42.3, 34.8, 51.2, 42.6, 65.2]
 
 
+def test_a_table_as_one_of_its_sources_measured_it():
+    columns = recipes.table("instruct.opencompass").columns
+    assert [c.recipe for c in columns][:2] == ["instruct_mmlu.opencompass", "instruct_mmlu_pro.opencompass"]
+    assert len(columns) == 10
+    assert [c.column for c in recipes.table("base.length_512").columns] == ["BBH", "GSM8K", "Math", "HumanEval", "MBPP"]
+    with pytest.raises(ConfigError, match="did you mean 'opencompass'"):
+        recipes.table("instruct.opencompas")
+    with pytest.raises(ConfigError, match="did you mean 'instruct'"):
+        recipes.table("instrct")
+
+
 def test_a_variant_says_what_it_asks_otherwise():
     internal, theirs = recipes.find("instruct_mmlu"), recipes.find("instruct_mmlu.opencompass")
     assert internal.departures(internal).keys() == {"prompt", "filter", "shots"}

@@ -43,13 +43,14 @@ def test_a_wording_counts_where_exact_solves_half_and_the_worst_is_named():
         EXACT: {"a": point(18), "b": point(16), "c": point(4)},
         "fast": {"a": point(18, forwards=5.0), "b": point(8, forwards=5.0)},
         "slow": {"a": point(17), "b": point(15)},
+        "as fast": {"a": point(18, forwards=5.0), "b": point(8, forwards=5.0)},
     }
-    exact, fast, slow = table(points)
+    exact, fast, slow, alike = table(points)
     assert (exact["mean"], exact["worst"], exact["worst_wording"]) == (pytest.approx(0.85), 0.8, "b")
     assert (fast["mean"], fast["worst"], fast["worst_wording"]) == (pytest.approx(0.65), 0.4, "b")
     assert (fast["tokens_per_forward"], fast["difference"]) == (2.0, pytest.approx(-0.2))
     assert fast["high"] < 0
-    assert [row["pareto"] for row in (exact, fast, slow)] == [True, True, False]
+    assert [row["pareto"] for row in (exact, fast, slow, alike)] == [True, True, False, True]
     text = told("seats", points)
     assert "wordings in which exact solves half: a, b" in text
     assert "not counted, by exact: c 20 %" in text

@@ -207,10 +207,21 @@ def tables() -> dict[str, Table]:
 
 
 def table(name: str) -> Table:
-    """The published table called `name`; raises `ConfigError` with the nearest name."""
-    if name not in tables():
-        raise ConfigError(f"there is no table {name!r}{nearest(name, list(tables()))}")
-    return tables()[name]
+    """The published table called `name`, or `name.source`: the columns that a variant repeats as that source measured
+    them. Raises `ConfigError` with the nearest name."""
+    stem, _, source = name.partition(".")
+    if stem not in tables():
+        raise ConfigError(f"there is no table {stem!r}{nearest(stem, list(tables()))}")
+    whole = tables()[stem]
+    if not source:
+        return whole
+    recipes = {column.recipe: find(column.recipe) for column in whole.columns}
+    repeated = [c for c in whole.columns if source in (recipes[c.recipe].variant, *recipes[c.recipe].variants)]
+    if not repeated:
+        known = {variant for recipe in recipes.values() for variant in (recipe.variant, *recipe.variants)}
+        raise ConfigError(f"no column of {stem} has a variant {source!r}{nearest(source, sorted(known))}")
+    columns = tuple(c.model_copy(update={"recipe": f"{c.recipe}.{source}"}) for c in repeated)
+    return whole.model_copy(update={"columns": columns})
 
 
 class Figure(Block):
