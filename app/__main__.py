@@ -1,7 +1,6 @@
 """`python -m app`: the page on a loopback port. Knows arguments and the page; everything else is elsewhere."""
 
 import os
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -66,13 +65,14 @@ def launch(
 ) -> None:
     """Loads the model on a device in so many bits, then serves the page until Ctrl-C; without a model the page says
     what to run."""
+    from tasks.project import Project
     from tasks.record.registry import champion_of
 
-    name = model or champion_of(Path.cwd())  # first: Gradio takes seconds to import
+    name = model or champion_of(Project.at())  # first: Gradio takes seconds to import
     from app import page
     from app.models import AppState, ModelCache, ModelIndex, Setting, UserError
 
-    catalogue, setting = ModelIndex(Path.cwd()), Setting.checked(*lies)
+    catalogue, setting = ModelIndex(Project.at()), Setting.checked(*lies)
     state = AppState(ModelCache(catalogue, setting=setting), catalogue, name, seconds=seconds, at_once=at_once)
     try:
         state.loaded(name)

@@ -28,6 +28,7 @@ from llada_core.settings import Bits, ConfigError
 from llada_core.tokenizer import Tokenizer
 from llada_core.usage import Usage
 from tasks.folders import sqlite_file
+from tasks.project import Project
 from tasks.record import registry
 from tasks.record.usage import GENERAL, usage_of
 
@@ -37,14 +38,14 @@ HASH = re.compile(r"\b[0-9a-f]{40,}\b")
 class ModelIndex:
     """The registry of one project folder, and how its models are to be asked."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, project: Project) -> None:
+        self.project = project
 
     def names(self) -> list[str]:
         """Every alias and version of every registered model, newest first."""
         found = []
         for model in self._models():
-            for version in reversed(registry.versions(self.root, model)):
+            for version in reversed(registry.versions(self.project, model)):
                 found += [f"models:/{model}@{alias}" for alias in version.aliases]
                 found.append(f"models:/{model}/{version.number}")
         return found
@@ -57,7 +58,7 @@ class ModelIndex:
         model, which = match[1] or match[4], match[2] or match[3] or match[5]
         if model not in self._models():
             raise ConfigError(f"no model {model!r} is registered; make run trains and registers one")
-        return registry.version_of(self.root, model, which)
+        return registry.version_of(self.project, model, which)
 
     def locate(self, name: str) -> str:
         """What changes when a name leads to other weights: cheap, unlike `resolve`, which verifies them."""
@@ -67,8 +68,8 @@ class ModelIndex:
     def resolve(self, name: str, place: str = "") -> Path:
         """The verified folder; with a `place` that `locate` gave, of that version, wherever its alias has moved since."""
         if place in ("", name):
-            return registry.resolve(name, self.root)
-        return registry.verified(self.root, place)
+            return registry.resolve(name, self.project)
+        return registry.verified(self.project, place)
 
     def facts(self, name: str) -> list[tuple[str, str]]:
         """Where a model comes from: version, aliases, lineage, and the receipt of its last training stage."""
@@ -102,7 +103,7 @@ class ModelIndex:
             version = self.version(name)
         except ConfigError:
             return []
-        measured = {} if version is None else registry.scores_of(self.root, version.hash)
+        measured = {} if version is None else registry.scores_of(self.project, version.hash)
         return [
             (benchmark, f"{100 * sum(each.values()) / len(each):.1f} % of {len(each)} questions{_published(benchmark)}")
             for benchmark, each in sorted(measured.items())
@@ -112,21 +113,21 @@ class ModelIndex:
     def usage(self, name: str) -> Usage:
         """How a model is to be asked; one that the registry no longer names is asked as one from elsewhere."""
         try:
-            return usage_of(self.root, name)
+            return usage_of(self.project, name)
         except ConfigError:
             return Usage(examples=GENERAL)
 
     def _folder(self, name: str) -> Path:
         version = self.version(name)
-        return Path(name) if version is None else registry.store_folder(self.root, version.hash)
+        return Path(name) if version is None else registry.store_folder(self.project, version.hash)
 
     def _models(self) -> list[str]:
         """Names of all registered models; MLflow is not asked when it has no files yet, since asking makes them."""
-        lost = {receipt["name"] for receipt in registry.receipts(self.root)}
-        file = sqlite_file(registry.tracking_uri(self.root))
+        lost = {receipt["name"] for receipt in registry.receipts(self.project)}
+        file = sqlite_file(self.project.tracking_uri)
         if file is not None and not file.is_file():
             return sorted(lost)
-        return sorted(lost | {model.name for model in registry.client(self.root).search_registered_models()})
+        return sorted(lost | {model.name for model in registry.client(self.project).search_registered_models()})
 
 
 def _published(benchmark: str) -> str:

@@ -21,7 +21,7 @@ from tasks.folders import read_json, write_json
 from tasks.launch.jobs import follow
 from tasks.launch.launchers import LocalLauncher, SlurmLauncher, start_time
 from tasks.launch.program import environment
-from tasks.project import LaunchParams
+from tasks.project import LaunchParams, Project
 from tasks.record import tracking
 from tasks.record.runs import RunFolder, all_runs
 from tests.slurm.cluster import Cluster, missing
@@ -97,7 +97,7 @@ def between_jobs(project: Path) -> tuple[float, float]:
 
     From the run folders of a project whose stages were all made by one undisturbed run.
     """
-    runs = [run for run in all_runs(project) if run.job and run.succeeded]
+    runs = [run for run in all_runs(Project.at(project)) if run.job and run.succeeded]
     runs = [run for run in runs if run.request["root"] == runs[0].request["root"]]
     jobs = sorted((run.job["time"], read_json(run.path / "SUCCESS")["time"]) for run in runs)
     busy_until, idle = jobs[0][0], 0.0

@@ -61,7 +61,7 @@ def evaluate(
     Sampler settings are the recipe's; those of puzzles, overrides and dtype are read from params.yaml here.
     """
     with one_line_errors():
-        from tasks.record.runs import home
+        from tasks.project import Project
         from tasks.record.tracking import send_sweep
 
         name, asked = name_or_champion(model), _asked(benchmarks, table)
@@ -74,7 +74,7 @@ def evaluate(
         if (found := _swept(name, asked, params, places, device, hours)) is None:
             return None
         measured = [n for n, line in found.items() if "error" not in line]
-        send_sweep(home(Path.cwd()), name, params, places.out, measured, key=places.answers.name)
+        send_sweep(Project.at(), name, params, places.out, measured, key=places.answers.name)
         print(f"results are in {places.out}")
         raise typer.Exit(len(measured) < len(found))
 
@@ -84,13 +84,14 @@ def _prepared(
 ) -> "tuple[EvaluateParams, Places]":
     """What was asked for over the project's own, and where it is read and written."""
     from tasks.folders import safe
-    from tasks.record.runs import home
+    from tasks.project import Project
     from tasks.record.usage import saved_usage
     from tasks.work.measure import sweep_places
 
-    root, base = _folder(given["root"]), home(Path.cwd())
+    root, project = _folder(given["root"]), Project.at()
+    base = project.home
     values = {"benchmarks": tuple(asked), **given}
-    params = _over_the_projects(base / "params.yaml", values, saved_usage(Path.cwd(), name))
+    params = _over_the_projects(base / "params.yaml", values, saved_usage(project, name))
     params = with_settings(params, asked, over)
     return params, sweep_places(name, params, base, root, out or base / "reports" / "checkpoints" / safe(name))
 

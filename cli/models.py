@@ -35,10 +35,9 @@ def fetch(
         os.environ["HF_HOME"] = str(folder.resolve())  # read when the Hub's packages are first imported
         from tasks.launch.workspace import fetch as bring
         from tasks.launch.workspace import profile_file
-        from tasks.project import Params
-        from tasks.record.runs import home
+        from tasks.project import Params, Project
 
-        failed = bring(Params.load(profile_file(Path.cwd(), profile)), home(Path.cwd()))
+        failed = bring(Params.load(profile_file(Project.at(), profile)), Project.at().home)
         print(f"with HF_HOME={folder.resolve()} HF_HUB_OFFLINE=1 all of it is found by its name")
         raise typer.Exit(1 if failed else 0)
 
@@ -91,6 +90,7 @@ def export(
     """Copy a model into a self-contained folder: weights in the published layout, tokenizer, model card."""
     with one_line_errors():
         from llada_core.files import written_whole
+        from tasks.project import Project
         from tasks.record.registry import named, resolve, version_of
         from tasks.record.usage import saved_usage
 
@@ -102,13 +102,13 @@ def export(
         if folder.exists() and not overwrite:
             raise FileExistsError(f"{folder} is there already; choose another name, or --overwrite")
         reference = named(name)
-        tags = version_of(Path.cwd(), *reference).tags if reference else {}
+        tags = version_of(Project.at(), *reference).tags if reference else {}
         with written_whole(folder) as staging:
             if merge:
                 merge_into(source, staging)
             else:
                 shutil.copytree(source, staging, dirs_exist_ok=True)
-            usage = saved_usage(Path.cwd(), name)
+            usage = saved_usage(Project.at(), name)
             if usage is not None:
                 usage.save(staging)
             facts = card_facts(source, {key: value for key, value in tags.items() if key != "folder"}, usage)
@@ -192,17 +192,19 @@ def ui(
     """MLflow (runs, models) and Prefect (flows, deployments) on this machine's loopback, until Ctrl-C."""
     with one_line_errors():
         from tasks.folders import sqlite_file
-        from tasks.record.registry import client, tracking_uri
+        from tasks.project import Project
+        from tasks.record.registry import client
 
-        if sqlite_file(tracking_uri(Path.cwd())):
-            client(Path.cwd())  # its tables are there before a server, and a run beside it, look for them
+        project = Project.at()
+        if sqlite_file(project.tracking_uri):
+            client(project)  # its tables are there before a server, and a run beside it, look for them
         address = "127.0.0.1"
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         api = {
             "PREFECT_UI_API_URL": f"http://{address}:{prefect_port}/api",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         }
-        tracking = ["-m", "mlflow", "server", "--backend-store-uri", tracking_uri(Path.cwd()), "--workers", "1"]
+        tracking = ["-m", "mlflow", "server", "--backend-store-uri", project.tracking_uri, "--workers", "1"]
         commands = [
             [sys.executable, *tracking, "--host", address, "--port", str(mlflow_port)],
             [sys.executable, "-m", "prefect", "server", "start", "--host", address, "--port", str(prefect_port)],

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Signature, signature
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -82,9 +81,10 @@ def with_model_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def name_or_champion(name: str) -> str:
     """The name that was given, else that of the project's champion."""
+    from tasks.project import Project
     from tasks.record.registry import champion_of
 
-    return name or champion_of(Path.cwd())
+    return name or champion_of(Project.at())
 
 
 def loaded(name: str, device: str = "auto", bits: int | None = None) -> "tuple[MaskPredictor, Tokenizer]":

@@ -37,12 +37,13 @@ def run(
     with one_line_errors():
         from tasks.launch.program import reproduce, summary
         from tasks.launch.workspace import open_workspace
+        from tasks.project import Project
 
         if yes:
             os.environ["LLADAFLOW_YES"] = "1"
-        workspace = open_workspace(Path.cwd(), profile, overrides)
+        workspace = open_workspace(Project.at(), profile, overrides)
         if detach:
-            _detach(workspace.path)
+            _detach(workspace.root)
             return
         reproduce(workspace, [upto] if upto else [])
         print(summary(workspace))
@@ -75,13 +76,13 @@ def plan(
         from llada_core.settings import read_yaml, with_overrides
         from tasks.launch.plan import refuse, script_of, told
         from tasks.launch.workspace import profile_file
-        from tasks.project import Params
+        from tasks.project import Params, Project
         from tasks.stages import TRAINING_STAGES
 
         if stage is not None:
             _show_script(stage, profile, overrides)
             return
-        values = with_overrides(read_yaml(profile_file(Path.cwd(), profile)), overrides)
+        values = with_overrides(read_yaml(profile_file(Project.at(), profile)), overrides)
         params = Params.parse(values, profile or "params.yaml")
         for name in (s for s in params.stages if s in TRAINING_STAGES):
             asked = gpu or params.launch.of(name).gpu or "H100"
@@ -94,13 +95,13 @@ def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
     from tasks.graph import load_stage
     from tasks.launch.launchers import launcher_for
     from tasks.launch.workspace import open_workspace, with_sources
-    from tasks.project import Params
+    from tasks.project import Params, Project
     from tasks.record.runs import open_run, stage_params
 
-    workspace = open_workspace(Path.cwd(), profile, overrides)
-    print(f"in {workspace.path}")
-    params = with_sources(stage_params(workspace.path, []), workspace.path)
-    made = open_run(workspace.path, load_stage(workspace.path, stage, params), params)
+    workspace = open_workspace(Project.at(), profile, overrides)
+    print(f"in {workspace.root}")
+    params = with_sources(stage_params(workspace, []), workspace)
+    made = open_run(workspace, load_stage(workspace, stage, params), params)
     launch = Params.parse(params, "params.yaml").launch.of(stage.partition("@")[0])
     print(f"run folder: {made.path} ({'already done' if made.succeeded else launch.kind})\n")
     if launch.kind != "inline":
@@ -116,10 +117,11 @@ def status() -> None:
     """Every run: stage, state, job, step of total, loss, time left, size of its checkpoints."""
     with one_line_errors():
         from tasks.launch.status import COLUMNS, line_of
+        from tasks.project import Project
         from tasks.record.runs import all_runs
 
         table = Table(*COLUMNS, box=None)
-        for found in all_runs(Path.cwd()):
+        for found in all_runs(Project.at()):
             table.add_row(*line_of(found))
         Console(width=None if sys.stdout.isatty() else 160).print(table)
 
@@ -131,9 +133,10 @@ def logs(
     with one_line_errors():
         from tasks.launch.jobs import LogReader
         from tasks.launch.status import state_of
+        from tasks.project import Project
         from tasks.record.runs import find_run
 
-        found = find_run(Path.cwd(), name)
+        found = find_run(Project.at(), name)
         reader = LogReader(found, tail=None if follow else 1 << 20)
         reader.show()
         while follow and state_of(found) in ("running", "unknown"):
@@ -149,10 +152,10 @@ def cancel(name: Run) -> None:
         from tasks.launch.jobs import grace
         from tasks.launch.launchers import launcher_of
         from tasks.launch.status import state_of
-        from tasks.project import Params
+        from tasks.project import Params, Project
         from tasks.record.runs import find_run
 
-        found = find_run(Path.cwd(), name)
+        found = find_run(Project.at(), name)
         if state_of(found) != "running":
             raise ConfigError(f"{found.key} is not running ({state_of(found)})")
         launch = Params.parse(found.request["all_params"], "request.json").launch
@@ -164,23 +167,24 @@ def accept(stages: Annotated[list[str], typer.Argument(help="stages whose output
     """Take outputs as still valid although code or parameters have changed (`dvc commit`): nothing is run again."""
     with one_line_errors():
         from tasks.launch.program import dvc, known
-        from tasks.launch.workspace import Workspace
+        from tasks.project import Project
 
-        raise typer.Exit(dvc(Workspace(Path.cwd()), "commit", "--force", *known(Workspace(Path.cwd()), stages)))
+        raise typer.Exit(dvc(Project.at(), "commit", "--force", *known(Project.at(), stages)))
 
 
 def gc(yes: Yes = False) -> None:
     """What could be freed: checkpoints of finished runs, workspaces nobody works in, weights no version points to."""
     with one_line_errors():
         from tasks.launch.status import candidates, remove
+        from tasks.project import Project
 
-        found = candidates(Path.cwd())
+        found = candidates(Project.at())
         for item in found:
             print(f"{item.gigabytes:8.2f} GB  {item.path}  ({item.why})")
         if not found:
             print("nothing to free")
         elif yes or typer.confirm(f"free {sum(item.gigabytes for item in found):.2f} GB?"):
-            remove(Path.cwd(), found)
+            remove(Project.at(), found)
 
 
 def lineage(
@@ -190,27 +194,27 @@ def lineage(
 ) -> None:
     """Where a registered version comes from: commit, dvc.lock, parameters, data, runs, jobs, environment."""
     with one_line_errors():
+        from tasks.project import Project
         from tasks.record.registry import named, trained_on, version_of
-        from tasks.record.runs import home
 
         registered = named(reference)
         if registered is None and (reference.startswith("models:") or "@" in reference):
             raise ConfigError(f"{reference!r} names no version; write models:/NAME@alias or models:/NAME/3")
         if registered is None:
-            found = trained_on(Path.cwd(), reference)
+            found = trained_on(Project.at(), reference)
             for version in found:
                 print(f"models:/{version.name}/{version.number}  {' '.join('@' + a for a in version.aliases)}")
             if not found:
                 raise ConfigError(f"no registered version was made of {reference!r}; give a folder or the hash of one")
             return
-        version = version_of(Path.cwd(), *registered)
+        version = version_of(Project.at(), *registered)
         print(f"models:/{version.name}/{version.number}  {' '.join('@' + alias for alias in version.aliases)}")
         for key, value in sorted(version.tags.items()):
             shown = json.dumps(json.loads(value), indent=1) if value.startswith("{") else value
             print(f"{key}: {shown}")
         print("parameters, code and log of each stage:")
         for key in json.loads(version.tags["stage_runs"]).values():
-            print(f"  {home(Path.cwd()) / 'runs' / key}")
+            print(f"  {Project.at().runs / key}")
 
 
 def promote(
@@ -221,9 +225,10 @@ def promote(
     """Make a version champion, once its weights are verified."""
     with one_line_errors():
         from tasks.launch.trial import try_out
+        from tasks.project import Project
         from tasks.work import register as promotion
 
-        print(f"champion: version {promotion.promote(Path.cwd(), name, version, why, try_out).number}")
+        print(f"champion: version {promotion.promote(Project.at(), name, version, why, try_out).number}")
 
 
 def rollback(
@@ -233,17 +238,19 @@ def rollback(
     """Give `champion` back to the version that held it before."""
     with one_line_errors():
         from tasks.launch.trial import try_out
+        from tasks.project import Project
         from tasks.work import register as promotion
 
-        print(f"champion: version {promotion.roll_back(Path.cwd(), name, why, try_out).number}")
+        print(f"champion: version {promotion.roll_back(Project.at(), name, why, try_out).number}")
 
 
 def restore() -> None:
     """Register anew what the registry has lost, from store/receipts.jsonl, and send MLflow every run again."""
     with one_line_errors():
+        from tasks.project import Project
         from tasks.record.versions import restore as restore_records
 
-        lost = restore_records(Path.cwd())
+        lost = restore_records(Project.at())
         print(f"registered anew: {', '.join(lost)}" if lost else "the registry has lost no model")
 
 
@@ -253,8 +260,9 @@ def doctor() -> None:
         from flows.pipeline import require_prefect
         from tasks.folders import NoDatabaseError
         from tasks.launch.doctor import Finding, findings, with_remedy
+        from tasks.project import Project
 
-        found = list(findings(Path.cwd()))
+        found = list(findings(Project.at()))
         try:
             found.append(Finding(True, require_prefect()))
         except NoDatabaseError as error:

@@ -1,7 +1,6 @@
 """`llada serve`: models behind an OpenAI-compatible address."""
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,8 +40,9 @@ def serve(
         from app.models import ModelCache, ModelIndex, Setting
         from app.server.http import create_app
         from app.server.service import Limits, Service
+        from tasks.project import Project
 
-        cache = ModelCache(ModelIndex(Path.cwd()), most=len(names) + 1, setting=Setting.checked(device, bits))
+        cache = ModelCache(ModelIndex(Project.at()), most=len(names) + 1, setting=Setting.checked(device, bits))
         service = Service(cache, names, Limits(at_once=at_once, waiting=waiting, seconds=seconds))
         key = os.environ.get(KEY, "")
         if not key and host not in ("127.0.0.1", "localhost", "::1"):

@@ -1,7 +1,6 @@
 """llada sample and llada chat: their options; what they show is `cli.terminal`'s."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,13 +30,14 @@ def sample(
     with one_line_errors():
         from app.canvas import readable, typed
         from cli.terminal import answers, follow, templates
+        from tasks.project import Project
         from tasks.record.usage import usage_of
 
         if infill and pin:
             raise ValueError("--pin pins words of the answer to a question; leave it out, or --infill")
         texts = [typed(line.rstrip("\n")) for p in prompts for line in (sys.stdin if p == "-" else [p])]
         name = name_or_champion(options.model)
-        usage = usage_of(Path.cwd(), name)
+        usage = usage_of(Project.at(), name)
         params = settings(usage.sampling, options)
         writer, tokenizer = loaded(name, options.device, options.bits)
         started = (
@@ -64,10 +64,11 @@ def chat(
         from app.conversation import Conversation
         from app.models import LoadedModel
         from cli.terminal import TerminalChat
+        from tasks.project import Project
         from tasks.record.usage import usage_of
 
         name = name_or_champion(options.model)
-        usage = usage_of(Path.cwd(), name)
+        usage = usage_of(Project.at(), name)
         params = settings(usage.sampling, options)
         writer, tokenizer = loaded(name, options.device, options.bits)
         spoken = LoadedModel(name, None, writer, tokenizer, max_context=writer.max_length, usage=usage)

@@ -23,9 +23,8 @@ from tasks.errors import StageError, one_line_errors
 from tasks.folders import commit_of, read_json
 from tasks.launch.launchers import launcher_for
 from tasks.launch.plan_memory import peak_of
-from tasks.launch.workspace import Workspace, configure_without_git, open_workspace
-from tasks.project import Params, data_root
-from tasks.record.runs import home
+from tasks.launch.workspace import configure_without_git, open_workspace
+from tasks.project import Params, Project, data_root
 from tasks.record.tracking import send_pending
 from tasks.work.evaluate import Places, answering, quiet_lm_eval
 from tasks.work.measure import FAILURES, tell_costs
@@ -71,12 +70,12 @@ def evaluate(
     """
     asked = [*(benchmarks or []), *([column.recipe for column in recipes.table(table).columns] if table else [])]
     workspace = _workspace(model, asked, limit, overrides or [])
-    configure_without_git(workspace.path)
-    params = Params.parse(workspace.params, "params.yaml")
-    processes = StageProcesses(workspace.path, confirmed=True)
+    configure_without_git(workspace.root)
+    params = Params.parse(workspace.values, "params.yaml")
+    processes = StageProcesses(workspace.root, confirmed=True)
     failed: dict[str, str] = {}
     try:
-        if "prepare" in workspace.params["stages"]:
+        if "prepare" in workspace.values["stages"]:
             processes.run("prepare", get_run_logger().info)
         if costs:
             _tell_costs(workspace, params, asked)
@@ -91,12 +90,12 @@ def evaluate(
     except BaseException:
         processes.end_all()
         raise
-    send_pending(workspace.path)
+    send_pending(workspace)
     return _report(workspace, asked, failed, model)
 
 
-def _workspace(model: str, asked: list[str], limit: int | None, overrides: list[str]) -> Workspace:
-    puzzles = [n for n in asked if not recipes.exists(n) and (home(Path.cwd()) / "data/eval" / f"{n}.jsonl").exists()]
+def _workspace(model: str, asked: list[str], limit: int | None, overrides: list[str]) -> Project:
+    puzzles = [n for n in asked if not recipes.exists(n) and (Project.at().home / "data/eval" / f"{n}.jsonl").exists()]
     values = {
         "name": "evaluation",
         "stages": ["prepare"] * bool(puzzles) + ["evaluate"],
@@ -105,16 +104,16 @@ def _workspace(model: str, asked: list[str], limit: int | None, overrides: list[
         "evaluate.limit": limit,
     }
     given = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return open_workspace(Path.cwd(), None, [*given, *overrides], own=True)
+    return open_workspace(Project.at(), None, [*given, *overrides], own=True)
 
 
-def _tell_costs(workspace: Workspace, params: Params, asked: list[str]) -> None:
+def _tell_costs(workspace: Project, params: Params, asked: list[str]) -> None:
     from llada_core.training.progress import active_parameters, training_flops
 
     assert params.evaluate is not None
-    base, gpu = home(workspace.path), params.launch.of("evaluate").gpu or YARDSTICK
-    nothing = workspace.path / "reports"  # is written
-    places = Places(data_root(params, base), workspace.path / "data" / "eval", nothing, nothing)
+    base, gpu = workspace.home, params.launch.of("evaluate").gpu or YARDSTICK
+    nothing = workspace.root / "reports"  # is written
+    places = Places(data_root(params, base), workspace.root / "data" / "eval", nothing, nothing)
     quiet_lm_eval(harness=logging.WARNING)
     print(f"estimated from the model's shape, for one {gpu} at half of its bf16 peak (launch.gpu names another):")
     try:
@@ -125,8 +124,8 @@ def _tell_costs(workspace: Workspace, params: Params, asked: list[str]) -> None:
         print(f"what it costs is not known: {error}")
 
 
-def _report(workspace: Workspace, asked: list[str], failed: dict[str, str], model: str) -> dict[str, Any]:
-    reports = workspace.path / "reports"
+def _report(workspace: Project, asked: list[str], failed: dict[str, str], model: str) -> dict[str, Any]:
+    reports = workspace.root / "reports"
     measured = [name for name in asked if name not in failed]
     text = "".join(f"- {name}: {why}\n" for name, why in failed.items())
     if measured:

@@ -30,6 +30,7 @@ from tasks.errors import StageError, one_line_errors
 from tasks.folders import SECONDS, NoDatabaseError, require, shown
 from tasks.launch.program import environment, mend, summary
 from tasks.launch.workspace import configure_without_git, open_workspace, pipeline_lock
+from tasks.project import Project
 from tasks.record.runs import all_runs
 from tasks.record.tracking import mlflow_link
 from tasks.record.versions import restore_if_empty
@@ -205,10 +206,10 @@ def pipeline(
     `confirmed`: costly stages are done again without asking; `own`: in a workspace even if nothing differs;
     `stage_hours`: a stage that takes longer saves itself and ends, and the same flow goes on from there.
     """
-    workspace = open_workspace(Path.cwd(), profile, overrides, own=own)
-    configure_without_git(workspace.path)
-    graph, changed = stage_graph(workspace.path)
-    processes = StageProcesses(workspace.path, confirmed, stage_hours)
+    workspace = open_workspace(Project.at(), profile, overrides, own=own)
+    configure_without_git(workspace.root)
+    graph, changed = stage_graph(workspace.root)
+    processes = StageProcesses(workspace.root, confirmed, stage_hours)
     with pipeline_lock(workspace):
         futures: dict[str, Any] = {}
         stale: set[str] = set(changed)
@@ -224,24 +225,24 @@ def pipeline(
         except BaseException:
             processes.end_all()
             raise
-        restore_if_empty(workspace.path)
-    report(workspace.path)
+        restore_if_empty(workspace)
+    report(workspace)
     if failed:
         raise StageError(f"failed: {', '.join(failed)}; the same flow goes on where it ended")
     print(summary(workspace))
-    return str(workspace.path)
+    return str(workspace.root)
 
 
-def report(folder: Path) -> None:
+def report(project: Project) -> None:
     """What the UI shows of the pipeline: the results table, and where each stage's run lies."""
-    table = folder / "reports" / "table.md"
-    lines = [f"MLflow: {mlflow_link(folder)}", "", "| stage | run folder | job |", "|---|---|---|"]
-    for run in all_runs(folder):
-        if run.root.resolve() == folder.resolve():
+    table = project.root / "reports" / "table.md"
+    lines = [f"MLflow: {mlflow_link(project)}", "", "| stage | run folder | job |", "|---|---|---|"]
+    for run in all_runs(project):
+        if run.root.resolve() == project.root.resolve():
             lines.append(f"| {run.stage} | `{run.path}` | {run.job_name} |")
     text = (table.read_text(encoding="utf-8") + "\n\n" if table.exists() else "") + "\n".join(lines)
-    create_markdown_artifact(key="results", markdown=text, description=f"results of {folder.name}")
-    for curves in sorted((folder / "reports" / "training").glob("*.png")):
+    create_markdown_artifact(key="results", markdown=text, description=f"results of {project.root.name}")
+    for curves in sorted((project.root / "reports" / "training").glob("*.png")):
         picture = base64.b64encode(curves.read_bytes()).decode()
         create_image_artifact(f"data:image/png;base64,{picture}", key=f"curves-{curves.stem.replace('_', '-')}")
 
@@ -251,5 +252,5 @@ if __name__ == "__main__":
         names = [argument for argument in sys.argv[1:] if "=" not in argument]
         given = [argument for argument in sys.argv[1:] if "=" in argument]
         require_prefect()
-        open_workspace(Path.cwd(), names[0] if names else None, given)  # a mistake is told before a server is started
+        open_workspace(Project.at(), names[0] if names else None, given)  # a mistake is told before a server is started
         pipeline(names[0] if names else None, given)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import threading
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
@@ -15,7 +14,8 @@ from llada_core.settings import ConfigError
 from tasks.errors import StageError
 from tasks.folders import read_json
 from tasks.graph import lookup
-from tasks.launch.workspace import Workspace, open_workspace
+from tasks.launch.workspace import open_workspace
+from tasks.project import Project
 from tasks.record.tracking import gather, send_pending
 
 Grid = dict[str, list[Any]] | list[list[str]]
@@ -51,10 +51,10 @@ def sweep(stage: str, grid: Grid, metric: str, profile: str | None = None, at_on
     downwards, as for a score. Raises `StageError` when no point has it.
     """
     room = threading.Semaphore(at_once)
-    workspaces = [(overrides, open_workspace(Path.cwd(), profile, overrides)) for overrides in points(grid)]
+    workspaces = [(overrides, open_workspace(Project.at(), profile, overrides)) for overrides in points(grid)]
     # Here and not in the tasks: DVC cannot read a dvc.yaml in two threads at once.
-    stages = [list(part_of(stage_graph(workspace.path)[0], None, stage)) for _, workspace in workspaces]
-    processes = [StageProcesses(workspace.path, confirmed=True) for _, workspace in workspaces]
+    stages = [list(part_of(stage_graph(workspace.root)[0], None, stage)) for _, workspace in workspaces]
+    processes = [StageProcesses(workspace.root, confirmed=True) for _, workspace in workspaces]
     try:
         submitted = zip(workspaces, processes, stages, strict=True)
         futures = [trial.submit(overrides, each, needed, room) for (overrides, _), each, needed in submitted]
@@ -67,7 +67,7 @@ def sweep(stage: str, grid: Grid, metric: str, profile: str | None = None, at_on
     sign = -1.0 if metric.startswith("-") else 1.0
     ranked = sorted(rows, key=lambda row: float("inf") if row["score"] is None else sign * row["score"])
     create_table_artifact(key="sweep", table=ranked, description=f"{stage} by {metric}")
-    gather(Path.cwd(), f"sweep of {stage} by {metric}", ranked)
+    gather(Project.at(), f"sweep of {stage} by {metric}", ranked)
     for row in ranked:
         print(f"{row['score']}  {row['overrides']}  {row['folder']}")
     if ranked[0]["score"] is None:
@@ -76,9 +76,9 @@ def sweep(stage: str, grid: Grid, metric: str, profile: str | None = None, at_on
     return ranked
 
 
-def _row(overrides: list[str], workspace: Workspace, metric: str) -> Row:
-    send_pending(workspace.path)
+def _row(overrides: list[str], workspace: Project, metric: str) -> Row:
+    send_pending(workspace)
     name, _, key = metric.removeprefix("-").partition(":")
-    path = workspace.path / "reports" / f"{name}.json"
+    path = workspace.root / "reports" / f"{name}.json"
     score = lookup(read_json(path), key) if path.exists() else None
-    return {"overrides": " ".join(overrides), "score": score, "folder": str(workspace.path)}
+    return {"overrides": " ".join(overrides), "score": score, "folder": str(workspace.root)}

@@ -12,6 +12,7 @@ from typing import Any
 
 from llada_core.modeling.folder import base_folder, is_adapter
 from llada_core.settings import ConfigError, nearest, read_yaml
+from tasks.project import Project
 from tasks.stages import TRAINING_STAGES
 
 CODE = frozenset({"llada_core", "tasks"})
@@ -39,10 +40,10 @@ class StageNode:
         return tuple(Path(path).name for path in self.inputs if path.startswith("models/"))
 
 
-def load_stage(root: Path, name: str, params: dict[str, Any]) -> StageNode:
+def load_stage(project: Project, name: str, params: dict[str, Any]) -> StageNode:
     """The stage `name` (with its instance after @) of `root`/dvc.yaml, for the given values of params.yaml."""
     kind, _, item = name.partition("@")
-    stages = read_yaml(root / "dvc.yaml").get("stages", {})
+    stages = read_yaml(project.root / "dvc.yaml").get("stages", {})
     if kind not in stages:
         raise ConfigError(f"dvc.yaml has no stage {kind!r}{nearest(kind, list(stages))}")
     spec = _body(stages[kind])

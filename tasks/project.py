@@ -1,6 +1,8 @@
 """A project's parameters: params.yaml as frozen values, how its stages are started, what is registered."""
 
 import os
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,6 +13,7 @@ from llada_core.evaluation.params import EvaluateParams, ReportParams
 from llada_core.modeling.families import ModelParams
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import Bits, Block, nearest, read_yaml, with_overrides
+from tasks.folders import home, sqlite_uri
 from tasks.stages import STAGES, TRAINING_STAGES, TrainingBlocks
 
 TIME = r"^(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})$"  # what sbatch --time takes
@@ -155,6 +158,49 @@ class Params(TrainingBlocks):
         """The run that a file describes, with `block.key=value` overrides on top; raises `ConfigError`."""
         values: dict[str, Any] = with_overrides(read_yaml(Path(path)), overrides or [])
         return cls.parse(values, str(path))
+
+
+@dataclass(frozen=True)
+class Project:
+    """A checkout or a workspace of it: where it lies and what it keeps. Made once, handed on; all else is read when first
+    asked for, and then stays."""
+
+    root: Path  # with params.yaml, dvc.yaml, data/, models/, reports/
+
+    @classmethod
+    def at(cls, root: Path | None = None) -> Self:
+        """The project in a folder; in the working directory by default."""
+        return cls(Path.cwd() if root is None else root)
+
+    @cached_property
+    def home(self) -> Path:
+        """The folder with runs/, store/ and mlflow.db: the checkout, also for its workspaces; raises as `folders.home`."""
+        return home(self.root)
+
+    @property
+    def runs(self) -> Path:
+        """The folder of run folders."""
+        return self.home / "runs"
+
+    @property
+    def store(self) -> Path:
+        """The folder with the weights of registered models, by content hash, and their receipts."""
+        return self.home / "store"
+
+    @cached_property
+    def tracking_uri(self) -> str:
+        """Where MLflow keeps its records: `MLFLOW_TRACKING_URI`, else mlflow.db beside runs/ and store/."""
+        return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(self.home / "mlflow.db")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What params.yaml says, as a person wrote it; raises `ConfigError`."""
+        return read_yaml(self.root / "params.yaml")
+
+    @cached_property
+    def params(self) -> Params:
+        """The same, checked and with its defaults; raises `ConfigError`."""
+        return Params.load(self.root / "params.yaml")
 
 
 def data_root(params: Params, home: Path) -> Path | None:

@@ -13,6 +13,7 @@ from llada_core.settings import ConfigError
 from llada_core.training.params import GRPOParams, SFTParams
 from llada_core.usage import FILE, Usage
 from tasks.folders import content_hash
+from tasks.project import Project
 from tasks.record.usage import GENERAL, saved_usage, usage_of, usage_to_register
 from tasks.work.training import learnt_usage
 from tests.tiny import tiny_pair, tiny_tokenizer
@@ -34,7 +35,12 @@ def test_a_single_turn_model_is_asked_the_last_question_alone_and_told_its_syste
 def test_a_folder_says_what_was_saved_in_it(tmp_path):
     assert Usage.load(tmp_path) is None
     OWN.save(tmp_path)
-    assert Usage.load(tmp_path) == OWN == saved_usage(tmp_path, ".") == usage_of(Path("/"), str(tmp_path))
+    assert (
+        Usage.load(tmp_path)
+        == OWN
+        == saved_usage(Project.at(tmp_path), ".")
+        == usage_of(Project.at(Path("/")), str(tmp_path))
+    )
     OWN.model_copy(update={"sampling": SamplingParams(8, 8, 4, rule="somebody.s.code")}).save(tmp_path)
     assert Usage.load(tmp_path).sampling == SamplingParams(8, 8, 4), "weights name no code to be run"
     (tmp_path / FILE).write_text('{"sampling": {"max_new_tokens": 0, "block_length": 1, "steps": 1}}')
@@ -44,12 +50,12 @@ def test_a_folder_says_what_was_saved_in_it(tmp_path):
 
 def test_folders_of_old_are_asked_as_they_were(tmp_path):
     (tmp_path / "m").mkdir()
-    assert usage_of(tmp_path, "m") == Usage(sampling=PUBLISHED, examples=GENERAL)
+    assert usage_of(Project.at(tmp_path), "m") == Usage(sampling=PUBLISHED, examples=GENERAL)
     (tmp_path / "m/training.json").write_text("{}")
-    assert usage_of(tmp_path, "m").sampling == PUBLISHED
+    assert usage_of(Project.at(tmp_path), "m").sampling == PUBLISHED
     block = {"name": "own", "sampling": {"max_new_tokens": 8, "block_length": 8, "steps": 4, "stop_at_eos": True}}
     (tmp_path / "params.yaml").write_text(json.dumps({"name": "p", "stages": ["register"], "register": block}))
-    asked = usage_of(tmp_path, "m")
+    asked = usage_of(Project.at(tmp_path), "m")
     assert asked.sampling == SHORT
     assert any("sudoku" in question for question in asked.examples)
 
@@ -90,12 +96,12 @@ def test_what_is_registered_has_the_settings_of_the_project_and_the_questions_it
     weights = tmp_path / "store" / "abc"
     weights.mkdir(parents=True)
     OWN.save(weights)
-    assert usage_to_register(tmp_path, "abc", PUBLISHED) == OWN.model_copy(update={"sampling": PUBLISHED})
+    assert usage_to_register(Project.at(tmp_path), "abc", PUBLISHED) == OWN.model_copy(update={"sampling": PUBLISHED})
     (tmp_path / "data/eval").mkdir(parents=True)
     asked = [{"id": str(i), "prompt": f"question {i}"} for i in range(4)]
     (tmp_path / "data/eval/seats.jsonl").write_text("".join(json.dumps(q) + "\n" for q in asked))
     (tmp_path / "store/abc.scores.json").write_text(json.dumps({"seats": {"0": 0.0, "1": 1.0, "2": 1.0, "3": 1.0}}))
-    assert usage_to_register(tmp_path, "abc", SHORT).examples == ("question 1", "question 2")
+    assert usage_to_register(Project.at(tmp_path), "abc", SHORT).examples == ("question 1", "question 2")
 
 
 def test_a_served_version_asks_as_its_usage_says(tmp_path, monkeypatch):

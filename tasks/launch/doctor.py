@@ -18,9 +18,7 @@ from llada_core.settings import ConfigError
 from tasks.folders import NoDatabaseError, require, shown
 from tasks.launch.doctor_nodes import two_nodes
 from tasks.launch.launchers import SlurmLauncher
-from tasks.project import LaunchParams, Params
-from tasks.record.registry import tracking_uri
-from tasks.record.runs import home
+from tasks.project import LaunchParams, Project
 
 MEGABYTES = 64
 
@@ -34,20 +32,20 @@ class Finding:
     remedy: str = ""
 
 
-def findings(root: Path) -> Iterator[Finding]:
+def findings(project: Project) -> Iterator[Finding]:
     """Look at everything in turn."""
     version = sys.version_info[:2]
     yield Finding((3, 11) <= version <= (3, 13), f"Python {version[0]}.{version[1]}", "use Python 3.11 to 3.13")
     yield from _packages()
     yield Finding(shutil.which("git") is not None, "git", "apt-get install git; without it workspaces are copies")
     yield _gpus()
-    base = home(root)
+    base = project.home
     with tempfile.TemporaryDirectory(dir=base, prefix=".doctor-") as folder:
         yield from _disk(Path(folder))
     free = shutil.disk_usage(base).free / 2**30
     yield Finding(free > 5, f"{free:.0f} GB free in {base}", "free some: `llada gc`")
-    yield _tracking(root)
-    yield from _slurm(root, base)
+    yield _tracking(project)
+    yield from _slurm(project, base)
 
 
 def _packages() -> Iterator[Finding]:
@@ -97,8 +95,8 @@ def _disk(folder: Path) -> Iterator[Finding]:
         yield Finding(False, f"SQLite: {error}", "keep MLflow elsewhere: MLFLOW_TRACKING_URI=postgresql://...")
 
 
-def _tracking(root: Path) -> Finding:
-    uri = tracking_uri(root)
+def _tracking(project: Project) -> Finding:
+    uri = project.tracking_uri
     try:
         if not uri.startswith("http"):
             require("MLflow", uri, "MLFLOW_TRACKING_URI")
@@ -117,7 +115,7 @@ def with_remedy(error: Exception) -> Finding:
     return Finding(False, what or remedy, remedy if what else "try again")
 
 
-def _slurm(root: Path, base: Path) -> Iterator[Finding]:
+def _slurm(project: Project, base: Path) -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
         yield Finding(True, "no Slurm here (sbatch is not on the PATH): stages run on this machine")
         return
@@ -126,7 +124,7 @@ def _slurm(root: Path, base: Path) -> Iterator[Finding]:
     yield Finding(bool(partitions), named, "ask `scontrol ping`; set SLURM_CONF if this is the login node")
     if not partitions:
         return
-    launch = Params.load(root / "params.yaml").launch if (root / "params.yaml").exists() else LaunchParams()
+    launch = project.params.launch if (project.root / "params.yaml").exists() else LaunchParams()
     yield _may_submit(launch)
     with tempfile.TemporaryDirectory(dir=base, prefix=".doctor-") as folder:
         yield from (Finding(*found) for found in two_nodes(launch, Path(folder)))

@@ -14,8 +14,8 @@ from llada_core.training.params import GRPOParams, PreferenceParams, TrainingPar
 from tasks.folders import write_json
 from tasks.launch.launchers import launcher_for
 from tasks.launch.plan_memory import GIB, Asked, estimate, memory_of, peak_of, room, shape_of
-from tasks.project import Params
-from tasks.record.runs import RunFolder, home
+from tasks.project import Params, Project
+from tasks.record.runs import RunFolder
 
 FSDP = "distribution.kind: fsdp"
 
@@ -100,7 +100,7 @@ def script_of(params: Params, stage: str) -> str:
         run.path.mkdir()
         asked = {"stage": stage, "root": str(Path.cwd()), "all_params": params.model_dump(mode="json", by_alias=True)}
         write_json(run.path / "request.json", asked)
-        return launcher.planned(launcher.script(run), run).replace(folder, str(home(Path.cwd()) / "runs"))
+        return launcher.planned(launcher.script(run), run).replace(folder, str(Project.at().runs))
 
 
 def work_of(params: Params, stage: str) -> tuple[int, int, float]:

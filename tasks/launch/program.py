@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from llada_core.settings import ConfigError, nearest, read_yaml, require_package
 from tasks.errors import StageError, one_line_errors
@@ -23,8 +22,8 @@ from tasks.graph import load_stage
 from tasks.launch.jobs import attach_or_submit, follow, settle, shared
 from tasks.launch.launchers import launcher_for, machine_settings
 from tasks.launch.status import TrainingProgress
-from tasks.launch.workspace import Workspace, configure_without_git, pipeline_lock, with_sources
-from tasks.project import LaunchParams, Params
+from tasks.launch.workspace import configure_without_git, pipeline_lock, with_sources
+from tasks.project import LaunchParams, Params, Project
 from tasks.record import tracking
 from tasks.record.registry import hold_base
 from tasks.record.runs import (
@@ -41,14 +40,14 @@ from tasks.record.versions import restore_if_empty
 from tasks.stages import STAGES, TRAINING_STAGES, program_of
 
 
-def dvc(workspace: Workspace, *arguments: str) -> int:
+def dvc(workspace: Project, *arguments: str) -> int:
     """Run a DVC command in the workspace with this environment's programs; returns its exit status.
 
     A SIGTERM or SIGHUP (a kill, a closed terminal) goes on to DVC and to the stage that it runs, which ends its job.
     """
-    mend(workspace.path)
+    mend(workspace.root)
     command = [sys.executable, "-m", "dvc", *arguments]
-    with subprocess.Popen(command, cwd=workspace.path, env=environment()) as process, _passing_on(process):
+    with subprocess.Popen(command, cwd=workspace.root, env=environment()) as process, _passing_on(process):
         return process.wait()
 
 
@@ -109,9 +108,9 @@ def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def known(workspace: Workspace, stages: list[str]) -> list[str]:
+def known(workspace: Project, stages: list[str]) -> list[str]:
     """These names of stages (`evaluate@sudoku`: an instance); raises `ConfigError` for one that dvc.yaml lacks."""
-    listed = list(read_yaml(workspace.path / "dvc.yaml")["stages"])
+    listed = list(read_yaml(workspace.root / "dvc.yaml")["stages"])
     for name in stages:
         if name.partition("@")[0] not in listed:
             raise ConfigError(f"this run has no stage {name!r}{nearest(name, listed)}")
@@ -124,29 +123,29 @@ def environment() -> dict[str, str]:
     return os.environ | quiet | {"PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
 
 
-def reproduce(workspace: Workspace, targets: list[str]) -> None:
+def reproduce(workspace: Project, targets: list[str]) -> None:
     """Bring the stages (all, or `targets` with what they need) up to date; raises `StageError` when one fails."""
-    configure_without_git(workspace.path)
+    configure_without_git(workspace.root)
     with pipeline_lock(workspace):
         status = dvc(workspace, "repro", *known(workspace, targets))
-        restore_if_empty(workspace.path)
+        restore_if_empty(workspace)
     if status:
         raise StageError("the pipeline stopped; the same command goes on where it ended", status if status > 2 else 1)
 
 
-def summary(workspace: Workspace) -> str:
+def summary(workspace: Project) -> str:
     """The results table, the registered version, and what to do next."""
     parts = []
-    table = workspace.path / "reports" / "table.md"
+    table = workspace.root / "reports" / "table.md"
     if table.exists():
         parts.append(table.read_text(encoding="utf-8").strip())
-    registered = workspace.path / "reports" / "registered.json"
+    registered = workspace.root / "reports" / "registered.json"
     if registered.exists():
         entry = read_json(registered)
         aliases = " ".join(f"@{alias}" for alias in entry["aliases"])
         parts.append(f"registered: models:/{entry['name']}/{entry['version']} {aliases} ({entry['gate']['reason']})")
     parts.append("next:\n  make app   the page, with the champion\n  make ui    MLflow and Prefect in the browser")
-    parts.append(f"  llada status   every run and where it is (this one: {workspace.path})")
+    parts.append(f"  llada status   every run and where it is (this one: {workspace.root})")
     return "\n\n".join(parts[:-1]) + "\n" + parts[-1]
 
 
@@ -169,46 +168,46 @@ def stage_program(stage: str, function: Function, arguments: list[str] | None = 
             do_work(RunFolder(Path(folder)), function)
         else:
             overrides = [text for text in given if "=" in text]
-            run_stage(Path.cwd(), "@".join([stage, *items]), overrides, function)
+            run_stage(Project.at(), "@".join([stage, *items]), overrides, function)
 
 
-def run_stage(root: Path, name: str, overrides: list[str], function: Function) -> RunFolder:
+def run_stage(project: Project, name: str, overrides: list[str], function: Function) -> RunFolder:
     """Make the outputs of a stage, or put back those that a run with the same fingerprint has made."""
-    params = with_sources(stage_params(root, overrides), root)
-    stage = load_stage(root, name, params)
+    params = with_sources(stage_params(project, overrides), project)
+    stage = load_stage(project, name, params)
     parsed = Params.parse(params, "params.yaml")
     launch = parsed.launch.of(stage.kind)
     for path in stage.inputs:
-        hold_base(root, root / path)
-    asked = request_of(root, stage, params) | {"machine": machine_settings(parsed, stage.kind, launch)}
-    run = open_run(root, stage, params, asked)
+        hold_base(project, project.root / path)
+    asked = request_of(project, stage, params) | {"machine": machine_settings(parsed, stage.kind, launch)}
+    run = open_run(project, stage, params, asked)
     again = stage.kind in STAGES and STAGES[stage.kind].open_ended and not _inside_ranks()
     with tracking.forwarding(run):
         if run.succeeded and not again:
             print(f"{run.key}: already made, its outputs are put in place", flush=True)
         elif _inside_ranks() or launch.kind == "inline":
-            confirm_cost(root, run, launch)
+            confirm_cost(project, run, launch)
             settle(run, asked, launch, again=again)
             run_inline(run, function, again=again)
         else:
-            confirm_cost(root, run, launch)
+            confirm_cost(project, run, launch)
             if not launcher_for(launch).here and launch.gpu is not None and stage.kind in TRAINING_STAGES:
                 from tasks.launch.plan import refuse
 
-                refuse(Params.parse(params, "params.yaml"), stage.kind, launch.gpu)
-            require_launcher(params, stage.kind)
+                refuse(parsed, stage.kind, launch.gpu)
+            require_launcher(parsed, stage.kind)
             settle(run, asked, launch, again=again)
             with shared(run, launch) as own:
                 follow(run, attach_or_submit(run, own, again=again), own)
     if rank() == 0:
-        run.publish(root)
+        run.publish(project.root)
     return run
 
 
-def require_launcher(params: dict[str, Any], kind: str) -> None:
+def require_launcher(params: Params, kind: str) -> None:
     """Raises `ConfigError` where DeepSpeed is to be launched and is not there: accelerate tells it in a traceback."""
     if kind in TRAINING_STAGES:
-        wanted = Params.parse(params, "params.yaml").training(kind).distribution.kind
+        wanted = params.training(kind).distribution.kind
         if wanted in ("zero2", "zero3"):
             require_package("deepspeed", "zero", f"distribution {wanted}")
 
@@ -233,9 +232,9 @@ def do_work(run: RunFolder, function: Function) -> None:
         run.succeed(time.monotonic() - started if cost is None else cost)
 
 
-def confirm_cost(root: Path, run: RunFolder, launch: LaunchParams) -> None:
+def confirm_cost(project: Project, run: RunFolder, launch: LaunchParams) -> None:
     """Before doing again what took hours: say what changed and ask; a refusal puts the old outputs back."""
-    old = previous_run(root, run)
+    old = previous_run(project, run)
     hours = (old.seconds or 0.0) / 3600 if old else 0.0
     begun = (run.path / "checkpoints").exists() or run.job is not None
     if old is None or begun or hours <= launch.confirm_hours or os.environ.get("LLADAFLOW_YES"):
@@ -247,7 +246,7 @@ def confirm_cost(root: Path, run: RunFolder, launch: LaunchParams) -> None:
     )
     if sys.stdin.isatty() and input("do it again? [y/N] ").strip().lower() in ("y", "yes"):
         return
-    old.publish(root)
+    old.publish(project.root)
     how = f"`llada accept {run.stage}` keeps them as valid, LLADAFLOW_YES=1 (`llada run --yes`) does the stage again"
     raise StageError(f"{run.stage}: not done again, the old outputs stay; {how}")
 

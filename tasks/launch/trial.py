@@ -13,11 +13,11 @@ from filelock import FileLock
 
 from llada_core.sampling.params import SamplingParams, as_values
 from tasks.errors import StageError
-from tasks.folders import content_hash, hash_of, home, read_json, write_json
+from tasks.folders import content_hash, hash_of, read_json, write_json
 from tasks.graph import CODE
 from tasks.launch.jobs import attach_or_submit, follow
 from tasks.launch.program import run_inline
-from tasks.project import LaunchParams, Params, RegisterParams
+from tasks.project import LaunchParams, Params, Project, RegisterParams
 from tasks.record.registry import Version, settings_of, store_folder, verified
 from tasks.record.runs import RunFolder, Work, copy_code, stage_params
 
@@ -26,13 +26,13 @@ QUESTION = [{"role": "user", "content": "Hello"}]
 FAILURES = (ValueError, OSError, RuntimeError)  # of a model that does not load or answer, in this process
 
 
-def try_out(root: Path, version: Version) -> None:
+def try_out(project: Project, version: Version) -> None:
     """Have a version loaded from the store, with the settings it was registered with, and asked a question.
 
     Raises `StageError` with the reason when it does not answer; no alias has moved then.
     """
-    verified(root, version.hash)
-    run = _folder(root, version)
+    verified(project, version.hash)
+    run = _folder(project, version)
     launch = _for_one_process(Params.parse(run.request["all_params"], run.key).launch.of("evaluate"))
     print(f"{version.name} version {version.number} is tried before it becomes champion", flush=True)
     try:
@@ -72,9 +72,9 @@ def answer(work: Work) -> None:
     print(f"asked {QUESTION[0]['content']!r}, it answers {tokenizer.answer_text(reply)!r}", flush=True)
 
 
-def _folder(root: Path, version: Version) -> RunFolder:
+def _folder(project: Project, version: Version) -> RunFolder:
     """The run folder of a version's trial by the code that runs now, with a snapshot of it."""
-    own = settings_of(root, version)
+    own = settings_of(project, version)
     settings = {
         "sampling": own.get("sampling") or as_values(RegisterParams(name=version.name).sampling),
         "device": own.get("device") or "auto",
@@ -82,12 +82,12 @@ def _folder(root: Path, version: Version) -> RunFolder:
     }
     code = Path(__file__).resolve().parents[2]
     source = hash_of([content_hash(code / package) for package in sorted(CODE)])
-    place = store_folder(root, version.hash)
+    place = store_folder(project, version.hash)
     request = {"stage": STAGE, "settings": settings, "free": {}, "code": {}, "outs": [], "source": source}
     request |= {"inputs": {f"store/{version.hash}": version.hash}, "folder": str(place.resolve())}
-    request |= {"params": {"register": version.name}, "root": str(root.resolve())}
-    request["all_params"] = _params(root, version.name)
-    run = RunFolder(home(root) / "runs" / f"{STAGE}-{hash_of([version.hash, settings, source])[:16]}")
+    request |= {"params": {"register": version.name}, "root": str(project.root.resolve())}
+    request["all_params"] = _params(project, version.name)
+    run = RunFolder(project.runs / f"{STAGE}-{hash_of([version.hash, settings, source])[:16]}")
     run.path.mkdir(parents=True, exist_ok=True)
     with FileLock(run.path / ".lock"):
         if not run.tree.is_dir():
@@ -101,10 +101,10 @@ def _folder(root: Path, version: Version) -> RunFolder:
     return run
 
 
-def _params(root: Path, name: str) -> dict[str, Any]:
+def _params(project: Project, name: str) -> dict[str, Any]:
     """The project's parameters, or where a person promotes from a folder without any, the least there can be."""
-    if (root / "params.yaml").exists():
-        return stage_params(root, [])
+    if (project.root / "params.yaml").exists():
+        return stage_params(project, [])
     return {"name": name, "stages": ["register"], "register": {"name": name}}
 
 

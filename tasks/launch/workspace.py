@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from filelock import FileLock
 from llada_core.settings import ConfigError, nearest, read_yaml, with_overrides
 from tasks.folders import add_worktree, copied, has_git, hash_of, mend_worktree, submitted, write_json, write_text
 from tasks.graph import lookup, prune
-from tasks.project import Params, data_root
+from tasks.project import Params, Project, data_root
 from tasks.record.registry import named, resolve
-from tasks.record.runs import home
 from tasks.stages import TRAINING_STAGES
 
 
@@ -102,7 +100,7 @@ def _models(params: Params, home: Path) -> Iterator[Item]:
     names += [params.data.tokenizer.name if params.data else None]
     for name in dict.fromkeys(filter(None, names)):
         if name not in TRAINING_STAGES and not (home / Path(name).expanduser()).is_dir() and not named(name):
-            yield f"model {name}", partial(resolve, name, home)
+            yield f"model {name}", partial(resolve, name, Project(home))
 
 
 def _sources(params: Params, home: Path) -> Iterator[Item]:
@@ -142,43 +140,32 @@ LABEL, NOT_LABEL = re.compile(r"[\w.@+-]+"), re.compile(r"[^\w.@+-]+")
 PATIENCE = 600.0  # seconds for another process to make the same workspace
 
 
-@dataclass(frozen=True)
-class Workspace:
-    """Where a pipeline runs."""
-
-    path: Path
-
-    @property
-    def params(self) -> dict[str, Any]:
-        return read_yaml(self.path / "params.yaml")
-
-
 def open_workspace(
-    root: Path, profile: str | None = None, overrides: list[str] | None = None, *, own: bool = False
-) -> Workspace:
+    project: Project, profile: str | None = None, overrides: list[str] | None = None, *, own: bool = False
+) -> Project:
     """The checkout itself for its own params.yaml, else the workspace of a profile and overrides, made if need be.
 
     `own`: a workspace in any case. Raises `ConfigError` for an unknown profile or one that does not make sense.
     """
     if profile is None and not overrides and not own:
-        Params.load(root / "params.yaml")
-        return Workspace(root.resolve())
-    values = with_overrides(read_yaml(profile_file(root, profile)), overrides or [])
+        Params.load(project.root / "params.yaml")
+        return Project(project.root.resolve())
+    values = with_overrides(read_yaml(profile_file(project, profile)), overrides or [])
     params = Params.parse(values, profile or "params.yaml")
     if params.evaluate is not None:  # dvc.yaml names its keys one by one, and DVC wants every named key in the file
         values["evaluate"] = params.evaluate.model_dump(mode="json") | values["evaluate"]
-    values = with_sources(values, root)
-    base = home(root)
-    commit, tree = submitted(root)
+    values = with_sources(values, project)
+    base = project.home
+    commit, tree = submitted(project.root)
     place = base / "workspaces" / f"{values['name']}-{hash_of([_determining(values, base), tree])[:8]}"
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name(f".{place.name}.lock"), timeout=PATIENCE):
         if not (place / "workspace.json").exists():
-            _make(root, place, commit)
+            _make(project, place, commit)
             note = {"home": str(base), "profile": profile, "overrides": overrides or [], "commit": commit}
             write_json(place / "workspace.json", note | {"time": time.time()})
-        _settle(root, place, values)
-    return Workspace(place)
+        _settle(project, place, values)
+    return Project(place)
 
 
 def _determining(values: dict[str, Any], base: Path) -> dict[str, Any]:
@@ -188,20 +175,22 @@ def _determining(values: dict[str, Any], base: Path) -> dict[str, Any]:
     return json.loads(json.dumps(kept, ensure_ascii=False).replace(inside, ""))
 
 
-def _settle(root: Path, place: Path, values: dict[str, Any]) -> None:
+def _settle(project: Project, place: Path, values: dict[str, Any]) -> None:
     """Write what a workspace holds of its place and of its models' places: it, or the project, may have moved."""
-    if home(place).resolve() != home(root).resolve():
-        raise ConfigError(f"{place} belongs to {home(place)}; remove the link {place.parent}, which leads there")
+    if Project.at(place).home.resolve() != project.home.resolve():
+        raise ConfigError(
+            f"{place} belongs to {Project.at(place).home}; remove the link {place.parent}, which leads there"
+        )
     write_text(place / "params.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    spec = yaml.safe_dump(prune(read_yaml(root / "dvc.yaml"), values), sort_keys=False, width=120)
+    spec = yaml.safe_dump(prune(read_yaml(project.root / "dvc.yaml"), values), sort_keys=False, width=120)
     if not (place / "dvc.yaml").exists() or (place / "dvc.yaml").read_text(encoding="utf-8") != spec:
         write_text(place / "dvc.yaml", spec)
-    configure_workspace(root, place)
+    configure_workspace(project.root, place)
     if (place / ".git").is_file():
-        mend_worktree(root, place)
+        mend_worktree(project.root, place)
 
 
-def with_sources(params: dict[str, Any], root: Path) -> dict[str, Any]:
+def with_sources(params: dict[str, Any], project: Project) -> dict[str, Any]:
     """`params` with every model that is no stage's (a folder, an alias, a Hub name) as an absolute folder.
 
     Such a model of `evaluate.models` becomes `label=folder`; the label stands in tables.
@@ -210,19 +199,19 @@ def with_sources(params: dict[str, Any], root: Path) -> dict[str, Any]:
     for stage in TRAINING_STAGES:
         value = lookup(params, f"{stage}.init_from")
         if value is not None and value not in TRAINING_STAGES:
-            result[stage] = params[stage] | {"init_from": _folder(value, root)}
+            result[stage] = params[stage] | {"init_from": _folder(value, project)}
     if named := lookup(params, "evaluate.models"):
-        result["evaluate"] = params["evaluate"] | {"models": _labelled(named, root)}
+        result["evaluate"] = params["evaluate"] | {"models": _labelled(named, project)}
     return result
 
 
-def _labelled(names: list[str], root: Path) -> list[str]:
+def _labelled(names: list[str], project: Project) -> list[str]:
     """Stages by name, other models as `label=folder`; raises `ConfigError` where two would share a label."""
     asked: dict[str, str] = {}
     models = []
     for name in names:
         label, sign, source = name.partition("=")
-        if not sign or not LABEL.fullmatch(label) or (root / name).exists():  # a path may hold a "=" of its own
+        if not sign or not LABEL.fullmatch(label) or (project.root / name).exists():  # a path may hold a "=" of its own
             label, source = NOT_LABEL.sub("-", name.rstrip("/").rpartition("/")[2]), name
         elif source in TRAINING_STAGES:
             raise ConfigError(f"evaluate.models: {name!r} labels a stage, which has its name; write {source!r}")
@@ -232,29 +221,29 @@ def _labelled(names: list[str], root: Path) -> list[str]:
             remedy = "list it once" if name == asked[label] else f"label one of them, such as other={other}"
             raise ConfigError(f"evaluate.models: {both}; {remedy}")
         asked[label] = name
-        models.append(name if name in TRAINING_STAGES else f"{label}={_folder(source, root)}")
+        models.append(name if name in TRAINING_STAGES else f"{label}={_folder(source, project)}")
     return models
 
 
-def _folder(name: str, root: Path) -> str:
-    return str(resolve(name, root))
+def _folder(name: str, project: Project) -> str:
+    return str(resolve(name, project))
 
 
-def profile_file(root: Path, profile: str | None) -> Path:
+def profile_file(project: Project, profile: str | None) -> Path:
     """params.yaml, a file of profiles/ by name, or any YAML file; raises `ConfigError` with the nearest name."""
     if profile is None:
-        return root / "params.yaml"
-    for path in (root / "profiles" / f"{profile}.yaml", Path(profile)):
+        return project.root / "params.yaml"
+    for path in (project.root / "profiles" / f"{profile}.yaml", Path(profile)):
         if path.is_file():
             return path
-    known = [path.stem for path in sorted((root / "profiles").glob("*.yaml"))]
+    known = [path.stem for path in sorted((project.root / "profiles").glob("*.yaml"))]
     raise ConfigError(f"no profile {profile!r}{nearest(profile, known)}")
 
 
 @contextmanager
-def pipeline_lock(workspace: Workspace) -> Iterator[None]:
+def pipeline_lock(workspace: Project) -> Iterator[None]:
     """One pipeline at a time in a folder; raises `ConfigError` that names who is at it."""
-    with _holding(workspace.path / ".dvc" / "tmp" / "lladaflow.lock", f"running the pipeline in {workspace.path}"):
+    with _holding(workspace.root / ".dvc" / "tmp" / "lladaflow.lock", f"running the pipeline in {workspace.root}"):
         yield
 
 
@@ -276,11 +265,11 @@ def _holding(path: Path, doing: str) -> Iterator[None]:
         yield
 
 
-def _make(root: Path, place: Path, commit: str | None) -> None:
+def _make(project: Project, place: Path, commit: str | None) -> None:
     if commit is None:
         shutil.rmtree(place, ignore_errors=True)
-        for file in copied(root):
-            (place / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, place / file.relative_to(root))
+        for file in copied(project.root):
+            (place / file.relative_to(project.root)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, place / file.relative_to(project.root))
     else:
-        add_worktree(root, place, commit)
+        add_worktree(project.root, place, commit)

@@ -29,15 +29,13 @@ from tasks.folders import (
     PATIENCE,
     content_hash,
     files_in,
-    home,
     link_into,
     read_json,
     require,
     sqlite_file,
-    sqlite_uri,
     write_json,
 )
-from tasks.project import Params
+from tasks.project import Params, Project
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -145,24 +143,24 @@ def named(text: str) -> tuple[str, str] | None:
     return (match[1] or match[4], match[2] or match[3] or match[5]) if match else None
 
 
-def resolve(name: str, root: Path | None = None) -> Path:
+def resolve(name: str, project: Project | None = None) -> Path:
     """The local folder of a model. Raises `ConfigError` when there is none, or when registered weights were altered."""
-    place = Path.cwd() if root is None else root
-    folder = place / Path(name).expanduser()
+    project = project or Project.at()
+    folder = project.root / Path(name).expanduser()
     if folder.is_dir():
-        hold_base(place, folder)
+        hold_base(project, folder)
         return folder.resolve()
     if reference := named(name):
-        return verified(place, version_of(place, *reference).hash)
+        return verified(project, version_of(project, *reference).hash)
     if name.startswith((".", "/", "~", "models:")) or name.count("/") != 1:
         ways = "give a folder, models:/NAME@alias, or a Hub name such as GSAI-ML/LLaDA-8B-Base"
         raise ConfigError(f"there is no model {name!r}; {ways}")
     return _from_hub(name)
 
 
-def champion_of(root: Path) -> str:
+def champion_of(project: Project) -> str:
     """The name of the champion that the project's params.yaml registers; raises `ConfigError` if it registers none."""
-    path = root / "params.yaml"
+    path = project.root / "params.yaml"
     params = Params.load(path) if path.exists() else None
     if params is None or params.register_ is None:
         what = "is not here" if params is None else "registers no model"
@@ -170,11 +168,11 @@ def champion_of(root: Path) -> str:
     return f"models:/{params.register_.name}@champion"
 
 
-def version_of(root: Path, name: str, which: str) -> Version:
+def version_of(project: Project, name: str, which: str) -> Version:
     """The version with an alias or number; raises `ConfigError` that lists what there is."""
-    known = versions(root, name)
-    if not known and is_lost(root, name):
-        kept = home(root) / "store" / "receipts.jsonl"
+    known = versions(project, name)
+    if not known and is_lost(project, name):
+        kept = project.store / "receipts.jsonl"
         raise ConfigError(f"the registry has lost model {name!r}; `llada restore` registers it anew from {kept}")
     if not known:
         raise ConfigError(f"no model {name!r} is registered; `make run` trains and registers one")
@@ -185,16 +183,16 @@ def version_of(root: Path, name: str, which: str) -> Version:
     raise ConfigError(f"model {name!r} has no version {which!r}; it has: {listed}")
 
 
-def is_lost(root: Path, name: str) -> bool:
+def is_lost(project: Project, name: str) -> bool:
     """Whether receipts tell of versions of a model, and MLflow knows none."""
-    return any(receipt["name"] == name for receipt in receipts(root)) and not versions(root, name)
+    return any(receipt["name"] == name for receipt in receipts(project)) and not versions(project, name)
 
 
-def versions(root: Path, name: str) -> list[Version]:
+def versions(project: Project, name: str) -> list[Version]:
     """All versions of a model that MLflow knows, oldest first."""
     if not re.fullmatch(NAME, name):
         raise ConfigError(f"{name!r} is no name of a model; use letters, digits, dots, dashes and underscores")
-    talk = client(root)
+    talk = client(project)
     found = talk.search_model_versions(f"name='{name}'", max_results=1000)
     aliases: dict[str, list[str]] = {}
     if found:
@@ -210,39 +208,34 @@ def versions(root: Path, name: str) -> list[Version]:
     return sorted(result, key=lambda version: int(version.number))
 
 
-def trained_on(root: Path, data: str) -> list[Version]:
+def trained_on(project: Project, data: str) -> list[Version]:
     """Every version, of any name, that a folder of data or weights (or the hash of one) went into."""
-    digest = content_hash(root / data) if data and (root / data).exists() else data
-    names = {entry.name for entry in client(root).search_registered_models(max_results=1000)}
-    found = [version for name in sorted(names) for version in versions(root, name)]
+    digest = content_hash(project.root / data) if data and (project.root / data).exists() else data
+    names = {entry.name for entry in client(project).search_registered_models(max_results=1000)}
+    found = [version for name in sorted(names) for version in versions(project, name)]
     return [v for v in found if any(value.startswith(digest) for value in json.loads(v.tags["inputs"]).values())]
 
 
-def tracking_uri(root: Path) -> str:
-    """Where MLflow keeps its records: `MLFLOW_TRACKING_URI`, else mlflow.db beside runs/ and store/."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(home(root) / "mlflow.db")
-
-
-def client(root: Path) -> "MlflowClient":
+def client(project: Project) -> "MlflowClient":
     """MLflow's client for this project."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    uri = tracking_uri(root)
+    uri = project.tracking_uri
     require("MLflow", uri, "MLFLOW_TRACKING_URI")
     import mlflow
     from mlflow.tracking import MlflowClient
 
     mlflow.set_tracking_uri(uri)
     if file := sqlite_file(uri):
-        open_records(file, home(root))
+        open_records(file, project.home)
     return MlflowClient()
 
 
-def store_folder(root: Path, digest: str) -> Path:
+def store_folder(project: Project, digest: str) -> Path:
     """Where the weights with this content hash are kept."""
-    return home(root) / "store" / digest
+    return project.store / digest
 
 
-def keep(root: Path, folder: Path) -> str:
+def keep(project: Project, folder: Path) -> str:
     """Link a model folder into the store, unless it is there; returns its content hash. Nothing there ever changes.
 
     An adapter that names its base by its place is kept as `lasting` makes it, and its base with it.
@@ -250,9 +243,9 @@ def keep(root: Path, folder: Path) -> str:
     with lasting(folder) as whole:
         base = base_at(folder)
         if base is not None and not CACHED.search(base.resolve().as_posix()):
-            keep(root, base)
+            keep(project, base)
         digest = content_hash(whole)
-        place = store_folder(root, digest)
+        place = store_folder(project, digest)
         if not place.is_dir() or content_hash(place) != digest:
             link_into(whole, place)
     return digest
@@ -298,13 +291,13 @@ def base_at(folder: Path) -> Path | None:
         raise ConfigError(str(error)) from None
 
 
-def verified(root: Path, digest: str) -> Path:
+def verified(project: Project, digest: str) -> Path:
     """The folder with this content hash; raises `ConfigError` when it, or what it adapts, is missing or was altered."""
-    place = store_folder(root, digest)
+    place = store_folder(project, digest)
     if not place.is_dir():
         raise ConfigError(f"{place} is gone, but a registered version points to it; run the pipeline again")
     _unaltered(place)
-    hold_base(root, place)
+    hold_base(project, place)
     return place
 
 
@@ -340,64 +333,64 @@ def lasting_name(folder: Path, digest: str) -> str:
     return CONTENT + digest
 
 
-def keep_base(root: Path, folder: Path, name: str, *, copy: bool = True) -> None:
+def keep_base(project: Project, folder: Path, name: str, *, copy: bool = True) -> None:
     """Link a model that is named by its content into the store, unless it is there.
 
     copy: also where the store is on another disk, at the cost of the model's size.
     """
-    place = store_folder(root, name.removeprefix(CONTENT))
+    place = store_folder(project, name.removeprefix(CONTENT))
     wanted = name.startswith(CONTENT) and not place.is_dir()
-    if wanted and (copy or folder.stat().st_dev == home(root).stat().st_dev):
-        keep(root, folder)
+    if wanted and (copy or folder.stat().st_dev == project.home.stat().st_dev):
+        keep(project, folder)
 
 
-def hold_base(root: Path, folder: Path) -> None:
+def hold_base(project: Project, folder: Path) -> None:
     """See that the weights an adapter changes are in a store, and unaltered; nothing for other folders.
 
     Where `models/` has them and the store does not (a clone after `dvc pull`), they are kept there now. Raises
     `ConfigError` where they are nowhere.
     """
     if at := base_at(folder):
-        hold_base(root, at)
+        hold_base(project, at)
     if not is_adapter(folder) or not (name := base_name(folder)).startswith(CONTENT):
         return
     digest = name.removeprefix(CONTENT)
     try:
         base = Path(base_of(folder))
     except FileNotFoundError as error:
-        made = (path for path in sorted((root / "models").glob("*")) if path.is_dir())
+        made = (path for path in sorted((project.root / "models").glob("*")) if path.is_dir())
         found = next((path for path in made if content_hash(path) == digest), None)
         if found is None:
             raise ConfigError(str(error)) from None
-        base = store_folder(root, digest)
+        base = store_folder(project, digest)
         link_into(found, base)
     _unaltered(base)
-    hold_base(root, base)
+    hold_base(project, base)
 
 
-def scores_of(root: Path, digest: str) -> dict[str, dict[str, float]]:
+def scores_of(project: Project, digest: str) -> dict[str, dict[str, float]]:
     """Benchmark -> question -> score, as kept when the weights were registered; empty when nothing was measured."""
-    path = store_folder(root, digest).with_suffix(".scores.json")
+    path = store_folder(project, digest).with_suffix(".scores.json")
     return read_json(path) if path.exists() else {}
 
 
-def settings_of(root: Path, version: Version) -> dict[str, Any]:
+def settings_of(project: Project, version: Version) -> dict[str, Any]:
     """The receipt of a version, with its sampling, usage, device and bits; empty when it is gone."""
-    own = (r for r in receipts(root) if r["event"] == "version" and r["hash"] == version.hash)
+    own = (r for r in receipts(project) if r["event"] == "version" and r["hash"] == version.hash)
     return next((r for r in own if r["name"] == version.name), {})
 
 
-def write_receipt(root: Path, receipt: dict[str, Any]) -> None:
+def write_receipt(project: Project, receipt: dict[str, Any]) -> None:
     """Append what happened to the registry (a version made, an alias moved), so that it can be done again."""
-    path = home(root) / "store" / "receipts.jsonl"
+    path = project.store / "receipts.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
         stream.write(line_of(receipt))
 
 
-def receipts(root: Path) -> Iterator[dict[str, Any]]:
+def receipts(project: Project) -> Iterator[dict[str, Any]]:
     """Every receipt, oldest first."""
-    path = home(root) / "store" / "receipts.jsonl"
+    path = project.store / "receipts.jsonl"
     if path.exists():
         yield from read(path)
 

@@ -18,9 +18,9 @@ from filelock import FileLock
 from llada_core.files import complete, parsed
 from llada_core.settings import ConfigError, flat, read_yaml, with_overrides
 from llada_core.training.params import TrainingParams
-from tasks.folders import content_hash, files_in, hash_of, home, link_into, read_json, write_json, write_text
+from tasks.folders import content_hash, files_in, hash_of, link_into, read_json, write_json, write_text
 from tasks.graph import CODE, StageNode, chosen
-from tasks.project import Params
+from tasks.project import Params, Project
 from tasks.record.registry import model_hash
 from tasks.stages import TRAINING_STAGES
 
@@ -30,29 +30,29 @@ Request = dict[str, Any]
 """The content of request.json."""
 
 
-def request_of(root: Path, stage: StageNode, params: dict[str, Any]) -> Request:
+def request_of(project: Project, stage: StageNode, params: dict[str, Any]) -> Request:
     """What `stage` would make now: hashes of the code that runs and of the inputs, the settings, and their origin.
 
     `settings` determine the result. They are told with their defaults, so that one spelled out is the same one.
     `free` are those that the configuration marks `FREE`; `params` are both, as a person wrote them.
     """
-    files = [file for path in stage.code for file in files_in(root / path)]
+    files = [file for path in stage.code for file in files_in(project.root / path)]
     parsed = Params.parse(params, "params.yaml")
     determining = parsed.determining()
     settings = chosen(determining, stage)
     told = flat(chosen(parsed.model_dump(mode="json", by_alias=True), stage))
-    source = hash_of([content_hash(root / package) for package in sorted(CODE)])
+    source = hash_of([content_hash(project.root / package) for package in sorted(CODE)])
     pipeline = {key: value for key, value in determining.items() if key != "launch"}
     request = {
         "stage": stage.name,
         "settings": settings,
         "free": {key: value for key, value in told.items() if key not in flat(settings)},
         "params": chosen(params, stage),
-        "code": {file.relative_to(root).as_posix(): content_hash(file) for file in files},
-        "inputs": {path: model_hash(root / path) for path in stage.inputs},
+        "code": {file.relative_to(project.root).as_posix(): content_hash(file) for file in files},
+        "inputs": {path: model_hash(project.root / path) for path in stage.inputs},
         "outs": list(stage.outs),
-        "root": str(root.resolve()),
-        "home": str(home(root).resolve()),
+        "root": str(project.root.resolve()),
+        "home": str(project.home.resolve()),
         "source": source,
         "pipeline": hash_of([pipeline, source])[:FINGERPRINT_DIGITS],
         "all_params": params,
@@ -244,17 +244,17 @@ class RunFolder:
                 link_into(self.tree / out, root / out)
 
 
-def open_run(root: Path, stage: StageNode, params: dict[str, Any], request: Request | None = None) -> RunFolder:
+def open_run(project: Project, stage: StageNode, params: dict[str, Any], request: Request | None = None) -> RunFolder:
     """The run folder of what `stage` would make now (`request`, if that is known); made, with its snapshot, if need be.
 
     With `extend` a run that is made begins from a shorter one's checkpoints; raises `ConfigError` while that one trains.
     """
-    request = request_of(root, stage, params) if request is None else request
-    run, shorter = _which(root, request)
+    request = request_of(project, stage, params) if request is None else request
+    run, shorter = _which(project, request)
     run.path.mkdir(parents=True, exist_ok=True)
     with FileLock(run.path / ".lock"):
         if not (run.path / "request.json").exists():
-            _snapshot(root, stage, params, run.tree)
+            _snapshot(project, stage, params, run.tree)
             if shorter is not None:
                 _begin_from(shorter, run)
                 request = request | {"extends": shorter.key, "machine": shorter.request.get("machine", {})}
@@ -262,7 +262,7 @@ def open_run(root: Path, stage: StageNode, params: dict[str, Any], request: Requ
     return run
 
 
-def _which(root: Path, request: Request) -> tuple[RunFolder, RunFolder | None]:
+def _which(project: Project, request: Request) -> tuple[RunFolder, RunFolder | None]:
     """The run that is asked for, and the shorter one that it goes on from if it has to be made.
 
     A run that goes on from another has another result than one of that length from the start (its learning rate has
@@ -271,7 +271,7 @@ def _which(root: Path, request: Request) -> tuple[RunFolder, RunFolder | None]:
     """
 
     def folder_of(values: Request) -> RunFolder:
-        return RunFolder(home(root) / "runs" / f"{values['stage'].replace('@', '-')}-{fingerprint(values)}")
+        return RunFolder(project.runs / f"{values['stage'].replace('@', '-')}-{fingerprint(values)}")
 
     block = training_block(request)
     if block is None:
@@ -281,7 +281,9 @@ def _which(root: Path, request: Request) -> tuple[RunFolder, RunFolder | None]:
         return extended, None
     if (plain.path / "request.json").exists() and (plain.succeeded or not block["extend"]):
         return plain, None
-    others = [r for r in all_runs(root) if r.request.get("any_length") == request["any_length"] and r.key != plain.key]
+    others = [
+        r for r in all_runs(project) if r.request.get("any_length") == request["any_length"] and r.key != plain.key
+    ]
     furthest = max(others, key=lambda run: run.saved_step, default=None)
     shorter = [run for run in others if 0 < run.saved_step < (block["max_steps"] or math.inf)]
     if block["extend"] and shorter:
@@ -317,19 +319,19 @@ def take_settings(run: RunFolder, asked: Request) -> None:
         write_text(run.tree / "params.yaml", _params_file(new["all_params"]))  # to be read; the request is what counts
 
 
-def _snapshot(root: Path, stage: StageNode, params: dict[str, Any], tree: Path) -> None:
+def _snapshot(project: Project, stage: StageNode, params: dict[str, Any], tree: Path) -> None:
     fresh = tree.with_name("tree.new")
     for old in (fresh, tree):
         shutil.rmtree(old, ignore_errors=True)
-    copy_code(root, fresh)
-    shutil.copy2(root / "dvc.yaml", fresh / "dvc.yaml")
+    copy_code(project.root, fresh)
+    shutil.copy2(project.root / "dvc.yaml", fresh / "dvc.yaml")
     for path in (p for p in stage.inputs if not Path(p).is_absolute()):
         if path.startswith(MADE):
-            link_into(root / path, fresh / path)
+            link_into(project.root / path, fresh / path)
         else:  # a person's file may be changed in place
-            copy = shutil.copytree if (root / path).is_dir() else shutil.copy2
+            copy = shutil.copytree if (project.root / path).is_dir() else shutil.copy2
             (fresh / path).parent.mkdir(parents=True, exist_ok=True)
-            copy(root / path, fresh / path)
+            copy(project.root / path, fresh / path)
     write_text(fresh / "params.yaml", _params_file(params))
     os.replace(fresh, tree)
 
@@ -344,16 +346,16 @@ def _params_file(params: dict[str, Any]) -> str:
     return yaml.safe_dump(params, sort_keys=False, allow_unicode=True)
 
 
-def all_runs(root: Path) -> Iterator[RunFolder]:
+def all_runs(project: Project) -> Iterator[RunFolder]:
     """Every run folder, the newest first."""
-    folders = (home(root) / "runs").glob("*/request.json")
+    folders = (project.runs).glob("*/request.json")
     for file in sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True):
         yield RunFolder(file.parent)
 
 
-def find_run(root: Path, name: str) -> RunFolder:
+def find_run(project: Project, name: str) -> RunFolder:
     """A run by its key, the beginning of it, or its stage's name (then the newest); raises `ConfigError`."""
-    runs = list(all_runs(root))
+    runs = list(all_runs(project))
     found = [r for r in runs if r.key == name] or [
         r for r in runs if (name and r.key.startswith(name)) or r.stage == name
     ]
@@ -363,16 +365,16 @@ def find_run(root: Path, name: str) -> RunFolder:
     return found[0]
 
 
-def previous_run(root: Path, run: RunFolder) -> RunFolder | None:
+def previous_run(project: Project, run: RunFolder) -> RunFolder | None:
     """The newest successful run of the same stage in the same folder that is not `run`."""
-    stage, here = run.stage, root.resolve()
-    others = (r for r in all_runs(root) if r.key != run.key and r.succeeded)
+    stage, here = run.stage, project.root.resolve()
+    others = (r for r in all_runs(project) if r.key != run.key and r.succeeded)
     return next((r for r in others if r.stage == stage and r.root.resolve() == here), None)
 
 
-def stage_params(root: Path, overrides: list[str]) -> dict[str, Any]:
+def stage_params(project: Project, overrides: list[str]) -> dict[str, Any]:
     """The whole of params.yaml as plain values, checked, with overrides; defaults of absent keys are not filled in."""
-    values = with_overrides(read_yaml(root / "params.yaml"), overrides)
+    values = with_overrides(read_yaml(project.root / "params.yaml"), overrides)
     Params.parse(values, "params.yaml")
     return values
 

@@ -15,8 +15,9 @@ from llada_core.evaluation.params import EvaluateParams
 from llada_core.files import complete, parsed, read
 from llada_core.settings import flat
 from tasks.folders import hash_of, read_json, safe, sqlite_file, write_json
+from tasks.project import Project
 from tasks.record.registry import artifacts, client, lock_of
-from tasks.record.runs import RunFolder, all_runs, home
+from tasks.record.runs import RunFolder, all_runs
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -37,7 +38,7 @@ def send_results(client: "MlflowClient", run: RunFolder, run_id: str, parent: st
 
 
 def send_sweep(
-    root: Path, model: str, params: EvaluateParams, results: Path, measured: Iterable[str], *, key: str
+    project: Project, model: str, params: EvaluateParams, results: Path, measured: Iterable[str], *, key: str
 ) -> bool:
     """What `llada eval` measured, as an MLflow run of its own: settings, scores, every answer, the report.
 
@@ -46,9 +47,9 @@ def send_sweep(
     """
 
     def work() -> None:
-        talk, name = client(root), safe(model)
-        experiment, own = experiment_of(talk, root), hash_of([key, model, params.limit])[:16]
-        with FileLock(lock_of(home(root))):
+        talk, name = client(project), safe(model)
+        experiment, own = experiment_of(talk, project), hash_of([key, model, params.limit])[:16]
+        with FileLock(lock_of(project.home)):
             found = talk.search_runs([experiment], f"tags.`lladaflow.key` = '{own}'", max_results=1)
             tags = {"lladaflow.key": own}
             run = found[0] if found else talk.create_run(experiment, tags=tags, run_name=f"eval {name}")
@@ -135,18 +136,18 @@ def _keep_sending(run: RunFolder, over: threading.Event) -> None:
     send([run], over=True)
 
 
-def send_pending(root: Path, *, again: bool = False) -> bool:
+def send_pending(project: Project, *, again: bool = False) -> bool:
     """Send every run of this folder that MLflow does not have whole yet (`again`: or may have lost).
 
     False when MLflow does not answer.
     """
-    pending = [run for run in _made_in(root, root.resolve()) if again or not _cursor(run).get("done")]
+    pending = [run for run in _made_in(project, project.root.resolve()) if again or not _cursor(run).get("done")]
     return not pending or os.environ.get("LLADAFLOW_TRACKING") == "off" or send(pending[::-1])
 
 
-def _made_in(root: Path, folder: Path) -> Iterator[RunFolder]:
+def _made_in(project: Project, folder: Path) -> Iterator[RunFolder]:
     """The runs of a folder that make something: a trial has nothing to tell."""
-    yield from (run for run in all_runs(root) if run.root.resolve() == folder and run.request["outs"])
+    yield from (run for run in all_runs(project) if run.root.resolve() == folder and run.request["outs"])
 
 
 def send(runs: list[RunFolder], *, over: bool = False) -> bool:
@@ -176,9 +177,9 @@ def delivered(work: Callable[[], None], what: str) -> bool:
     return True
 
 
-def gather(root: Path, name: str, rows: list[dict[str, Any]]) -> bool:
+def gather(project: Project, name: str, rows: list[dict[str, Any]]) -> bool:
     """Put the pipeline runs of several folders under one parent, each with its score; False when MLflow is silent."""
-    runs = [next(_made_in(root, Path(row["folder"])), None) for row in rows]
+    runs = [next(_made_in(project, Path(row["folder"])), None) for row in rows]
     first = next((run for run in runs if run is not None), None)
     if first is None or os.environ.get("LLADAFLOW_TRACKING") == "off":
         return False
@@ -200,20 +201,20 @@ def gather(root: Path, name: str, rows: list[dict[str, Any]]) -> bool:
     return delivered(gather_all, name)
 
 
-def mlflow_link(root: Path) -> str:
+def mlflow_link(project: Project) -> str:
     """Where a person looks at it: the server's address, or how to start one on the project's database."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return uri if uri.startswith("http") else f"`make ui` in {home(root)}"
+    uri = project.tracking_uri
+    return uri if uri.startswith("http") else f"`make ui` in {project.home}"
 
 
-def experiment_of(client: "MlflowClient", root: Path) -> str:
+def experiment_of(client: "MlflowClient", project: Project) -> str:
     """The id of the project's experiment; made if need be, with its files beside `root`'s runs where there is no server."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
     if found := client.get_experiment_by_name(name):
         return found.experiment_id
     local = not client.tracking_uri.startswith("http")
-    folder = artifacts(home(root).resolve()).as_uri()
-    with FileLock(lock_of(home(root))):
+    folder = artifacts(project.home.resolve()).as_uri()
+    with FileLock(lock_of(project.home)):
         found = client.get_experiment_by_name(name)
         return found.experiment_id if found else client.create_experiment(name, folder if local else None)
 
@@ -223,7 +224,7 @@ class Sender:
 
     def __init__(self, run: RunFolder) -> None:
         self.run, self.request = run, run.request
-        self.client: MlflowClient = client(run.path.parents[1])
+        self.client: MlflowClient = client(Project.at(run.path.parents[1]))
         self.cursor = _cursor(run)
 
     def send(self, *, over: bool = False) -> str:
@@ -262,7 +263,7 @@ class Sender:
 
     @property
     def _experiment(self) -> str:
-        return experiment_of(self.client, self.run.path.parents[1])
+        return experiment_of(self.client, Project.at(self.run.path.parents[1]))
 
     def _child(self) -> str:
         with FileLock(self.run.path.parent / ".mlflow.lock"):

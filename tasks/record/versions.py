@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from tasks.folders import PATIENCE, sqlite_file
-from tasks.record.registry import Version, client, is_lost, receipts, store_folder, tracking_uri, write_receipt
-from tasks.record.runs import RunFolder, home
+from tasks.project import Project
+from tasks.record.registry import Version, client, is_lost, receipts, store_folder, write_receipt
+from tasks.record.runs import RunFolder
 from tasks.record.tracking import Sender, send_pending
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "mlflow")
 
 
-def make_version(root: Path, receipt: dict[str, Any]) -> Version:
+def make_version(project: Project, receipt: dict[str, Any]) -> Version:
     """A new version that points to stored weights; nothing is copied but a note of some 30 KB."""
-    talk, digest = client(root), receipt["hash"]
+    talk, digest = client(project), receipt["hash"]
     import mlflow
 
-    config = {"path": str(store_folder(root, digest)), "hash": digest, "sampling": receipt["sampling"]}
+    config = {"path": str(store_folder(project, digest)), "hash": digest, "sampling": receipt["sampling"]}
     # Receipts of old have none of these.
     config |= {"device": receipt.get("device", "auto"), "bits": receipt.get("bits"), "usage": receipt.get("usage", {})}
-    run_id = _mlflow_run(root, receipt["tags"])
+    run_id = _mlflow_run(project, receipt["tags"])
     with mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name="model",
@@ -42,60 +43,60 @@ def make_version(root: Path, receipt: dict[str, Any]) -> Version:
     return Version(receipt["name"], number, digest, tags)
 
 
-def point(root: Path, version: Version, alias: str, why: str) -> None:
+def point(project: Project, version: Version, alias: str, why: str) -> None:
     """Set an alias, with a record of who, when and why."""
-    client(root).set_registered_model_alias(version.name, alias, version.number)
+    client(project).set_registered_model_alias(version.name, alias, version.number)
     if alias in version.aliases:
         return
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record = {"alias": alias, "hash": version.hash, "why": why, "who": getpass.getuser(), "when": when}
-    write_receipt(root, {"event": "alias", "name": version.name, **record})
-    client(root).set_model_version_tag(
+    write_receipt(project, {"event": "alias", "name": version.name, **record})
+    client(project).set_model_version_tag(
         version.name, version.number, f"{alias}.record", json.dumps(record, sort_keys=True)
     )
 
 
-def register_lost(root: Path, name: str) -> bool:
+def register_lost(project: Project, name: str) -> bool:
     """Fill a lost registry from the receipts: versions in their order, then the aliases as they last were.
 
     False, and nothing done, where MLflow knows the model, or no receipt does.
     """
-    if not is_lost(root, name):
+    if not is_lost(project, name):
         return False
-    print(f"the registry has lost model {name!r}; registering it anew from {home(root) / 'store' / 'receipts.jsonl'}")
+    print(f"the registry has lost model {name!r}; registering it anew from {project.store / 'receipts.jsonl'}")
     made: dict[str, Version] = {}
     aliases: dict[str, str] = {}
-    for receipt in (r for r in receipts(root) if r["name"] == name):
+    for receipt in (r for r in receipts(project) if r["name"] == name):
         if receipt["event"] == "alias":
             aliases[receipt["alias"]] = receipt["hash"]
-        elif receipt["hash"] not in made and store_folder(root, receipt["hash"]).is_dir():
-            made[receipt["hash"]] = make_version(root, receipt)
+        elif receipt["hash"] not in made and store_folder(project, receipt["hash"]).is_dir():
+            made[receipt["hash"]] = make_version(project, receipt)
     for alias, digest in aliases.items():
         if digest in made:
-            client(root).set_registered_model_alias(name, alias, made[digest].number)
+            client(project).set_registered_model_alias(name, alias, made[digest].number)
     return True
 
 
-def restore(root: Path) -> list[str]:
+def restore(project: Project) -> list[str]:
     """Register anew what the registry has lost and send MLflow all runs again; returns the names of these models."""
-    names = dict.fromkeys(receipt["name"] for receipt in receipts(root))
-    lost = [name for name in names if register_lost(root, name)]
-    send_pending(root, again=True)
+    names = dict.fromkeys(receipt["name"] for receipt in receipts(project))
+    lost = [name for name in names if register_lost(project, name)]
+    send_pending(project, again=True)
     return lost
 
 
-def restore_if_empty(root: Path) -> None:
+def restore_if_empty(project: Project) -> None:
     """Send what MLflow does not have, and fill an empty database again; costs nothing when all is there."""
     if os.environ.get("LLADAFLOW_TRACKING") == "off":
         return
-    if next(receipts(root), None) is not None and _database_is_empty(root):
-        restore(root)
+    if next(receipts(project), None) is not None and _database_is_empty(project):
+        restore(project)
     else:
-        send_pending(root)
+        send_pending(project)
 
 
-def _database_is_empty(root: Path) -> bool:
-    path = sqlite_file(tracking_uri(root))
+def _database_is_empty(project: Project) -> bool:
+    path = sqlite_file(project.tracking_uri)
     if path is None:
         return False
     if not path.exists():
@@ -107,10 +108,10 @@ def _database_is_empty(root: Path) -> bool:
             return "no such table" in str(error)  # one that is locked may hold everything
 
 
-def _mlflow_run(root: Path, tags: dict[str, str]) -> str | None:
+def _mlflow_run(project: Project, tags: dict[str, str]) -> str | None:
     """The MLflow run of the stage that made the weights; None when its run folder is gone."""
     for key in json.loads(tags["stage_runs"]).values():
-        run = RunFolder(home(root) / "runs" / key)
+        run = RunFolder(project.runs / key)
         if (run.path / "request.json").exists():
             return Sender(run).send()
     return None

@@ -17,7 +17,7 @@ from llada_core.files import parsed
 from llada_core.modeling.folder import is_adapter
 from llada_core.settings import ConfigError, flat, nearest
 from tasks.folders import commit_of, content_hash, hash_of, read_json, safe
-from tasks.project import below
+from tasks.project import Project, below
 from tasks.record.registry import resolve
 from tasks.record.runs import differences, find_run, rank
 from tasks.work.evaluate import Places, answering, as_asked, measure, quiet_lm_eval
@@ -81,9 +81,9 @@ BELOW = (".", "eval", "reports/eval", "reports", "tree/reports/eval")  # where a
 SHOWN = 8  # questions named for each direction
 
 
-def diff(first: str, second: str, root: Path | None = None) -> dict[str, dict[str, Any]]:
+def diff(first: str, second: str, project: Project | None = None) -> dict[str, dict[str, Any]]:
     """Benchmark -> comparison, for every benchmark both sides have; raises `ConfigError` if there is none."""
-    (one, model), (other, other_model) = side(first, root), side(second, root)
+    (one, model), (other, other_model) = side(first, project), side(second, project)
     names = sorted(_benchmarks(one, model).keys() & _benchmarks(other, other_model).keys())
     if not names:
         measured = [", ".join(sorted(_benchmarks(*s))) or "nothing" for s in ((one, model), (other, other_model))]
@@ -92,15 +92,15 @@ def diff(first: str, second: str, root: Path | None = None) -> dict[str, dict[st
     found = {}
     for name in names:
         found[name] = compare(_load(one, name, model), _load(other, name, other_model))
-        found[name]["code"] = _code(one / f"{name}.json", other / f"{name}.json", root or Path.cwd())
+        found[name]["code"] = _code(one / f"{name}.json", other / f"{name}.json", project or Project.at())
     return found
 
 
-def side(text: str, root: Path | None = None) -> tuple[Path, str]:
+def side(text: str, project: Project | None = None) -> tuple[Path, str]:
     """The folder of results and the model that one side names; raises `ConfigError` with what there is."""
     if safe(text) in _known(RESULTS):
         return RESULTS, safe(text)
-    for folder, model in _readings(text, root or Path.cwd()):
+    for folder, model in _readings(text, project or Project.at()):
         if (place := _place(folder)) is None:
             continue
         known = _known(place)
@@ -119,12 +119,12 @@ def side(text: str, root: Path | None = None) -> tuple[Path, str]:
     )
 
 
-def _readings(text: str, root: Path) -> Iterator[tuple[Path, str]]:
+def _readings(text: str, project: Project) -> Iterator[tuple[Path, str]]:
     """What a side may mean, the longest folder first: names of folders and of models may have colons of their own."""
     ends = [len(text), *(at for at in range(len(text) - 1, 0, -1) if text[at] == ":")]
     yield from ((Path(text[:at]), text[at + 1 :]) for at in ends if Path(text[:at]).is_dir())
     with contextlib.suppress(ConfigError):
-        yield find_run(root, text).path, ""
+        yield find_run(project, text).path, ""
 
 
 def _place(folder: Path) -> Path | None:
@@ -188,13 +188,13 @@ def _records(file: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _code(one: Path, other: Path, root: Path) -> list[str]:
+def _code(one: Path, other: Path, project: Project) -> list[str]:
     """What differs between the runs that made two results, as far as their folders are still there."""
     keys = [read_json(path).get("run") for path in (one, other)]
     if None in keys or keys[0] == keys[1]:
         return []
     try:
-        old, new = (find_run(root, key) for key in keys)
+        old, new = (find_run(project, key) for key in keys)
     except ConfigError:
         return [f"run {keys[0]} -> {keys[1]}"]
     return differences(new.request, old.request)

@@ -16,7 +16,7 @@ from llada_core.sampling.params import as_values
 from llada_core.settings import ConfigError
 from tasks.errors import one_line_errors
 from tasks.folders import commit_of, content_hash, hash_of, read_json, write_json
-from tasks.project import GateParams, Params, RegisterParams
+from tasks.project import GateParams, Params, Project, RegisterParams
 from tasks.record.registry import (
     Version,
     client,
@@ -31,7 +31,7 @@ from tasks.record.registry import (
     versions,
     write_receipt,
 )
-from tasks.record.runs import RunFolder, home, stage_params
+from tasks.record.runs import RunFolder, stage_params
 from tasks.record.usage import usage_to_register
 from tasks.record.versions import PACKAGES, make_version, point, register_lost
 from tasks.work.report import scores_of as answered
@@ -103,11 +103,11 @@ def _words(difference: Difference) -> str:
 
 
 CHAMPION, CANDIDATE = "champion", "candidate"
-Trial = Callable[[Path, Version], object]
+Trial = Callable[[Project, Version], object]
 """Has a version loaded and asked a question; raises `StageError` when it does not answer."""
 
 
-def register(root: Path, params: Params, trial: Trial, send: Callable[[Path], object]) -> dict[str, Any]:
+def register(project: Project, params: Params, trial: Trial, send: Callable[[Project], object]) -> dict[str, Any]:
     """Register the model that the run names; returns what became of it, which is also the stage's output.
 
     `trial` is made before it becomes champion; `send` is called to have MLflow told of the runs that made it.
@@ -115,44 +115,44 @@ def register(root: Path, params: Params, trial: Trial, send: Callable[[Path], ob
     spec = params.register_
     if spec is None:
         raise ConfigError("params.yaml has no block 'register'")
-    with FileLock(_lock(root)):  # two runs with the same weights are one version
-        send(root)
-        return _register(root, params, spec, trial)
+    with FileLock(_lock(project)):  # two runs with the same weights are one version
+        send(project)
+        return _register(project, params, spec, trial)
 
 
-def _lock(root: Path) -> Path:
-    store_folder(root, "").mkdir(parents=True, exist_ok=True)
-    return store_folder(root, ".register.lock")
+def _lock(project: Project) -> Path:
+    store_folder(project, "").mkdir(parents=True, exist_ok=True)
+    return store_folder(project, ".register.lock")
 
 
-def _register(root: Path, params: Params, spec: RegisterParams, trial: Trial) -> dict[str, Any]:
-    digest = keep(root, root / "models" / spec.model)
-    hold_base(root, store_folder(root, digest))  # a champion whose base is nowhere could not be loaded
-    require_weights(store_folder(root, digest))
-    answers = (root / "reports" / "eval").glob(f"*/{spec.model}.samples.jsonl")
-    write_json(store_folder(root, digest).with_suffix(".scores.json"), {p.parent.name: answered(p) for p in answers})
-    register_lost(root, spec.name)  # in their order, so that numbers and the champion are as they were
-    known = versions(root, spec.name)
+def _register(project: Project, params: Params, spec: RegisterParams, trial: Trial) -> dict[str, Any]:
+    digest = keep(project, project.root / "models" / spec.model)
+    hold_base(project, store_folder(project, digest))  # a champion whose base is nowhere could not be loaded
+    require_weights(store_folder(project, digest))
+    answers = (project.root / "reports" / "eval").glob(f"*/{spec.model}.samples.jsonl")
+    write_json(store_folder(project, digest).with_suffix(".scores.json"), {p.parent.name: answered(p) for p in answers})
+    register_lost(project, spec.name)  # in their order, so that numbers and the champion are as they were
+    known = versions(project, spec.name)
     version = next((v for v in known if v.hash == digest), None)
     if version is None:
         receipt: dict[str, Any] = {"event": "version", "name": spec.name, "hash": digest}
-        usage = usage_to_register(root, digest, spec.sampling)
+        usage = usage_to_register(project, digest, spec.sampling)
         receipt |= {"sampling": as_values(spec.sampling), "usage": usage.model_dump(mode="json")}
         receipt |= {"device": spec.device, "bits": spec.bits}
-        receipt["tags"] = lineage(root, spec.model)
-        write_receipt(root, receipt)  # first, so that a registration cut short is found again
-        version = make_version(root, receipt)
-    point(root, version, CANDIDATE, "registered by the pipeline")
+        receipt["tags"] = lineage(project, spec.model)
+        write_receipt(project, receipt)  # first, so that a registration cut short is found again
+        version = make_version(project, receipt)
+    point(project, version, CANDIDATE, "registered by the pipeline")
     champion = champion_among(known)
-    decision = judge(root, params, version, champion)
+    decision = judge(project, params, version, champion)
     if decision.passed and (champion is None or champion.number != version.number):
-        trial(root, version)
-        now = champion_among(versions(root, spec.name))  # a trial may wait for hours
+        trial(project, version)
+        now = champion_among(versions(project, spec.name))  # a trial may wait for hours
         if now is not None and (champion is None or now.number != champion.number):
-            champion, decision = now, judge(root, params, version, now)
+            champion, decision = now, judge(project, params, version, now)
         if decision.passed:
-            point(root, version, CHAMPION, decision.reason)
-    client(root).set_model_version_tag(spec.name, version.number, "gate", decision.reason)
+            point(project, version, CHAMPION, decision.reason)
+    client(project).set_model_version_tag(spec.name, version.number, "gate", decision.reason)
     holder = version.number if decision.passed else (champion.number if champion else None)
     aliases = [CANDIDATE, *([CHAMPION] if decision.passed else [])]
     return {
@@ -170,38 +170,38 @@ def champion_among(known: list[Version]) -> Version | None:
     return next((version for version in known if CHAMPION in version.aliases), None)
 
 
-def judge(root: Path, params: Params, version: Version, champion: Version | None) -> Decision:
+def judge(project: Project, params: Params, version: Version, champion: Version | None) -> Decision:
     """What the gate in params says of a version."""
     assert params.register_ is not None
     if champion is not None and champion.hash == version.hash:
         return Decision(True, "it is the champion already")
     return decide(
-        params.register_.gate, scores_of(root, version.hash), scores_of(root, champion.hash) if champion else None
+        params.register_.gate, scores_of(project, version.hash), scores_of(project, champion.hash) if champion else None
     )
 
 
-def lineage(root: Path, stage: str) -> dict[str, str]:
+def lineage(project: Project, stage: str) -> dict[str, str]:
     """Where a model comes from: commit, lock file, parameters, data, the run of every stage, the environment."""
-    runs, inputs = _chain(root, stage)
-    lock = root / "dvc.lock"
+    runs, inputs = _chain(project, stage)
+    lock = project.root / "dvc.lock"
     return {
-        "git_commit": commit_of(root),
+        "git_commit": commit_of(project.root),
         "dvc_lock": content_hash(lock) if lock.exists() else "none",
-        "params": hash_of(stage_params(root, [])),
+        "params": hash_of(stage_params(project, [])),
         "stage_runs": json.dumps(runs, sort_keys=True),
-        "jobs": json.dumps({stage: _job(root, key) for stage, key in runs.items()}, sort_keys=True),
+        "jobs": json.dumps({stage: _job(project, key) for stage, key in runs.items()}, sort_keys=True),
         "inputs": json.dumps(inputs, sort_keys=True),
         "environment": f"python {platform.python_version()}, "
         + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
-        "folder": str(root.resolve()),
+        "folder": str(project.root.resolve()),
     }
 
 
-def _chain(root: Path, stage: str) -> tuple[dict[str, str], dict[str, str]]:
+def _chain(project: Project, stage: str) -> tuple[dict[str, str], dict[str, str]]:
     """Stage -> key of its run, and input -> hash, back to the first training stage of this project."""
     runs: dict[str, str] = {}
     inputs: dict[str, str] = {}
-    receipt = root / "models" / stage / "training.json"
+    receipt = project.root / "models" / stage / "training.json"
     while receipt.exists():
         values = read_json(receipt)
         runs[values["stage"]] = values["run"]
@@ -209,50 +209,50 @@ def _chain(root: Path, stage: str) -> tuple[dict[str, str], dict[str, str]]:
         before = next(
             (Path(path) for path in values["inputs"] if Path(path).name not in runs and "models/" in path), None
         )
-        receipt = root / before / "training.json" if before else Path("none")
+        receipt = project.root / before / "training.json" if before else Path("none")
     return runs, inputs
 
 
-def _job(root: Path, key: str) -> str:
-    run = RunFolder(home(root) / "runs" / key)
+def _job(project: Project, key: str) -> str:
+    run = RunFolder(project.runs / key)
     return run.job_name if run.path.exists() else "unknown"
 
 
-def main(overrides: list[str], trial: Trial, send: Callable[[Path], object]) -> None:
+def main(overrides: list[str], trial: Trial, send: Callable[[Project], object]) -> None:
     """What dvc.yaml runs."""
     with one_line_errors():
-        root = Path.cwd()
-        result = register(root, Params.load(root / "params.yaml", overrides), trial, send)
-        write_json(root / "reports" / "registered.json", result)
+        project = Project.at()
+        result = register(project, Params.load(project.root / "params.yaml", overrides), trial, send)
+        write_json(project.root / "reports" / "registered.json", result)
         verdict = "champion" if result["gate"]["passed"] else f"not champion ({result['gate']['reason']})"
         print(f"{result['name']} version {result['version']}: {verdict}")
 
 
-def gate(root: Path, name: str, which: str) -> Decision:
+def gate(project: Project, name: str, which: str) -> Decision:
     """What the gate of params.yaml says of a version against the present champion."""
-    params = Params.load(root / "params.yaml")
+    params = project.params
     if params.register_ is None or params.register_.name != name:
         raise ConfigError(
             f"params.yaml has no gate for model {name!r}; promote without it (`llada promote`, gated=false)"
         )
-    return judge(root, params, version_of(root, name, which), champion_among(versions(root, name)))
+    return judge(project, params, version_of(project, name, which), champion_among(versions(project, name)))
 
 
-def promote(root: Path, name: str, which: str, why: str, trial: Trial) -> Version:
+def promote(project: Project, name: str, which: str, why: str, trial: Trial) -> Version:
     """Make a version (number or alias) champion, once its weights are verified and it has stood the trial."""
-    version = version_of(root, name, which)
-    require_weights(verified(root, version.hash))
-    trial(root, version)
-    point(root, version, CHAMPION, why)
+    version = version_of(project, name, which)
+    require_weights(verified(project, version.hash))
+    trial(project, version)
+    point(project, version, CHAMPION, why)
     return version
 
 
-def roll_back(root: Path, name: str, why: str, trial: Trial) -> Version:
+def roll_back(project: Project, name: str, why: str, trial: Trial) -> Version:
     """Give the alias back to the last champion before the present one; raises `ConfigError` when there was none."""
-    present = version_of(root, name, CHAMPION)
-    held = [r["hash"] for r in receipts(root) if r["name"] == name and r.get("alias") == CHAMPION]
+    present = version_of(project, name, CHAMPION)
+    held = [r["hash"] for r in receipts(project) if r["name"] == name and r.get("alias") == CHAMPION]
     before = next((digest for digest in reversed(held) if digest != present.hash), None)
-    version = next((v for v in versions(root, name) if v.hash == before), None)
+    version = next((v for v in versions(project, name) if v.hash == before), None)
     if version is None:
         raise ConfigError(f"model {name!r} had no champion before version {present.number}")
-    return promote(root, name, version.number, why, trial)
+    return promote(project, name, version.number, why, trial)

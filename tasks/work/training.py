@@ -16,6 +16,7 @@ from llada_core.training.params import GRPOParams, TrainingParams
 from llada_core.usage import Usage
 from tasks.errors import StageError, StoppedError
 from tasks.folders import read_json, write_json
+from tasks.project import Project
 from tasks.record.registry import keep_base, lasting_name
 from tasks.record.runs import Work, rank, verify_inputs
 from tasks.stages import TRAINING_STAGES
@@ -118,7 +119,7 @@ def _base(work: Work, params: TrainingParams) -> str:
     name = lasting_name(source, work.run.request["inputs"][str(source)])
     if rank() == 0:
         # A merged model needs its base no more; the adapter beside it is only for a merge that failed.
-        keep_base(work.run.path.parents[1], source, name, copy=not params.lora.merge)
+        keep_base(Project.at(work.run.path.parents[1]), source, name, copy=not params.lora.merge)
     return name
 
 

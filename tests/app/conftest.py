@@ -8,6 +8,7 @@ import pytest
 
 from app.models import LoadedModel
 from llada_core.modeling import save_model
+from tasks.project import Project
 from tests.ports import free_port
 from tests.tiny import tiny_pair
 
@@ -35,7 +36,7 @@ def page_url(model_folder: Path) -> Iterator[str]:
     from app.__main__ import options
     from app.models import AppState, ModelCache, ModelIndex
 
-    index = ModelIndex(model_folder.parent)
+    index = ModelIndex(Project(model_folder.parent))
     state = AppState(ModelCache(index), index, str(model_folder), pace=0)
     blocks = page.build_page(state)
     blocks.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, **options())

@@ -10,6 +10,7 @@ import pytest
 from app import models as engines
 from app.models import AppState, LoadedModel, ModelCache, ModelIndex, Setting, UserError, load
 from llada_core.usage import Usage
+from tasks.project import Project
 
 
 class Names:
@@ -119,7 +120,7 @@ def test_who_has_a_model_does_not_wait_for_one_that_loads(model_folder, monkeypa
         return here
 
     monkeypatch.setattr(engines, "load", slow)
-    state = AppState(cache, ModelIndex(model_folder), "here")
+    state = AppState(cache, ModelIndex(Project(model_folder)), "here")
     loading = state.bring("big", str)
     assert re.fullmatch(r"Loading: .* of 0\.0 GB in memory after \d+ s\.", next(loading))
     assert begun.is_set()

@@ -22,7 +22,7 @@ from tasks.graph import load_stage
 from tasks.launch.program import run_stage
 from tasks.launch.trial import try_out
 from tasks.launch.workspace import with_sources
-from tasks.project import Params
+from tasks.project import Params, Project
 from tasks.record.registry import keep, lasting_name, model_hash, resolve, store_folder, verified, versions
 from tasks.record.runs import Request, RunFolder, Work, fingerprint, open_run, request_of, stage_params
 from tasks.record.tracking import send_pending
@@ -67,7 +67,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 def ungated(project: Path) -> dict:
     (project / "params.yaml").write_text(PARAMS.partition("  gate:")[0] + "  gate: {}\n")
-    return register(project, Params.load(project / "params.yaml"), try_out, send_pending)
+    return register(Project.at(project), Params.load(project / "params.yaml"), try_out, send_pending)
 
 
 @pytest.mark.parametrize(("name", "place"), PLACES, ids=[name for name, _ in PLACES])
@@ -76,13 +76,13 @@ def test_a_kept_adapter_brings_the_base_that_it_names_by_its_place(tmp_path, mon
     base(tmp_path / "base")
     brought = adapter(tmp_path / "models/sft", place(tmp_path))
     known, before = logits(brought), content_hash(brought)
-    digest = keep(tmp_path, brought)
+    digest = keep(Project.at(tmp_path), brought)
     assert content_hash(brought) == before  # what a person brought is not altered
     for folder in ("base", "models"):
         shutil.rmtree(tmp_path / folder)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert torch.equal(logits(verified(tmp_path, digest)), known)
+    assert torch.equal(logits(verified(Project.at(tmp_path), digest)), known)
 
 
 def test_a_registered_adapter_is_tried_and_loads_although_its_base_is_gone(root) -> None:  # noqa: F811
@@ -94,9 +94,9 @@ def test_a_registered_adapter_is_tried_and_loads_although_its_base_is_gone(root)
     shutil.rmtree(root / "base")
     base(root / "base", seed=1)
     assert ungated(root)["hash"] != first["hash"]
-    assert len(versions(root, "toy")) == 2
+    assert len(versions(Project.at(root), "toy")) == 2
     shutil.rmtree(root / "base")
-    assert torch.equal(logits(resolve("models:/toy/1", root)), known)
+    assert torch.equal(logits(resolve("models:/toy/1", Project.at(root))), known)
 
 
 def test_an_adapter_of_an_adapter_brings_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,12 +105,15 @@ def test_an_adapter_of_an_adapter_brings_both(tmp_path: Path, monkeypatch: pytes
     adapter(tmp_path / "first", "../base")
     second = adapter(tmp_path / "second", "../first", seed=2)
     known = logits(second)
-    digest = keep(tmp_path, second)
+    digest = keep(Project.at(tmp_path), second)
     for folder in ("base", "first", "second"):
         shutil.rmtree(tmp_path / folder)
-    assert torch.equal(logits(verified(tmp_path, digest)), known)
+    assert torch.equal(logits(verified(Project.at(tmp_path), digest)), known)
     assert sorted(p.name for p in (tmp_path / "store").iterdir() if p.name != digest) == sorted(
-        {base_name(store_folder(tmp_path, digest)).removeprefix("sha256:"), content_hash(base(tmp_path / "base"))}
+        {
+            base_name(store_folder(Project.at(tmp_path), digest)).removeprefix("sha256:"),
+            content_hash(base(tmp_path / "base")),
+        }
     )
 
 
@@ -119,7 +122,7 @@ def test_a_copy_of_the_hub_that_is_named_by_its_place_goes_by_its_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     cached = base(tmp_path / "hub/models--owner--name/snapshots" / ("0" * 39 + "a"))
-    kept = store_folder(tmp_path, keep(tmp_path, adapter(tmp_path / "one", str(cached))))
+    kept = store_folder(Project.at(tmp_path), keep(Project.at(tmp_path), adapter(tmp_path / "one", str(cached))))
     assert base_name(kept) == f"owner/name@{'0' * 39}a"
     assert [p.name for p in (tmp_path / "store").iterdir()] == [kept.name]
 
@@ -128,7 +131,7 @@ def test_a_copy_of_the_hub_that_is_named_by_its_place_goes_by_its_name(
 def test_a_base_that_is_not_at_its_place_is_told_at_once(tmp_path: Path, monkeypatch, place: str) -> None:
     monkeypatch.chdir(tmp_path)
     brought = adapter(tmp_path / "one", place)
-    for use in (lambda: keep(tmp_path, brought), lambda: resolve("one", tmp_path)):
+    for use in (lambda: keep(Project.at(tmp_path), brought), lambda: resolve("one", Project.at(tmp_path))):
         with pytest.raises(ConfigError, match=r"one: its base, '\S+', is no folder that lies there"):
             use()
     assert not list(tmp_path.glob("store/*"))
@@ -136,10 +139,10 @@ def test_a_base_that_is_not_at_its_place_is_told_at_once(tmp_path: Path, monkeyp
 
 def test_other_names_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    digest = keep(tmp_path, base(tmp_path / "base"))
+    digest = keep(Project.at(tmp_path), base(tmp_path / "base"))
     for number, name in enumerate(("owner/name@main", f"sha256:{digest}")):
         brought = adapter(tmp_path / f"adapter-{number}", name)
-        assert keep(tmp_path, brought) == content_hash(brought)
+        assert keep(Project.at(tmp_path), brought) == content_hash(brought)
     assert lasting_name(brought, "digest") == "sha256:digest"
 
 
@@ -173,10 +176,10 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def measuring(checkout: Path) -> tuple[Request, RunFolder]:
     """What the evaluation of the adapter asks for, and its run folder."""
     (checkout / "params.yaml").write_text(MEASURED)
-    params = with_sources(stage_params(checkout, []), checkout)
-    stage = load_stage(checkout, "evaluate@sudoku", params)
-    asked = request_of(checkout, stage, params)
-    return asked, open_run(checkout, stage, params, asked)
+    params = with_sources(stage_params(Project.at(checkout), []), Project.at(checkout))
+    stage = load_stage(Project.at(checkout), "evaluate@sudoku", params)
+    asked = request_of(Project.at(checkout), stage, params)
+    return asked, open_run(Project.at(checkout), stage, params, asked)
 
 
 def in_place(folder: Path) -> None:
@@ -216,10 +219,10 @@ def test_the_hash_of_a_model_is_that_of_all_of_it(checkout: Path, tmp_path: Path
     """Also of one inside the project, which no graph names the base of."""
     whole = model_hash(tmp_path / "outside/adapter")
     assert whole != content_hash(tmp_path / "outside/adapter")
-    assert keep(checkout, tmp_path / "outside/adapter") == whole
+    assert keep(Project.at(checkout), tmp_path / "outside/adapter") == whole
     in_place(tmp_path / "outside/base")
     assert model_hash(tmp_path / "outside/adapter") != whole
-    kept = store_folder(checkout, whole)
+    kept = store_folder(Project.at(checkout), whole)
     assert model_hash(kept) == content_hash(kept) == whole
     file = tmp_path / "outside/base/config.json"
     assert model_hash(file) == content_hash(file)
@@ -229,7 +232,7 @@ def test_what_is_trained_from_such_an_adapter_loads_without_it(checkout: Path, t
     lora = "{r: 2, merge: false}"
     block = f"max_steps: 3, batch_size: 8, init_from: outside/adapter, samples: 0, warmup: 1, lora: {lora}"
     (checkout / "params.yaml").write_text(f"name: toy\nstages: [sft]\nsft: {{{block}}}\nlaunch: {{kind: inline}}\n")
-    run_stage(checkout, "sft", [], training.train_stage)
+    run_stage(Project.at(checkout), "sft", [], training.train_stage)
     known = logits(Path("models/sft"))
     shutil.rmtree(tmp_path / "outside")
     assert torch.equal(logits(Path("models/sft")), known)

@@ -18,6 +18,7 @@ from llada_core.evaluation.answering import AnswerStore
 from tasks import folders
 from tasks import folders as databases
 from tasks.folders import NoDatabaseError, content_hash, link_into, require, sqlite_uri
+from tasks.project import Project
 from tasks.record.registry import PLACES, keep, open_records
 from tests.brought.test_folders import made
 
@@ -34,7 +35,7 @@ def _replace(root: Path) -> None:
 
 def _keep(root: Path) -> None:
     for _ in range(ROUNDS):
-        keep(root, root / "model")
+        keep(Project.at(root), root / "model")
 
 
 def _answer(root: Path) -> None:
@@ -46,7 +47,7 @@ def _answer(root: Path) -> None:
 def _workspace(root: Path) -> None:
     from tasks.launch.workspace import open_workspace
 
-    open_workspace(root, overrides=["seed=2"])
+    open_workspace(Project.at(root), overrides=["seed=2"])
 
 
 def _whole_model(root: Path) -> None:
@@ -194,7 +195,7 @@ def test_other_places_of_artifacts_stay(tmp_path: Path, kind: str) -> None:
 def _client(root: Path) -> None:
     from tasks.record.registry import client
 
-    client(root).search_registered_models()
+    client(Project.at(root)).search_registered_models()
 
 
 @pytest.mark.faults

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from llada_core.settings import ConfigError
-from tasks.folders import git, home, prune_worktrees, require, sqlite_file, sqlite_uri, write_json
+from tasks.folders import git, prune_worktrees, require, sqlite_file, sqlite_uri, write_json
 from tasks.graph import load_stage
 from tasks.launch.launchers import LocalLauncher, SlurmLauncher
 from tasks.launch.program import reproduce
 from tasks.launch.workspace import configure_workspace, open_workspace
-from tasks.project import LaunchParams
+from tasks.project import LaunchParams, Project
 from tasks.record.runs import RunFolder, all_runs, open_run, stage_params
 from tests.tasks.conftest import DVC, PARAMS, REPOSITORY, project  # noqa: F401  (a fixture)
 
@@ -59,8 +59,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_of(root: Path) -> RunFolder:
-    params = stage_params(root, [])
-    return open_run(root, load_stage(root, "pretrain", params), params)
+    params = stage_params(Project.at(root), [])
+    return open_run(Project.at(root), load_stage(Project.at(root), "pretrain", params), params)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,20 +112,20 @@ def test_a_job_starts_from_any_folder(name: str, tmp_path: Path) -> None:
 def test_a_project_with_an_odd_name_runs_and_goes_on_where_it_was_moved_to(project: Path) -> None:  # noqa: F811
     odd = project.rename(project.with_name("run #2 what? 1%20%j: ü"))
     os.chdir(odd)
-    first = open_workspace(odd, overrides=["sft.max_steps=2", "launch.kind=inline"])
+    first = open_workspace(Project.at(odd), overrides=["sft.max_steps=2", "launch.kind=inline"])
     reproduce(first, ["sft"])
     assert os.listdir(odd.parent) == [odd.name]
-    runs = sorted(run.key for run in all_runs(odd))
+    runs = sorted(run.key for run in all_runs(Project.at(odd)))
 
     moved = odd.rename(odd.with_name("elsewhere #3"))
     os.chdir(moved)
-    again = open_workspace(moved, overrides=["sft.max_steps=2", "launch.kind=inline"])
-    assert again.path == moved / "workspaces" / first.path.name
-    shutil.rmtree(again.path / "models")
+    again = open_workspace(Project.at(moved), overrides=["sft.max_steps=2", "launch.kind=inline"])
+    assert again.root == moved / "workspaces" / first.root.name
+    shutil.rmtree(again.root / "models")
     reproduce(again, ["sft"])
-    assert (again.path / "models/sft/weights").read_text().endswith("sft 2 first")
-    assert sorted(run.key for run in all_runs(moved)) == runs
-    assert all(run.root in (moved, again.path) for run in all_runs(moved))
+    assert (again.root / "models/sft/weights").read_text().endswith("sft 2 first")
+    assert sorted(run.key for run in all_runs(Project.at(moved))) == runs
+    assert all(run.root in (moved, again.root) for run in all_runs(Project.at(moved)))
     assert os.listdir(moved.parent) == [moved.name]
 
 
@@ -138,22 +138,22 @@ def stand(folder: Path) -> dict[str, bytes]:
 def test_a_copy_never_writes_into_the_original(checkout: Path, how: str) -> None:
     if not shutil.which(how.split()[0]):
         pytest.skip(f"no {how}")
-    workspace, overrides = open_workspace(checkout, overrides=["seed=2"]), ["seed=2"]
-    run = run_of(workspace.path)
+    workspace, overrides = open_workspace(Project.at(checkout), overrides=["seed=2"]), ["seed=2"]
+    run = run_of(workspace.root)
     before, other = stand(checkout), checkout.with_name("other place")
     source = f"{checkout}/" if how.startswith("rsync") else str(checkout)
     subprocess.run([*how.split(), source, str(other)], check=True)
     os.chdir(other)
 
-    again = open_workspace(other, overrides=overrides)
-    assert again.path == other / "workspaces" / workspace.path.name
-    assert home(again.path) == other
-    assert run_of(again.path).path == other / "runs" / run.key
-    assert run_of(again.path).root == again.path
-    assert Path(git(again.path, "rev-parse", "--git-common-dir")).resolve() == other / ".git"
+    again = open_workspace(Project.at(other), overrides=overrides)
+    assert again.root == other / "workspaces" / workspace.root.name
+    assert Project.at(again.root).home == other
+    assert run_of(again.root).path == other / "runs" / run.key
+    assert run_of(again.root).root == again.root
+    assert Path(git(again.root, "rev-parse", "--git-common-dir")).resolve() == other / ".git"
     (other / "tasks/pretrain.py").write_text("second")  # a new workspace lets git forget what is gone
-    assert open_workspace(other, overrides=overrides).path != again.path
-    assert git(again.path, "status", "--porcelain", "params.yaml") == "M params.yaml"
+    assert open_workspace(Project.at(other), overrides=overrides).root != again.root
+    assert git(again.root, "status", "--porcelain", "params.yaml") == "M params.yaml"
     prune_worktrees(other, other / "workspaces")
     assert len(git(other, "worktree", "list").splitlines()) == 3
     if how != "mv":
@@ -187,22 +187,22 @@ def test_a_machine_that_was_started_anew_has_no_old_jobs(checkout: Path) -> None
 
 
 def test_a_workspace_that_left_its_project_is_refused(checkout: Path) -> None:
-    workspace = open_workspace(checkout, overrides=["seed=2"])
-    alone = workspace.path.rename(checkout.with_name("alone"))
+    workspace = open_workspace(Project.at(checkout), overrides=["seed=2"])
+    alone = workspace.root.rename(checkout.with_name("alone"))
     with pytest.raises(ValueError, match=r"alone is a workspace outside of its project; move it back to .*workspaces"):
-        home(alone)
+        _ = Project.at(alone).home
 
 
 def test_workspaces_on_another_disk(checkout: Path) -> None:
     disk = checkout.with_name("disk")
     disk.mkdir()
     (checkout / "workspaces").symlink_to(disk)
-    workspace = open_workspace(checkout, overrides=["seed=2"])
-    assert home(workspace.path.resolve()) == checkout
+    workspace = open_workspace(Project.at(checkout), overrides=["seed=2"])
+    assert Project.at(workspace.root.resolve()).home == checkout
     other = checkout.with_name("copy")
     shutil.copytree(checkout, other, symlinks=True)
     with pytest.raises(ConfigError, match=r"belongs to .*checkout; remove the link .*copy/workspaces"):
-        open_workspace(other, overrides=["seed=2"])
+        open_workspace(Project.at(other), overrides=["seed=2"])
 
 
 def test_a_home_that_would_change_with_the_folder_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_a_home_that_would_change_with_the_folder_is_refused(checkout: Path, mon
     with pytest.raises(
         ValueError, match=r"LLADAFLOW_HOME=here counts from a folder that changes; give a whole path, /"
     ):
-        home(checkout)
+        _ = Project.at(checkout).home
 
 
 def _shell(root: Path, text: str) -> None:
@@ -322,12 +322,12 @@ def test_whatever_state_git_is_in_a_workspace_holds_the_files_as_they_are(
     status = subprocess.run(
         ["git", "--no-optional-locks", "status", "--porcelain"], capture_output=True, check=False
     ).stdout
-    workspace = open_workspace(root, overrides=["seed=2"])
+    workspace = open_workspace(Project.at(root), overrides=["seed=2"])
     for name in ("tasks/pretrain.py", "tasks/new.py", "README.md"):
-        ours, theirs = root / name, workspace.path / name
+        ours, theirs = root / name, workspace.root / name
         assert ours.exists() == theirs.exists()
         assert not ours.exists() or ours.read_text() == theirs.read_text()
-    assert open_workspace(root, overrides=["seed=2"]).path == workspace.path
+    assert open_workspace(Project.at(root), overrides=["seed=2"]).root == workspace.root
     assert (
         subprocess.run(["git", "--no-optional-locks", "status", "--porcelain"], capture_output=True, check=False).stdout
         == status
@@ -337,9 +337,9 @@ def test_whatever_state_git_is_in_a_workspace_holds_the_files_as_they_are(
 
 def test_without_the_program_git(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(checkout))
-    workspace = open_workspace(checkout, overrides=["seed=2"])
-    assert (workspace.path / "tasks/pretrain.py").read_text() == "first"
-    assert "no_scm" in (workspace.path / ".dvc/config.local").read_text()
+    workspace = open_workspace(Project.at(checkout), overrides=["seed=2"])
+    assert (workspace.root / "tasks/pretrain.py").read_text() == "first"
+    assert "no_scm" in (workspace.root / ".dvc/config.local").read_text()
 
 
 def test_called_from_a_hook_of_another_repository(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,8 +347,8 @@ def test_called_from_a_hook_of_another_repository(checkout: Path, monkeypatch: p
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
     monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git/index"))
     before = stand(other)
-    workspace = open_workspace(_edited(checkout), overrides=["seed=2"])
-    assert (workspace.path / "tasks/pretrain.py").read_text() == "edited"
+    workspace = open_workspace(Project.at(_edited(checkout)), overrides=["seed=2"])
+    assert (workspace.root / "tasks/pretrain.py").read_text() == "edited"
     assert stand(other) == before
 
 
@@ -357,8 +357,8 @@ def test_a_copied_worktree_is_refused_and_a_lost_repository_named(checkout: Path
     copy = Path(shutil.copytree(tree, tree.with_name("copy")))
     before = stand(checkout / ".git")
     with pytest.raises(ConfigError, match=r"copy is a copy of the git worktree .*tree; remove its file \.git"):
-        open_workspace(copy, overrides=["seed=2"])
+        open_workspace(Project.at(copy), overrides=["seed=2"])
     assert stand(checkout / ".git") == before
     checkout.rename(checkout.with_name("moved"))
     with pytest.raises(ConfigError, match=r"not a git repository: .*; after a move `git worktree repair '.*tree'`"):
-        open_workspace(tree, overrides=["seed=2"])
+        open_workspace(Project.at(tree), overrides=["seed=2"])

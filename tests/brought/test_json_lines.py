@@ -15,6 +15,7 @@ from llada_core.settings import ConfigError
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.engine import Ranks
 from llada_core.training.progress import MetricsFile, read_metrics
+from tasks.project import Project
 from tasks.record.registry import receipts, write_receipt
 from tasks.record.tracking import samples
 from tasks.work.measure import _records
@@ -58,8 +59,8 @@ def test_any_character_in_a_reply_comes_back_from_whatever_we_write(tmp_path, ch
     assert _records(path)["q1"]["reply"] == reply
     MetricsFile(tmp_path / "metrics.jsonl", Ranks()).write(3, {"said": reply})
     assert [step["said"] for step in read_metrics(tmp_path / "metrics.jsonl")] == [reply]
-    write_receipt(tmp_path, {"event": "version", "said": reply})
-    assert [receipt["said"] for receipt in receipts(tmp_path)] == [reply]
+    write_receipt(Project.at(tmp_path), {"event": "version", "said": reply})
+    assert [receipt["said"] for receipt in receipts(Project.at(tmp_path))] == [reply]
     AnswerStore(tmp_path / "answers", Shard()).add(["k"], [{"text": reply}], 1.0)
     assert AnswerStore(tmp_path / "answers", Shard()).get("k", {}) == {"text": reply}
 

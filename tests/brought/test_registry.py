@@ -15,6 +15,7 @@ from llada_core.settings import ConfigError
 from tasks.errors import StageError
 from tasks.launch.status import COLUMNS, line_of, state_of
 from tasks.launch.trial import try_out
+from tasks.project import Project
 from tasks.record.registry import (  # fmt: skip
     Version,
     keep,
@@ -97,10 +98,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def asked(project: Path, **settings: object) -> None:
     """What is asked of the trained model before an alias moves."""
-    digest = keep(project, project / "models/sft")
-    write_receipt(project, {"event": "version", "name": "toy", "hash": digest} | settings)
-    require_weights(verified(project, digest))
-    try_out(project, Version("toy", "2", digest))
+    digest = keep(Project.at(project), project / "models/sft")
+    write_receipt(Project.at(project), {"event": "version", "name": "toy", "hash": digest} | settings)
+    require_weights(verified(Project.at(project), digest))
+    try_out(Project.at(project), Version("toy", "2", digest))
 
 
 @pytest.mark.parametrize(("name", "change", "changes", "line"), BROKEN)
@@ -121,13 +122,13 @@ def test_headers_are_seen_before_a_version_is_made(project, monkeypatch, change)
     monkeypatch.setattr("tasks.record.tracking.send_pending", lambda _: pytest.fail("it was not looked at"))
     with pytest.raises((ValueError, OSError), match=r"model.safetensors|config.json"):
         register(project)
-    assert not list(receipts(project))
+    assert not list(receipts(Project.at(project)))
 
 
 def test_a_trial_is_a_run_as_others_are(project, capsys) -> None:
     saved(project, "one", main=50, side=50)
     asked(project)
-    (run,) = all_runs(project)
+    (run,) = all_runs(Project.at(project))
     assert (run.stage, state_of(run), run.job) == ("trial", "done", None)
     assert "asked 'Hello', it answers" in capsys.readouterr().out
     assert len(line_of(run)) == len(COLUMNS)
@@ -143,7 +144,7 @@ def test_a_trial_is_launched_as_evaluations_are(project) -> None:
     of_nan(project / "models/sft")
     with pytest.raises(StageError, match=r"does not answer: \S+: the model computes no numbers .*`llada logs trial-"):
         asked(project)
-    runs = list(all_runs(project))
+    runs = list(all_runs(Project.at(project)))
     assert sorted((run.job_name.split()[0], run.succeeded) for run in runs) == [("local", False), ("local", True)]
 
 
@@ -154,8 +155,8 @@ def test_what_does_not_answer_replaces_no_champion(root) -> None:  # noqa: F811
     with pytest.raises(StageError, match=r"toy version 2 does not become champion, .* computes no numbers"):
         register(root)
     with pytest.raises(StageError, match="does not become champion"):  # by a person neither
-        promote(root, "toy", "2", "by hand", try_out)
-    assert [v.aliases for v in versions(root, "toy")] == [("champion",), ("candidate",)]
+        promote(Project.at(root), "toy", "2", "by hand", try_out)
+    assert [v.aliases for v in versions(Project.at(root), "toy")] == [("champion",), ("candidate",)]
     assert (resolve("toy@champion") / "label").read_text() == "one"
     assert (resolve("toy@candidate") / "label").read_text() == "two"
 
@@ -163,9 +164,9 @@ def test_what_does_not_answer_replaces_no_champion(root) -> None:  # noqa: F811
 def test_a_champion_that_is_no_more_what_it_was_is_not_rolled_back_to(root) -> None:  # noqa: F811
     first = trained(root, "one", main=50, side=50)
     trained(root, "two", main=90, side=50)
-    label = store_folder(root, first["hash"]) / "label"
+    label = store_folder(Project.at(root), first["hash"]) / "label"
     label.unlink()
     label.write_text("other")
     with pytest.raises(ConfigError, match="was altered"):
-        roll_back(root, "toy", "rolled back", try_out)
+        roll_back(Project.at(root), "toy", "rolled back", try_out)
     assert (resolve("toy@champion") / "label").read_text() == "two"

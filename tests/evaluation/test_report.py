@@ -11,6 +11,7 @@ from llada_core.evaluation.report import references
 from llada_core.evaluation.statistics import estimate
 from llada_core.settings import ConfigError
 from tasks.folders import read_json, write_json, write_text
+from tasks.project import Project
 from tasks.work.measure import Side, compare, diff, side, told
 from tasks.work.report import Beside, write_report
 
@@ -173,7 +174,7 @@ def test_no_gain_is_said_too(tmp_path):
 
 def test_two_models_question_by_question(results, monkeypatch):
     monkeypatch.setattr("tasks.work.measure.RESULTS", results)
-    found = diff("sft", f"{results}:grpo", results.parent)
+    found = diff("sft", f"{results}:grpo", Project.at(results.parent))
     assert set(found) == {"countdown", "sudoku", "piqa"}
     c = found["countdown"]
     assert c["difference"]["value"] > 0

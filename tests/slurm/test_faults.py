@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tasks.launch.launchers import job_name, refused
+from tasks.project import Project
 from tasks.record.runs import RunFolder
 from tests.ports import free_port
 from tests.slurm.cluster import Cluster
@@ -121,7 +122,7 @@ def test_a_full_run_folder(slurm: Cluster, project: Path, reach: Start, cost: Co
 def test_doctor_asks_two_nodes(slurm: Cluster, project: Path) -> None:
     from tasks.launch.doctor import findings
 
-    found = list(findings(project))
+    found = list(findings(Project.at(project)))
     slow = ("writes ", "all-reduce between ")  # how fast is the machine's affair
     assert all(finding.fine or finding.what.startswith(slow) for finding in found), found
     words = " ".join(finding.what for finding in found)

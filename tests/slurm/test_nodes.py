@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tasks.project import Project
 from tasks.record.runs import RunFolder, all_runs
 from tests.slurm.cluster import Cluster
 from tests.slurm.recovery import Recovery
@@ -116,4 +117,4 @@ def ranks_of(run: RunFolder) -> list[int]:
 
 
 def slurm_runs(root: Path) -> list[RunFolder]:
-    return [run for run in all_runs(root) if (run.job or {}).get("launcher") == "slurm"]
+    return [run for run in all_runs(Project.at(root)) if (run.job or {}).get("launcher") == "slurm"]

@@ -18,7 +18,7 @@ from tasks.folders import content_hash
 from tasks.launch import status
 from tasks.launch.program import run_stage
 from tasks.launch.trial import try_out
-from tasks.project import Params
+from tasks.project import Params, Project
 from tasks.record.registry import hold_base, keep, keep_base, lasting_name, resolve, store_folder, verified
 from tasks.record.tracking import send_pending
 from tasks.work import training
@@ -63,18 +63,18 @@ def logits(model):
 
 def test_an_adapter_is_found_a_base_by_every_later_stage_and_wherever_it_is_moved(root, tmp_path, monkeypatch):
     for stage in ("sft", "sft_control"):
-        run_stage(root, stage, [], training.train_stage)
+        run_stage(Project.at(root), stage, [], training.train_stage)
         text = (root / "models" / stage / "adapter_config.json").read_text()
         assert str(tmp_path) not in text
         before = {"sft": "pretrain", "sft_control": "sft"}[stage]
         assert base_name(root / "models" / stage) == f"sha256:{content_hash(root / 'models' / before)}"
     first, last = (logits(load_model(f"models/{stage}")) for stage in ("pretrain", "sft_control"))
     assert not torch.equal(first, last)
-    digest = keep(root, root / "models/sft_control")  # as `register` does
-    assert torch.equal(logits(load_model(verified(root, digest))), last)
+    digest = keep(Project.at(root), root / "models/sft_control")  # as `register` does
+    assert torch.equal(logits(load_model(verified(Project.at(root), digest))), last)
     versions = SimpleNamespace(search_model_versions=lambda **_: [SimpleNamespace(tags={"content_hash": digest})])
     monkeypatch.setattr(status, "client", lambda root: versions)
-    assert not [item.path for item in status.candidates(root) if item.path.parent.name == "store"]
+    assert not [item.path for item in status.candidates(Project.at(root)) if item.path.parent.name == "store"]
 
     moved = tmp_path / "moved"
     shutil.move(root, moved)
@@ -85,29 +85,32 @@ def test_an_adapter_is_found_a_base_by_every_later_stage_and_wherever_it_is_move
 
     clone = tmp_path / "clone"  # as after `dvc pull`: models without a store
     shutil.copytree(moved / "models", clone / "models")
-    assert torch.equal(logits(load_model(resolve("models/sft_control", clone))), last)
+    assert torch.equal(logits(load_model(resolve("models/sft_control", Project.at(clone)))), last)
     shutil.copytree(moved / "models/sft", tmp_path / "alone")
     with pytest.raises(ConfigError, match=r"are in no store above it; copy store/\w+ .* LLADAFLOW_HOME"):
-        resolve("alone", tmp_path)
+        resolve("alone", Project.at(tmp_path))
     monkeypatch.setenv("LLADAFLOW_HOME", str(moved))
-    assert resolve("alone", tmp_path) == tmp_path / "alone"
+    assert resolve("alone", Project.at(tmp_path)) == tmp_path / "alone"
 
 
 def test_a_base_that_was_altered_or_is_gone_is_told_before_anything_is_made_of_it(root):
-    run_stage(root, "sft", [], training.train_stage)
-    base = store_folder(root, base_name(root / "models/sft").removeprefix("sha256:"))
+    run_stage(Project.at(root), "sft", [], training.train_stage)
+    base = store_folder(Project.at(root), base_name(root / "models/sft").removeprefix("sha256:"))
     file = base / "config.json"
     text = file.read_text()
     file.unlink()
     file.write_text(text + " ")
-    for use in (lambda: resolve("models/sft"), lambda: run_stage(root, "sft_control", [], training.train_stage)):
+    for use in (
+        lambda: resolve("models/sft"),
+        lambda: run_stage(Project.at(root), "sft_control", [], training.train_stage),
+    ):
         with pytest.raises(ConfigError, match=r"was altered: its files no longer have the registered hash"):
             use()
     shutil.rmtree(base)
     shutil.rmtree(root / "models/pretrain")
     (root / "params.yaml").write_text(PARAMS.replace("model: sft_control", "model: sft"))
     with pytest.raises(ConfigError, match="are in no store above it"):
-        register(root, Params.load(root / "params.yaml"), try_out, send_pending)
+        register(Project.at(root), Params.load(root / "params.yaml"), try_out, send_pending)
 
 
 def test_receipts_that_fail_are_written_by_the_same_command_without_training(root, monkeypatch):
@@ -117,9 +120,9 @@ def test_receipts_that_fail_are_written_by_the_same_command_without_training(roo
     with monkeypatch.context() as patched:
         patched.setattr(training, "draw_curves", broken)
         with pytest.raises(StageError, match=r"receipts failed: .* writes them without training again"):
-            run_stage(root, "sft", [], training.train_stage)
+            run_stage(Project.at(root), "sft", [], training.train_stage)
     monkeypatch.setattr(DiffusionObjective, "work", None)  # no step is taken
-    run_stage(root, "sft", [], training.train_stage)
+    run_stage(Project.at(root), "sft", [], training.train_stage)
     assert (root / "reports/training/sft.png").is_file()
     assert json.loads((root / "models/sft/training.json").read_text())["steps"] == 3
     assert json.loads((root / "models/sft/usage.json").read_text())["sampling"]["stop_at_eos"]
@@ -130,14 +133,16 @@ def test_a_model_of_the_hub_goes_by_its_name_and_commit(tmp_path):
     cached.mkdir(parents=True)
     name = lasting_name(cached, "digest")
     assert name == f"GSAI-ML/LLaDA-8B-Base@{'0' * 39}a"
-    keep_base(tmp_path, cached, name)
+    keep_base(Project.at(tmp_path), cached, name)
     assert not (tmp_path / "store").exists()
-    hold_base(tmp_path, cached)
+    hold_base(Project.at(tmp_path), cached)
 
 
 def test_an_adapter_of_nothing_is_refused(root):
     with pytest.raises(ConfigError, match=r"sft.lora adapts a model, and sft.init_from names none"):
-        run_stage(root, "sft", ["sft.init_from=null", "model={d_model: 32, n_layers: 1}"], training.train_stage)
+        run_stage(
+            Project.at(root), "sft", ["sft.init_from=null", "model={d_model: 32, n_layers: 1}"], training.train_stage
+        )
 
 
 def test_a_commit_of_a_model_of_the_hub(tmp_path, monkeypatch):
@@ -149,5 +154,5 @@ def test_a_commit_of_a_model_of_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     for name in ("owner/name@0a1b", "owner/name"):
-        assert resolve(name, tmp_path) == tmp_path
+        assert resolve(name, Project.at(tmp_path)) == tmp_path
     assert asked == [("owner/name", "0a1b"), ("owner/name", None)]

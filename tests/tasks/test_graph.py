@@ -14,7 +14,7 @@ from llada_core.data.params import DataParams, PartParams, PuzzleCounts
 from llada_core.settings import ConfigError, function_at
 from tasks.graph import load_stage, lookup, prune
 from tasks.launch.workspace import with_sources
-from tasks.project import Params
+from tasks.project import Params, Project
 from tasks.stages import STAGES, TRAINING_STAGES, Stage, program_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +116,7 @@ def closure(stage: str) -> set[str]:
 @pytest.mark.parametrize("name", list(SPEC["stages"]))
 def test_a_stage_lists_all_code_that_it_runs(name: str) -> None:
     item = f"{name}@x" if "@" not in name and SPEC["stages"][name].get("foreach") else name
-    listed = load_stage(ROOT, item, PARAMS).code
+    listed = load_stage(Project.at(ROOT), item, PARAMS).code
     for path in listed:
         assert (ROOT / path).exists(), f"{name} lists {path}, which is not there"
     missing = {
@@ -130,7 +130,7 @@ def test_a_stage_lists_all_code_that_it_runs(name: str) -> None:
 @pytest.mark.parametrize("name", list(SPEC["stages"]))
 def test_a_stage_lists_no_code_that_it_does_not_run(name: str) -> None:
     item = f"{name}@x" if SPEC["stages"][name].get("foreach") else name
-    listed = [ROOT / path for path in load_stage(ROOT, item, PARAMS).code if path not in READ_AS_DATA]
+    listed = [ROOT / path for path in load_stage(Project.at(ROOT), item, PARAMS).code if path not in READ_AS_DATA]
     files = {file for path in listed for file in (path.rglob("*.py") if path.is_dir() else [path])}
     names = {file.relative_to(ROOT).as_posix() for file in files if file.name != "__init__.py"}
     assert names - closure(name) - PLUMBING == TOO_WIDE.get(name, set())
@@ -189,12 +189,14 @@ def test_the_default_run_is_dvc_yaml_as_it_is() -> None:
 
 def test_settings_of_sampling_touch_no_training() -> None:
     for stage in ("pretrain", "sft", "sft_control"):
-        assert not any("sampling" in path for path in load_stage(ROOT, stage, PARAMS).code)
-    assert not any(key.startswith("launch") for s in TRAINING_STAGES for key in load_stage(ROOT, s, PARAMS).params)
+        assert not any("sampling" in path for path in load_stage(Project.at(ROOT), stage, PARAMS).code)
+    assert not any(
+        key.startswith("launch") for s in TRAINING_STAGES for key in load_stage(Project.at(ROOT), s, PARAMS).params
+    )
 
 
 def models_of(root: Path, *names: str) -> list[str]:
-    return with_sources({"evaluate": {"models": list(names)}}, root)["evaluate"]["models"]
+    return with_sources({"evaluate": {"models": list(names)}}, Project.at(root))["evaluate"]["models"]
 
 
 def test_models_of_an_evaluation_are_stages_or_labelled_folders(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.project import Project
 from tasks.record.registry import client, resolve
 from tasks.record.tracking import EXPERIMENT
 from tests.ports import free_port
@@ -69,11 +70,11 @@ def test_one_setting_each(postgres: Server, root: Path, project: Path, monkeypat
     done = subprocess.run(flow, cwd=project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert postgres.ask("prefect", "select count(*) from flow_run where state_type = 'COMPLETED'") == "1"
-    talk = client(project)
+    talk = client(Project.at(project))
     names = {run.info.run_name for run in talk.search_runs([talk.get_experiment_by_name(EXPERIMENT).experiment_id])}
     assert names == {"toy", "pretrain", "sft"}
     trained(root, "one", main=50, side=50)
-    assert (resolve("models:/toy@champion", root) / "label").read_text() == "one"
+    assert (resolve("models:/toy@champion", Project.at(root)) / "label").read_text() == "one"
     assert postgres.ask("mlflow", "select count(*) from model_versions") == "1"
     postgres.stop()
     for command, keeper in (

@@ -15,7 +15,7 @@ from tasks import folders
 from tasks.errors import StageError
 from tasks.folders import content_hash, write_json
 from tasks.launch.trial import try_out
-from tasks.project import Params
+from tasks.project import Params, Project
 from tasks.record.registry import resolve, store_folder, trained_on, version_of, versions
 from tasks.record.tracking import send_pending
 from tasks.record.versions import restore, restore_if_empty
@@ -73,7 +73,7 @@ def saved(root: Path, label: str, *, main: int, side: int, of: int = 100) -> Non
 
 def register(root: Path) -> dict:
     """Register what `saved` has made."""
-    return stage.register(root, Params.load(root / "params.yaml"), try_out, send_pending)
+    return stage.register(Project.at(root), Params.load(root / "params.yaml"), try_out, send_pending)
 
 
 def trained(root: Path, label: str, *, main: int, side: int) -> dict:
@@ -97,7 +97,7 @@ def test_accepted_within_noise_and_worse(root: Path) -> None:
     assert better["champion"] == better["version"] == "4"
     low = trained(root, "five", main=5, side=50)
     assert "below the required 0.100" in low["gate"]["reason"]
-    assert [v.aliases for v in versions(root, "toy")] == [(), (), (), ("champion",), ("candidate",)]
+    assert [v.aliases for v in versions(Project.at(root), "toy")] == [(), (), (), ("champion",), ("candidate",)]
 
 
 def test_older_versions_still_load_and_roll_back(root: Path) -> None:
@@ -105,17 +105,17 @@ def test_older_versions_still_load_and_roll_back(root: Path) -> None:
     trained(root, "two", main=90, side=50)
     assert (resolve("models:/toy/1") / "label").read_text() == "one"
     assert (resolve("toy@champion") / "label").read_text() == "two"
-    assert roll_back(root, "toy", "rolled back", try_out).number == "1"
+    assert roll_back(Project.at(root), "toy", "rolled back", try_out).number == "1"
     assert (resolve("models:/toy@champion") / "label").read_text() == "one"
-    assert promote(root, "toy", "candidate", "by hand", try_out).number == "2"
-    record = json.loads(version_of(root, "toy", "2").tags["champion.record"])
+    assert promote(Project.at(root), "toy", "candidate", "by hand", try_out).number == "2"
+    record = json.loads(version_of(Project.at(root), "toy", "2").tags["champion.record"])
     assert record["why"] == "by hand"
     assert {"who", "when"} <= record.keys()
 
 
 def test_registered_by_reference_and_once(root: Path) -> None:
     first = trained(root, "one", main=50, side=50)
-    stored = store_folder(root, first["hash"]) / "model.safetensors"
+    stored = store_folder(Project.at(root), first["hash"]) / "model.safetensors"
     assert stored.stat().st_ino == (root / "models/sft/model.safetensors").stat().st_ino
     again = trained(root, "one", main=50, side=50)
     assert again["version"] == first["version"] == "1"
@@ -134,7 +134,7 @@ def test_a_served_version_lies_where_it_was_registered_to(root: Path, monkeypatc
     (root / "params.yaml").write_text(PARAMS + "  device: cuda:5\n  bits: 8\n")
     with pytest.raises(StageError, match=r"toy version 1 does not become champion, .* device cuda:5: no CUDA GPU"):
         trained(root, "one", main=50, side=50)
-    assert versions(root, "toy")[0].aliases == ("candidate",)
+    assert versions(Project.at(root), "toy")[0].aliases == ("candidate",)
     config = get_model_info("models:/toy/1").flavors["python_function"]["config"]
     assert (config["device"], config["bits"]) == ("cuda:5", 8)
     config |= {"path": str(root / "weights"), "hash": content_hash(root / "weights")}
@@ -163,20 +163,23 @@ def lose(root: Path, empty_database: Path) -> None:
 def test_a_lost_database_is_filled_again_from_receipts(root: Path, empty_database: Path) -> None:
     trained(root, "one", main=50, side=50)
     trained(root, "two", main=90, side=50)
-    roll_back(root, "toy", "rolled back", try_out)
+    roll_back(Project.at(root), "toy", "rolled back", try_out)
     lose(root, empty_database)
     with pytest.raises(
         ConfigError, match=r"has lost model 'toy'; `llada restore` registers it anew from .*receipts.jso"
     ):
         resolve("toy@champion")
-    assert versions(root, "toy") == []  # reading has changed nothing
-    assert restore(root) == ["toy"]
+    assert versions(Project.at(root), "toy") == []  # reading has changed nothing
+    assert restore(Project.at(root)) == ["toy"]
     assert (resolve("toy@champion") / "label").read_text() == "one"
-    assert [(v.number, v.aliases) for v in versions(root, "toy")] == [("1", ("champion",)), ("2", ("candidate",))]
-    assert restore(root) == []
+    assert [(v.number, v.aliases) for v in versions(Project.at(root), "toy")] == [
+        ("1", ("champion",)),
+        ("2", ("candidate",)),
+    ]
+    assert restore(Project.at(root)) == []
     lose(root, empty_database)
-    restore_if_empty(root)  # after a pipeline
-    assert [v.aliases for v in versions(root, "toy")] == [("champion",), ("candidate",)]
+    restore_if_empty(Project.at(root))  # after a pipeline
+    assert [v.aliases for v in versions(Project.at(root), "toy")] == [("champion",), ("candidate",)]
 
 
 def test_a_run_that_registers_fills_a_lost_registry_first(root: Path, empty_database: Path) -> None:
@@ -189,25 +192,25 @@ def test_a_run_that_registers_fills_a_lost_registry_first(root: Path, empty_data
 
 def test_altered_or_missing_weights_are_refused(root: Path) -> None:
     digest = trained(root, "one", main=50, side=50)["hash"]
-    file = store_folder(root, digest) / "model.safetensors"
+    file = store_folder(Project.at(root), digest) / "model.safetensors"
     file.unlink()
     file.write_text("altered")
     with pytest.raises(ConfigError, match="was altered"):
         resolve("toy@champion")
-    shutil.rmtree(store_folder(root, digest))
+    shutil.rmtree(store_folder(Project.at(root), digest))
     with pytest.raises(ConfigError, match="is gone"):
         resolve("toy@champion")
 
 
 def test_lineage_leads_back(root: Path) -> None:
     trained(root, "one", main=50, side=50)
-    tags = version_of(root, "toy", "champion").tags
+    tags = version_of(Project.at(root), "toy", "champion").tags
     assert json.loads(tags["stage_runs"]) == {"sft": "sft-0"}
     digest = content_hash(root / "data/sft")
     assert json.loads(tags["inputs"]) == {"data/sft": digest}
-    assert [version.number for version in trained_on(root, "data/sft")] == ["1"]
-    assert trained_on(root, digest[:12]) == trained_on(root, "data/sft")
-    assert trained_on(root, "0000") == []
+    assert [version.number for version in trained_on(Project.at(root), "data/sft")] == ["1"]
+    assert trained_on(Project.at(root), digest[:12]) == trained_on(Project.at(root), "data/sft")
+    assert trained_on(Project.at(root), "0000") == []
     assert tags["environment"].startswith("python 3")
     assert {"git_commit", "dvc_lock", "params", "content_hash"} <= tags.keys()
 
@@ -237,15 +240,15 @@ def test_a_gate_on_what_nobody_measured(root: Path) -> None:
 def test_the_gate_before_a_promotion(root: Path) -> None:
     trained(root, "one", main=50, side=50)
     trained(root, "two", main=90, side=30)
-    assert "worse on side" in gate(root, "toy", "candidate").reason
-    assert gate(root, "toy", "1").passed
+    assert "worse on side" in gate(Project.at(root), "toy", "candidate").reason
+    assert gate(Project.at(root), "toy", "1").passed
     with pytest.raises(ConfigError, match="no gate for model 'other'; promote without it"):
-        gate(root, "other", "1")
+        gate(Project.at(root), "other", "1")
 
 
 def test_an_odd_name_is_told_as_such(root: Path) -> None:
     with pytest.raises(ConfigError, match="is no name of a model; use letters"):
-        promote(root, "toy' or '1", "1", "why not", try_out)
+        promote(Project.at(root), "toy' or '1", "1", "why not", try_out)
 
 
 def test_a_database_that_is_locked_damaged_or_gone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,13 +256,13 @@ def test_a_database_that_is_locked_damaged_or_gone(root: Path, monkeypatch: pyte
     with sqlite3.connect(root / "mlflow.db", isolation_level=None) as other:
         other.execute("begin exclusive")
         with pytest.raises(OSError, match="database is locked; another program is writing; try again, or use Postgre"):
-            versions(root, "toy")
+            versions(Project.at(root), "toy")
     other.close()
     (root / "mlflow.db").write_text("no database" * 100)
     with pytest.raises(OSError, match="not a database; move it away"):
-        versions(root, "toy")
+        versions(Project.at(root), "toy")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@127.0.0.1:9/mlflow")
     with pytest.raises(
         OSError, match=r"postgresql://me:\*\*\*@127.0.0.1:9/mlflow: .*refused; start it, or point MLFLOW_TR"
     ):
-        versions(root, "toy")
+        versions(Project.at(root), "toy")

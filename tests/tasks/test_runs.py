@@ -17,7 +17,7 @@ from tasks.graph import load_stage
 from tasks.launch import launchers
 from tasks.launch.launchers import LAUNCHERS, SlurmLauncher, start_time
 from tasks.launch.program import run_stage
-from tasks.project import LaunchParams, Params
+from tasks.project import LaunchParams, Params, Project
 from tasks.record.runs import RunFolder, all_runs, find_run, open_run, stage_params
 from tests.tasks.conftest import REPOSITORY
 from tests.waiting import PATIENCE, says, wait_for
@@ -41,7 +41,7 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def the_run(project: Path, stage: str = "pretrain") -> RunFolder:
-    [run] = [r for r in all_runs(project) if r.stage == stage]
+    [run] = [r for r in all_runs(Project.at(project)) if r.stage == stage]
     return run
 
 
@@ -54,8 +54,8 @@ def at_step(project: Path, step: int) -> None:
 
 
 def open_toy(project: Path, *overrides: str) -> RunFolder:
-    params = stage_params(project, list(overrides))
-    return open_run(project, load_stage(project, "pretrain", params), params)
+    params = stage_params(Project.at(project), list(overrides))
+    return open_run(Project.at(project), load_stage(Project.at(project), "pretrain", params), params)
 
 
 def test_a_stage_runs_as_a_job_and_its_output_is_published(project: Path) -> None:
@@ -219,7 +219,7 @@ def test_the_accelerate_file_of_a_distribution_is_the_snapshots(project: Path, k
 def test_without_deepspeed_nothing_is_submitted(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^distribution zero2 needs .* deepspeed: pip install 'lladaflow\[zero\]'$"):
-        run_stage(project, "pretrain", ["pretrain.distribution.kind=zero2"], lambda work: None)
+        run_stage(Project.at(project), "pretrain", ["pretrain.distribution.kind=zero2"], lambda work: None)
     assert not list(project.glob("runs/*/job.json"))
 
 
@@ -228,7 +228,7 @@ def test_processes_without_a_gpu_have_a_thread_each_and_give_way_to_gpus(project
 
     def script(gpus: int, *changes: str, kind: str = "local") -> str:
         monkeypatch.setattr(launchers, "visible_gpus", lambda: gpus)
-        launch = Params.parse(stage_params(project, list(changes)), "").launch
+        launch = Params.parse(stage_params(Project.at(project), list(changes)), "").launch
         return LAUNCHERS[kind](launch).script(open_toy(project, "pretrain.batch_size=12"))
 
     assert "--num_processes" not in script(0)
@@ -286,10 +286,10 @@ def test_costly_stages_are_not_done_again_unasked(project: Path) -> None:
 
 def test_runs_are_found_by_prefix_or_stage(project: Path) -> None:
     run = open_toy(project)
-    assert find_run(project, "pretrain").key == find_run(project, run.key[:14]).key == run.key
+    assert find_run(Project.at(project), "pretrain").key == find_run(Project.at(project), run.key[:14]).key == run.key
     for nothing in ("nothing", ""):  # of a shell's variable that is not set
         with pytest.raises(ValueError, match=f"no run '{nothing}'"):
-            find_run(project, nothing)
+            find_run(Project.at(project), nothing)
 
 
 def test_damaged_state_is_named(project: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 from llada_core.settings import ConfigError, flat, free_settings
 from llada_core.training.params import GRPOParams
 from tasks.graph import load_stage
-from tasks.project import Params
+from tasks.project import Params, Project
 from tasks.record.runs import RunFolder, all_runs, open_run, stage_params
 from tests.tasks.test_runs import PREPARE, at_step, finish, open_toy, program, steps, the_run
 from tests.waiting import PATIENCE, wait_for
@@ -41,7 +41,7 @@ def stopped_at(project: Path, step: int, *overrides: str) -> None:
     job = program("tasks.pretrain", *overrides)
     wait_for(
         f"step {step}",
-        lambda: any(step in steps(run) for run in all_runs(project) if (run.path / "steps.txt").exists()),
+        lambda: any(step in steps(run) for run in all_runs(Project.at(project)) if (run.path / "steps.txt").exists()),
     )
     job.terminate()
     text_of(job, 143)
@@ -175,7 +175,7 @@ def test_a_longer_run_begins_from_the_shorter_ones_checkpoints(project: Path) ->
 
 
 def newest(project: Path) -> RunFolder:
-    return next(all_runs(project))
+    return next(all_runs(Project.at(project)))
 
 
 def test_a_run_that_was_begun_anew_by_mistake_is_no_end_to_extending(project: Path) -> None:
@@ -235,8 +235,8 @@ evaluate: {benchmarks: [b1, b2], models: [one=MODEL/one, two=MODEL/two], batch_s
 def test_an_evaluation_is_named_by_its_own_benchmark_and_by_what_its_models_hold(project: Path, tmp_path: Path) -> None:
     def key(models: str = "models", *overrides: str) -> str:
         (project / "params.yaml").write_text(EVALUATE.replace("MODEL", str(tmp_path / models)))
-        params = stage_params(project, list(overrides))
-        return open_run(project, load_stage(project, "evaluate@b1", params), params).key
+        params = stage_params(Project.at(project), list(overrides))
+        return open_run(Project.at(project), load_stage(Project.at(project), "evaluate@b1", params), params).key
 
     spec = yaml.safe_load((project / "dvc.yaml").read_text())
     spec["stages"]["evaluate"]["do"]["params"] = [

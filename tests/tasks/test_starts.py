@@ -9,7 +9,7 @@ from tasks.graph import load_stage
 from tasks.launch import launchers
 from tasks.launch.jobs import settle
 from tasks.launch.launchers import machine_settings
-from tasks.project import Params
+from tasks.project import Params, Project
 from tasks.record.runs import Work, open_run, request_of, stage_params
 from tasks.work import training
 
@@ -63,13 +63,18 @@ def test_a_run_keeps_what_its_first_job_had(project: Path, capsys):
     published = project / "published"
     published.mkdir()
     (published / "weights").write_text("1")
-    values = stage_params(project, [f"pretrain.init_from={published}"])
+    values = stage_params(Project.at(project), [f"pretrain.init_from={published}"])
     del values["pretrain"]["learning_rate"]
-    stage = load_stage(project, "pretrain", values)
-    run = open_run(project, stage, values, request_of(project, stage, values) | {"machine": {"precision": "bf16"}})
+    stage = load_stage(Project.at(project), "pretrain", values)
+    run = open_run(
+        Project.at(project),
+        stage,
+        values,
+        request_of(Project.at(project), stage, values) | {"machine": {"precision": "bf16"}},
+    )
     values["pretrain"]["save_every"] = 7
-    asked = request_of(project, stage, values) | {"machine": {"precision": "fp32"}}
-    assert open_run(project, stage, values, asked).key == run.key
+    asked = request_of(Project.at(project), stage, values) | {"machine": {"precision": "fp32"}}
+    assert open_run(Project.at(project), stage, values, asked).key == run.key
     params = Params.parse(values, "test")
     settle(run, asked, params.launch)
     assert run.request["free"]["pretrain.save_every"] == 7

@@ -12,7 +12,7 @@ import pytest
 from llada_core.training.progress import read_metrics
 from tasks.folders import content_hash
 from tasks.launch.status import state_of
-from tasks.project import Params
+from tasks.project import Params, Project
 from tasks.record.registry import resolve, versions
 from tasks.record.runs import RunFolder, differences
 from tasks.record.versions import restore
@@ -44,10 +44,10 @@ def test_run_folders_are_read_as_ever(stored: Path) -> None:
 
 
 def test_a_lost_version_is_registered_anew_from_its_receipt(stored: Path) -> None:
-    restore(stored)
-    (version,) = versions(stored, "smoke")
+    restore(Project.at(stored))
+    (version,) = versions(Project.at(stored), "smoke")
     assert version.hash == HASH
-    folder = resolve("models:/smoke@champion", stored)
+    folder = resolve("models:/smoke@champion", Project.at(stored))
     assert content_hash(folder) == HASH
 
 

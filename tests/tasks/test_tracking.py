@@ -8,6 +8,7 @@ import pytest
 
 from llada_core.evaluation.params import EvaluateParams
 from tasks.graph import load_stage
+from tasks.project import Project
 from tasks.record import tracking
 from tasks.record.registry import client
 from tasks.record.runs import RunFolder, open_run, stage_params
@@ -32,7 +33,7 @@ def write(run: RunFolder, *lines: dict) -> None:
 
 def history(root: Path, run: RunFolder, key: str = "loss") -> list[tuple[int, float]]:
     run_id = json.loads((run.path / "mlflow.json").read_text())["run_id"]
-    return sorted((point.step, point.value) for point in client(root).get_metric_history(run_id, key))
+    return sorted((point.step, point.value) for point in client(Project.at(root)).get_metric_history(run_id, key))
 
 
 def test_each_point_arrives_once_and_a_resume_adds_nothing(tracked: Path) -> None:
@@ -71,9 +72,9 @@ def test_a_cursor_lost_after_sending_adds_nothing(tracked: Path) -> None:
 def test_one_parent_and_a_child_for_each_stage(tracked: Path) -> None:
     finish(program("tasks.pretrain"))
     finish(program("tasks.sft"))
-    restore_if_empty(tracked)
+    restore_if_empty(Project.at(tracked))
     tracking.send([the_run(tracked)], over=True)
-    talk = client(tracked)
+    talk = client(Project.at(tracked))
     runs = talk.search_runs([talk.get_experiment_by_name(tracking.EXPERIMENT).experiment_id])
     parents = [r for r in runs if "lladaflow.pipeline" in r.data.tags]
     assert [r.info.run_name for r in parents] == ["toy"]
@@ -87,7 +88,7 @@ def test_one_parent_and_a_child_for_each_stage(tracked: Path) -> None:
     assert "params.yaml" in {file.path for file in talk.list_artifacts(child.info.run_id)}
     (tracked / "mlflow.db").unlink()
     shutil.rmtree(tracked / "mlartifacts")
-    tracking.send_pending(tracked, again=True)
+    tracking.send_pending(Project.at(tracked), again=True)
     assert len(talk.search_runs([talk.get_experiment_by_name(tracking.EXPERIMENT).experiment_id])) == 3
 
 
@@ -98,8 +99,8 @@ def test_the_points_of_a_sweep_gather_under_one_run(tracked: Path) -> None:
         {"folder": "/nowhere", "score": None, "overrides": "sft.max_steps=0"},
     ]
     for _ in range(2):
-        assert tracking.gather(tracked, "sweep of sft by loss", rows)
-    talk = client(tracked)
+        assert tracking.gather(Project.at(tracked), "sweep of sft by loss", rows)
+    talk = client(Project.at(tracked))
     [sweep] = [r for r in talk.search_runs(["1"]) if r.info.run_name == "sweep of sft by loss"]
     [point] = talk.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{sweep.info.run_id}'")
     assert point.data.metrics == {"score": 0.5}
@@ -113,9 +114,9 @@ def test_a_dead_server_delays_and_does_not_fail(tracked: Path, monkeypatch: pyte
     finish(program("tasks.pretrain", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"))
     run = the_run(tracked)
     assert run.succeeded
-    assert not tracking.send_pending(tracked)
+    assert not tracking.send_pending(Project.at(tracked))
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert tracking.send_pending(tracked)
+    assert tracking.send_pending(Project.at(tracked))
     assert len(history(tracked, run)) == 4
 
 
@@ -140,8 +141,8 @@ def test_an_evaluation_is_a_table_of_answers_and_scores_beside_the_training_para
     (tracked / "models/sft/weights").touch()
     spec = (tracked / "dvc.yaml").read_text().replace('"reports/eval/${item}.json"', '"reports/eval/${item}", "reports/eval/${item}.json"')  # fmt: skip
     (tracked / "dvc.yaml").write_text(spec)
-    params = stage_params(tracked, [])
-    run = open_run(tracked, load_stage(tracked, "evaluate@b1", params), params)
+    params = stage_params(Project.at(tracked), [])
+    run = open_run(Project.at(tracked), load_stage(Project.at(tracked), "evaluate@b1", params), params)
     folder = run.tree / "reports/eval"
     (folder / "b1").mkdir(parents=True)
     rows = [{"id": f"b1/{i}", "prompt": "1 + 1", "reply": str(i), "score": float(i == 2)} for i in range(3)]
@@ -151,7 +152,7 @@ def test_an_evaluation_is_a_table_of_answers_and_scores_beside_the_training_para
     tracking.send([run])
     (run.path / "mlflow.json").unlink()  # a sender that died before it noted that it was done
     tracking.send([run])
-    talk = client(tracked)
+    talk = client(Project.at(tracked))
     child = talk.get_run(json.loads((run.path / "mlflow.json").read_text())["run_id"])
     table = json.loads(Path(talk.download_artifacts(child.info.run_id, "samples/sft.json")).read_text())
     assert [row[table["columns"].index("reply")] for row in table["data"]] == ["0", "1", "2"]
@@ -168,9 +169,9 @@ def test_an_evaluation_without_a_pipeline_is_a_run_of_its_own(tracked: Path, mon
     for name in ("table.json", "table.md", "table.png"):
         (out / name).write_text("a table")
     for _ in range(2):
-        assert send_sweep(tracked, "a/b", EvaluateParams(limit=3), out, ["sudoku"], key="answers-0")
-    talk = client(tracked)
-    [run] = talk.search_runs([tracking.experiment_of(talk, tracked)])
+        assert send_sweep(Project.at(tracked), "a/b", EvaluateParams(limit=3), out, ["sudoku"], key="answers-0")
+    talk = client(Project.at(tracked))
+    [run] = talk.search_runs([tracking.experiment_of(talk, Project.at(tracked))])
     assert (run.data.metrics, run.data.params["limit"], run.data.params["model"]) == (
         {"sudoku/a__b": 1 / 3},
         "3",
@@ -183,4 +184,4 @@ def test_an_evaluation_without_a_pipeline_is_a_run_of_its_own(tracked: Path, mon
     assert [row[table["columns"].index("reply")] for row in table["data"]] == ["0", "1", "2"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    assert not send_sweep(tracked, "a/b", EvaluateParams(), out, ["sudoku"], key="answers-0")
+    assert not send_sweep(Project.at(tracked), "a/b", EvaluateParams(), out, ["sudoku"], key="answers-0")

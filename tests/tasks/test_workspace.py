@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import yaml
 from llada_core.settings import ConfigError
 from tasks.graph import prune
 from tasks.launch.program import dvc, reproduce
-from tasks.launch.workspace import Workspace, open_workspace, pipeline_lock
+from tasks.launch.workspace import open_workspace, pipeline_lock
+from tasks.project import Project
 
 SFT_ONLY = """\
 name: tuned
@@ -33,32 +35,32 @@ def weights(folder: Path, stage: str = "sft") -> str:
 
 
 def test_overrides_make_a_workspace_and_leave_the_checkout_alone(project: Path) -> None:
-    main = open_workspace(project)
-    assert main.path == project
+    main = open_workspace(Project.at(project))
+    assert main.root == project
     reproduce(main, ["sft"])
     assert weights(project) == "hello pretrain 4 first sft 3 first"
     before = run("git", "status", "--short", cwd=project)
-    other = open_workspace(project, overrides=["sft.max_steps=5"])
+    other = open_workspace(Project.at(project), overrides=["sft.max_steps=5"])
     reproduce(other, ["sft"])
-    assert weights(other.path) == "hello pretrain 4 first sft 5 first"
+    assert weights(other.root) == "hello pretrain 4 first sft 5 first"
     assert weights(project) == "hello pretrain 4 first sft 3 first"
     assert run("git", "status", "--short", cwd=project) == before
     assert len(list((project / "runs").glob("pretrain-*"))) == 1  # the shared cache gave the rest
-    assert open_workspace(project, overrides=["sft.max_steps=5"]).path == other.path
-    assert open_workspace(project, overrides=["sft.max_steps=5", "launch.restarts=0"]).path == other.path
-    run("dvc", "repro", cwd=other.path)
+    assert open_workspace(Project.at(project), overrides=["sft.max_steps=5"]).root == other.root
+    assert open_workspace(Project.at(project), overrides=["sft.max_steps=5", "launch.restarts=0"]).root == other.root
+    run("dvc", "repro", cwd=other.root)
 
 
 def test_a_workspace_holds_the_code_as_it_was_submitted(project: Path) -> None:
     source = project / "tasks/sft.py"
     source.write_text(source.read_text().replace('"first"', '"edited"'))  # tracked, not committed
-    first = open_workspace(project, overrides=["sft.max_steps=1"])
+    first = open_workspace(Project.at(project), overrides=["sft.max_steps=1"])
     source.write_text(source.read_text().replace('"edited"', '"later"'))
-    assert '"edited"' in (first.path / "tasks/sft.py").read_text()
-    second = open_workspace(project, overrides=["sft.max_steps=1"])
-    assert second.path != first.path
+    assert '"edited"' in (first.root / "tasks/sft.py").read_text()
+    second = open_workspace(Project.at(project), overrides=["sft.max_steps=1"])
+    assert second.root != first.root
     reproduce(first, ["sft"])
-    assert weights(first.path).endswith("1 edited")
+    assert weights(first.root).endswith("1 edited")
 
 
 def test_a_profile_lists_its_stages_and_absent_ones_leave_no_node(project: Path) -> None:
@@ -70,14 +72,14 @@ def test_a_profile_lists_its_stages_and_absent_ones_leave_no_node(project: Path)
     (project / "tasks/sft.py").write_text(
         (project / "tasks/sft.py").read_text().replace("Path(SOURCE)", "Path(w.params.sft.init_from, 'weights')")
     )
-    workspace = open_workspace(project, "tuned")
-    stages = yaml.safe_load((workspace.path / "dvc.yaml").read_text())["stages"]
+    workspace = open_workspace(Project.at(project), "tuned")
+    stages = yaml.safe_load((workspace.root / "dvc.yaml").read_text())["stages"]
     assert list(stages) == ["sft"]
     assert stages["sft"]["deps"] == ["tasks/sft.py", str(base)]
     reproduce(workspace, [])
-    assert weights(workspace.path) == "theirs sft 2 first"
+    assert weights(workspace.root) == "theirs sft 2 first"
     with pytest.raises(ConfigError, match="no profile 'tunde'; did you mean 'tuned'"):
-        open_workspace(project, "tunde")
+        open_workspace(Project.at(project), "tunde")
 
 
 def test_a_source_that_no_stage_makes_is_refused(project: Path) -> None:
@@ -90,25 +92,25 @@ def test_a_source_that_no_stage_makes_is_refused(project: Path) -> None:
 
 def test_without_git_the_pipeline_still_works(project: Path) -> None:
     shutil.rmtree(project / ".git")
-    reproduce(open_workspace(project), ["sft"])
+    reproduce(open_workspace(Project.at(project)), ["sft"])
     assert weights(project) == "hello pretrain 4 first sft 3 first"
-    other = open_workspace(project, overrides=["sft.max_steps=5"])
+    other = open_workspace(Project.at(project), overrides=["sft.max_steps=5"])
     reproduce(other, ["sft"])
-    assert weights(other.path) == "hello pretrain 4 first sft 5 first"
+    assert weights(other.root) == "hello pretrain 4 first sft 5 first"
 
 
 def test_the_second_pipeline_says_who_holds_the_lock(project: Path) -> None:
     with (
-        pipeline_lock(Workspace(project)),
+        pipeline_lock(Project(project)),
         pytest.raises(ConfigError, match=f"running the pipeline in .* \\(process {os.getpid()}, since 2"),
-        pipeline_lock(Workspace(project)),
+        pipeline_lock(Project(project)),
     ):
         pass
 
 
 def test_dvc_commands_of_every_day(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLADAFLOW_YES", "1")
-    reproduce(open_workspace(project), ["sft"])
+    reproduce(open_workspace(Project.at(project)), ["sft"])
     run("git", "add", "-A", cwd=project)
     run("git", "commit", "-qm", "run", cwd=project)
     assert "didn't change" in run("dvc", "repro", "sft", cwd=project)
@@ -122,7 +124,7 @@ def test_dvc_commands_of_every_day(project: Path, tmp_path: Path, monkeypatch: p
     run("dvc", "exp", "run", "-n", "two", "-S", "sft.max_steps=2", "sft", cwd=project)
     assert weights(project) == "hello pretrain 4 first sft 2 first"
     assert "sft.max_steps" in run("dvc", "params", "diff", cwd=project)
-    assert dvc(Workspace(project), "repro", "nosuch") != 0
+    assert dvc(Project(project), "repro", "nosuch") != 0
 
 
 @pytest.mark.faults
@@ -139,3 +141,18 @@ def test_killing_dvc_and_its_command_loses_nothing(project: Path, number: int) -
     run(sys.executable, "-m", "dvc", "repro", "sft", cwd=project)
     assert weights(project) == "hello pretrain 4 first sft 3 first"
     assert steps(the_run(project)) == [1, 2, 3, 4]
+
+
+def test_a_project_says_once_what_it_has_and_where(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    here, file = Project.at(), project / "params.yaml"
+    assert (here.root, here.home, here.runs, here.store) == (project, project, project / "runs", project / "store")
+    assert here.tracking_uri == f"sqlite:///{project / 'mlflow.db'}"
+    assert here == Project(project)
+    assert here.params.seed == here.values["seed"] == 1
+    file.write_text(file.read_text().replace("seed: 1", "seed: 2"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
+    assert (here.params.seed, here.tracking_uri) == (1, f"sqlite:///{project / 'mlflow.db'}")
+    assert (Project.at().params.seed, Project.at().tracking_uri) == (2, "http://elsewhere")
+    with pytest.raises(FrozenInstanceError):
+        here.root = project.parent  # type: ignore[misc]
