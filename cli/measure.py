@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Bits, Device, Model, name_or_champion
+from cli.options import Bits, Device, Model, model_folder, name_or_champion
 from llada_core.settings import ConfigError
 from tasks.errors import one_line_errors
 
@@ -83,12 +83,15 @@ def _prepared(
     name: str, asked: list[str], given: dict[str, Any], over: dict[str, Any], out: Path | None
 ) -> "tuple[EvaluateParams, Places]":
     """What was asked for over the project's own, and where it is read and written."""
+    root = _folder(given["root"])
+    model_folder(name)  # what is misspelt is told before torch is imported
+
     from tasks.folders import safe
     from tasks.project import Project
     from tasks.record.usage import saved_usage
     from tasks.work.measure import sweep_places
 
-    root, project = _folder(given["root"]), Project.at()
+    project = Project.at()
     base = project.home
     values = {"benchmarks": tuple(asked), **given}
     params = _over_the_projects(base / "params.yaml", values, saved_usage(project, name))
@@ -113,9 +116,11 @@ def _asked(benchmarks: Sequence[str], table: str) -> list[str]:
 
 
 def _checked(device: str, bits: int | None) -> dict[str, Any]:
+    if bits is None:
+        return {}
     from llada_core.modeling.place import checked_bits
 
-    return {} if bits is None else {"bits": checked_bits(device, bits)}
+    return {"bits": checked_bits(device, bits)}
 
 
 def budget_hours(text: str) -> float:

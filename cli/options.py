@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Signature, signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 
 from llada_core.sampling.params import PRESETS, SamplingParams, preset
-from llada_core.settings import DEVICE_SETTING, DEVICES, describe
+from llada_core.settings import DEVICE_SETTING, DEVICES, ConfigError, describe
+from tasks.errors import one_line_errors
 
 if TYPE_CHECKING:
     from llada_core.modeling.predictor import MaskPredictor
@@ -79,6 +81,21 @@ def with_model_options(command: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
+def in_project(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, refused with one line where there is no project for it to work on."""
+
+    @wraps(command)
+    def called(**values: Any) -> None:
+        with one_line_errors():
+            if not Path("dvc.yaml").is_file():
+                raise ConfigError(
+                    f"{Path.cwd()} is no project, there is no dvc.yaml; go to one, or `llada init FOLDER` makes one"
+                )
+        command(**values)
+
+    return called
+
+
 def name_or_champion(name: str) -> str:
     """The name that was given, else that of the project's champion."""
     from tasks.project import Project
@@ -87,18 +104,27 @@ def name_or_champion(name: str) -> str:
     return name or champion_of(Project.at())
 
 
-def loaded(name: str, device: str = "auto", bits: int | None = None) -> "tuple[MaskPredictor, Tokenizer]":
+def model_folder(name: str) -> Path:
+    """The folder of a model, found before anything slow is imported; raises `ConfigError` or FileNotFoundError."""
+    from llada_core.modeling.folder import is_adapter, require_folder
+    from tasks.record.registry import resolve
+
+    folder = resolve(name)
+    if not is_adapter(folder):
+        require_folder(folder, "config.json")
+    return folder
+
+
+def loaded(folder: Path, device: str = "auto", bits: int | None = None) -> "tuple[MaskPredictor, Tokenizer]":
     """The model and its tokenizer, ready to write; raises `ConfigError`, ValueError or OSError with one line."""
     from transformers.utils import logging
 
     from llada_core.modeling import load_to_answer
     from llada_core.modeling.place import checked_bits
     from llada_core.tokenizer import Tokenizer
-    from tasks.record.registry import resolve
 
     logging.disable_progress_bar()
     as_wished = checked_bits(device, bits)
-    folder = resolve(name)
     return load_to_answer(folder, device=device, bits=as_wished), Tokenizer.load(folder)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import ModelOptions, loaded, name_or_champion, settings, with_model_options
+from cli.options import ModelOptions, loaded, model_folder, name_or_champion, settings, with_model_options
 from llada_core.files import line_of
 from tasks.errors import one_line_errors
 
@@ -28,18 +28,21 @@ def sample(
     llada sample "Solve the sudoku 1030340020030001" -v
     """
     with one_line_errors():
-        from app.canvas import readable, typed
-        from cli.terminal import answers, follow, templates
         from tasks.project import Project
         from tasks.record.usage import usage_of
 
         if infill and pin:
             raise ValueError("--pin pins words of the answer to a question; leave it out, or --infill")
-        texts = [typed(line.rstrip("\n")) for p in prompts for line in (sys.stdin if p == "-" else [p])]
         name = name_or_champion(options.model)
+        folder = model_folder(name)
         usage = usage_of(Project.at(), name)
         params = settings(usage.sampling, options)
-        writer, tokenizer = loaded(name, options.device, options.bits)
+
+        from app.canvas import readable, typed  # these import torch: after all that can be wrong without it
+        from cli.terminal import answers, follow, templates
+
+        texts = [typed(line.rstrip("\n")) for p in prompts for line in (sys.stdin if p == "-" else [p])]
+        writer, tokenizer = loaded(folder, options.device, options.bits)
         started = (
             templates(writer, tokenizer, texts, params)
             if infill
@@ -61,15 +64,18 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal and watch it write; /help inside lists the commands, Ctrl-C stops an answer."""
     with one_line_errors():
-        from app.conversation import Conversation
-        from app.models import LoadedModel
-        from cli.terminal import TerminalChat
         from tasks.project import Project
         from tasks.record.usage import usage_of
 
         name = name_or_champion(options.model)
+        folder = model_folder(name)
         usage = usage_of(Project.at(), name)
         params = settings(usage.sampling, options)
-        writer, tokenizer = loaded(name, options.device, options.bits)
+
+        from app.conversation import Conversation
+        from app.models import LoadedModel
+        from cli.terminal import TerminalChat
+
+        writer, tokenizer = loaded(folder, options.device, options.bits)
         spoken = LoadedModel(name, None, writer, tokenizer, max_context=writer.max_length, usage=usage)
         TerminalChat(spoken, params, Conversation(system, bounded=False)).run()

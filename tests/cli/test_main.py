@@ -35,6 +35,39 @@ def test_help_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+EARLY = """
+import os, sys
+from typer.testing import CliRunner
+from cli.main import llada
+
+HEAVY = {"torch", "transformers", "mlflow", "prefect", "gradio", "datasets", "lm_eval", "dvc", "sqlalchemy"}
+os.chdir(sys.argv[1])
+for line in sys.stdin.read().splitlines():
+    arguments, status, words = line.split("|")
+    result = CliRunner().invoke(llada, arguments.split())
+    assert result.exit_code == int(status), (arguments, result.output)
+    assert words in result.output, (arguments, result.output)
+    assert not HEAVY & sys.modules.keys(), (arguments, HEAVY & sys.modules.keys())
+"""
+
+
+def test_help_and_misspelt_names_need_nothing_heavy(tmp_path):
+    helps = [f"{name} --help|0|Usage" for name, c in COMMANDS.items() if c.params and name not in ("app", "lm-eval")]
+    commands = ("sample hi", "chat", "export out", "eval sudoku")
+    missing = [f"{command} -m {name}|2|{name}" for command in commands for name in ("nowhere", "./nowhere", "empty")]
+    profiles = [f"{command}|2|no profile 'nowhere'" for command in ("run nowhere", "plan nowhere", "fetch nowhere x")]
+    others = ["diff a b|2|no folder of results", "logs x|2|no run 'x'", "cancel x|2|no run 'x'", "status|0|loss"]
+    wrong = [f"sample hi -m model {option}|2|" for option in ("--preset magic", "-S treshold=1", "--steps 0")]
+    (tmp_path / "dvc.yaml").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    lines = ["--help|0|Talk", *helps, *missing, *profiles, *others, *wrong]
+    command = [sys.executable, "-c", EARLY, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, input="\n".join(lines), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -45,6 +78,10 @@ def test_help_imports_nothing_heavy():
         (("eval", "-m", "nowhere"), "say what to measure"),
         (("eval", "--table", "insruct", "-m", "x"), "did you mean 'instruct'"),
         (("diff", "a", "b"), "no folder of results"),
+        (("run",), "is no project, there is no dvc.yaml"),
+        (("status",), "`llada init FOLDER` makes one"),
+        (("plan", "smoke"), "has no profiles/: give a file"),
+        (("init", ".."), "is not empty; give the name of a new folder"),
         (("eval", "gsm8k", "--data", "nowhere", "-m", "x"), "--data nowhere: no such folder"),
         (("eval", "gsm8k", "-m", "."), "no config.json there"),
         (("lineage", "models:/a b@champion"), "write models:/NAME@alias or models:/NAME/3"),
