@@ -3,6 +3,8 @@
 import typer
 
 from cli import measure, models, runs, serve, talk
+from cli.options import in_project
+from cli.wheel import init
 
 ANY_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -21,8 +23,10 @@ llada.command("eval", rich_help_panel="Measure")(measure.evaluate)
 llada.command("fetch", rich_help_panel="Measure")(models.fetch)
 llada.command("lm-eval", rich_help_panel="Measure", context_settings=ANY_ARGUMENTS)(models.lm_eval)
 llada.command("diff", rich_help_panel="Measure")(models.diff)
+llada.command("init", rich_help_panel="Run")(init)
 for command in runs.COMMANDS:
-    llada.command(command.__name__, rich_help_panel="Run")(command)
+    works = in_project(command) if command in runs.OF_A_PROJECT else command
+    llada.command(command.__name__, rich_help_panel="Run")(works)
 llada.command("export", rich_help_panel="Models")(models.export)
 llada.command("ui", rich_help_panel="Models")(models.ui)
 

@@ -237,7 +237,8 @@ def profile_file(project: Project, profile: str | None) -> Path:
         if path.is_file():
             return path
     known = [path.stem for path in sorted((project.root / "profiles").glob("*.yaml"))]
-    raise ConfigError(f"no profile {profile!r}{nearest(profile, known)}")
+    where = f"; {project.root} has no profiles/: give a file, or go to a project (`llada init FOLDER` makes one)"
+    raise ConfigError(f"no profile {profile!r}{nearest(profile, known) if known else where}")
 
 
 @contextmanager
