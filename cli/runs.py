@@ -67,7 +67,9 @@ def _detach(folder: Path) -> None:
 def plan(
     profile: Profile = None,
     stage: Annotated[str | None, typer.Option(help="only the script of this stage's job, in its run folder")] = None,
-    gpu: Annotated[str | None, typer.Option(help="A100-40, A100, H100 or H200; none: launch.gpu, else H100")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="A100-40, A100, H100, H200, or memory as 24GB; none: launch.gpu, else H100")
+    ] = None,
     mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="share of the GPU's peak that training reaches")] = 0.4,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
@@ -108,21 +110,36 @@ def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
         print(launcher_for(launch).script(made))
 
 
-def runs() -> None:
-    """Every run, as `llada status` shows them."""
-    status()
+def runs(
+    words: Annotated[list[str], typer.Argument(help="compare A B: two runs by key or stage; none: every run")] = [],  # noqa: B006
+) -> None:
+    """Every run, as `llada status` shows them; or `compare A B`: what differs between two, and where each ended."""
+    if not words:
+        status()
+        return
+    with one_line_errors():
+        from tasks.project import Project
+        from tasks.record.runs import compared, find_run
+
+        if len(words) != 3 or words[0] != "compare":
+            raise ConfigError(f"llada runs {' '.join(words)}: write llada runs, or llada runs compare A B")
+        print(compared(*(find_run(Project.at(), name) for name in words[1:])))
 
 
-def status() -> None:
-    """Every run: stage, state, job, step of total, loss, time left, size of its checkpoints."""
+def status(as_json: Annotated[bool, typer.Option("--json", help="one JSON object per run")] = False) -> None:
+    """Every run: state, profile and overrides, begin, duration, job, step of total, loss, time left, size of checkpoints."""
     with one_line_errors():
         from tasks.launch.status import COLUMNS, line_of
         from tasks.project import Project
         from tasks.record.runs import all_runs
 
+        lines = [line_of(found) for found in all_runs(Project.at())]
+        if as_json:
+            print("\n".join(json.dumps(dict(zip(COLUMNS, line, strict=True))) for line in lines))
+            return
         table = Table(*COLUMNS, box=None)
-        for found in all_runs(Project.at()):
-            table.add_row(*line_of(found))
+        for line in lines:
+            table.add_row(*line)
         Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -274,4 +291,5 @@ def doctor() -> None:
         raise typer.Exit(0 if all(finding.fine for finding in found) else 1)
 
 
+OF_A_PROJECT = (run, status, runs, logs, cancel, accept, gc, restore)
 COMMANDS = (run, plan, status, runs, logs, cancel, accept, gc, lineage, promote, rollback, restore, doctor)

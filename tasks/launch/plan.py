@@ -167,11 +167,14 @@ def told(params: Params, stage: str, gpu: str, mfu: float) -> str:
     if needs.flops is None:
         return "\n".join([*lines, f"  at most {needs.tokens:,} tokens per step; how many steps, the data will tell"])
     hours = needs.flops / (ranks * peak_of(gpu) * mfu) / 3600
+    time = (
+        f"{hours:.1f} h at an MFU of {mfu:.0%}" if hours == hours else "how long, the memory of a GPU does not say"
+    )  # nan
     steps = "" if needs.steps is None else f"{needs.steps:,} steps, "
     return "\n".join(
         [
             *lines,
-            f"  at most {needs.tokens:,} tokens per step; {steps}{needs.flops:.2g} FLOPs: {hours:.1f} h at an MFU of {mfu:.0%}",
+            f"  at most {needs.tokens:,} tokens per step; {steps}{needs.flops:.2g} FLOPs: {time}",
         ]
     )
 

@@ -5,6 +5,8 @@ buckets of DDP, offloaded states) is counted by a formula, and told to be. Build
 not know steps, time or disk.
 """
 
+import math
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -212,11 +214,14 @@ def room(gpu: str) -> float:
 
 
 def peak_of(gpu: str) -> float:
-    """FLOP/s of a GPU in bf16; raises `ConfigError` for one that is not in the table."""
+    """FLOP/s of a GPU in bf16, nan where its memory alone was given; raises `ConfigError` for one that is not known."""
     return _gpu(gpu)[1]
 
 
 def _gpu(name: str) -> tuple[float, float]:
+    """Memory in GiB and FLOP/s in bf16; of `24GB` the memory alone."""
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?Gi?B", name):
+        return float(size[1]) - 1, math.nan  # as the table: what the driver leaves of it
     if name not in GPUS:
-        raise ConfigError(f"--gpu {name!r} is not in the table{nearest(name, list(GPUS))}")
+        raise ConfigError(f"--gpu {name!r} is not in the table{nearest(name, [*GPUS, 'its memory, as 24GB'])}")
     return GPUS[name]

@@ -5,6 +5,7 @@ launch), and the pipeline by dvc repro.
 import contextlib
 import fcntl
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -134,19 +135,33 @@ def reproduce(workspace: Project, targets: list[str]) -> None:
 
 
 def summary(workspace: Project) -> str:
-    """The results table, the registered version, and what to do next."""
-    parts = []
+    """The results table, the registered version, and the commands that fit what was made."""
+    parts, model, made = [], "", workspace.root / "models"
     table = workspace.root / "reports" / "table.md"
     if table.exists():
         parts.append(table.read_text(encoding="utf-8").strip())
     registered = workspace.root / "reports" / "registered.json"
+    trained = [stage for stage in TRAINING_STAGES if (made / stage).is_dir()]
     if registered.exists():
         entry = read_json(registered)
         aliases = " ".join(f"@{alias}" for alias in entry["aliases"])
         parts.append(f"registered: models:/{entry['name']}/{entry['version']} {aliases} ({entry['gate']['reason']})")
-    parts.append("next:\n  make app   the page, with the champion\n  make ui    MLflow and Prefect in the browser")
-    parts.append(f"  llada status   every run and where it is (this one: {workspace.root})")
-    return "\n\n".join(parts[:-1]) + "\n" + parts[-1]
+        which = "@champion" if entry["champion"] == entry["version"] else f"/{entry['version']}"
+        own = which == "@champion" and workspace.root == Path.cwd().resolve()
+        model = "" if own else f"models:/{entry['name']}{which}"
+    elif trained:
+        model = shlex.quote(os.path.relpath(max((made / stage for stage in trained), key=_written)))
+    lines = ["next:"]
+    if registered.exists() or trained:
+        lines.append(f"  make app{f' MODEL={model}' if model else ''}   the page, with this model")
+        lines.append(f"  llada chat{f' --model {model}' if model else ''}   the same in a terminal")
+    lines.append("  make ui   MLflow and Prefect in the browser")
+    lines.append(f"  llada status   every run and where it is (this one: {workspace.root})")
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def _written(model: Path) -> float:
+    return model.stat().st_mtime
 
 
 Function = Callable[[Work], float | None]  # returns what it cost in seconds, if it knows better than the clock

@@ -67,7 +67,7 @@ def sentence(stage: str, line: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-COLUMNS = ("run", "state", "job", "step", "loss", "left", "GB")
+COLUMNS = ("run", "state", "of", "begun", "took", "job", "step", "loss", "left", "GB")
 
 
 def line_of(run: RunFolder) -> tuple[str, ...]:
@@ -87,7 +87,10 @@ def _line(run: RunFolder) -> tuple[str, ...]:
     share = last.get("share")
     step = f"{last['step']}" + (f" ({share:.0%})" if share else "") if "step" in last else ""
     shown = f"{loss:.4g}" if loss else ""
-    return run.key, state, run.job_name, step, shown, _left(run, last, state), f"{size:.2f}"
+    begun = time.strftime("%m-%d %H:%M", time.localtime((run.path / "request.json").stat().st_mtime))
+    took = f"{run.seconds / 60:.1f} min" if run.seconds is not None else ""
+    left = _left(run, last, state)
+    return run.key, state, run.title, begun, took, run.job_name, step, shown, left, f"{size:.2f}"
 
 
 def state_of(run: RunFolder) -> str:

@@ -187,6 +187,13 @@ class RunFolder:
         return same and (not noted.exists() or noted.samefile(self.path))
 
     @property
+    def title(self) -> str:
+        """What tells its pipeline from others: the profile's name and what was put over it."""
+        note = self.root / "workspace.json"
+        over = read_json(note).get("overrides", []) if note.is_file() else []
+        return " ".join([self.request["all_params"]["name"], *over])
+
+    @property
     def job_name(self) -> str:
         """The last job in words: `slurm 123`, `local 4567`, `inline`."""
         job = self.last_job
@@ -409,3 +416,13 @@ def verify_inputs(work: Work) -> None:
     for path, digest in work.run.request["inputs"].items():
         if Path(path).is_absolute() and model_hash(Path(path)) != digest:
             raise ConfigError(f"{path} has changed since this job was submitted; run the same command again")
+
+
+def compared(first: RunFolder, second: RunFolder) -> str:
+    """Two runs side by side: what determines them and differs, and the last value that each has of every number."""
+    lines = [f"A {first.key} ({first.title})", f"B {second.key} ({second.title})", "", "A -> B"]
+    lines += differences(second.request, first.request) or ["nothing that determines them differs"]
+    ends = first.last_metrics(), second.last_metrics()
+    names = [key for key in ends[0] | ends[1] if key != "time"]
+    shown = [[f"{end[key]:.6g}" if isinstance(end.get(key), int | float) else "-" for end in ends] for key in names]
+    return "\n".join([*lines, *(f"{key}: {a} -> {b}" for key, (a, b) in zip(names, shown, strict=True))])

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock
 
@@ -23,10 +23,20 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
-def send_results(client: "MlflowClient", run: RunFolder, run_id: str, parent: str) -> None:
-    """Tables and scores of a finished run of `evaluate`; for other stages, nothing."""
+def send_results(sender: "Sender", run_id: str, parent: str) -> None:
+    """What a finished stage adds to its pipeline's run: where training ended, or tables and scores of `evaluate`.
+
+    Every evaluated model is a run of its own below the pipeline's, with the same names of metrics (`eval/sudoku`); the
+    pipeline carries those of the model that it registers, and for one release `sudoku/MODEL` of each.
+    """
+    client, run = sender.client, sender.run
     if run.stage.partition("@")[0] != "evaluate":
+        final = client.get_run(run_id).data.metrics
+        _log_metrics(client, parent, {f"{run.stage}/{key}": value for key, value in final.items()})
         return
+    asked = run.request["all_params"]
+    listed = (asked.get("evaluate") or {}).get("models") or [""]
+    chosen = (asked.get("register") or {}).get("model") or listed[-1].partition("=")[0]
     for out in (run.tree / out for out in run.request["outs"]):
         if out.is_dir():
             found = sorted(out.glob("*.samples.jsonl"))
@@ -34,7 +44,14 @@ def send_results(client: "MlflowClient", run: RunFolder, run_id: str, parent: st
         elif out.suffix == ".json":
             result = read_json(out)
             scores = {m: r["score"] for m, r in result["models"].items() if r.get("score") is not None}
-            _beside_parameters(client, parent, run.request["all_params"], result["benchmark"], scores)
+            _log_metrics(client, parent, {f"{result['benchmark']}/{model}": score for model, score in scores.items()})
+            for model, score in scores.items():
+                tags = {"lladaflow.model": f"{parent}/{model}", "mlflow.parentRunId": parent}
+                with FileLock(run.path.parent / ".mlflow.lock"):  # benchmarks that end together make it once
+                    own = sender.found_or_made(f"eval {model} ({run.title})", "lladaflow.model", tags)
+                for place in (own, parent) if model == safe(chosen) else (own,):
+                    _log_metrics(client, place, {f"eval/{result['benchmark']}": score})
+                client.set_terminated(own)
 
 
 def send_sweep(
@@ -56,8 +73,10 @@ def send_sweep(
         run_id = run.info.run_id
         for benchmark in measured:
             result = read_json(results / f"{benchmark}.json")["models"][name]
-            scores = {name: result["score"]} if result.get("score") is not None else {}
-            _beside_parameters(talk, run_id, {"model": model} | params.model_dump(mode="json"), benchmark, scores)
+            _log_new_params(talk, run_id, {"model": model} | params.model_dump(mode="json"))
+            if result.get("score") is not None:
+                names = (f"eval/{benchmark}", f"{benchmark}/{name}")
+                _log_metrics(talk, run_id, dict.fromkeys(names, result["score"]))
             _log_tables(talk, run_id, {benchmark: results / benchmark / f"{name}.samples.jsonl"})
         for file in sorted(results.glob("table.*")):
             talk.log_artifact(run_id, str(file))
@@ -73,16 +92,17 @@ def _log_tables(client: "MlflowClient", run_id: str, files: dict[str, Path]) -> 
             client.log_table(run_id, samples(path), f"samples/{name}.json")
 
 
-def _beside_parameters(
-    client: "MlflowClient", parent: str, params: dict[str, Any], benchmark: str, scores: dict[str, float]
-) -> None:
+def _log_new_params(client: "MlflowClient", run_id: str, params: dict[str, Any]) -> None:
+    known = client.get_run(run_id).data.params
+    log_params(client, run_id, {key: value for key, value in flat(params).items() if key not in known})
+
+
+def _log_metrics(client: "MlflowClient", run_id: str, values: dict[str, float]) -> None:
+    """Metrics without a step, each once."""
     from mlflow.entities import Metric
 
-    known = client.get_run(parent).data
-    log_params(client, parent, {key: value for key, value in flat(params).items() if key not in known.params})
-    names = {f"{benchmark}/{model}": score for model, score in scores.items()}
-    points = [Metric(name, score, 0, 0) for name, score in names.items() if known.metrics.get(name) != score]
-    client.log_batch(parent, metrics=points)
+    known = client.get_run(run_id).data.metrics
+    client.log_batch(run_id, metrics=[Metric(key, v, 0, 0) for key, v in values.items() if known.get(key) != v])
 
 
 def log_params(client: "MlflowClient", run_id: str, values: dict[str, Any]) -> None:
@@ -132,8 +152,8 @@ def _keep_sending(run: RunFolder, over: threading.Event) -> None:
     if over.wait(FIRST_SECONDS) and not (run.path / "metrics.jsonl").exists():
         return
     while not over.wait(EVERY_SECONDS):
-        send([run])
-    send([run], over=True)
+        send([run], "live")
+    send([run], "over")
 
 
 def send_pending(project: Project, *, again: bool = False) -> bool:
@@ -150,12 +170,16 @@ def _made_in(project: Project, folder: Path) -> Iterator[RunFolder]:
     yield from (run for run in all_runs(project) if run.root.resolve() == folder and run.request["outs"])
 
 
-def send(runs: list[RunFolder], *, over: bool = False) -> bool:
-    """Send what is new in these runs (`over`: nobody is at them any more); False when MLflow does not answer."""
+State = Literal["live", "over", "unknown"]
+"""Of whoever sends a run: a job of it is at work, it has just ended, or nobody knows."""
+
+
+def send(runs: list[RunFolder], state: State = "unknown") -> bool:
+    """Send what is new in these runs; False when MLflow does not answer."""
 
     def send_all() -> None:
         for run in runs:
-            Sender(run).send(over=over)
+            Sender(run).send(state)
 
     return delivered(send_all, runs[0].key)
 
@@ -227,21 +251,40 @@ class Sender:
         self.client: MlflowClient = client(Project.at(run.path.parents[1]))
         self.cursor = _cursor(run)
 
-    def send(self, *, over: bool = False) -> str:
+    def send(self, state: State = "unknown") -> str:
         """Everything new; returns the id of the stage's MLflow run."""
         with FileLock(self.run.path / ".mlflow.lock"):
             self.cursor = _cursor(self.run)
-            ended = self.run.succeeded
-            if not self._known():
+            ended, known = self.run.succeeded, self._known()
+            if not known:
                 self.cursor = {"run_id": self._child(), "uri": self._address, "at": 0, "steps": {}}
                 self._describe()
             self._metrics()
             run_id: str = self.cursor["run_id"]
             if ended and not self.cursor.get("done"):
                 self._finish()
-            elif over and not ended:
+            elif not ended and state == "over":
                 self.client.set_terminated(run_id, "KILLED" if (self.run.path / "CANCELLED").exists() else "FAILED")
+                self._settle()
+            elif not ended and state == "live" and not (known and self._status == "RUNNING"):
+                self.client.update_run(run_id, status="RUNNING")
+                self._settle()
             return run_id
+
+    @property
+    def _status(self) -> str:
+        return str(self.client.get_run(self.cursor["run_id"]).info.status)
+
+    def _settle(self) -> None:
+        """The pipeline's run is running, failed or stopped as long as one of its stages is, else finished."""
+        parent = self._parent()
+        below = self.client.search_runs([self._experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+        states = {run.info.status for run in below}
+        now = next((state for state in ("RUNNING", "FAILED", "KILLED") if state in states), "FINISHED")
+        if now == "RUNNING":
+            self.client.update_run(parent, status=now)
+        else:
+            self.client.set_terminated(parent, now)
 
     def _known(self) -> bool:
         """Whether the run that the cursor names is in this database (it may have been lost)."""
@@ -267,16 +310,21 @@ class Sender:
 
     def _child(self) -> str:
         with FileLock(self.run.path.parent / ".mlflow.lock"):
-            found = self.find(f"tags.`lladaflow.key` = '{self.run.key}'")
-            return found or self.create(
-                self.run.stage, {"lladaflow.key": self.run.key, "mlflow.parentRunId": self._parent()}
-            )
+            tags = {"lladaflow.key": self.run.key, "mlflow.parentRunId": self._parent()}
+            return self.found_or_made(f"{self.run.stage} ({self.run.title})", "lladaflow.key", tags)
+
+    def found_or_made(self, name: str, key: str, tags: dict[str, str]) -> str:
+        """The run whose tag `key` is that of `tags`, else a new one."""
+        return self.find(f"tags.`{key}` = '{tags[key]}'") or self.create(name, tags)
 
     def _parent(self) -> str:
         params = {k: v for k, v in self.request["all_params"].items() if k != "launch"}
         key = self.request.get("pipeline") or hash_of([params, self.request["source"]])[:16]
-        found = self.find(f"tags.`lladaflow.pipeline` = '{key}'")
-        return found or self.create(params["name"], {"lladaflow.pipeline": key, "lladaflow.root": str(self.run.root)})
+        if found := self.find(f"tags.`lladaflow.pipeline` = '{key}'"):
+            return found
+        made = self.create(self.run.title, {"lladaflow.pipeline": key, "lladaflow.root": str(self.run.root)})
+        log_params(self.client, made, flat(params))
+        return made
 
     def create(self, name: str, tags: dict[str, str]) -> str:
         """A new MLflow run; returns its id."""
@@ -335,10 +383,9 @@ class Sender:
         for path in paths:
             if path.is_file():
                 self.client.log_artifact(run_id, str(path))
-        send_results(self.client, self.run, run_id, self.client.get_run(run_id).data.tags["mlflow.parentRunId"])
+        send_results(self, run_id, self._parent())
         self.client.set_terminated(run_id)
-        if self.run.stage.partition("@")[0] == [s for s in self.request["all_params"]["stages"] if s != "register"][-1]:
-            self.client.set_terminated(self.client.get_run(run_id).data.tags["mlflow.parentRunId"])
+        self._settle()
         self.cursor["done"] = True
         write_json(self.run.path / "mlflow.json", self.cursor)
 

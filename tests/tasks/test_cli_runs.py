@@ -1,5 +1,6 @@
 """The commands over runs, called as a person would, on the toy project."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,9 @@ import typer
 from typer.testing import CliRunner
 
 from cli.runs import COMMANDS
+from tasks.launch.program import summary
 from tasks.launch.status import state_of
+from tasks.project import Project
 from tests.ports import free_ports
 from tests.tasks.test_runs import at_step, finish, program, steps, the_run
 from tests.waiting import PATIENCE, processes, says, wait_for
@@ -185,3 +188,37 @@ def page(port: str) -> str:
             return answer.read().decode().lower()
     except OSError:
         return ""
+
+
+def test_a_run_ends_with_the_commands_that_fit_what_was_made(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    here = Project.at(project.resolve())
+    assert "llada chat" not in summary(here)
+    for stage in ("pretrain", "sft"):
+        (project / "models" / stage).mkdir(parents=True)
+    os.utime(project / "models/pretrain", (1, 1))
+    assert "make app MODEL=models/sft " in summary(here)
+    assert "llada chat --model models/sft " in summary(here)
+    entry = {"name": "toy", "version": "2", "champion": "1", "aliases": ["candidate"], "gate": {"reason": "kept back"}}
+    (project / "reports").mkdir(exist_ok=True)
+    (project / "reports/registered.json").write_text(json.dumps(entry))
+    assert "llada chat --model models:/toy/2 " in summary(here)
+    (project / "reports/registered.json").write_text(json.dumps(entry | {"champion": "2"}))
+    assert "  llada chat   " in summary(here)
+    monkeypatch.chdir(project.parent)
+    assert "make app MODEL=models:/toy@champion " in summary(here)
+
+
+def test_two_runs_are_compared_in_the_terminal(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    finish(program("tasks.pretrain"))
+    finish(program("tasks.pretrain", "pretrain.learning_rate=0.25", LLADAFLOW_YES="1"))
+    a, b = sorted((project / "runs").glob("pretrain-*"), key=lambda path: path.stat().st_mtime)
+    shown = llada("runs", "compare", a.name, b.name)
+    assert "pretrain.learning_rate" in shown
+    assert "loss: 0.25 -> 0.25" in shown
+    llada("runs", "compare", a.name, code=2)
+    [line, *_] = [json.loads(text) for text in llada("status", "--json").splitlines()]
+    assert (line["state"], line["of"]) == ("done", "toy")
+    assert line["begun"]
+    assert line["took"]

@@ -138,6 +138,11 @@ def test_what_cannot_fit_is_refused_with_what_would_help() -> None:
     assert code == 2
     assert "distribution.kind: fsdp on 8 GPUs" in text
     assert llada_plan(str(PROFILES / "llada-sft-alpaca.yaml"), "--gpu", "H10")[1].count("did you mean 'H100'?") == 1
+    unknown = llada_plan(str(PROFILES / "smoke.yaml"), "--gpu", "RTX 4090")[1]
+    assert "allowed: A100, A100-40, H100, H200, its memory, as 24GB" in unknown
+    code, text = llada_plan(str(PROFILES / "smoke.yaml"), "--gpu", "24GB")
+    assert code == 0, text
+    assert "of 20.7" in text
 
 
 def test_what_is_measured_and_what_is_counted_by_formula_is_told() -> None:

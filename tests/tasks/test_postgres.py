@@ -72,7 +72,7 @@ def test_one_setting_each(postgres: Server, root: Path, project: Path, monkeypat
     assert postgres.ask("prefect", "select count(*) from flow_run where state_type = 'COMPLETED'") == "1"
     talk = client(Project.at(project))
     names = {run.info.run_name for run in talk.search_runs([talk.get_experiment_by_name(EXPERIMENT).experiment_id])}
-    assert names == {"toy", "pretrain", "sft"}
+    assert names == {"toy", "pretrain (toy)", "sft (toy)"}
     trained(root, "one", main=50, side=50)
     assert (resolve("models:/toy@champion", Project.at(root)) / "label").read_text() == "one"
     assert postgres.ask("mlflow", "select count(*) from model_versions") == "1"

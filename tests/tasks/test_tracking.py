@@ -73,14 +73,18 @@ def test_one_parent_and_a_child_for_each_stage(tracked: Path) -> None:
     finish(program("tasks.pretrain"))
     finish(program("tasks.sft"))
     restore_if_empty(Project.at(tracked))
-    tracking.send([the_run(tracked)], over=True)
+    tracking.send([the_run(tracked)], "over")
     talk = client(Project.at(tracked))
     runs = talk.search_runs([talk.get_experiment_by_name(tracking.EXPERIMENT).experiment_id])
     parents = [r for r in runs if "lladaflow.pipeline" in r.data.tags]
     assert [r.info.run_name for r in parents] == ["toy"]
     children = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id}
-    assert set(children) == {"pretrain", "sft"}
-    child = children["pretrain"]
+    assert set(children) == {"pretrain (toy)", "sft (toy)"}
+    assert parents[0].info.status == "FINISHED"
+    assert parents[0].data.params["pretrain.learning_rate"] == "0.5"
+    assert "launch.kind" not in parents[0].data.params
+    assert parents[0].data.metrics["pretrain/loss"] == 0.25
+    child = children["pretrain (toy)"]
     assert child.data.params["pretrain.max_steps"] == "4"
     assert child.data.metrics["loss"] == 0.25
     assert child.info.status == "FINISHED"
@@ -158,6 +162,50 @@ def test_an_evaluation_is_a_table_of_answers_and_scores_beside_the_training_para
     assert [row[table["columns"].index("reply")] for row in table["data"]] == ["0", "1", "2"]
     parent = talk.get_run(child.data.tags["mlflow.parentRunId"]).data
     assert (parent.metrics["b1/sft"], parent.params["sft.max_steps"]) == (1 / 3, "3")
+    assert "eval/b1" not in parent.metrics  # of the registered model, and this project registers none
+    [measured] = talk.search_runs(["1"], f"tags.`lladaflow.model` = '{child.data.tags['mlflow.parentRunId']}/sft'")
+    assert (measured.info.run_name, measured.data.metrics) == ("eval sft (toy)", {"eval/b1": 1 / 3})
+    assert measured.info.status == "FINISHED"
+    (run.path / "mlflow.json").unlink()
+    request = run.request | {"all_params": run.request["all_params"] | {"register": {"model": "sft"}}}
+    (run.path / "request.json").write_text(json.dumps(request))
+    tracking.send([run])
+    assert talk.get_run(child.data.tags["mlflow.parentRunId"]).data.metrics["eval/b1"] == 1 / 3
+
+
+def test_a_pipeline_has_the_state_of_its_stages(tracked: Path) -> None:
+    run = open_toy(tracked)
+    write(run, {"step": 1, "loss": 3.0})
+    talk = client(Project.at(tracked))
+
+    def states() -> tuple[str, str]:
+        child = talk.get_run(json.loads((run.path / "mlflow.json").read_text())["run_id"])
+        return child.info.status, talk.get_run(child.data.tags["mlflow.parentRunId"]).info.status
+
+    tracking.send([run], "live")
+    assert states() == ("RUNNING", "RUNNING")
+    tracking.send([run], "over")
+    assert states() == ("FAILED", "FAILED")
+    tracking.send([run])
+    assert states() == ("FAILED", "FAILED")
+    tracking.send([run], "live")
+    assert states() == ("RUNNING", "RUNNING")
+    (run.path / "CANCELLED").touch()
+    tracking.send([run], "over")
+    assert states() == ("KILLED", "KILLED")
+    run.succeed(1.0)
+    tracking.send([run], "over")
+    assert states() == ("FINISHED", "FINISHED")
+
+
+def test_names_of_runs_say_what_was_put_over_the_profile(tracked: Path) -> None:
+    run, workspace = open_toy(tracked), tracked / "workspaces" / "toy-1"
+    workspace.mkdir(parents=True)
+    (workspace / "workspace.json").write_text(json.dumps({"home": str(tracked), "overrides": ["sft.max_steps=2"]}))
+    (run.path / "request.json").write_text(json.dumps(run.request | {"root": str(workspace)}))
+    tracking.send([run])
+    names = {r.info.run_name for r in client(Project.at(tracked)).search_runs(["1"])}
+    assert names == {"toy sft.max_steps=2", f"{run.stage} (toy sft.max_steps=2)"}
 
 
 def test_an_evaluation_without_a_pipeline_is_a_run_of_its_own(tracked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +221,7 @@ def test_an_evaluation_without_a_pipeline_is_a_run_of_its_own(tracked: Path, mon
     talk = client(Project.at(tracked))
     [run] = talk.search_runs([tracking.experiment_of(talk, Project.at(tracked))])
     assert (run.data.metrics, run.data.params["limit"], run.data.params["model"]) == (
-        {"sudoku/a__b": 1 / 3},
+        {"eval/sudoku": 1 / 3, "sudoku/a__b": 1 / 3},
         "3",
         "a/b",
     )
