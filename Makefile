@@ -1,7 +1,10 @@
 # The one vocabulary: people, hooks and CI only call these targets.
-# PYTHON picks the interpreter the environment is made with; PROFILE picks a file of profiles/ for `make run`.
-PYTHON ?= python3.11
+# PYTHON picks the interpreter the environment is made with (none: the first suitable one); PROFILE a file of profiles/
+# for `make run`; MODEL what `make app` opens.
+SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(or $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '$(SUITABLE)' 2>/dev/null && echo $$p && break; done),python3)
 PROFILE ?=
+MODEL ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -19,8 +22,8 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## make .venv with the pinned closure
 
-$(STAMP): constraints.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+$(STAMP): constraints.txt pyproject.toml setup.py
+	@$(PYTHON) -c '$(SUITABLE)' 2>/dev/null || \
 	  { echo "lladaflow needs Python 3.11 to 3.13; '$(PYTHON)' is not one: call make PYTHON=/path/to/python3.11"; exit 2; }
 	@case "$(VENV):$$PWD" in /*) ;; *:*:*) echo "Python makes no environment in a folder with ':' in its name; call make VENV=/a/folder/without"; exit 2;; esac
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,8 +54,8 @@ check: setup  ## ruff, mypy, import contracts, docs
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest tests/test_documentation.py tests/test_house.py
 
-app: setup  ## open the page on the registered champion
-	@$(BIN)/python -m app
+app: setup  ## open the page on the registered champion; MODEL=FOLDER opens another
+	@$(BIN)/python -m app $(if $(MODEL),--model '$(MODEL)')
 
 ui: setup  ## MLflow and Prefect on loopback, until Ctrl-C
 	@$(BIN)/llada ui

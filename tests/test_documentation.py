@@ -1,14 +1,17 @@
 """Every path and command that the Markdown files name exists."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llada_core.settings import _block_in
+from tasks.launch.plan import refuse
 from tasks.project import Params
 
 ROOT = Path(__file__).parent.parent
@@ -139,3 +142,43 @@ def _is_setting(key: str) -> bool:
             return fields is None  # below a mapping or a list, anything may be named
         block = _block_in(fields[part].annotation)
     return True
+
+
+def test_the_tutorials_profiles_are_ones(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", TEXT[ROOT / "docs" / "tutorial.md"], flags=re.DOTALL)
+    named = {Params.parse(yaml.safe_load(block), "tutorial").name: block for block in blocks}
+    assert named["llada-sft-own"] == (ROOT / "profiles" / "llada-sft-own.yaml").read_text()
+    assert set(named) == {"llada-sft-own", "my-run"}
+
+
+def test_the_profile_of_the_tutorial_fits_one_gpu() -> None:
+    params = Params.load(ROOT / "profiles" / "llada-sft-own.yaml")
+    assert params.launch.of("sft").gpu == "H100"
+    refuse(params, "sft", "A100")
+
+
+def test_the_makefile_takes_the_first_suitable_python(tmp_path: Path) -> None:
+    for name, python in (("python3.11", "/bin/false"), ("python3.12", sys.executable)):
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec {python} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "Makefile").write_text(f'include {ROOT}/Makefile\nshow: ; @echo "$(PYTHON)"\n')
+    make = [str(shutil.which("make")), "-f", str(tmp_path / "Makefile"), "show", "SHELL=/bin/sh"]
+    for over, taken in ((), "python3.12"), (("PYTHON=mine",), "mine"):
+        done = subprocess.run([*make, *over], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == taken
+
+
+def test_what_the_dockerfile_copies_is_there() -> None:
+    copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    assert len(copied) > 5
+    assert not [name for line in copied for name in line.split() if not (ROOT / name).exists()]
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert not {name for line in copied for name in line.split()} & set(ignored)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_profiles_in_the_pages_are_ones(page: Path) -> None:
+    for block in re.findall(r"```yaml\n(.*?)```", TEXT[page], flags=re.DOTALL):
+        values = yaml.safe_load(block)
+        if "stages" in values:
+            Params.parse(values, page.name)

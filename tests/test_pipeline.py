@@ -56,9 +56,10 @@ def clone(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone with `smoke` as its default run, run once."""
+    """A clone with `smoke` as its default run, under the default run's name, run once."""
     home = clone(tmp_path_factory.mktemp("clone"))
-    shutil.copy2(ROOT / "profiles" / "smoke.yaml", home / "params.yaml")
+    smoke = (ROOT / "profiles" / "smoke.yaml").read_text()
+    (home / "params.yaml").write_text(smoke.replace("name: smoke", "name: puzzles"))
     done = llada(home, "run")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return home
@@ -66,7 +67,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_data_becomes_a_registered_champion_with_a_report(checkout: Path) -> None:
     registered = json.loads((checkout / "reports/registered.json").read_text())
-    assert registered["name"] == "smoke"
+    assert registered["name"] == "puzzles"
     assert registered["champion"] == registered["version"]
     table = json.loads((checkout / "reports/table.json").read_text())
     assert table
@@ -96,11 +97,11 @@ def test_the_champion_answers_in_the_terminal(checkout: Path) -> None:
 
 
 def test_lineage_leads_both_ways(checkout: Path) -> None:
-    told = llada(checkout, "lineage", "models:/smoke@champion").stdout
+    told = llada(checkout, "lineage", "models:/puzzles@champion").stdout
     for word in ("git_commit", "dvc_lock", "params", "inputs", "stage_runs", "jobs", "environment"):
         assert re.search(rf"^{word}: \S", told, flags=re.MULTILINE), word
     for data in ("data/sft", "data/grpo"):
-        assert llada(checkout, "lineage", data).stdout == "models:/smoke/1  @candidate @champion\n"
+        assert llada(checkout, "lineage", data).stdout == "models:/puzzles/1  @candidate @champion\n"
     assert llada(checkout, "lineage", "reports").returncode == 2
 
 
@@ -119,6 +120,46 @@ def test_there_are_enough_commands() -> None:
 def test_the_tools_own_commands_work(checkout: Path, session: "Session", block: int) -> None:
     for line in BLOCKS[block].splitlines():
         session.run(line, checkout)
+
+
+def test_readmes_library_example_runs_as_it_is(checkout: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", example], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout.splitlines()[-1]) < 0
+
+
+# What README and docs/cluster.md show and takes seconds here, in their order, each with its exit status and a word of
+# what it says; all that they show is parsed in tests/test_documented_commands.py.
+SHORT = {
+    "llada plan llada-sft-alpaca": (0, "GPU"),
+    "llada status": (0, "done"),
+    "llada eval --model models:/puzzles@champion sudoku": (0, "results are in"),
+    "llada export my-model --model models:/puzzles@champion": (0, "is in my-model"),
+    "llada plan": (0, "memory"),
+    "llada plan --stage sft": (0, "already done"),
+    "llada run": (0, "llada chat"),
+    "llada logs -f sft": (0, ""),
+    "llada cancel sft": (2, "is not running"),
+    "llada lineage models:/puzzles@champion": (0, "git_commit"),
+    "llada lineage data/sft": (0, "@champion"),
+    'llada promote puzzles 1 --why "by hand"': (0, "champion: version 1"),
+    "llada rollback puzzles": (2, "error:"),
+    "llada restore": (0, "has lost no model"),
+    "dvc repro": (0, "up to date"),
+}
+
+
+@pytest.mark.faults
+def test_the_short_commands_of_the_pages_run_as_written(checkout: Path, session: "Session") -> None:
+    pages = "".join((ROOT / name).read_text() for name in ("README.md", "docs/cluster.md"))
+    for command, (status, says) in SHORT.items():
+        assert re.search(rf"^{re.escape(command)}(\s|$)", pages, flags=re.MULTILINE), command
+        words = {"cwd": checkout, "env": session.env, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+        done = subprocess.run(command.replace("llada ", f"{sys.executable} -m cli.main ", 1), shell=True, **words)
+        told = done.stdout + done.stderr
+        assert done.returncode == status, f"{command}\n{told[-3000:]}"
+        assert says in told, f"{command}\n{told[-3000:]}"
 
 
 @pytest.fixture

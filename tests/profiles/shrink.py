@@ -64,4 +64,5 @@ def write_sources(root: Path) -> Path:
     for name, lines in rows.items():
         (root / name).mkdir(parents=True)
         (root / name / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows["tulu-3-sft-mixture"]))
     return root
