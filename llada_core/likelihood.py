@@ -20,7 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llada_core.modeling.predictor import MaskPredictor, require_in_vocabulary, require_length, require_no_mask
+from llada_core.modeling.predictor import (
+    MaskPredictor,
+    require_bidirectional,
+    require_in_vocabulary,
+    require_length,
+    require_no_mask,
+)
 from llada_core.sampling.denoiser import GuidedDenoiser, PlainDenoiser, Query
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.sampler import stream_infill
@@ -196,6 +202,7 @@ class Likelihood:
     num_samples: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        require_bidirectional(self.model, "likelihood")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator {self.estimator!r} is none of {', '.join(ESTIMATORS)}")
         if self.samples < 1 or self.batch_tokens < 1 or not 0 <= self.cfg_scale < np.inf:

@@ -14,6 +14,7 @@ from llada_core.tokenizer import SpecialTokens
 GOLDEN = Path(__file__).parent / "golden"
 DENSE = SpecialTokens(mask_id=126, eos_id=120, pad_id=120, bos_id=121, eot_id=122)
 MOE = SpecialTokens(mask_id=155, eos_id=152, pad_id=152)
+BLOCKS = SpecialTokens(mask_id=157, eos_id=152, pad_id=152)
 
 
 @functools.cache
@@ -42,4 +43,16 @@ def arrays(file: str) -> dict[str, torch.Tensor]:
 @functools.cache
 def golden_model(name: str) -> MaskPredictor:
     """One of the golden models, float32."""
-    return load_model(GOLDEN / name, special_tokens=MOE if "moe" in name else DENSE).eval()
+    return load_model(GOLDEN / name, special_tokens=special_of(name)).eval()
+
+
+def special_of(name: str) -> SpecialTokens:
+    """The special ids of a golden model."""
+    return BLOCKS if name.startswith("llada2") else MOE if "moe" in name else DENSE
+
+
+@functools.cache
+def block_cases(file: str) -> dict[str, dict]:
+    """The cases of one file of LLaDA2 by name, from cases_llada2.json; those that pin a defect left out."""
+    found = json.loads((GOLDEN / "cases_llada2.json").read_text())[file]
+    return {name: case for name, case in found.items() if not name.startswith("quirk")}

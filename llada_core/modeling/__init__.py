@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llada_core.modeling.adapters import add_lora, merge_adapter
-    from llada_core.modeling.architecture import LLaDAConfig, LLaDAMoEConfig
+    from llada_core.modeling.architecture import LLaDA2Config, LLaDAConfig, LLaDAMoEConfig
     from llada_core.modeling.masked_lm import MaskedLM
-    from llada_core.modeling.network import LLaDAModelLM, LLaDAMoEModelLM
+    from llada_core.modeling.network import LLaDA2MoeModelLM, LLaDAModelLM, LLaDAMoEModelLM
     from llada_core.modeling.predictor import KVCache, MaskPredictor, Prediction
     from llada_core.modeling.pretrained import load_config, load_model, load_to_answer, new_model, save_model
 
 _NAMES = {
     "adapters": ("add_lora", "merge_adapter"),
-    "architecture": ("LLaDAConfig", "LLaDAMoEConfig"),
+    "architecture": ("LLaDA2Config", "LLaDAConfig", "LLaDAMoEConfig"),
     "masked_lm": ("MaskedLM",),
-    "network": ("LLaDAMoEModelLM", "LLaDAModelLM"),
+    "network": ("LLaDA2MoeModelLM", "LLaDAMoEModelLM", "LLaDAModelLM"),
     "predictor": ("KVCache", "MaskPredictor", "Prediction"),
     "pretrained": ("load_config", "load_model", "load_to_answer", "new_model", "save_model"),
 }

@@ -18,8 +18,20 @@ from llada_core.modeling.families import FAMILIES, TOKEN_KEYS, Family, family_of
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertGroups:
+    """Routing by groups: a token's experts are taken from `kept` of `n_groups`; `scale` multiplies their weights."""
+
+    n_groups: int
+    kept: int
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertShape:
-    """The mixture-of-experts part of an architecture; widths in features, `sparse` one flag per layer."""
+    """The mixture-of-experts part of an architecture; widths in features, `sparse` one flag per layer.
+
+    `groups`: of a router by sigmoids whose weights are normalised; None of one by a softmax over all experts.
+    """
 
     n_experts: int
     per_token: int
@@ -27,11 +39,29 @@ class ExpertShape:
     shared_width: int
     sparse: tuple[bool, ...]
     router_bias: bool
+    groups: ExpertGroups | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_token <= self.n_experts:
+            raise ValueError(f"config.json: num_experts_per_tok = {self.per_token} of {self.n_experts} experts")
+        if self.groups is None:
+            return
+        n, kept = self.groups.n_groups, self.groups.kept
+        if self.n_experts % n or self.n_experts < 2 * n:
+            raise ValueError(f"config.json: n_group = {n} must divide {self.n_experts} experts, two or more in a group")
+        if not 1 <= kept <= n or self.per_token > kept * (self.n_experts // n):
+            raise ValueError(
+                f"config.json: topk_group = {kept} of {n} groups must hold {self.per_token} experts a token"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """All that determines the modules and the arithmetic of a LLaDA model."""
+    """All that determines the modules and the arithmetic of a LLaDA model.
+
+    A head has its share of the width, and all of it is rotated, where `own_head_width` and `own_rotary_width` are None;
+    `fused_qkv`: queries, keys and values are one projection.
+    """
 
     vocab_rows: int
     width: int
@@ -46,16 +76,27 @@ class Architecture:
     qkv_bias: bool
     qk_norm: Literal["none", "projection", "head"]
     moe: ExpertShape | None = None
+    own_head_width: int | None = None
+    own_rotary_width: int | None = None
+    fused_qkv: bool = False
 
     def __post_init__(self) -> None:
-        if self.width % (2 * self.n_heads):
+        if self.own_head_width is None and self.width % (2 * self.n_heads):
             raise ValueError(f"config.json: width {self.width} is not an even multiple of {self.n_heads} heads")
+        if self.rotary_width % 2 or not 0 < self.rotary_width <= self.head_width:
+            raise ValueError(
+                f"config.json: {self.rotary_width} rotated features of a head of {self.head_width} are no pairs"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"config.json: {self.n_kv_heads} key/value heads do not divide {self.n_heads} heads")
 
     @property
     def head_width(self) -> int:
-        return self.width // self.n_heads
+        return self.width // self.n_heads if self.own_head_width is None else self.own_head_width
+
+    @property
+    def rotary_width(self) -> int:
+        return self.head_width if self.own_rotary_width is None else self.own_rotary_width
 
 
 # What each key must say (any of the listed values) for the arithmetic of this package to be the checkpoint's.
@@ -89,11 +130,32 @@ _MOE_FIXED: dict[str, tuple[Any, ...]] = {
     "router_num_group": (None, 1),
     "router_topk_group": (None, 1),
 }
+_LLADA2_FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_dropout": (0.0,),
+    "embedding_dropout": (0.0, None),
+    "hidden_act": ("silu",),
+    "model_type": ("llada2_moe",),
+    "moe_router_enable_expert_bias": (True, None),
+    "norm_head": (False, None),
+    "norm_softmax": (False, None),
+    "norm_topk_prob": (True, None),
+    "output_dropout": (0.0, None),
+    "rope_scaling": (None,),
+    "router_dtype": ("fp32", None),
+    "score_function": ("sigmoid", None),
+    "use_bias": (False,),
+    "use_qk_norm": (True, None),  # absent means true: the published code norms always
+    "use_qkv_bias": (False,),
+    "use_rmsnorm": (True, None),
+    "use_sliding_window": (False, None),
+    "using_split_qkv_in_self_attention": (False, None),
+}
 # Keys that say nothing about the arithmetic of a forward pass here.
 _DENSE_SILENT = frozenset(
     ["alibi_bias_max", "flash_attention", "init_cutoff_factor", "init_device", "init_fn", "init_std", "precision"]
 )
 _MOE_SILENT = frozenset(["initializer_range", "output_router_logits", "router_aux_loss_coef"])
+_LLADA2_SILENT = frozenset(["initializer_range", "max_window_layers", "output_router_logits", "sliding_window"])
 _GENERAL = frozenset(
     ["architectures", "auto_map", "dtype", "model_type", "name_or_path", "quantization_config", "tie_word_embeddings"]
 ) | frozenset(["torch_dtype", "transformers_version", "use_cache", *TOKEN_KEYS])
@@ -181,8 +243,6 @@ def moe_architecture(values: Mapping[str, Any]) -> Architecture:
         sparse=tuple(bool(f) for f in frequency),
         router_bias=bool(read.maybe("moe_router_enable_expert_bias", False)),
     )
-    if not 1 <= experts.per_token <= experts.n_experts:
-        raise ValueError(f"config.json: num_experts_per_tok = {experts.per_token} of {experts.n_experts} experts")
     architecture = Architecture(
         vocab_rows=int(read.need("vocab_size")),
         width=int(read.need("hidden_size")),
@@ -197,6 +257,56 @@ def moe_architecture(values: Mapping[str, Any]) -> Architecture:
         qkv_bias=False,
         qk_norm="head" if read.maybe("qk_layernorm", False) else "none",
         moe=experts,
+    )
+    read.finish()
+    return architecture
+
+
+def llada2_architecture(values: Mapping[str, Any]) -> Architecture:
+    """What a config.json of LLaDA2.0 or 2.1 describes; errors as `dense_architecture`."""
+    if values.get("model_type") == "llada2_moe_veomni":
+        raise ValueError(
+            "config.json: model_type llada2_moe_veomni is dFactory's merged layout, whose experts lie in one weight; "
+            "split it with its scripts/moe_convertor.py, and write llada2_moe"
+        )
+    read = _Reader(values, _LLADA2_SILENT)
+    read.fixed(_LLADA2_FIXED, {})
+    n_layers, n_heads = int(read.need("num_hidden_layers")), int(read.need("num_attention_heads"))
+    dense, width = int(read.need("first_k_dense_replace")), int(read.need("hidden_size"))
+    expert_width, head_width = int(read.need("moe_intermediate_size")), read.maybe("head_dim", width // n_heads)
+    rotary = int(head_width * float(read.need("partial_rotary_factor")))
+    if read.maybe("rotary_dim", rotary) != rotary:
+        raise ValueError(f"config.json: rotary_dim = {values['rotary_dim']} is not partial_rotary_factor's {rotary}")
+    experts = ExpertShape(
+        n_experts=int(read.need("num_experts")),
+        per_token=int(read.need("num_experts_per_tok")),
+        width=expert_width,
+        shared_width=expert_width * int(read.maybe("num_shared_experts", 0)),
+        sparse=tuple(layer >= dense for layer in range(n_layers)),
+        router_bias=True,
+        groups=ExpertGroups(
+            n_groups=int(read.need("n_group")),
+            kept=int(read.need("topk_group")),
+            scale=float(read.need("routed_scaling_factor")),
+        ),
+    )
+    architecture = Architecture(
+        vocab_rows=int(read.need("vocab_size")),
+        width=width,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=int(read.need("num_key_value_heads")),
+        mlp_width=int(read.need("intermediate_size")),
+        max_length=int(read.need("max_position_embeddings")),
+        rope_theta=float(read.need("rope_theta")),
+        norm_eps=float(read.need("rms_norm_eps")),
+        tied=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=False,
+        qk_norm="head",
+        moe=experts,
+        own_head_width=int(head_width),
+        own_rotary_width=rotary,
+        fused_qkv=True,
     )
     read.finish()
     return architecture
@@ -309,4 +419,18 @@ class LLaDAMoEConfig(LLaDAConfig):
         return moe_architecture(self.published())
 
 
+class LLaDA2Config(LLaDAConfig):
+    """config.json of LLaDA2.0 and 2.1, which are the same; which sampler a model is for is a setting of its own."""
+
+    model_type = "llada2_moe"
+    attribute_map: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, **values: Any) -> None:  # as in LLaDAMoEConfig
+        super().__init__(**values)
+
+    def architecture(self) -> Architecture:
+        return llada2_architecture(self.published())
+
+
+AutoConfig.register("llada2_moe", LLaDA2Config, exist_ok=True)
 AutoConfig.register("llada", LLaDAConfig, exist_ok=True)  # importing this is enough for the Auto classes

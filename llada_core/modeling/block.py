@@ -2,6 +2,7 @@
 tables, feed-forward, experts. Shape letters: the legend in `predictor`.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llada_core.modeling.architecture import Architecture, ExpertShape
+from llada_core.modeling.architecture import Architecture, ExpertGroups, ExpertShape
+from llada_core.modeling.attention import Spans
 from llada_core.modeling.predictor import KVCache, RouterLosses
 
 
@@ -20,6 +22,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(kind):  # shapes alone, and other devices that torch has no autocast for
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in fp32 at least: what is sensitive to rounding is computed so."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class RotaryTables:
@@ -48,11 +55,16 @@ class RotaryTables:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` (B, L, N, H) rotated half-split in fp32 and cast back; cos and signed sin broadcast as (..., L, 1, H)."""
-    wide = x.float()
+    """`x` (B, L, N, H) rotated half-split in fp32 and cast back; cos and signed sin broadcast as (..., L, 1, R).
+
+    Only the first R of the H features are rotated.
+    """
+    if cos.shape[-1] < x.shape[-1]:
+        turned, passed = x.tensor_split([cos.shape[-1]], dim=-1)
+        return torch.cat([rotate(turned, cos, sin), passed], dim=-1)
     # With h half of H: out[i] = x[i] cos - x[i + h] sin, out[i + h] = x[i + h] cos + x[i] sin. Rolling by h brings each
     # number beside its partner, and the sign lies in the table, so nothing is cut, negated or joined.
-    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
+    return torch.addcmul(wide(x) * cos, wide(x).roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
 
 class Routing(NamedTuple):
@@ -91,6 +103,8 @@ class Experts(nn.Module):
         gate_up: Tensor = self.gate_up
         down: Tensor = self.down
         low = autocast_dtype(x_PD)
+        if x_PD.dtype == torch.float64:  # which grouped_mm does not know
+            return self.loop(x_PD, expert_PK, weight_PK)
         if low is not None:  # grouped_mm is not on autocast's list
             x_PD, gate_up, down = x_PD.to(low), gate_up.to(low), down.to(low)
         n_tokens, chosen = expert_PK.shape
@@ -109,7 +123,7 @@ class Experts(nn.Module):
         return (y_PKD * weight_PK[..., None].type_as(y_PKD)).sum(1)
 
     def loop(self, x_PD: Tensor, expert_PK: Tensor, weight_PK: Tensor) -> Tensor:
-        """The same sum, one expert after another: the oracle of `forward`."""
+        """The same sum, one expert after another: the oracle of `forward`, in any dtype."""
         y_PD = torch.zeros_like(x_PD)
         for index in range(self.gate_up.shape[0]):
             token, slot = torch.where(expert_PK == index)
@@ -146,6 +160,32 @@ class MoE(nn.Module):
         return self.experts(x_PD, routing.experts, routing.weights).type_as(x).view_as(x), routing
 
 
+class GroupedMoE(MoE):
+    """A sigmoid router, all in fp32, that takes a token's experts from its best groups (LLaDA2, after DeepSeek-V3)."""
+
+    def __init__(self, width: int, shape: ExpertShape, groups: ExpertGroups) -> None:
+        super().__init__(width, shape)
+        self.groups = groups
+
+    def route(self, x_PD: Tensor) -> Routing:
+        low = autocast_dtype(x_PD)
+        with nullcontext() if low is None else torch.autocast(x_PD.device.type, enabled=False):
+            logits_PE = F.linear(wide(x_PD), wide(self.gate.weight))
+        score_PE = logits_PE.sigmoid()
+        # The bias balances the experts: it takes part in choosing, and not in weighting.
+        choice_PE = score_PE if self.expert_bias is None else score_PE + self.expert_bias
+        choice_PGE = choice_PE.unflatten(-1, (self.groups.n_groups, -1))
+        best_PG = choice_PGE.topk(2, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(best_PG, dtype=torch.bool)
+        kept.scatter_(1, best_PG.topk(self.groups.kept, dim=-1).indices, value=True)
+        choice_PE = choice_PGE.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+        expert_PK = choice_PE.topk(self.per_token, dim=-1).indices
+        weight_PK = score_PE.gather(1, expert_PK)
+        if self.per_token > 1:
+            weight_PK = weight_PK / (weight_PK.sum(-1, keepdim=True) + 1e-20)
+        return Routing(logits_PE, expert_PK, weight_PK * self.groups.scale)
+
+
 def router_losses(routings: list[Routing], batch: int, attention_mask: Tensor | None) -> RouterLosses:
     """Balance loss per row (B,) and z-loss per token (B, W), each the mean over the sparse layers, in fp32.
 
@@ -171,19 +211,24 @@ def router_losses(routings: list[Routing], batch: int, attention_mask: Tensor | 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What every block of one forward pass shares: angles (..., W, 1, H), additive key bias, cache and its slots."""
+    """What every block of one forward pass shares: angles (..., W, 1, R), what may be seen, cache and its slots.
+
+    What may be seen is said by an additive key bias, or by `spans`.
+    """
 
     cos: Tensor
     sin: Tensor
     bias: Tensor | None
     cache: KVCache | None = None
     flat_slots: Tensor | None = None
+    spans: Spans | None = None
 
     def on(self, device: torch.device) -> "Surroundings":
         """These, moved: blocks of one model may lie on several devices."""
         bias = None if self.bias is None else self.bias.to(device)
         slots = None if self.flat_slots is None else self.flat_slots.to(device)
-        return Surroundings(self.cos.to(device), self.sin.to(device), bias, self.cache, slots)
+        spans = None if self.spans is None else self.spans.on(device)
+        return Surroundings(self.cos.to(device), self.sin.to(device), bias, self.cache, slots, spans)
 
 
 def key_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -218,7 +263,7 @@ class RMSNorm(nn.Module):
         weight = self.weight if low is None else self.weight.to(low)
         if x.dtype == torch.float32 and (low is not None or weight.dtype == torch.float32):
             return F.rms_norm(x, weight.shape, weight.float(), self.eps)
-        return F.rms_norm(x.float(), weight.shape, eps=self.eps).type_as(x) * weight
+        return F.rms_norm(wide(x), weight.shape, eps=self.eps).type_as(x) * weight
 
 
 class LLaDABlock(GradientCheckpointingLayer):
@@ -228,16 +273,20 @@ class LLaDABlock(GradientCheckpointingLayer):
         super().__init__()
         self.layer, self.head_width, self.qk_norm = layer, shape.head_width, shape.qk_norm
         self.grouped = shape.n_heads != shape.n_kv_heads
-        kv_width = shape.n_kv_heads * shape.head_width
+        q_width, kv_width = shape.n_heads * shape.head_width, shape.n_kv_heads * shape.head_width
         self.attn_norm = RMSNorm(shape.width, shape.norm_eps)
-        self.q_proj = nn.Linear(shape.width, shape.width, bias=shape.qkv_bias)
-        self.k_proj = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
-        self.v_proj = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
+        self.fused = (q_width, kv_width, kv_width) if shape.fused_qkv else None
+        if self.fused is not None:
+            self.qkv_proj = nn.Linear(shape.width, sum(self.fused), bias=shape.qkv_bias)
+        else:
+            self.q_proj = nn.Linear(shape.width, q_width, bias=shape.qkv_bias)
+            self.k_proj = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
+            self.v_proj = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
         if shape.qk_norm != "none":
             whole = shape.qk_norm == "projection"
-            self.q_norm = RMSNorm(shape.width if whole else shape.head_width, shape.norm_eps)
+            self.q_norm = RMSNorm(q_width if whole else shape.head_width, shape.norm_eps)
             self.k_norm = RMSNorm(kv_width if whole else shape.head_width, shape.norm_eps)
-        self.attn_out = nn.Linear(shape.width, shape.width, bias=False)
+        self.attn_out = nn.Linear(q_width, shape.width, bias=False)
         self.ff_norm = RMSNorm(shape.width, shape.norm_eps)
         self.mlp: GatedMLP | MoE | None = None
         self.shared_expert: GatedMLP | None = None
@@ -248,7 +297,8 @@ class LLaDABlock(GradientCheckpointingLayer):
         elif not shape.moe.sparse[layer]:
             self.mlp = GatedMLP(shape.width, shape.mlp_width)
         else:
-            self.mlp = MoE(shape.width, shape.moe)
+            groups = shape.moe.groups
+            self.mlp = MoE(shape.width, shape.moe) if groups is None else GroupedMoE(shape.width, shape.moe, groups)
             if shape.moe.shared_width:
                 self.shared_expert = GatedMLP(shape.width, shape.moe.shared_width)
 
@@ -269,7 +319,10 @@ class LLaDABlock(GradientCheckpointingLayer):
         return x_BWD + y, routing
 
     def _attend(self, x_BWD: Tensor, around: Surroundings) -> Tensor:
-        q, k, v = self.q_proj(x_BWD), self.k_proj(x_BWD), self.v_proj(x_BWD)
+        if self.fused is None:
+            q, k, v = self.q_proj(x_BWD), self.k_proj(x_BWD), self.v_proj(x_BWD)
+        else:
+            q, k, v = self.qkv_proj(x_BWD).split(self.fused, dim=-1)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (p.unflatten(-1, (-1, self.head_width)) for p in (q, k, v))  # (B, W, N or N_kv, H)
@@ -279,9 +332,11 @@ class LLaDABlock(GradientCheckpointingLayer):
         if around.cache is not None:
             # A cache may have another dtype than the queries (fp32 for a model that computes in bf16).
             k, v = (kept.to(q.dtype) for kept in around.cache.write(self.layer, around.flat_slots, k, v))
-        y_BNWH = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=around.bias, enable_gqa=self.grouped
-        )
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if around.spans is not None:
+            y_BNWH = around.spans.attend(q, k, v)
+        else:
+            y_BNWH = F.scaled_dot_product_attention(q, k, v, attn_mask=around.bias, enable_gqa=self.grouped)
         return y_BNWH.transpose(1, 2).flatten(-2)
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:

@@ -4,6 +4,7 @@ Needs neither torch nor transformers, so that settings are checked at once: clas
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -109,6 +110,7 @@ class Family:
     fresh: from settings and vocabulary rows to the keys of a fresh model's config.json, special tokens apart.
     renamed: published names of weights and their parts, to ours; empty where they are the same.
     stored_bytes: of a published weight whose config.json names no dtype.
+    block_length: of the blocks by which it attends, as it was trained; None: every position sees every other.
     needs: keys of `model.backbone` that a fresh one must be given, each with an example.
     """
 
@@ -120,6 +122,7 @@ class Family:
     published: Published | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     stored_bytes: int = 2
+    block_length: int | None = None
     needs: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -202,6 +205,37 @@ def _fresh_llada_moe(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
     }
 
 
+def _is_llada2(config: Mapping[str, Any]) -> bool:
+    """2.0 and 2.1, whose files are the same byte for byte; also dFactory's merged layout, to be refused by name."""
+    return str(config.get("model_type")).startswith("llada2_moe")
+
+
+def _fresh_llada2(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
+    head_width = params.d_model // params.n_heads
+    experts, per_token = params.num_experts, params.experts_per_token
+    n_groups = 1 if experts % 2 else math.gcd(experts // 2, LLADA2.config["n_group"])  # of two or more experts
+    return {
+        **LLADA2.template(),
+        "vocab_size": vocab_rows,
+        "hidden_size": params.d_model,
+        "num_hidden_layers": params.n_layers,
+        "num_attention_heads": params.n_heads,
+        "num_key_value_heads": params.n_kv_heads or params.n_heads,
+        "head_dim": head_width,
+        "rotary_dim": head_width // 2,
+        "intermediate_size": params.mlp_hidden_size,
+        "moe_intermediate_size": params.expert_hidden_size,
+        "num_experts": experts,
+        "num_experts_per_tok": per_token,
+        "n_group": n_groups,
+        "topk_group": max(-(-n_groups // 2), -(-per_token * n_groups // experts)),  # half, or as many as hold them
+        "max_position_embeddings": params.max_sequence_length,
+        "rope_theta": params.rope_theta,
+        "rms_norm_eps": params.rms_norm_eps,
+        "tie_word_embeddings": params.weight_tying,
+    }
+
+
 def _fresh_masked_lm(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
     return {**params.backbone, "vocab_size": vocab_rows}
 
@@ -211,6 +245,7 @@ LLADA = Published(
     {"mask_id": 126336, "eos_id": 126081, "pad_id": 126081, "bos_id": 126080, "eot_id": 126348},
 )
 LLADA_MOE = Published("LLaDA-MoE-7B-A1B", {"mask_id": 156895, "eos_id": 156892, "pad_id": 156892})
+LLADA2 = Published("LLaDA2.0-mini", {"mask_id": 156895, "eos_id": 156892, "pad_id": 156892})
 
 _MOE_NAMES = {
     "model.embed_tokens": "model.transformer.wte",
@@ -225,6 +260,20 @@ _MOE_NAMES = {
     "self_attn.o_proj": "attn_out",
     "self_attn.q_norm": "q_norm",
     "self_attn.k_norm": "k_norm",
+}
+_LLADA2_NAMES = {
+    "model.word_embeddings": "model.transformer.wte",
+    "model.norm": "model.transformer.ln_f",
+    "model.layers": "model.transformer.blocks",
+    "lm_head": "model.transformer.ff_out",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ff_norm",
+    "attention.query_key_value": "qkv_proj",
+    "attention.query_layernorm": "q_norm",
+    "attention.key_layernorm": "k_norm",
+    "attention.dense": "attn_out",
+    "mlp.gate.expert_bias": "mlp.expert_bias",
+    "mlp.shared_experts": "shared_expert",
 }
 
 _TABLE = (
@@ -244,6 +293,16 @@ _TABLE = (
         fresh=_fresh_llada_moe,
         published=LLADA_MOE,
         renamed=_MOE_NAMES,
+    ),
+    Family(
+        kind="llada2",
+        config="llada_core.modeling.architecture.LLaDA2Config",
+        network="llada_core.modeling.network.LLaDA2MoeModelLM",
+        claims=_is_llada2,
+        fresh=_fresh_llada2,
+        published=LLADA2,
+        renamed=_LLADA2_NAMES,
+        block_length=32,
     ),
     Family(  # any other model that transformers knows as a masked-LM
         kind="masked_lm",

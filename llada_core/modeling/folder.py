@@ -11,6 +11,7 @@ the adapter is moved to:
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,11 @@ def require_weights(folder: Path, expected: Shapes) -> None:
     }
     told = [f"{what}: {', '.join(names[:3])}{_more(len(names) - 3)}" for what, names in complaints.items() if names]
     if told:
-        raise ValueError(f"{folder}: the weights are not those that config.json describes; {'; '.join(told)}")
+        merged = any(re.fullmatch(r".*\.experts\.\w+_proj", name) for name in complaints["unexpected"])
+        hint = "; experts in one weight are dFactory's merged layout: split it with its scripts/moe_convertor.py"
+        raise ValueError(
+            f"{folder}: the weights are not those that config.json describes; {'; '.join(told)}{hint if merged else ''}"
+        )
 
 
 def require_loaded(name: str, info: Mapping[str, Any]) -> None:

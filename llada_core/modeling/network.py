@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 
 from llada_core.modeling.architecture import (
     Architecture,
+    LLaDA2Config,
     LLaDAConfig,
     LLaDAMoEConfig,
     published_shapes,
     register_names,
 )
+from llada_core.modeling.attention import BlockCausal, Spans
 from llada_core.modeling.block import (
     Experts,
     LLaDABlock,
@@ -71,7 +73,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         super().__init__(config)
         self.shape = config.architecture()
         self.model: Any = Body(self.shape)
-        self.tables = RotaryTables(self.shape.rope_theta, self.shape.head_width)
+        self.tables = RotaryTables(self.shape.rope_theta, self.shape.rotary_width)
         self._special = _special_in(config, self.shape.vocab_rows)
         self.post_init()  # type: ignore[operator]
 
@@ -166,6 +168,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         inputs_embeds: Tensor | None = None,
         cache: KVCache | None = None,
         slots: Tensor | None = None,
+        block_causal: BlockCausal | None = None,
         output_hidden_states: bool = False,
         router_losses: bool = False,
     ) -> Prediction:
@@ -175,10 +178,11 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         positions: (P,) int64 into the flattened B*W rows; only these are projected to the vocabulary.
         targets: (P,) int64 token ids; then `nll` (P,) fp32 is returned and no logits are kept.
         cache, slots: the W tokens sit at canvas positions `slots` (B, W); they attend to all T cached positions.
+        block_causal: they attend by blocks, of those positions only to their own and to earlier blocks.
         router_losses: also the balance loss (B,) and z-loss (B, W) of a mixture-of-experts model.
         """
         x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
-        around = self._surroundings(x, attention_mask, cache, slots)
+        around = self._surroundings(x, attention_mask, cache, slots, block_causal)
         # Where nobody wants all positions of the last block, only the asked-for ones are finished there.
         early = None if output_hidden_states or router_losses else positions
         hidden, routings = [x], []
@@ -212,7 +216,12 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         return F.linear(x.to(transformer.wte.weight.device), transformer.wte.weight)
 
     def _surroundings(
-        self, x: Tensor, mask: Tensor | None, cache: KVCache | None, slots: Tensor | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        slots: Tensor | None,
+        block_causal: BlockCausal | None,
     ) -> Surroundings:
         width = x.shape[1]
         if cache is not None and slots is None and cache.length != width:
@@ -226,7 +235,12 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         if cache is not None and slots is not None:
             first = torch.arange(cache.batch, device=slots.device)[:, None] * cache.length
             flat = (slots + first).flatten()
-        return Surroundings(cos.unsqueeze(-2), sin.unsqueeze(-2), key_bias(mask, x.dtype), cache, flat)
+        if block_causal is None:
+            return Surroundings(cos.unsqueeze(-2), sin.unsqueeze(-2), key_bias(mask, x.dtype), cache, flat)
+        if block_causal.copies:  # both copies are at positions 0 to half of the width
+            cos, sin = (table[: width // 2].repeat(2, 1) for table in (cos, sin))
+        spans = Spans.of(block_causal, width, x.device, mask, slots, None if cache is None else cache.length)
+        return Surroundings(cos.unsqueeze(-2), sin.unsqueeze(-2), None, cache, flat, spans)
 
     def _router_losses(self, routings: list[Routing | None], embedded: Tensor, mask: Tensor | None) -> RouterLosses:
         sparse = [r for r in routings if r is not None]
@@ -240,6 +254,14 @@ class LLaDAMoEModelLM(LLaDAModelLM):
 
     kind = "llada_moe"
     config_class = LLaDAMoEConfig
+
+
+class LLaDA2MoeModelLM(LLaDAModelLM):
+    """LLaDA2.0 and 2.1: attention by blocks where it is asked for, and experts chosen by groups."""
+
+    kind = "llada2"
+    config_class = LLaDA2Config
+    _keep_in_fp32_modules_strict = ["expert_bias"]  # noqa: RUF012 - as 2.1 stores it beside weights in bf16
 
 
 @torch.no_grad()

@@ -166,10 +166,10 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 class MaskPredictor(nn.Module):
-    """Tokens with masks in, logits at every asked-for position out; bidirectional, no time input.
+    """Tokens with masks in, logits at every asked-for position out; bidirectional or by blocks, no time input.
 
     `forward(input_ids, attention_mask=None, *, positions=None, targets=None, inputs_embeds=None, cache=None,
-    slots=None, output_hidden_states=False, router_losses=False) -> Prediction`
+    slots=None, block_causal=None, output_hidden_states=False, router_losses=False) -> Prediction`
     """
 
     kind: str  # its family's
@@ -208,6 +208,11 @@ class MaskPredictor(nn.Module):
     def family(self) -> Family:
         """The row of the family table that this model is of."""
         return FAMILIES[self.kind]
+
+    @property
+    def block_length(self) -> int | None:
+        """Of the blocks by which it was trained to attend (`attention.BlockCausal`); None: each token sees all others."""
+        return self.family.block_length
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -320,6 +325,15 @@ def require_length(model: MaskPredictor, needed: int, remedy: str) -> None:
     """A sequence of `needed` tokens is not longer than the model's longest."""
     if needed > model.max_length:
         raise ValueError(f"a sequence of {needed} tokens is longer than the model's {model.max_length}; {remedy}")
+
+
+def require_bidirectional(model: MaskPredictor, what: str) -> None:
+    """Every position sees every other. What was not written for attention by blocks would be wrong, not only worse."""
+    if model.block_length is not None:
+        raise ValueError(
+            f"{what} is not offered yet for a model that attends by blocks of {model.block_length} ({model.kind}); it loads, "
+            "saves and gives logits by `model(ids, block_causal=...)`"
+        )
 
 
 class SavesItself(Protocol):

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llada_core.modeling.predictor import MaskPredictor, require_in_vocabulary, require_length, require_no_mask
+from llada_core.modeling.predictor import (
+    MaskPredictor,
+    require_bidirectional,
+    require_in_vocabulary,
+    require_length,
+    require_no_mask,
+)
 from llada_core.sampling.denoiser import denoiser_of
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.proposals import noise_key
@@ -121,6 +127,7 @@ def to_fill(
 def _requests(
     model: MaskPredictor, rows: list[Row], prompts: list[Tensor], params: SamplingParams, *, ahead: bool, copy: int
 ) -> list[Request]:
+    require_bidirectional(model, "sampling")
     require_length(model, max(len(tokens) for tokens, *_ in rows), "shorten the prompt or max_new_tokens")
     _token_settings(model, params)
     denoiser_of(model, params), rule_of(params)  # what they name is there

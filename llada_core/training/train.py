@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from llada_core.modeling import MaskPredictor, merge_adapter, save_model
 from llada_core.modeling.adapters import add_lora, save_adapter
+from llada_core.modeling.predictor import require_bidirectional
 from llada_core.settings import function_at
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.engine import Ranks, accelerator_for, optimiser_for, same_precision, tied_table_last
@@ -238,6 +239,7 @@ def objective_for(
     params: TrainingParams, model: MaskPredictor, tokenizer: Tokenizer, data: Path, *, seed: int
 ) -> Objective:
     """What a stage with these settings minimises, on the prepared data in `data`; raises `ConfigError` for a wrong path."""
+    require_bidirectional(model, "training")
     make = function_at(params.OBJECTIVE, "objective")
     objective: Objective = make(params, model, tokenizer, data / params.ROWS, seed=seed)
     return objective

@@ -1,5 +1,6 @@
 """Published layouts read and written: bit for bit, key for key, strictly; and every way in which a folder is wrong."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,11 +14,19 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import llada_core
 from llada_core import settings
-from llada_core.modeling import LLaDAModelLM, LLaDAMoEModelLM, add_lora, load_config, load_model, save_model
+from llada_core.modeling import (
+    LLaDA2MoeModelLM,
+    LLaDAModelLM,
+    LLaDAMoEModelLM,
+    add_lora,
+    load_config,
+    load_model,
+    save_model,
+)
 from llada_core.modeling.adapters import save_adapter
-from llada_core.modeling.families import LLADA, LLADA_MOE, LoraParams
+from llada_core.modeling.families import LLADA, LLADA2, LLADA_MOE, LoraParams
 from llada_core.tokenizer import SpecialTokens
-from tests.reference import DENSE, GOLDEN, MOE
+from tests.reference import BLOCKS, GOLDEN, MOE, special_of
 from tests.tiny import tiny_model, tiny_pair
 
 ALL = [
@@ -26,17 +35,15 @@ ALL = [
     "llada_tiny_gqa_qknorm_bias",
     "llada_moe_tiny",
     "llada_moe_tiny_shared_dense_bias",
+    "llada2_tiny",
+    "llada21_tiny",
 ]
-
-
-def special(name):
-    return MOE if "moe" in name else DENSE
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("shard", ["5GB", "40KB"])
 def test_load_save_load_is_bit_identical_under_the_published_keys(tmp_path, name, shard):
-    model = load_model(GOLDEN / name, special_tokens=special(name))
+    model = load_model(GOLDEN / name, special_tokens=special_of(name))
     save_model(model, tmp_path / "copy", max_shard_size=shard)
     files = sorted((tmp_path / "copy").glob("*.safetensors"))
     assert len(files) == 1 if shard == "5GB" else len(files) > 2
@@ -50,9 +57,9 @@ def test_load_save_load_is_bit_identical_under_the_published_keys(tmp_path, name
 
 @pytest.mark.parametrize("name", ALL)
 def test_config_json_comes_back_as_it_was_with_the_special_tokens_named(tmp_path, name):
-    save_model(load_model(GOLDEN / name, special_tokens=special(name)), tmp_path / "copy")
+    save_model(load_model(GOLDEN / name, special_tokens=special_of(name)), tmp_path / "copy")
     before, after = (json.loads((f / "config.json").read_text()) for f in (GOLDEN / name, tmp_path / "copy"))
-    ids = {k.replace("_id", "_token_id"): v for k, v in vars(special(name)).items() if v is not None}
+    ids = {k.replace("_id", "_token_id"): v for k, v in vars(special_of(name)).items() if v is not None}
     before.pop("transformers_version")
     after.pop("transformers_version")
     assert after == {**before, **ids}
@@ -62,7 +69,8 @@ def test_config_json_comes_back_as_it_was_with_the_special_tokens_named(tmp_path
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
 def test_auto_classes_open_the_published_folder_without_editing_it(name, auto):
     model = auto.from_pretrained(GOLDEN / name)
-    assert type(model) is (LLaDAMoEModelLM if "moe" in name else LLaDAModelLM)
+    kind = LLaDA2MoeModelLM if name.startswith("llada2") else LLaDAMoEModelLM if "moe" in name else LLaDAModelLM
+    assert type(model) is kind
 
 
 def python(tmp_path, *lines):
@@ -105,7 +113,7 @@ def test_public_names_resolve():
     assert all(getattr(llada_core, name) is not None for name in llada_core.__all__)
 
 
-@pytest.mark.parametrize("kind", ["llada", "llada_moe"])
+@pytest.mark.parametrize("kind", ["llada", "llada_moe", "llada2"])
 def test_loading_initialises_nothing(tmp_path, monkeypatch, kind):
     save_model(tiny_model(kind), tmp_path / "m")
 
@@ -130,6 +138,7 @@ def change_weights(folder, change):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+WEIGHTS, BIAS = GOLDEN / "llada2_tiny" / "model.safetensors", "model.layers.1.mlp.gate.expert_bias"
 FIRST = "model.transformer.blocks.0.q_proj.weight"
 
 
@@ -228,6 +237,60 @@ def test_an_unsupported_moe_value_is_refused_by_name(tmp_path, change):
         load_config(tmp_path / "m")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"score_function": "softmax"}, {"norm_topk_prob": False}, {"use_qkv_bias": True}, {"use_bias": True},
+        {"use_bias": ...}, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, {"use_qk_norm": False}, {"n_group": 3},
+        {"topk_group": 5}, {"rotary_dim": 4}, {"partial_rotary_factor": ...}, {"norm_head": True}, {"router_dtype": "bf16"},
+        {"use_sliding_window": True}, {"num_key_value_heads": ...}, {"window": 7}, {"moe_router_enable_expert_bias": False},
+        {"num_experts_per_tok": 9}, {"first_k_dense_replace": ...}, {"head_dim": 6},
+    ],
+)  # fmt: skip
+def test_an_unsupported_llada2_value_is_refused_by_name(tmp_path, change):
+    shutil.copytree(GOLDEN / "llada2_tiny", tmp_path / "m")
+    rewrite(tmp_path / "m", **change)
+    word = {"num_experts_per_tok": "topk_group", "head_dim": "rotary_dim"}
+    with pytest.raises(ValueError, match=word.get(next(iter(change)), next(iter(change)))) as error:
+        load_config(tmp_path / "m")
+    assert "\n" not in str(error.value)
+
+
+def test_what_llada2_may_leave_out(tmp_path):
+    """Flash's file names fewer keys; the head's width is then the heads' share, and queries and keys are normed."""
+    shutil.copytree(GOLDEN / "llada2_tiny", tmp_path / "m")
+    before = load_config(tmp_path / "m").architecture()
+    rewrite(
+        tmp_path / "m", use_qk_norm=..., head_dim=..., rotary_dim=..., sliding_window=..., dtype=..., norm_head=None
+    )
+    rewrite(tmp_path / "m", torch_dtype="float32", num_shared_experts=None)
+    after = load_config(tmp_path / "m").architecture()
+    assert dataclasses.replace(after, moe=before.moe) == before
+    assert (before.moe.shared_width, after.moe.shared_width) == (16, 0)
+
+
+def test_dfactorys_merged_layout_is_named(tmp_path):
+    shutil.copytree(GOLDEN / "llada2_tiny", tmp_path / "m")
+    rewrite(tmp_path / "m", model_type="llada2_moe_veomni")
+    with pytest.raises(ValueError, match=r"dFactory's merged layout.*moe_convertor"):
+        load_model(tmp_path / "m", special_tokens=BLOCKS)
+    rewrite(tmp_path / "m", model_type="llada2_moe")
+    merged = [f"model.layers.1.mlp.experts.{part}_proj" for part in ("gate", "up", "down")]
+    change_weights(tmp_path / "m", lambda w: w.update({name: torch.ones(2) for name in merged}))
+    with pytest.raises(ValueError, match=r"unexpected: model\.layers\.1\.mlp\.experts\.down_proj.*merged layout"):
+        load_model(tmp_path / "m", special_tokens=BLOCKS)
+
+
+def test_the_expert_bias_stays_in_float32_as_2_1_stores_it(tmp_path):
+    """2.0 stores it in bfloat16, 2.1 in float32 beside weights in bfloat16: both are loaded without loss."""
+    model = load_model(GOLDEN / "llada2_tiny", dtype=torch.bfloat16, special_tokens=BLOCKS)
+    kinds = {name.endswith("expert_bias"): weight.dtype for name, weight in model.state_dict().items()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    assert torch.equal(model.blocks[1].mlp.expert_bias, golden_bias := load_file(WEIGHTS)[BIAS])
+    save_model(model, tmp_path / "m")
+    assert torch.equal(load_file(tmp_path / "m" / "model.safetensors")[BIAS], golden_bias)
+
+
 def test_keys_that_switch_nothing_on_are_accepted(folder):
     rewrite(folder, n_kv_heads=None, alibi_bias_max=4.0, some_new_switch=False, init_std=0.5)
     assert load_model(folder).shape.n_kv_heads == 4
@@ -256,7 +319,7 @@ def test_special_tokens_from_config_tokenizer_family_and_caller(tmp_path):
         load_model(tmp_path / "m")
     from llada_core.modeling.pretrained import special_tokens_of
 
-    for family in (LLADA, LLADA_MOE):
+    for family in (LLADA, LLADA_MOE, LLADA2):
         bare = {k: v for k, v in family.config.items() if not k.endswith("token_id")}
         (tmp_path / "config.json").write_text(json.dumps(bare))
         assert special_tokens_of(tmp_path, {}, family.vocab_size) == SpecialTokens(**family.special)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from llada_core.modeling import LLaDAConfig, LLaDAModelLM, add_lora, load_config, load_model, new_model, save_model
 from llada_core.modeling.adapters import load_adapter, save_adapter
 from llada_core.modeling.architecture import register_names
-from llada_core.modeling.families import FAMILIES, LLADA, Family, LoraParams, ModelParams, family_of
+from llada_core.modeling.families import FAMILIES, LLADA, LLADA2, Family, LoraParams, ModelParams, family_of
 from llada_core.training.progress import active_parameters
 from llada_core.training.train import block_classes
 from tests.tiny import SPECIAL, tiny_params
@@ -109,6 +109,8 @@ def test_what_it_needs_and_families_that_there_are_not_are_told_in_one_line(toy)
         (LLADA.config, "llada"),
         ({"model_type": "llada", "num_experts": 8}, "llada_moe"),
         ({"model_type": "llada", "architectures": ["LLaDAMoEModelLM"]}, "llada_moe"),
+        (LLADA2.config, "llada2"),
+        ({"model_type": "llada2_moe_veomni"}, "llada2"),
         ({"model_type": "toy"}, "toy"),
         ({"model_type": "bert"}, "masked_lm"),
         ({}, "masked_lm"),
@@ -121,7 +123,7 @@ def test_a_config_json_tells_its_family(config, kind, toy):
 def test_nobody_else_asks_which_family_a_network_or_a_configuration_is_of():
     """What differs is asked of the table or of the model itself, so nothing but their own files names these classes."""
     root, classes = Path(__file__).parents[2], {f.network.rpartition(".")[2] for f in FAMILIES.values()}
-    classes |= {"LLaDAConfig", "LLaDAMoEConfig"}
+    classes |= {"LLaDAConfig", "LLaDAMoEConfig", "LLaDA2Config"}
     home = root / "llada_core" / "modeling"
     own = {home / f"{name}.py" for name in ("__init__", "architecture", "families", "masked_lm", "network")}
     found = []
