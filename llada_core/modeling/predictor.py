@@ -172,7 +172,7 @@ class MaskPredictor(nn.Module):
     slots=None, block_causal=None, output_hidden_states=False, router_losses=False) -> Prediction`
     """
 
-    kind: str  # its family's
+    kind: str = ""  # its family's; a model of somebody's own that is in no table has none
     supports_cache: bool = True
     ends_with_eos: bool = False  # whether a sequence ends with a token of its own, as [SEP] for BERT
     computes_in: torch.dtype | None = None  # what autocast makes of products while it trains; None: as it is stored
@@ -212,7 +212,7 @@ class MaskPredictor(nn.Module):
     @property
     def block_length(self) -> int | None:
         """Of the blocks by which it was trained to attend (`attention.BlockCausal`); None: each token sees all others."""
-        return self.family.block_length
+        return self.family.block_length if self.kind in FAMILIES else None
 
     @property
     def blocks(self) -> nn.ModuleList:
