@@ -22,6 +22,7 @@ LEVELS = 5  # shades of confidence, on the page and in a terminal
 LONGEST_TOKEN = 64  # characters; a page must survive a token of ten thousand
 Decode = Callable[[int], str]
 END = "∎"  # how an end token is shown: an answer has many, and their name says no more
+UNWRITTEN = "_"  # a position of a stopped answer that nothing was written at, in its text
 MARKS = {"\n": "⏎", "\r": "⏎", "\t": "⇥", " ": "␣"}
 
 

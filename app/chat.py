@@ -1,6 +1,7 @@
 """The views Chat and Compare."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import gradio as gr
 
 from app.canvas import Trace, readable
+from app.card import score_rows, welcome
 from app.conversation import Conversation, LiveAnswer, prompt_ids, question
+from app.guide import judged, offered
 from app.models import AppState, UserError, errors_as_text
-from app.panel import QUICK, Panel, Values, choices
-from app.render import CLICKS, conversation, legend, notice, table
+from app.panel import QUICK, Panel, Values, choices, speed_control
+from app.render import CLICKS, conversation, legend, notice, table, verdict
 from llada_core.sampling.params import PRESETS, preset
 
 Shown = tuple[Any, ...]
@@ -28,106 +31,181 @@ class ChatView:
     talk: gr.HTML
     box: gr.Textbox
     system: gr.Textbox
+    speed: gr.Radio
+
+    @property
+    def read(self) -> set[Any]:
+        """What quick handlers read."""
+        return {self.session, self.box, self.system, self.editing, self.panel.model}
 
     def ask(self, values: Values) -> Shown:
         """Adds the message to the conversation; the answer is another event's work."""
         chat, text, turn = values[self.session] or Conversation(), values[self.box] or "", values[self.editing]
         chat.system = values[self.system] or ""
         if turn is not None and not text.strip():
-            return chat, talk_of(chat), "", None
+            return chat, self.talk_of(chat, values), "", None
         try:
             if turn is None:
                 chat.ask(text)
             else:
                 chat.edit(turn, text)
         except UserError as error:
-            return chat, talk_of(chat, str(error), "bad"), text, turn
-        return chat, talk_of(chat), "", None
+            return *self._refused(chat, values, error), text, turn
+        return chat, self.talk_of(chat, values), "", None
+
+    def pick(self, values: Values, sample: str) -> Shown:
+        """Asks an example at once; while an answer is written it goes into the box."""
+        return self.ask({**values, self.box: sample, self.editing: None})
+
+    def _refused(self, chat: Conversation, values: Values, error: UserError) -> tuple[Any, str]:
+        chat.told = str(error) if chat.writing else ""  # the next frame would paint it over
+        return chat, self.talk_of(chat, values, str(error), "bad")
 
     def reply(self, values: Values) -> Iterator[Shown]:
-        """Writes the answer that is waited for, if one is."""
+        """Writes the answer that is waited for, if one is; a question that could not be answered returns to the box."""
         chat: Conversation | None = values[self.session]
-        yield gr.skip(), gr.skip()  # a generator without a value would empty the conversation on the page
+        yield (gr.skip(),) * 4  # a generator without a value would empty the conversation on the page
         if chat is not None and chat.waiting and not chat.writing:
-            yield from errors_as_text(lambda: self._frames(chat, values), lambda text: self._failed(chat, text))
+            yield from errors_as_text(lambda: self._frames(chat, values), lambda text: self._failed(chat, values, text))
 
     def _frames(self, chat: Conversation, values: Values) -> Iterator[Shown]:
-        loaded, moved = yield from self.state.bring(values[self.panel.model], lambda text: (chat, talk_of(chat, text)))
-        if chat.writing or not chat.waiting:  # written by another event while the model was read
+        def shown(note: str) -> Shown:
+            return chat, self.talk_of(chat, values, note), gr.skip(), gr.skip()
+
+        live, name = chat.last, values[self.panel.model]
+        loaded, moved = yield from self.state.bring(name, lambda text: shown(text if chat.last is live else ""))
+        if chat.last is not live or chat.writing or not chat.waiting:  # written or left while the model was read
             return
-        watch = bool(values[self.panel.guesses])
-        frames = chat.reply(loaded, self.panel.params(values), look_ahead=watch, limit=self.state.seconds)
-        for picture in self.panel.live(loaded, chat.last, frames, values):
-            chat.picture = picture
-            yield chat, talk_of(chat, chat.last.note or moved)
-        yield chat, talk_of(chat, chat.last.note or moved)
+        params, watch = self.panel.params(values), bool(values[self.panel.guesses])
+        live.shown_in = self.state.speeds[values[self.speed]]
+        frames = chat.reply(loaded, params, look_ahead=watch, limit=self.state.seconds)
+        with closing(self.panel.live(loaded, live, frames, values, params)) as pictures:
+            for picture in pictures:
+                if chat.last is not live:  # a new conversation was begun
+                    break
+                chat.picture = picture
+                yield shown(chat.told or live.note or moved)
+        if chat.last is live or chat.last is not chat.kept[1]:  # answered, or left for a new conversation
+            yield shown(live.note or moved if chat.last is live else "")
+        else:
+            yield self._failed(chat, values, live.note, "info")
 
-    def _failed(self, chat: Conversation, text: str) -> Shown:
+    def _failed(self, chat: Conversation, values: Values, text: str, kind: str = "bad") -> Shown:
         chat.give_up()
-        return chat, talk_of(chat, text, "bad")
+        back = chat.returned if chat.returned[0] else (gr.skip(), gr.skip())
+        return chat, self.talk_of(chat, values, text, kind), *back
 
-    def acting(self, act: Callable[[Conversation], str | None]) -> Callable[[Conversation, str], Shown]:
+    def acting(self, act: Callable[[Conversation], str | None]) -> Callable[[Values], Shown]:
         """A handler that changes the conversation; a text that `act` returns goes into the box."""
 
-        def handle(chat: Conversation | None, text: str) -> Shown:
-            chat = chat or Conversation()
+        def handle(values: Values) -> Shown:
+            chat, text = values[self.session] or Conversation(), values[self.box] or ""
             try:
                 text = act(chat) or text
             except UserError as error:
-                return chat, talk_of(chat, str(error), "bad"), text, None
-            return chat, talk_of(chat), text, None
+                return *self._refused(chat, values, error), text, None
+            return chat, self.talk_of(chat, values), text, None
 
         return handle
 
-    def edit(self, chat: Conversation | None, event: gr.EventData) -> Shown:
+    def edit(self, values: Values, turn: int) -> Shown:
         """Puts a question back into the box; Send then replaces it, or leaves it when the box is empty."""
-        number = int(event.turn)
-        if chat is None or number >= len(chat.turns):
+        chat: Conversation | None = values[self.session]
+        if chat is None or turn >= len(chat.turns):
             return gr.skip(), "", None
-        said = f"Send replaces question {number + 1} and what follows it; sent empty, it stays as it was."
-        return talk_of(chat, said), chat.turns[number].user, number
+        said = f"Send replaces question {turn + 1} and what follows it; sent empty, it stays as it was."
+        return self.talk_of(chat, values, said), chat.turns[turn].user, turn
+
+    def hurry(self, chat: Conversation | None, speed: str) -> None:
+        """The answer that is being shown goes on at another speed."""
+        if chat is not None:
+            chat.last.shown_in = self.state.speeds[speed]
+
+    def talk_of(self, chat: Conversation, values: Values, note: str = "", kind: str = "info") -> str:
+        """The conversation as HTML, the last canvas with its answer; before the first question what the model is."""
+        empty = "" if chat.turns else introduction(self.state, values[self.panel.model])
+        return conversation(chat.turns, live=chat.picture, note=note, kind=kind, empty=empty)
+
+    def meet(self, values: Values) -> tuple[Any, Any]:
+        """Another model was chosen: its examples, and what it is if nothing was asked yet."""
+        chat, samples = values[self.session], examples_of(self.state, values[self.panel.model])
+        talk = self.talk_of(chat or Conversation(), values) if chat is None or not chat.turns else gr.skip()
+        return talk, gr.Dataset(samples=samples, visible=bool(samples))
 
 
-def talk_of(chat: Conversation, note: str = "", kind: str = "info") -> str:
-    """The conversation as HTML, the last canvas with its answer."""
-    return conversation([(t.user, t.answer) for t in chat.turns], live=chat.picture, note=note, kind=kind)
+def introduction(state: AppState, name: str | None) -> str:
+    """What a model is, can do and cannot, as HTML."""
+    name = name or state.model
+    return welcome(state.index.usage(name), state.index.scores(name))
+
+
+def examples_of(state: AppState, name: str | None) -> list[list[str]]:
+    """The questions to offer for a model, each a row of one."""
+    name = name or state.model
+    return [[text] for text in offered(state.index.usage(name), state.index.scores(name))]
 
 
 def build_chat(state: AppState, panel: Panel, session: gr.State) -> None:
     """Draws the view and wires it."""
-    talk = gr.HTML(conversation([]), js_on_load=CLICKS, apply_default_css=False, elem_id="talk")
-    with gr.Row():
+    start = conversation([], empty=introduction(state, None))
+    talk = gr.HTML(start, js_on_load=CLICKS, apply_default_css=False, elem_id="talk")
+    with gr.Row(elem_id="ask"):
         box = gr.Textbox(
-            label="Message", show_label=False, container=False, lines=1, max_lines=6, scale=6, min_width=240,
-            autofocus=True, placeholder="Ask something; Enter sends, Shift+Enter makes a new line", elem_id="message",
+            label="Message", show_label=False, container=False, lines=1, max_lines=6, scale=6, min_width=200,
+            autofocus=True, placeholder="Ask something", elem_id="message",
         )  # fmt: skip
         send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
-        stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop")
-    with gr.Row():
-        again = gr.Button("Write again", size="sm", min_width=80, elem_id="again")
-        undo = gr.Button("Undo", size="sm", min_width=80, elem_id="undo")
-        new = gr.Button("New conversation", size="sm", min_width=80, elem_id="new")
-    line = gr.HTML(legend(), apply_default_css=False, elem_id="line")
-    usage = state.index.usage(state.model)
-    samples = [[text] for text in usage.examples]
+        stop = gr.Button("Stop", variant="secondary", scale=1, min_width=80, elem_id="stop")
+        speed = speed_control(state, "speed")
+    with gr.Row(elem_id="turns"):
+        again = gr.Button("Write again", size="sm", scale=0, min_width=110, elem_id="again")
+        undo = gr.Button("Undo", size="sm", scale=0, min_width=80, elem_id="undo")
+        new = gr.Button("New conversation", size="sm", scale=0, min_width=140, elem_id="new")
+    samples = examples_of(state, None)
     examples = gr.Dataset(
-        components=[box], samples=samples, label="Examples", elem_id="examples", visible=bool(samples)
+        components=[box], samples=samples, label="Examples: click to ask", elem_id="examples", visible=bool(samples)
     )
+    line = gr.HTML(legend(), apply_default_css=False, elem_id="line")
+    with gr.Accordion("How does this work?", open=False):
+        gr.Markdown(HOW)
     with gr.Accordion("System prompt", open=False):
-        own = usage.system or "What the model is told before the conversation"
+        own = state.index.usage(state.model).system or "What the model is told before the conversation"
         system = gr.Textbox(show_label=False, label="System prompt", lines=2, elem_id="system", placeholder=own)
-    view = ChatView(state, panel, session, gr.State(None), talk, box, system)
+    view = ChatView(state, panel, session, gr.State(None), talk, box, system, speed)
+    wire_chat(view, (send, stop, again, undo, new), examples, line)
+
+
+def wire_chat(view: ChatView, buttons: Sequence[gr.Button], examples: gr.Dataset, line: gr.HTML) -> None:
+    """Says what each button, key and example does."""
+    send, stop, again, undo, new = buttons
+    session, talk, box, panel = view.session, view.talk, view.box, view.panel
     shown = [session, talk, box, view.editing]
-    slow = {"show_progress_on": line, **state.queue()}
-    written = [view.reply, {session, *panel.inputs}, [session, talk]]
+    slow = {"show_progress_on": line, **view.state.queue()}
+    written = [view.reply, {session, view.speed, *panel.inputs}, shown]
     for event in (box.submit, send.click):
-        event(view.ask, {session, box, system, view.editing}, shown, **QUICK).then(*written, **slow)
-    again.click(view.acting(Conversation.again), [session, box], shown, **QUICK).then(*written, **slow)
-    undo.click(view.acting(Conversation.undo), [session, box], shown, **QUICK)
-    new.click(view.acting(Conversation.clear), [session, box], shown, **QUICK)
+        event(view.ask, view.read, shown, **QUICK).then(*written, **slow)
+
+    def pick(values: Values) -> Shown:
+        return view.pick(values, values[examples][0])
+
+    def edit(values: Values, event: gr.EventData) -> Shown:
+        return view.edit(values, int(event.turn))
+
+    examples.click(pick, {examples, *view.read}, shown, **QUICK).then(*written, **slow)
+    again.click(view.acting(Conversation.again), view.read, shown, **QUICK).then(*written, **slow)
+    undo.click(view.acting(Conversation.undo), view.read, shown, **QUICK)
+    new.click(view.acting(Conversation.clear), view.read, shown, **QUICK)
     stop.click(lambda chat: chat.stop() if chat else None, [session], None, **QUICK)
-    talk.edit(view.edit, [session], [talk, box, view.editing], **QUICK)
-    examples.click(lambda sample: sample[0], examples, box, **QUICK)
+    view.speed.input(view.hurry, [session, view.speed], None, **QUICK)
+    talk.edit(edit, view.read, [talk, box, view.editing], **QUICK)
+    panel.model.change(view.meet, view.read, [talk, examples], **QUICK)
+
+
+HOW = """An answer is a row of positions, its **canvas**. At first every position is a mask. In each **step** the model looks once at
+the question and the whole canvas (a **forward**), guesses every masked position, and writes down the guesses of which it is surest;
+what is written stays, and helps to guess the rest. An **end mark** (∎) says that the answer ends there; what stands behind it
+is no part of it. Longer answers are written in **blocks**, one after the other. As many steps as positions is the plain way; fewer
+steps are faster and may cost accuracy. *Show guesses* in the sidebar shows what would be written now; *Replay* shows an answer again."""
 
 
 AS_SET = "as in the sidebar"
@@ -152,21 +230,30 @@ class CompareView:
     state: AppState
     panel: Panel
     question: gr.Textbox
+    speed: gr.Radio
     sides: tuple[Side, Side]
 
     def run(self, values: Values) -> Iterator[Pictures]:
         """Answers the question twice, a step each in turn."""
-        yield from errors_as_text(lambda: self._run(values), lambda text: (notice(text, "bad"), *[gr.skip()] * 5))
+        yield from errors_as_text(
+            lambda: self._run(values), lambda text: (notice(text, "bad"), "", "", notice(""), "", "")
+        )
 
     def _run(self, values: Values) -> Iterator[Pictures]:
         runs = [self._side(side, values) for side in self.sides]
-        facts = [table(self.state.index.scores(values[side.model] or self.state.model)) for side in self.sides]
+        index, asked = self.state.index, values[self.question] or ""
+        names = [values[side.model] or values[self.panel.model] or self.state.model for side in self.sides]
+        facts = [table(score_rows(index.scores(name))) for name in names]
         pictures = ["", ""]
         for both in zip_longest(*(frames for _, frames in runs)):
             pictures = [new or old for new, old in zip(both, pictures, strict=True)]
-            yield pictures[0], gr.skip(), facts[0], pictures[1], gr.skip(), facts[1]
+            yield pictures[0], "", facts[0], pictures[1], "", facts[1]
         left, right = (answer for answer, _ in runs)
-        shown = pictures[0] + notice(left.note), pictures[1] + notice(right.note)
+        said = [
+            verdict(judged(asked, answer.text, index.usage(name))) if answer.whole else ""
+            for (answer, _), name in zip(runs, names, strict=True)
+        ]
+        shown = pictures[0] + said[0] + notice(left.note), pictures[1] + said[1] + notice(right.note)
         yield shown[0], readable(left.text), facts[0], shown[1], readable(right.text), facts[1]
 
     def _side(self, side: Side, values: Values) -> tuple[LiveAnswer, Iterator[str]]:
@@ -182,23 +269,25 @@ class CompareView:
             LiveAnswer(Trace(prompt)),
             loaded.write(prompt, params, look_ahead=bool(values[self.panel.guesses])),
         )
+        answer.shown_in = self.state.speeds[values[self.speed]]
         frames = answer.run(loaded, steps, limit=self.state.seconds)
-        return answer, self.panel.live(loaded, answer, frames, values)
+        return answer, self.panel.live(loaded, answer, frames, values, params)
 
 
 def build_compare(state: AppState, panel: Panel) -> list[gr.Dropdown]:
     """Draws the view and wires it; returns the two choices of a model."""
     with gr.Row():
-        first = (state.index.usage(state.model).examples or [""])[0]
-        question = gr.Textbox(label="Question for both", value=first, scale=5, elem_id="question")
+        first = next(iter(examples_of(state, None)), [""])
+        question = gr.Textbox(label="Question for both", value=first[0], scale=5, elem_id="question")
         run = gr.Button("Compare", variant="primary", scale=1, min_width=100, elem_id="compare")
-        stop = gr.Button("Stop", variant="stop", scale=1, min_width=80)
+        stop = gr.Button("Stop", scale=1, min_width=80)
+        speed = speed_control(state, "compare-speed")
     with gr.Row():
         sides = (_side(state, "left", "exact"), _side(state, "right", "fast"))
-    view = CompareView(state, panel, question, sides)
+    view = CompareView(state, panel, question, speed, sides)
     chosen = {component for side in sides for component in (side.model, side.preset)}
     outputs = [component for side in sides for component in (side.canvas, side.answer, side.facts)]
-    event = run.click(view.run, {question, *chosen, *panel.inputs}, outputs, **state.queue())
+    event = run.click(view.run, {question, speed, *chosen, *panel.inputs}, outputs, **state.queue())
     stop.click(None, cancels=[event], **QUICK)
     return [side.model for side in sides]
 
@@ -214,5 +303,7 @@ def _side(state: AppState, name: str, first: str) -> Side:
             choice = gr.Dropdown(ways, value=first, label="Settings", elem_id=f"{name}-preset", scale=2, min_width=120)
         picture = gr.HTML(notice(""), apply_default_css=False, elem_id=f"{name}-canvas")
         answer = gr.Textbox(label="Answer", interactive=False, buttons=["copy"], lines=2, elem_id=f"{name}-answer")
-        facts = gr.HTML(table(state.index.scores(state.model)), apply_default_css=False, elem_id=f"{name}-scores")
+        facts = gr.HTML(
+            table(score_rows(state.index.scores(state.model))), apply_default_css=False, elem_id=f"{name}-scores"
+        )
     return Side(model, choice, picture, answer, facts)

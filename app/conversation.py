@@ -2,11 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Set
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
-from app.canvas import FRESH, OPEN, Frame, Trace, typed
+from app.canvas import FRESH, OPEN, UNWRITTEN, Frame, Trace, typed
+from app.guide import Verdict, judged
 from app.models import LoadedModel, UserError
 from llada_core.sampling.canvas import Step
 from llada_core.sampling.params import SamplingParams
@@ -14,6 +16,7 @@ from llada_core.sampling.params import SamplingParams
 LONGEST_MESSAGE = 20_000  # characters, also of the system prompt
 MOST_TURNS = 50
 EMPTY = "The model ended its answer at once (nothing but end-of-text). Try other words or more steps."
+ALONE = "This model learnt single questions: the turns before were not shown to it."
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class LiveAnswer:
     text: str = ""
     note: str = ""
     stopping: bool = False
+    shown_in: float = 0.0  # seconds that a view takes to show it; a person may change their mind
     by: Path | None = None
 
     def run(
@@ -80,10 +84,16 @@ class LiveAnswer:
                     self.note = f"Stopped after {limit:.0f} s, the time allowed for one answer; what was written stays."
                     break
             if self.stopping:
-                self.note = "Stopped; what was written stays."
+                self.note = (
+                    "Stopped; what was written stays." if self.trace.frames else "Stopped before anything was written."
+                )
         finally:
             steps.close()
-            self.text = (read or loaded.tokenizer.answer_text)(self.tokens())
+            tokenizer = loaded.tokenizer
+            if self.whole or not self.trace.frames:
+                self.text = (read or tokenizer.answer_text)(self.tokens())
+            else:
+                self.text = self._with_gaps(read or tokenizer.answer_text, frozenset() if read else tokenizer.end_ids)
             if self.trace.frames:
                 own = ((f.state == FRESH) & (f.tokens == f.guesses) for f in self.trace.frames)
                 tokens = int(sum(each.sum() for each in own))  # not what was filled after an answer's end
@@ -97,6 +107,23 @@ class LiveAnswer:
             return []
         last = self.trace.frames[-1]
         return [int(t) for t, state in zip(last.tokens, last.state, strict=True) if state != OPEN]
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left to be written."""
+        return bool(self.trace.frames) and not (self.trace.frames[-1].state == OPEN).any()
+
+    def _with_gaps(self, read: Callable[[list[int]], str], ends: Set[int]) -> str:
+        """What is written of an unfinished answer, `UNWRITTEN` for each position that is not, up to an end or the last."""
+        last, parts = self.trace.frames[-1], []
+        for is_open, run in groupby(
+            zip(last.tokens.tolist(), last.state.tolist(), strict=True), lambda at: at[1] == OPEN
+        ):
+            tokens = [token for token, _ in run]
+            parts.append(UNWRITTEN * len(tokens) if is_open else read(tokens))
+            if not is_open and not ends.isdisjoint(tokens):
+                return "".join(parts)
+        return "".join(parts).rstrip(UNWRITTEN) + "…"
 
 
 def prompt_ids(loaded: LoadedModel, messages: list[dict[str, str]], params: SamplingParams) -> list[int]:
@@ -126,17 +153,19 @@ def _bounded(what: str, text: str, longest: float) -> None:
 
 @dataclass
 class Turn:
-    """What was asked, and the answer once there is one; `before`, the answer that it replaces, if it is written anew."""
+    """What was asked, the answer once there is one, and what can be said of it."""
 
     user: str
     answer: str | None = None
-    before: str | None = None
+    verdict: Verdict | None = None
 
 
 @dataclass
 class Conversation:
     """Turns of question and answer; `last` is the denoising of the last answer.
 
+    A question of whose answer nothing can be written leaves no trace: the turns are as they were, and `returned` holds its
+    text, with the number of the turn that it was to replace.
     The bounds are those of a page that others share; without them (`bounded` False, in a terminal) only the model's own
     length counts.
     """
@@ -147,6 +176,9 @@ class Conversation:
     writing: bool = False
     bounded: bool = True
     picture: str = ""  # what a view drew of the last answer, for the view alone
+    told: str = ""  # what was refused while an answer was being written, said until it is
+    returned: tuple[str, int | None] = ("", None)
+    kept: tuple[list[Turn], LiveAnswer] = field(default_factory=lambda: ([], LiveAnswer()))  # before the last question
 
     @property
     def waiting(self) -> bool:
@@ -158,32 +190,28 @@ class Conversation:
         self._require_idle()
         if self.waiting:
             raise UserError("The last question still waits for its answer: press Stop, or Write again.")
-        longest = LONGEST_MESSAGE if self.bounded else math.inf
-        asked = question(text, longest=longest)
-        _bounded("system prompt", self.system, longest)
-        if self.bounded and len(self.turns) >= MOST_TURNS:
-            raise UserError(f"This conversation has {MOST_TURNS} turns; start a new one.")
-        self.turns.append(Turn(asked["content"]))
-        self.last = LiveAnswer()
+        self._begin(self.turns, text)
 
     def edit(self, index: int, text: str) -> None:
-        """Replaces the question of turn `index` and forgets everything after it."""
+        """Replaces the question of turn `index` and forgets everything after it, once there is an answer."""
         self._require_idle()
-        kept, self.turns = self.turns, self.turns[:index]
-        try:
-            self.ask(text)
-        except UserError:
-            self.turns = kept
-            raise
+        self._begin(self.turns[:index], text)
 
     def again(self) -> None:
         """Lets `reply` write the last answer anew; the present one comes back if that cannot be."""
         self._require_idle()
         if not self.turns:
             raise UserError("There is nothing to write again yet.")
-        turn = self.turns[-1]
-        turn.before, turn.answer = turn.answer, None
-        self.last = LiveAnswer()
+        self._begin(self.turns[:-1], self.turns[-1].user)
+
+    def _begin(self, before: list[Turn], text: str) -> None:
+        longest = LONGEST_MESSAGE if self.bounded else math.inf
+        asked = question(text, longest=longest)
+        _bounded("system prompt", self.system, longest)
+        if self.bounded and len(before) >= MOST_TURNS:
+            raise UserError(f"This conversation has {MOST_TURNS} turns; start a new one.")
+        self.kept, self.returned = (self.turns, self.last), ("", None)
+        self.turns, self.last, self.picture = [*before, Turn(asked["content"])], LiveAnswer(), ""
 
     def undo(self) -> str:
         """Removes the last turn and returns its question."""
@@ -194,18 +222,23 @@ class Conversation:
         return self.turns.pop().user
 
     def clear(self) -> None:
-        """Starts a new conversation under the same system prompt."""
-        self._require_idle()
-        self.turns, self.last, self.picture = [], LiveAnswer(), ""
+        """Starts a new conversation under the same system prompt; an answer that is being written is stopped and gone."""
+        self.stop()
+        self.turns, self.last, self.writing, self.picture, self.told = [], LiveAnswer(), False, "", ""
 
     def stop(self) -> None:
         """Ends the running answer after its present step; called from any thread."""
         self.last.stopping = True
 
     def give_up(self) -> None:
-        """Ends the wait for an answer of which nothing could be written: the one before comes back, if there was one."""
-        if self.waiting:
-            self.turns[-1].answer = self.turns[-1].before or ""
+        """Takes back a question of whose answer nothing could be written; its text is `returned`, unless it was there before."""
+        if not self.waiting:
+            return
+        asked, place = self.turns[-1].user, len(self.turns) - 1
+        self.turns, self.last = self.kept
+        replaced = self.turns[place].user if place < len(self.turns) else None
+        if asked != replaced:
+            self.returned = asked, None if replaced is None else place
 
     def _require_idle(self) -> None:
         if self.writing:
@@ -238,14 +271,21 @@ class Conversation:
         """
         if not self.waiting:
             raise UserError("There is no question to answer.")
+        live, turn = self.last, self.turns[-1]
         self.writing = True
         try:
             prompt = prompt_ids(loaded, self.messages(), params)
-            self.last.trace = Trace(prompt)
+            live.trace = Trace(prompt)
             steps = loaded.write(prompt, params, look_ahead=look_ahead)
-            yield from self.last.run(loaded, steps, limit=limit, clock=clock)
+            yield from live.run(loaded, steps, limit=limit, clock=clock)
         finally:
-            if self.last.counts is not None:
-                self.turns[-1].answer = self.last.text
-            self.give_up()
-            self.writing = False
+            if self.last is live:  # else a new conversation was begun meanwhile
+                if live.counts is not None:
+                    turn.answer = live.text
+                    turn.verdict = judged(turn.user, live.text, loaded.usage) if live.whole else None
+                    if turn.verdict is not None and live.note == EMPTY:
+                        live.note = ""  # the verdict says more
+                    if loaded.usage.turns == "single" and len(self.turns) > 1:
+                        live.note = f"{live.note} {ALONE}".strip()
+                self.give_up()
+                self.writing, self.told = False, ""

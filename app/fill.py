@@ -23,9 +23,10 @@ from app.canvas import (
     unwritten,
 )
 from app.conversation import LiveAnswer, prompt_ids, question
+from app.guide import judged
 from app.models import AppState, UserError, as_user_error, errors_as_text
-from app.panel import QUICK, Panel, Values
-from app.render import classes, escape, notice
+from app.panel import QUICK, Panel, Values, speed_control
+from app.render import canvas, classes, escape, notice, verdict
 from llada_core.data import puzzles
 from llada_core.usage import Usage
 from llada_core.verifiers.answers import verify_sudoku
@@ -97,19 +98,20 @@ class InfillView:
     panel: Panel
     text: gr.Textbox
     pins: gr.Textbox
+    speed: gr.Radio
 
     def fill(self, values: Values) -> Iterator[Shown]:
         """Writes into the gaps of the text, or without any answers it around the pinned words."""
-        yield from errors_as_text(lambda: self._fill(values), lambda text: (notice(text, "bad"), gr.skip()))
+        yield from errors_as_text(lambda: self._fill(values), lambda text: (notice(text, "bad"), ""))
 
     def _fill(self, values: Values) -> Iterator[Shown]:
         text, pins, watch = values[self.text] or "", values[self.pins] or "", bool(values[self.panel.guesses])
         if pins.strip() and GAP.search(text):
             raise UserError("Pinned words belong to the answer to a question; take them away, or the gaps.")
         loaded, _ = self.state.loaded(values[self.panel.model])
-        params, tokenizer = self.panel.params(values), loaded.tokenizer
+        params, tokenizer, gaps = self.panel.params(values), loaded.tokenizer, bool(GAP.search(text))
         read: Callable[[list[int]], str] = tokenizer.answer_text
-        if GAP.search(text):
+        if gaps:
             with as_user_error():
                 template = parse_template(text, tokenizer.encode, tokenizer.special.mask_id, loaded.context)
             params = for_template(params, [template], tokenizer.special.mask_id)
@@ -121,10 +123,16 @@ class InfillView:
                 fixed = fixed_tokens(params.max_new_tokens, pins, tokenizer.encode)
             answer = LiveAnswer(Trace(prompt))
             steps = loaded.write(prompt, params, fixed_tokens=fixed, look_ahead=watch)
+        answer.shown_in = self.state.speeds[values[self.speed]]
         frames, picture = answer.run(loaded, steps, read=read, limit=self.state.seconds), ""
-        for picture in self.panel.live(loaded, answer, frames, values):
-            yield picture, gr.skip()
-        yield picture + notice(answer.note), readable(answer.text)
+        for picture in self.panel.live(loaded, answer, frames, values, params, partial(canvas, ends=not gaps)):
+            yield picture, ""
+        said = "" if gaps else NO_GAP if not pins.strip() else ""
+        checked = verdict(judged(text, answer.text, loaded.usage)) if answer.whole and not gaps else ""
+        yield picture + checked + notice(f"{answer.note} {said}".strip()), readable(answer.text)
+
+
+NO_GAP = "There is no gap like [[5]] in the text, so it was asked as a question."
 
 
 def knows_sudoku(usage: Usage) -> bool:
@@ -148,12 +156,13 @@ def build_infill(state: AppState, panel: Panel) -> None:
         )
     with gr.Row():
         fill = gr.Button("Fill in", variant="primary", elem_id="fill")
-        stop = gr.Button("Stop", variant="stop", elem_id="stop-infill")
+        stop = gr.Button("Stop", elem_id="stop-infill")
+        speed = speed_control(state, "infill-speed")
     examples = gr.Dataset(components=[text, pins], samples=[list(each) for each in samples], label="Examples")
     shown = gr.HTML(notice("The canvas will appear here."), apply_default_css=False, elem_id="infilled")
     plain = gr.Textbox(label="Plain text", interactive=False, buttons=["copy"], lines=2, elem_id="infilled-text")
-    view = InfillView(state, panel, text, pins)
-    event = fill.click(view.fill, {text, pins, *panel.inputs}, [shown, plain], **state.queue())
+    view = InfillView(state, panel, text, pins, speed)
+    event = fill.click(view.fill, {text, pins, speed, *panel.inputs}, [shown, plain], **state.queue())
     stop.click(None, cancels=[event], **QUICK)
     examples.click(lambda sample: sample, examples, [text, pins], **QUICK)
 
@@ -166,10 +175,12 @@ class SudokuView:
     panel: Panel
     cells: list[gr.Textbox]
     keep: gr.Checkbox
+    speed: gr.Radio
 
     def solve(self, values: Values) -> Iterator[Shown]:
         """Asks the model for the solution of the typed grid."""
-        yield from errors_as_text(lambda: self._solve(values), lambda text: (gr.skip(), notice(text, "bad")))
+        typed = self.check(*(values[cell] for cell in self.cells))[0]  # an error leaves no older solution on the board
+        yield from errors_as_text(lambda: self._solve(values), lambda text: (typed, notice(text, "bad")))
 
     def _solve(self, values: Values) -> Iterator[Shown]:
         puzzle = puzzle_of([values[cell] for cell in self.cells])
@@ -183,9 +194,10 @@ class SudokuView:
         steps = loaded.write(prompt, params, fixed_tokens=pins, look_ahead=bool(values[self.panel.guesses]))
         frames = answer.run(loaded, steps, limit=self.state.seconds)
         board = blank(puzzle)
-        for board in self.panel.live(loaded, answer, frames, values, partial(grid, puzzle)):
+        answer.shown_in = self.state.speeds[values[self.speed]]
+        for board in self.panel.live(loaded, answer, frames, values, params, partial(grid, puzzle)):
             yield board, notice("")
-        yield board, verdict(puzzle, answer.text)
+        yield board, solved(puzzle, answer.text) if answer.whole else notice(answer.note)
 
     def check(self, *values: str) -> Shown:
         """Shows the typed grid, marking what breaks a rule."""
@@ -195,12 +207,16 @@ class SudokuView:
 
     def draw(self) -> list[Any]:
         """A puzzle that training never saw."""
-        seed = str(random.SystemRandom().random())
-        puzzle = next(puzzles.draw(puzzles.sudoku, split="evaluate", count=1, seed=seed)).key
+        puzzle = next(
+            puzzles.draw(puzzles.sudoku, split="evaluate", count=1, seed=str(random.SystemRandom().random()))
+        ).key
         return [*["" if d == "0" else d for d in puzzle], blank(puzzle), notice("")]
 
 
-def verdict(puzzle: str, answer: str) -> str:
+FIRST = "1030340020030001"  # the puzzle that stands there at first
+
+
+def solved(puzzle: str, answer: str) -> str:
     """Whether the answer solves the puzzle, as a sentence."""
     if verify_sudoku(answer, {"puzzle": puzzle}):
         return notice("Solved: every row, column and box holds 1 to 4, and the givens are kept.", "good")
@@ -220,22 +236,24 @@ def build_sudoku(state: AppState, panel: Panel) -> None:
                 with gr.Row(elem_classes="cells"):
                     for column in range(SIDE):
                         cell = gr.Textbox(
+                            FIRST[SIDE * row + column].replace("0", ""),
                             label=f"row {row + 1} column {column + 1}", show_label=False, container=False,
                             max_length=1, min_width=48, elem_id=f"cell-{row}-{column}",
                         )  # fmt: skip
                         cells.append(cell)
             with gr.Row():
                 new = gr.Button("Another puzzle", size="sm", min_width=100, elem_id="draw")
-                clear = gr.Button("Clear", size="sm", min_width=60)
+                clear = gr.Button("Clear", size="sm", min_width=60, elem_id="clear")
             keep = gr.Checkbox(False, label="Pin the givens", info="write them into the answer beforehand")
             with gr.Row():
                 solve = gr.Button("Solve", variant="primary", min_width=100, elem_id="solve")
-                stop = gr.Button("Stop", variant="stop", min_width=60)
+                stop = gr.Button("Stop", min_width=60)
+            speed = speed_control(state, "sudoku-speed")
         with gr.Column(scale=2):
-            board = gr.HTML(blank("0" * CELLS), apply_default_css=False, elem_id="board")
+            board = gr.HTML(blank(FIRST), apply_default_css=False, elem_id="board")
             word = gr.HTML(notice(""), apply_default_css=False, elem_id="verdict")
-    view = SudokuView(state, panel, cells, keep)
-    event = solve.click(view.solve, {*cells, keep, *panel.inputs}, [board, word], **state.queue())
+    view = SudokuView(state, panel, cells, keep, speed)
+    event = solve.click(view.solve, {*cells, keep, speed, *panel.inputs}, [board, word], **state.queue())
     stop.click(None, cancels=[event], **QUICK)
     new.click(view.draw, None, [*cells, board, word], **QUICK)
     clear.click(lambda: [""] * CELLS, None, cells, **QUICK).then(view.check, cells, [board, word], **QUICK)

@@ -1,12 +1,11 @@
 """Loaded models, what is known of others without loading them, and what every view shares."""
 
-import json
 import logging
-import re
+import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from app.canvas import speller
-from llada_core.evaluation import recipes
-from llada_core.files import document
 from llada_core.modeling import load_to_answer
 from llada_core.modeling.place import checked_bits, held_bytes
 from llada_core.modeling.predictor import MaskPredictor
@@ -31,8 +28,6 @@ from tasks.folders import sqlite_file
 from tasks.project import Project
 from tasks.record import registry
 from tasks.record.usage import GENERAL, usage_of
-
-HASH = re.compile(r"\b[0-9a-f]{40,}\b")
 
 
 class ModelIndex:
@@ -71,44 +66,20 @@ class ModelIndex:
             return registry.resolve(name, self.project)
         return registry.verified(self.project, place)
 
-    def facts(self, name: str) -> list[tuple[str, str]]:
-        """Where a model comes from: version, aliases, lineage, and the receipt of its last training stage."""
-        try:
-            version, folder = self.version(name), self._folder(name)
-        except ConfigError as error:
-            return [("registry", str(error))]
-        rows = [("name", name)]
-        if version is not None:
-            aliases = ", ".join(version.aliases) or "none"
-            rows += [("version", version.number), ("aliases", aliases)]
-            tags = sorted((key, value) for key, value in version.tags.items() if key != "folder")  # a path of ours
-            rows += [(key.replace("_", " ").replace(".", " "), _as_text(value)) for key, value in tags]
-            rows += [(key, _as_text(value)) for key, value in self.usage(name).facts().items()]
-        receipt = folder / "training.json"
-        if receipt.is_file():
-            values = document(receipt)
-            rows += [(f"training {key}", _as_text(v)) for key, v in sorted(values.items()) if key != "inputs"]
-        return rows
-
     def size(self, name: str) -> int:
         """Bytes of the weights; 0 where they are not on this machine yet."""
         try:
-            return sum(path.stat().st_size for path in self._folder(name).glob("*.safetensors"))
+            return sum(path.stat().st_size for path in self.folder(name).glob("*.safetensors"))
         except (ConfigError, OSError):
             return 0
 
-    def scores(self, name: str) -> list[tuple[str, str]]:
-        """Benchmark, mean score and number of questions as registered, and what is published for it."""
+    def scores(self, name: str) -> dict[str, dict[str, float]]:
+        """Benchmark -> question -> score, as registered; empty for what was never measured here."""
         try:
             version = self.version(name)
         except ConfigError:
-            return []
-        measured = {} if version is None else registry.scores_of(self.project, version.hash)
-        return [
-            (benchmark, f"{100 * sum(each.values()) / len(each):.1f} % of {len(each)} questions{_published(benchmark)}")
-            for benchmark, each in sorted(measured.items())
-            if each
-        ]
+            return {}
+        return {} if version is None else registry.scores_of(self.project, version.hash)
 
     def usage(self, name: str) -> Usage:
         """How a model is to be asked; one that the registry no longer names is asked as one from elsewhere."""
@@ -117,7 +88,8 @@ class ModelIndex:
         except ConfigError:
             return Usage(examples=GENERAL)
 
-    def _folder(self, name: str) -> Path:
+    def folder(self, name: str) -> Path:
+        """Where a model lies, if it is on this machine; raises `ConfigError` for a registered name that leads nowhere."""
         version = self.version(name)
         return Path(name) if version is None else registry.store_folder(self.project, version.hash)
 
@@ -128,23 +100,6 @@ class ModelIndex:
         if file is not None and not file.is_file():
             return sorted(lost)
         return sorted(lost | {model.name for model in registry.client(self.project).search_registered_models()})
-
-
-def _published(benchmark: str) -> str:
-    found = recipes.figures(benchmark) if recipes.exists(benchmark) else []
-    return "".join(f" · {each.source}: {100 * each.value:.1f} % ({each.model})" for each in found)
-
-
-def _as_text(value: object) -> str:
-    """A tag or receipt entry for people: mappings as a list, long hashes cut."""
-    if isinstance(value, str) and value.startswith("{"):
-        value = json.loads(value)
-    if isinstance(value, dict):
-        return "; ".join(f"{key} {_as_text(each)}" for key, each in value.items())
-    if isinstance(value, float) and value.is_integer():
-        return f"{value:,.0f}"
-    text = value if isinstance(value, str) else json.dumps(value)
-    return HASH.sub(lambda found: found[0][:12] + "…", text)
 
 
 class UserError(ValueError):
@@ -294,19 +249,22 @@ class ModelCache:
 
 
 Shown = TypeVar("Shown")
+SPEEDS = {"slow": 12.0, "normal": 4.0, "instant": 0.0}  # seconds in which an answer is shown, if the model is that fast
 log = logging.getLogger("lladaflow.app")
 
 
 @dataclass
 class AppState:
-    """The page's surroundings. `seconds` bounds one generation, `at_once` how many run, `pace` the steps a second."""
+    """The page's surroundings. `seconds` bounds one generation, `at_once` how many run; `speeds`: name -> seconds in which
+    an answer is shown, of which `speed` is chosen at first."""
 
     cache: ModelCache
     index: ModelIndex
     model: str
     seconds: float = 120.0
     at_once: int = 16
-    pace: float = 25.0
+    speeds: Mapping[str, float] = field(default_factory=lambda: SPEEDS)
+    speed: str = "normal"
 
     def queue(self) -> dict[str, Any]:
         """How events of the page that generate share the model: in order of arrival, so many at once."""
@@ -344,14 +302,36 @@ def sentence(error: Exception) -> str:
     return f"Something went wrong here; error {number} in the log of the page has the details."
 
 
-def paced(frames: Iterator[Shown], per_second: float) -> Iterator[Shown]:
-    """The same frames, no more than so many a second (0: as they come)."""
-    due = time.monotonic()
-    for frame in frames:
-        if per_second > 0:
-            time.sleep(max(0.0, due - time.monotonic()))
-            due = max(due, time.monotonic()) + 1 / per_second
+@dataclass(frozen=True)
+class Clock:
+    """Time as pacing needs it; a test has its own."""
+
+    now: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+REAL = Clock()
+
+
+def due(number: int, params: SamplingParams, seconds: float) -> float:
+    """When step `number` (from 0) of an answer is shown, in seconds after the first: none later than `seconds`.
+
+    A schedule says how many steps there will be, which then come evenly. Where confidence decides, the first come slowest:
+    an answer of six steps takes half of `seconds`, one of seventeen nine tenths.
+    """
+    return seconds * (1 - math.exp(-number / 8) if params.parallel else min(1.0, number / params.steps))
+
+
+def paced(frames: Iterator[Shown], when: Callable[[int], float], *, clock: Clock = REAL) -> Iterator[Shown]:
+    """The same frames, number n no earlier than `when(n)` seconds after the first, and the end no earlier than its turn.
+
+    `when` is asked again every tenth of a second: a person may want to see the rest at once.
+    """
+    begun, now = clock.now(), clock.now
+    for number, frame in enumerate(frames, 1):
         yield frame
+        while (left := begun + when(number) - now()) > 0:
+            clock.sleep(min(left, 0.1))
 
 
 def errors_as_text(work: Callable[[], Iterator[Shown]], tell: Callable[[str], Shown]) -> Iterator[Shown]:

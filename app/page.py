@@ -8,13 +8,14 @@ import gradio as gr
 
 from app import render
 from app.canvas import find_runners_up
+from app.card import as_html, describe
 from app.chat import build_chat, build_compare
 from app.conversation import Conversation
 from app.fill import build_infill, build_sudoku, knows_sudoku
 from app.models import AppState, UserError, as_user_error, errors_as_text, sentence
 from app.panel import QUICK, Panel, build_panel, choices
 from app.panel import params as params_of
-from app.render import notice, table
+from app.render import notice
 from llada_core.sampling.params import preset as made_by
 
 
@@ -55,21 +56,17 @@ def build_model(state: AppState, panel: Panel, tab: gr.Tab) -> None:
     """Draws the view and wires it; it is made anew whenever its tab is opened."""
     load = gr.Button("Load the model chosen in the sidebar", size="sm", elem_id="load")
     word = gr.HTML(notice(""), apply_default_css=False, elem_id="loaded")
-    gr.Markdown("### Its scores")
-    scores = gr.HTML("", apply_default_css=False, elem_id="scores")
-    gr.Markdown("### Where it comes from")
     facts = gr.HTML("", apply_default_css=False, elem_id="facts")
 
-    def show(name: str) -> tuple[str, str]:
+    def show(name: str) -> str:
         name = name or state.model
-        known = state.index.scores(name)
-        nothing = notice("The registry holds no scores for it: llada eval measures them.")
-        return table(state.index.facts(name)), table(known) if known else nothing
+        measured = "" if state.index.scores(name) else notice("No scores are kept with it: llada eval measures them.")
+        return measured + as_html(describe(state.index, name))
 
     def bring(name: str) -> Iterator[str]:
         yield from errors_as_text(lambda: _loaded(state, name), lambda text: notice(text, "bad"))
 
-    seen = [show, panel.model, [facts, scores]]
+    seen = [show, panel.model, facts]
     load.click(bring, panel.model, word, **state.queue()).then(*seen, **QUICK)
     gr.on([tab.select, panel.model.change], *seen, **QUICK)
 
@@ -79,9 +76,6 @@ def _loaded(state: AppState, name: str) -> Iterator[str]:
     count = sum(p.numel() for p in loaded.model.parameters())
     size = f"{count / 1e6:.1f} M parameters on {loaded.model.device}, {loaded.context} tokens long"
     yield notice(f"{loaded.name} is loaded: {size}. {moved}", "good")
-
-
-AT_ONCE = 5.0  # seconds: an answer written in less is looked at again without being asked
 
 
 def build_replay(state: AppState, session: gr.State, model: gr.Dropdown, tab: gr.Tab) -> None:
@@ -96,13 +90,7 @@ def build_replay(state: AppState, session: gr.State, model: gr.Dropdown, tab: gr
         asked = chat.turns[-1].user if chat.turns else ""
         return render.frame(render.document(chat.last.trace, prompt=asked, dark=is_dark))
 
-    def quick_look(chat: Conversation | None, is_dark: bool, name: str) -> Any:
-        last = None if chat is None else chat.last
-        if last is None or last.counts is None or last.counts.seconds > AT_ONCE or last.trace.runners:
-            return gr.skip()
-        return look(chat, is_dark, name, unasked=True)
-
-    def look(chat: Conversation | None, is_dark: bool, name: str, unasked: bool = False) -> Any:
+    def look(chat: Conversation | None, is_dark: bool, name: str) -> str:
         try:
             if chat is not None and chat.last.trace.frames:
                 loaded, _ = state.loaded(name)
@@ -112,12 +100,11 @@ def build_replay(state: AppState, session: gr.State, model: gr.Dropdown, tab: gr
                     find_runners_up(chat.last.trace, loaded.model, loaded.decode)
             return show(chat, is_dark, name)
         except Exception as error:  # noqa: BLE001 - shown to the person, the page lives on
-            return gr.skip() if unasked else notice(sentence(error), "bad") + show(chat, is_dark, name)
+            return notice(sentence(error), "bad") + show(chat, is_dark, name)
 
     with_theme = "(chat, _, name) => [chat, document.body.classList.contains('dark'), name]"
     inputs = [session, dark, model]
-    opened = tab.select(show, inputs, shown, js=with_theme, **QUICK)
-    opened.then(quick_look, inputs, shown, js=with_theme, **state.queue())
+    tab.select(show, inputs, shown, js=with_theme, **QUICK)
     runners.click(look, inputs, shown, js=with_theme, **state.queue())
 
 

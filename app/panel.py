@@ -1,6 +1,6 @@
 """The sidebar: a model and the settings of its sampler."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ import gradio as gr
 
 from app.canvas import Frame
 from app.conversation import LiveAnswer
-from app.models import AppState, LoadedModel, UserError, as_user_error, paced, sentence
+from app.models import AppState, LoadedModel, UserError, as_user_error, due, paced, sentence
 from app.render import canvas, notice
 from llada_core.sampling.params import PRESETS, SamplingParams, exactness
 from llada_core.sampling.params import preset as made_by
@@ -45,6 +45,7 @@ def _tokens(name: str, value: Any) -> tuple[int, ...]:
 
 
 FIRST = ("max_new_tokens", "steps", "block_length", "temperature", "threshold")  # the rest folds away
+NOT_MEASURED = "What it costs this model in accuracy is not kept with it: llada eval BENCHMARK -m {name} --speed cache=prefix,threshold=0.9 measures it."
 Values = Mapping[Any, Any]
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
@@ -55,14 +56,13 @@ class Panel:
 
     model: gr.Dropdown
     preset: gr.Radio
-    pace: gr.Slider
     guesses: gr.Checkbox
     knobs: dict[str, gr.components.Component]
 
     @property
     def inputs(self) -> set[gr.components.Component]:
         """What every generating handler reads."""
-        return {self.model, self.pace, self.guesses, *self.knobs.values()}
+        return {self.model, self.guesses, *self.knobs.values()}
 
     def params(self, values: Values) -> SamplingParams:
         """The settings in a handler's values; raises UserError."""
@@ -74,12 +74,17 @@ class Panel:
         answer: LiveAnswer,
         frames: Generator[Frame, None, None],
         values: Values,
+        params: SamplingParams,
         draw: Callable[..., str] = canvas,
-    ) -> Iterator[str]:
-        """A picture of each frame of `answer`, no faster than asked for; the last is settled and says what it cost."""
+    ) -> Generator[str, None, None]:
+        """A picture of each frame of `answer`, in `answer.shown_in` seconds; the last is settled and says what it cost."""
         watch = bool(values[self.guesses])
+
+        def when(number: int) -> float:
+            return 0.0 if answer.stopping else due(number, params, answer.shown_in)
+
         with closing(frames):
-            for frame in paced(frames, values[self.pace] or 0):
+            for frame in paced(frames, when):
                 yield draw(frame, answer.trace.texts(frame, guesses=watch), frame.caption)
         if answer.counts:
             last = answer.trace.frames[-1].settled()
@@ -97,17 +102,19 @@ def build_panel(state: AppState) -> Panel:
         choices(state), value=state.model, label="Model", allow_custom_value=True, elem_id="model",
         info="an alias, a version, or a model folder",
     )  # fmt: skip
+
+    def told(params: SamplingParams, chosen: str | None, name: str) -> str:
+        unknown = f" {NOT_MEASURED.format(name=name)}" if chosen == "fast" else ""
+        return exactness(params) + unknown
+
     preset = gr.Radio(["recommended", *PRESETS], value="recommended", label="Preset")
-    exact = gr.HTML(notice(exactness(start)), elem_id="exactness", apply_default_css=False)
+    exact = gr.HTML(notice(told(start, "recommended", state.model)), elem_id="exactness", apply_default_css=False)
     made = {name: _component(SETTINGS[name], getattr(start, name)) for name in FIRST}
-    pace = gr.Slider(
-        0, 60, value=state.pace, step=1, label="Steps shown a second", info="0: as fast as the model writes"
-    )
     guesses = gr.Checkbox(False, label="Show guesses", info="what the model would write now at every masked position")
     with gr.Accordion("All settings", open=False):
         rest = (setting for name, setting in SETTINGS.items() if name not in FIRST)
         made |= {setting.name: _component(setting, getattr(start, setting.name)) for setting in rest}
-    panel = Panel(model, preset, pace, guesses, {name: made[name] for name in SETTINGS})
+    panel = Panel(model, preset, guesses, {name: made[name] for name in SETTINGS})
 
     def named(name: str, values: Values) -> SamplingParams:
         base = state.index.usage(values[model] or state.model).sampling
@@ -118,7 +125,8 @@ def build_panel(state: AppState) -> Panel:
     def describe(values: Values) -> tuple[str | None, str]:
         try:
             params, chosen = panel.params(values), values[preset] or "recommended"
-            return chosen if params == named(chosen, values) else None, notice(exactness(params))
+            chosen = chosen if params == named(chosen, values) else None
+            return chosen, notice(told(params, chosen, values[model] or state.model))
         except Exception as error:  # noqa: BLE001 - shown to the person, the page lives on
             return None, notice(sentence(error), "bad")
 
@@ -126,7 +134,7 @@ def build_panel(state: AppState) -> Panel:
         try:
             chosen = values[preset] or "recommended"
             base = named(chosen, values)
-            return [*panel.shown(base), chosen, notice(exactness(base))]
+            return [*panel.shown(base), chosen, notice(told(base, chosen, values[model] or state.model))]
         except Exception as error:  # noqa: BLE001 - shown to the person, the page lives on
             return [*[gr.skip()] * len(panel.knobs), gr.skip(), notice(sentence(error), "bad")]
 
@@ -137,22 +145,31 @@ def build_panel(state: AppState) -> Panel:
     return panel
 
 
+def speed_control(state: AppState, name: str) -> gr.Radio:
+    """How fast an answer is shown."""
+    return gr.Radio(
+        list(state.speeds), value=state.speed, label="Speed", show_label=False, container=False, min_width=270, scale=0,
+        elem_id=name, elem_classes="speed",
+    )  # fmt: skip
+
+
 def choices(state: AppState) -> list[str]:
     """The models that can be chosen; any other name can be typed."""
     return list(dict.fromkeys([state.model, *state.index.names()]))
 
 
 def _component(setting: SettingInfo, value: Any) -> gr.components.Component:
-    label, info = setting.name, setting.description + _range(setting)
+    told: dict[str, Any] = {"label": setting.name, "info": setting.description + _range(setting)}
+    told["elem_id"] = f"setting-{setting.name}"
     if setting.kind == "choice":
-        return gr.Dropdown(list(setting.choices), value=value, label=label, info=info)
+        return gr.Dropdown(list(setting.choices), value=value, **told)
     if setting.kind == "switch":
-        return gr.Checkbox(value, label=label, info=info)
+        return gr.Checkbox(value, **told)
     if setting.kind == "list" or setting.optional:
-        return gr.Textbox(_shown(value), label=label, info=info, placeholder="off")
-    low = None if setting.low is None or setting.kind == "number" else setting.low
+        return gr.Textbox(_shown(value), **told, placeholder="off")
     step = 1 if setting.kind == "integer" else 0.05
-    return gr.Number(value, label=label, info=info, minimum=low, precision=0 if step == 1 else None, step=step)
+    # Without `minimum` and `precision`, which Gradio checks before any handler is asked: the answer would never begin.
+    return gr.Number(value, **told, step=step)
 
 
 def _range(setting: SettingInfo) -> str:

@@ -5,15 +5,22 @@ import json
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
-from app.canvas import DONE, FRESH, OPEN, Frame, Trace, readable
+from app.canvas import DONE, END, FRESH, OPEN, Frame, Trace, readable
+from app.conversation import Turn
+from app.guide import Verdict
 
 STATE_CLASSES = ("g", "m", "d f", "d")  # of app.canvas.STATES; a written one has its shade c0 to c4 as well
+AFTER = "d z"  # written behind the end of the answer: no part of it
 LEGEND = (
     ("m", "", "masked"),
+    ("m b", "", "masked, in the present block"),
     ("m", "42", "its present guess"),
     ("d f c4", "42", "just written"),
     ("d c0", "42", "written, unsure"),
+    ("d c2", "42", "written, fairly sure"),
     ("d c4", "42", "written, sure"),
+    ("d c4", END, "the answer ends"),
+    (AFTER, "42", "behind the end, no part of the answer"),
     ("g", "42", "given"),
 )
 
@@ -29,17 +36,21 @@ def classes(frame: Frame, at: int) -> str:
     return STATE_CLASSES[state] + (f" c{frame.level(at)}" if state in (FRESH, DONE) else "")
 
 
-def tile(frame: Frame, at: int, text: str) -> str:
-    """One position."""
+def tile(frame: Frame, at: int, text: str, *, after: bool = False) -> str:
+    """One position; `after`: it is behind the end of the answer, and written or given it counts for nothing."""
     shown = escape(text)
-    hint = f' title="{shown}"' if len(text) > 5 else ""
-    return f'<i class="{classes(frame, at)}{" b" if frame.in_block(at) else ""}"{hint}>{shown}</i>'
+    dead = after and frame.state[at] != OPEN
+    hint = ' title="behind the end of the answer"' if dead else f' title="{shown}"' if len(text) > 5 else ""
+    kind = AFTER if dead else classes(frame, at) + (" b" if frame.in_block(at) else "")
+    return f'<i class="{kind}"{hint}>{shown}</i>'
 
 
-def canvas(frame: Frame, texts: Sequence[str], caption: str = "") -> str:
-    """The whole canvas; `texts` (W) stand at its positions."""
+def canvas(frame: Frame, texts: Sequence[str], caption: str = "", *, ends: bool = True) -> str:
+    """The whole canvas; `texts` (W) stand at its positions; `ends`: the first end token written ends what they say."""
     size = " small" if len(texts) > 200 else ""
-    tiles = "".join(tile(frame, at, text) for at, text in enumerate(texts))
+    written = (at for at, text in enumerate(texts) if text == END and frame.state[at] != OPEN)
+    end = next(written, len(texts)) if ends else len(texts)
+    tiles = "".join(tile(frame, at, text, after=at > end) for at, text in enumerate(texts))
     label = f"canvas: {frame.written} of {len(texts)} positions written"
     head = f'<p class="cap">{escape(caption) or "&nbsp;"}</p>'
     return f'<div class="lf">{head}<div class="tiles{size}" role="img" aria-label="{label}">{tiles}</div></div>'
@@ -48,7 +59,7 @@ def canvas(frame: Frame, texts: Sequence[str], caption: str = "") -> str:
 def legend() -> str:
     """What the tiles mean."""
     items = "".join(f'<span><i class="{c}">{escape(t)}</i> {escape(name)}</span>' for c, t, name in LEGEND)
-    return f'<div class="lf legend">{items}<span><i class="m b"></i> present block</span></div>'
+    return f'<div class="lf legend">{items}</div>'
 
 
 def notice(text: str, kind: str = "info") -> str:
@@ -64,28 +75,39 @@ def table(rows: Iterable[tuple[str, str]]) -> str:
     return f'<table class="lf facts">{body}</table>'
 
 
-def conversation(turns: Sequence[tuple[str, str | None]], *, live: str = "", note: str = "", kind: str = "info") -> str:
-    """Questions and answers; `live`, the HTML of a canvas, belongs to the last turn; `CLICKS` wires the buttons."""
+def conversation(turns: Sequence[Turn], *, live: str = "", note: str = "", kind: str = "info", empty: str = "") -> str:
+    """Questions, answers and what can be said of them; `live`, the HTML of a canvas, belongs to the last turn.
+
+    `empty` is the HTML that stands where there are no turns; `CLICKS` wires the buttons.
+    """
     parts = []
-    for number, (user, answer) in enumerate(turns):
+    for number, turn in enumerate(turns):
         last = number == len(turns) - 1
         edit = f"<button type=button data-act=edit data-turn={number}>Edit and resend</button>"
         copy = "<button type=button data-act=copy>Copy</button>"
         parts.append(
-            f'<div class="turn user"><div class="said">{escape(readable(user))}</div><div class="acts">{edit}{copy}</div></div>'
+            f'<div class="turn user"><div class="said">{escape(readable(turn.user))}</div><div class="acts">{edit}{copy}</div></div>'
         )
         said = (
-            f'<div class="said">{escape(readable(answer))}</div>'
-            if answer is not None
+            f'<div class="said">{escape(readable(turn.answer))}</div>'
+            if turn.answer is not None
             else '<div class="said wait">writing</div>'
         )
-        acts = f'<div class="acts">{copy}</div>' if answer else ""
-        parts.append(f'<div class="turn model">{said}{live if last else ""}{acts}</div>')
+        acts = f'<div class="acts">{copy}</div>' if turn.answer else ""
+        parts.append(f'<div class="turn model">{said}{verdict(turn.verdict)}{live if last else ""}{acts}</div>')
     if not turns:
-        parts.append('<p class="cap empty">Ask something below, or take one of the examples.</p>')
+        parts.append(empty)
     if note:
         parts.append(notice(note, kind))
     return f'<div class="lf talk" role="log" aria-label="conversation">{"".join(parts)}</div>'
+
+
+def verdict(judged: Verdict | None) -> str:
+    """Whether an answer is right, with a sign beside the colour."""
+    if judged is None:
+        return ""
+    sign, kind = {True: ("✓", "good"), False: ("✗", "bad"), None: ("?", "")}[judged.right]
+    return f'<div class="verdict {kind}">{sign} {escape(judged.text)}</div>'
 
 
 CLICKS = """
@@ -161,6 +183,7 @@ def record(trace: Trace, prompt: str) -> dict[str, object]:
         "frames": frames,
         "order": trace.committed_at.tolist(),
         "runners": runners,
+        "end": END,
         "texts": [trace.spellings[token] for token in texts],
     }
 

@@ -1,26 +1,19 @@
 """Commands on models: diff, fetch, export, app, ui."""
 
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
-
-from cli.options import name_or_champion
-from tasks.errors import one_line_errors
-
-if TYPE_CHECKING:
-    from llada_core.usage import Usage
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
+from typing import Annotated
 
-from cli.options import MODEL_HELP
-from llada_core.files import document
+import typer
+
+from cli.options import MODEL_HELP, name_or_champion
 from llada_core.settings import ConfigError
-from tasks.errors import require_port
+from tasks.errors import one_line_errors, require_port
 
 
 def fetch(
@@ -91,7 +84,7 @@ def export(
     with one_line_errors():
         from llada_core.files import written_whole
         from tasks.project import Project
-        from tasks.record.registry import named, resolve, version_of
+        from tasks.record.registry import resolve
         from tasks.record.usage import saved_usage
 
         name = name_or_champion(model)
@@ -101,8 +94,6 @@ def export(
             raise FileExistsError(f"{folder} is where this runs, and is not replaced; choose another name")
         if folder.exists() and not overwrite:
             raise FileExistsError(f"{folder} is there already; choose another name, or --overwrite")
-        reference = named(name)
-        tags = version_of(Project.at(), *reference).tags if reference else {}
         with written_whole(folder) as staging:
             if merge:
                 merge_into(source, staging)
@@ -111,7 +102,10 @@ def export(
             usage = saved_usage(Project.at(), name)
             if usage is not None:
                 usage.save(staging)
-            facts = card_facts(source, {key: value for key, value in tags.items() if key != "folder"}, usage)
+            from app.card import as_markdown, describe
+            from app.models import ModelIndex
+
+            facts = as_markdown(describe(ModelIndex(Project.at()), name))
             text = CARD.format(
                 library=library, title=folder.name, what=what, name=name, folder=folder.name, facts=facts
             )
@@ -166,18 +160,6 @@ def merge_into(source: Path, folder: Path) -> None:
     for name in ("training.json", "usage.json"):
         if (source / name).is_file():
             shutil.copy2(source / name, folder)
-
-
-def card_facts(source: Path, tags: dict[str, str], usage: "Usage | None") -> str:
-    """How the model is to be asked, training receipt and lineage as a Markdown list."""
-    receipt = source / "training.json"
-    trained = document(receipt) if receipt.is_file() else {}
-    kept = ("stage", "steps", "tokens", "flops", "seconds")
-    lines = [f"- training {key}: {trained[key]}" for key in kept if key in trained]
-    if usage is not None:
-        asked = [f"- {key}: {value}" for key, value in usage.facts().items()]
-        lines = [*asked, *(f"- example: {question}" for question in usage.examples), *lines]
-    return "\n".join([*lines, *(f"- {key}: {value}" for key, value in sorted(tags.items()))])
 
 
 def page(context: typer.Context) -> None:

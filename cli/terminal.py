@@ -180,6 +180,7 @@ class TerminalChat:
     def answer(self) -> None:
         """Writes the answer to the last question; Ctrl-C keeps what is there, and a question without answer goes."""
         talk = self.conversation
+        live = talk.last
         frames = talk.reply(self.loaded, self.params, look_ahead=self.guesses, limit=math.inf)
         try:
             with closing(frames), Live(console=self.console, refresh_per_second=25, transient=True) as screen:
@@ -187,13 +188,12 @@ class TerminalChat:
                     screen.update(self._drawn(), refresh=True)
         except KeyboardInterrupt:
             self._say("stopped; what was written stays")
-        finally:
-            if talk.last.counts is None and talk.turns[-1].before is None:
-                talk.undo()
-        if talk.last.counts is not None:
-            said = readable(talk.last.text) or "(nothing: the model ended its answer at once)"
+        if live.counts is not None:
+            said = readable(live.text) or "(nothing: the model ended its answer at once)"
             self.console.print(said, markup=False, highlight=False)
-            self._say(talk.last.counts.sentence())
+            for line in (talk.turns[-1].verdict and talk.turns[-1].verdict.text, live.note, live.counts.sentence()):
+                if line:
+                    self._say(line)
 
     def _drawn(self, number: int = -1) -> Group:
         return draw(self.conversation.last.trace, self.console.width, number, guesses=self.guesses)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -54,10 +54,3 @@ class Usage(Block):
             return None
         usage = cls.parse(document(file), str(file))
         return usage.model_copy(update={"sampling": replace(usage.sampling, rule=None)})
-
-    def facts(self) -> dict[str, Any]:
-        """The value for people: name -> text, what is as usual left out."""
-        usual = vars(SamplingParams(max_new_tokens=1, block_length=1, steps=1))
-        changed = {name: value for name, value in vars(self.sampling).items() if value != usual[name]}
-        system = {"system prompt": self.system} if self.system else {}
-        return {"recommended": changed, "turns": self.turns, **system}

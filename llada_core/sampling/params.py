@@ -231,8 +231,6 @@ def exactness(made: SamplingParams) -> str:
         reasons.append("several tokens are written at once when the model is sure enough")
     elif made.steps < made.max_new_tokens:
         reasons.append(f"{made.max_new_tokens} tokens in {made.steps} steps write several at once")
-    return (
-        "Approximate: " + "; ".join(reasons) + "."
-        if reasons
-        else "Exact: one token per step, each from a full forward."
-    )
+    told = f"Approximate: {'; '.join(reasons)}." if reasons else "Exact: one token per step, each from a full forward."
+    drawn = f"Drawn at random (temperature {made.temperature:g}), so another answer each time. "
+    return told if made.temperature == 0 else drawn + told.replace("Exact: one", "One")

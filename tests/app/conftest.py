@@ -37,7 +37,7 @@ def page_url(model_folder: Path) -> Iterator[str]:
     from app.models import AppState, ModelCache, ModelIndex
 
     index = ModelIndex(Project(model_folder.parent))
-    state = AppState(ModelCache(index), index, str(model_folder), pace=0)
+    state = AppState(ModelCache(index), index, str(model_folder), speed="instant")
     blocks = page.build_page(state)
     blocks.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, **options())
     yield blocks.local_url

@@ -1,5 +1,6 @@
 """The page in a real browser: Debian's Chromium, driven by Playwright."""
 
+import dataclasses
 import re
 import threading
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from app.models import AppState, LoadedModel, ModelIndex, UserError
+from app.panel import SETTINGS
 from llada_core.sampling.params import SamplingParams
 from llada_core.usage import Usage
 from tests.app.oracle import oracle
@@ -18,6 +20,10 @@ CHROMIUM = Path("/usr/bin/chromium")
 PATIENCE = 180  # seconds that a busy machine may take for one wait
 PUZZLE = "1030340020030001"
 SOLVED = "1234341221434321"
+
+
+# Slow: 512 steps at one a second, and nothing on a busy machine takes as long as such an answer.
+SPEEDS = {"slow": 512.0, "normal": 4.0, "instant": 0.0}
 
 
 class Moving:
@@ -40,16 +46,18 @@ class Known(ModelIndex):
         return ["champion", "other"]
 
     def usage(self, name):
-        sampling = SamplingParams(max_new_tokens=24, block_length=24, steps=24, stop_at_eos=False)
-        return Usage(sampling=sampling, examples=(f"Solve the sudoku {PUZZLE}",))
+        sampling = SamplingParams(max_new_tokens=24, block_length=12, steps=24, stop_at_eos=False)
+        if name == "other":
+            return Usage(sampling=sampling, examples=("Who are you?",))
+        return Usage(sampling=sampling, examples=("Reach 21 with 8, 4, 9", f"Solve the sudoku {PUZZLE}"))
 
     def scores(self, name):
-        return [("sudoku", "97.0 % of 500 questions")]
+        return {"sudoku": {str(n): float(n < 97) for n in range(100)}, "countdown": {"1": 0.0, "2": 0.0}}
 
 
 @pytest.fixture(scope="module")
 def state(tmp_path_factory):
-    return AppState(Moving(), Known(tmp_path_factory.mktemp("project")), "champion", pace=0)
+    return AppState(Moving(), Known(tmp_path_factory.mktemp("project")), "champion", speeds=SPEEDS, speed="instant")
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +131,11 @@ def choose(page, box, value):
 
 
 def slowly(page, block="512"):
-    """512 tokens at one step a second: nothing on a busy machine takes as long as such an answer."""
-    told = {"max_new_tokens": "512", "steps": "512", "block_length": block}
-    for knob, value in {**told, "number input for Steps shown a second": "1"}.items():
+    """512 tokens, a step a second."""
+    for knob, value in {"max_new_tokens": "512", "steps": "512", "block_length": block}.items():
         page.get_by_label(knob, exact=True).fill(value)
         page.keyboard.press("Tab")
+    page.locator("#speed").get_by_role("radio", name="slow").check()
 
 
 def tiles(page):
@@ -143,17 +151,44 @@ def tiles(page):
     return found.json_value()
 
 
-def test_a_sudoku_is_asked_from_an_example_and_solved(tab):
-    tab.get_by_text(f"Solve the sudoku {PUZZLE}").click()
-    tab.wait_for_function("() => document.querySelector('#message textarea').value.includes('sudoku')")
-    tab.click("#send")
+def test_the_page_explains_itself_before_anything_is_asked(tab):
+    said = tab.inner_text("#talk .welcome")
+    assert "all is masked at first, and each step writes what it is surest of" in said
+    assert tab.locator("#talk .picture .frame").count() == 4
+    assert "fill the zeros so that every row, column and 2x2 box holds 1 to 4. Right 97 % of the time" in said
+    assert SOLVED in said
+    assert "trained on these two kinds of puzzle and on nothing else" in said
+    assert tab.locator("#talk").get_by_text("seldom gets Countdown right").is_visible()
+    offered = tab.inner_text("#examples")
+    assert "sudoku" in offered
+    assert "Reach 21" not in offered, "what seldom succeeds is no example"
+    legend = tab.inner_text("#line")
+    for kind in ("masked", "just written", "unsure", "fairly sure", "the answer ends", "behind the end", "given"):
+        assert kind in legend
+    choose(tab, "#model", "other")
+    tab.wait_for_selector("#examples :text('Who are you?')")
+    assert "puzzle" not in tab.inner_text("#talk")
+
+
+def test_a_sudoku_is_asked_by_a_click_on_an_example_and_solved(tab):
+    tab.locator("#examples").get_by_text(f"Solve the sudoku {PUZZLE}").click()
     assert answer(tab) == SOLVED
+    assert "Right: every row" in tab.inner_text("#talk .verdict.good")
     assert re.search(r"24 steps · 24 forwards · 1\.00 tokens per forward", tab.inner_text("#talk"))
     assert tab.locator("#talk .tiles i").count() == 24
 
 
 def test_the_grid_is_typed_by_keyboard_solved_and_checked(tab):
     pick(tab, "Sudoku")
+    at = "() => [0, 1, 2].map(n => ['left', 'top'].map(way => document.querySelector(`#cell-${way == 'top' ? n : 0}-${way == 'top' ? 0 : n}`).getBoundingClientRect()[way]))"
+    (left, top), (second, below), (third, lower) = tab.evaluate(at)
+    assert third - second > second - left, "boxes stand apart"
+    assert lower - below > below - top
+    assert "".join(tab.locator("#board i").all_inner_texts()) == PUZZLE.replace("0", ""), (
+        "a puzzle stands there at first"
+    )
+    tab.click("#clear")
+    tab.wait_for_function("() => document.querySelector('#board').innerText.trim() == ''")
     tab.focus("#cell-0-0 input, #cell-0-0 textarea")
     for digit in PUZZLE:
         if digit != "0":
@@ -175,6 +210,109 @@ def test_stop_keeps_what_is_there(tab):
     tab.click("#stop")
     tab.wait_for_selector("#talk :text('Stopped')")
     assert 0 < before["d"] <= tab.locator("#talk .tiles i.d").count() < 512
+    said = tab.locator("#talk .turn.model .said").inner_text()
+    assert "_" in said, "gaps are kept"
+
+
+def test_who_cannot_wait_sees_the_rest_at_once(tab):
+    slowly(tab)
+    ask(tab, "hello")
+    tiles(tab)
+    tab.locator("#speed").get_by_role("radio", name="instant").check()
+    tab.wait_for_selector("#talk :text('tokens/s')")
+    assert answer(tab) == "I know sudokus only."
+
+
+def test_what_is_behind_the_end_is_not_shown_as_written(tab):
+    ask(tab, "hello")
+    assert answer(tab) == "I know sudokus only."
+    tab.wait_for_selector("#talk :text('tokens/s')")
+    texts = tab.locator("#talk .tiles i").all_inner_texts()
+    assert tab.locator("#talk .tiles i.z").count() == len(texts) - texts.index("∎") - 1 > 0
+
+
+def test_right_and_wrong_are_told_and_what_the_model_does_not_know(tab, state, monkeypatch):
+    usage = Usage(examples=(f"Solve the sudoku {PUZZLE}",))
+    monkeypatch.setitem(state.cache.engines, "champion", dataclasses.replace(oracle("champion"), usage=usage))
+    for text, verdict in (
+        (f"Solve the sudoku {PUZZLE}", ".good:has-text('Right: every row')"),
+        ("Make 5 from 1, 2, 2", ".bad:has-text('Wrong: it must use 1, 2, 2, each once')"),
+        ("hello", ":has-text('none of the puzzles that the model was trained on')"),
+    ):
+        ask(tab, text)
+        tab.wait_for_selector(f"#talk .verdict{verdict}")
+
+
+# A value that alone makes the settings impossible.
+REFUSED = {
+    "max_new_tokens": "-3", "block_length": "7", "steps": "5", "temperature": "-1", "cfg_scale": "-1", "threshold": "2",
+    "factor": "-1", "forbid_tokens": "abc", "defer_tokens": "abc", "seed": "abc", "entropy_bound": "1",
+    "cfg_keep_tokens": "3", "cache_refresh": "2", "cache_window": "4",
+}  # fmt: skip
+
+
+def test_no_refused_setting_wedges_the_chat(tab):
+    """Every setting that takes a number or a text, to a value that is refused, and back."""
+    tab.get_by_text("All settings").click()
+    texts = {name for name, setting in SETTINGS.items() if setting.kind in ("integer", "number", "list", "text")}
+    assert set(REFUSED) == texts
+    for name, value in REFUSED.items():
+        knob = tab.locator(f"#setting-{name}").locator("input, textarea")
+        before = knob.input_value()
+        knob.fill(value)
+        knob.press("Tab")
+        ask(tab, f"hello {name}")
+        tab.wait_for_selector("#talk .note.bad")
+        assert tab.locator("#talk .turn, #talk .tiles").count() == 0, "a refused question leaves nothing behind"
+        tab.wait_for_function(f"() => document.querySelector('#message textarea').value == 'hello {name}'")
+        knob.fill(before)
+        knob.press("Tab")
+        tab.press("#message textarea", "Enter")
+        assert answer(tab) == "I know sudokus only.", name
+        assert tab.locator("#talk .note.bad").count() == 0
+        tab.click("#new")
+        tab.wait_for_selector("#talk .welcome")
+
+
+def test_an_error_clears_what_it_replaces(tab):
+    ask(tab, f"Solve the sudoku {PUZZLE}")
+    tab.wait_for_selector("#talk :text('tokens/s')")
+    tab.get_by_label("block_length", exact=True).fill("7")
+    tab.keyboard.press("Tab")
+    ask(tab, "hello")
+    tab.wait_for_selector("#talk .note.bad")
+    assert tab.locator("#talk .turn.user").count() == 1
+    assert tab.locator("#talk .tiles").count() == 0
+    assert "tokens/s" not in tab.inner_text("#talk")
+    for view, button, error, left in (
+        ("Infill", "#fill", "#infilled .note.bad", "#infilled .tiles"),
+        ("Compare", "#compare", "#left-canvas .note.bad", "#right-canvas .tiles"),
+        ("Sudoku", "#solve", "#verdict .note.bad", "#board .d"),
+    ):
+        pick(tab, view)
+        if view == "Compare":
+            choose(tab, "#left-preset", "as in the sidebar")
+        tab.click(button)
+        tab.wait_for_selector(error)
+        assert tab.locator(left).count() == 0, view
+
+
+def test_while_it_writes_a_second_question_is_told_to_wait_and_a_new_conversation_begins(tab):
+    slowly(tab)
+    ask(tab, "hello")
+    tiles(tab)
+    ask(tab, "second")
+    tab.wait_for_selector("#talk :text('press Stop first')")
+    assert tab.input_value("#message textarea") == "second"
+    written = tab.locator("#talk .tiles i.d").count()
+    tab.wait_for_function(f"() => document.querySelectorAll('#talk .tiles i.d').length > {written + 1}")
+    assert tab.locator("#talk :text('press Stop first')").count(), "the next step does not paint it over"
+    tab.click("#new")
+    tab.wait_for_selector("#talk .welcome")
+    tab.locator("#speed").get_by_role("radio", name="instant").check()
+    ask(tab, f"Solve the sudoku {PUZZLE}")
+    tab.wait_for_selector("#talk .verdict.good")
+    assert tab.locator("#talk .turn.user").count() == 1
 
 
 def test_several_turns_edit_undo_again_and_copy(tab, state, monkeypatch):
@@ -257,7 +395,8 @@ def test_512_tokens_are_written_in_as_many_tiles(tab):
         tab.get_by_label(knob, exact=True).fill(value)
         tab.keyboard.press("Tab")
     tab.wait_for_selector("#exactness :text('512 tokens in 64 steps')")
-    assert tab.locator("input[type=radio]:checked").count() == 0, "own settings are no preset"
+    presets = [tab.get_by_role("radio", name=name) for name in ("exact", "fast", "creative")]
+    assert not any(preset.is_checked() for preset in presets), "own settings are no preset"
     ask(tab, "hello")
     tab.wait_for_selector("#talk :text('tokens/s')")
     assert tab.locator("#talk .tiles i.d").count() == 512
@@ -274,7 +413,8 @@ def test_everything_in_chat_is_reached_by_keyboard(tab):
     for _ in range(8):
         tab.keyboard.press("Tab")
         reached.append(tab.evaluate("() => document.activeElement.innerText.trim()"))
-    assert reached[:5] == ["Send", "Stop", "Write again", "Undo", "New conversation"]
+    named = [name for name in reached if name]  # between them the speed, which has no text of its own
+    assert named[:5] == ["Send", "Stop", "Write again", "Undo", "New conversation"]
     tab.focus("#talk .turn.user button")
     tab.keyboard.press("Enter")
     tab.wait_for_function("() => document.querySelector('#message textarea').value == 'hello'")
@@ -305,7 +445,13 @@ def test_replay_slides_shades_saves_and_shows_runners_up(tab, tmp_path):
     answer(tab)
     pick(tab, "Replay")
     inside = tab.frame_locator("#replay iframe")
-    inside.locator("#about", has_text="and its runners-up").wait_for()  # the second document, which has them
+    inside.locator("#about", has_text="runners-up have not been looked up").wait_for()
+    assert not inside.locator("#others").is_visible()
+    tab.click("#runners")
+    inside.locator("#others").wait_for()
+    assert inside.locator("#others tbody tr").count() == 24, "of every position"
+    written, others = inside.locator("#others tbody tr").first.locator("td").all_inner_texts()[1:]
+    assert written not in others, "the token written is no runner-up"
     assert "step 24 of 24" in inside.locator("#where").inner_text()
     inside.locator("#at").fill("4")
     assert inside.locator("#tiles i.m").count() == 19
@@ -330,6 +476,7 @@ def test_gaps_are_filled(tab):
     tab.fill("#gaps textarea", "1+[[2]]=4")
     tab.click("#fill")
     tab.wait_for_selector("#infilled :text('take them away')")
+    assert tab.input_value("#infilled-text textarea") == ""
     tab.fill("#pins textarea", "")
     tab.click("#fill")
     tab.wait_for_function("() => document.querySelector('#infilled-text textarea').value == '1+33=4'")
@@ -337,6 +484,9 @@ def test_gaps_are_filled(tab):
     tab.fill("#gaps textarea", "hello")
     tab.click("#fill")
     tab.wait_for_function("() => document.querySelector('#infilled-text textarea').value == 'I XYow sudokus only.'")
+    tab.fill("#pins textarea", "")
+    tab.click("#fill")
+    tab.wait_for_selector("#infilled :text('no gap like [[5]]')")
     tab.fill("#gaps textarea", "")
     tab.click("#fill")
     tab.wait_for_selector("#infilled :text('the message is empty')")
@@ -363,17 +513,18 @@ def test_one_version_answers_under_two_settings_in_step(tab):
     choose(tab, "#right-preset", "exact")
     tab.fill("#question textarea, #question input", "hello")
     tab.click("#compare")
-    tab.wait_for_selector("#left-canvas :text('1 steps · 1 forwards')")
+    tab.wait_for_selector("#left-canvas :text('2 steps · 2 forwards')")  # one a block
     tab.wait_for_selector("#right-canvas :text('24 steps · 24 forwards')")
 
 
 def test_another_model_is_chosen_loaded_and_answers(tab):
     choose(tab, "#model", "other")
     pick(tab, "Model")
+    tab.wait_for_selector("#facts :text('How well it does')")
+    assert "97.0 % [91.5, 99.0] of 100 questions" in tab.inner_text("#facts")
+    assert "llada chat --model other" in tab.inner_text("#facts")
     tab.click("#load")
     tab.wait_for_selector("#loaded :text('other is loaded')")
-    assert "97.0 %" in tab.inner_text("#scores")
-    assert "other" in tab.inner_text("#facts")
     pick(tab, "Chat")
     ask(tab, "hello")
     assert answer(tab) == "Something else."
@@ -382,12 +533,16 @@ def test_another_model_is_chosen_loaded_and_answers(tab):
 def test_the_panel_says_what_is_approximate_and_what_is_out_of_range(tab):
     tab.get_by_role("radio", name="fast").check()
     tab.wait_for_selector("#exactness :text('Approximate: the prefix cache')")
+    assert "is not kept with it" in tab.inner_text("#exactness"), "a figure is the model's own, or there is none"
+    tab.get_by_role("radio", name="creative").check()
+    tab.wait_for_selector("#exactness :text('Drawn at random (temperature 0.8)')")
     tab.get_by_role("radio", name="exact").check()
     tab.wait_for_selector("#exactness :text('Exact: one token per step')")
     assert tab.get_by_role("radio", name="exact").is_checked(), "setting the values of a preset is not changing them"
     tab.get_by_label("threshold").press_sequentially("7")  # the first key after a value was set from here counts
     tab.wait_for_selector("#exactness :text('less than or equal to 1')")
-    assert tab.locator("input[type=radio]:checked").count() == 0, "own settings are no preset"
+    presets = [tab.get_by_role("radio", name=name) for name in ("exact", "fast", "creative")]
+    assert not any(preset.is_checked() for preset in presets), "own settings are no preset"
     ask(tab, "hello")
     tab.wait_for_selector("#talk :text('less than or equal to 1')")
 
@@ -452,4 +607,8 @@ def test_a_narrow_window_and_the_dark_theme_are_usable(browser, url, width, sche
     if width > 800:  # else behind the menu of tabs
         pick(page, "Replay")
         page.frame_locator("#replay iframe").locator(f"html.{scheme}").wait_for()
+        style = "part => { const s = getComputedStyle(part); return [s.color, s.backgroundColor]; }"
+        ink, ground = page.frame_locator("#replay iframe").locator("#play").evaluate(style)
+        assert ground == "rgba(0, 0, 0, 0)", "no white button on a dark page"
+        assert sum(map(int, re.findall(r"\d+", ink)[:3])) > 380
     assert page.faults == []

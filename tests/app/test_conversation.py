@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
-from app.conversation import LONGEST_MESSAGE, MOST_TURNS, Conversation
+from app.conversation import ALONE, LONGEST_MESSAGE, MOST_TURNS, Conversation
 from app.models import LoadedModel, UserError
 from llada_core.sampling.params import SamplingParams
+from llada_core.usage import Usage
 from tests.app.oracle import oracle
 from tests.tiny import tiny_pair
 
@@ -64,7 +65,8 @@ def test_stop_before_the_turn_comes_writes_nothing(loaded):
     chat.ask("12 + 3")
     chat.stop()
     assert list(chat.reply(loaded, PARAMS)) == []
-    assert chat.turns[-1].answer == ""
+    assert chat.turns == []
+    assert chat.returned == ("12 + 3", None)
 
 
 def test_a_closed_tab_frees_the_model_and_leaves_the_session_usable(loaded):
@@ -95,6 +97,73 @@ def test_again_undo_edit_and_clear(loaded):
     for act in (chat.undo, chat.again):
         with pytest.raises(UserError):
             act()
+
+
+def test_a_new_conversation_stops_the_answer_and_leaves_nothing_of_it(loaded):
+    chat = answered(loaded, "one")
+    chat.ask("two")
+    frames = chat.reply(loaded, PARAMS)
+    next(frames)
+    chat.clear()
+    assert chat.turns == []
+    chat.ask("three")  # at once, before the other has noticed
+    assert list(frames) == []
+    assert chat.waiting
+    assert not chat.writing
+    assert len(list(chat.reply(loaded, PARAMS))) == 12
+    assert [t.user for t in chat.turns] == ["three"]
+
+
+def test_a_refused_question_leaves_no_trace_and_comes_back(loaded):
+    chat = answered(loaded, "one", "two")
+    before, shown = list(chat.turns), chat.last
+    too_long = SamplingParams(max_new_tokens=999, block_length=999, steps=999)
+    for act, returned in (
+        (lambda: chat.ask("three"), ("three", None)),
+        (lambda: chat.edit(0, "other"), ("other", 0)),
+        (chat.again, ("", None)),
+    ):
+        act()
+        assert chat.picture == ""
+        with pytest.raises(UserError, match="at most"):
+            list(chat.reply(loaded, too_long))
+        assert chat.turns == before
+        assert chat.last is shown, "what was answered can still be replayed"
+        assert chat.returned == returned
+        assert not chat.writing
+
+
+def test_a_stopped_answer_keeps_its_gaps():
+    loaded = oracle("champion")
+    chat = Conversation()
+    chat.ask("Solve the sudoku 1030340020030001")
+    params = SamplingParams(max_new_tokens=16, block_length=16, steps=16)  # no room for an end
+    for frame in chat.reply(loaded, params):
+        if frame.written == 6:
+            chat.stop()
+    said = chat.turns[0].answer
+    shown = chat.last.trace.texts(chat.last.trace.frames[-1])
+    assert said == "".join(text or "_" for text in shown).rstrip("_") + "…"
+    assert "_" in said
+    assert chat.turns[0].verdict is None, "what is not finished is neither right nor wrong"
+
+
+def test_an_answer_is_judged_where_it_can_be():
+    chat = Conversation()
+    for question in ("Solve the sudoku 1030340020030001", "Make 5 from 1, 2, 2"):
+        chat.ask(question)
+        list(chat.reply(oracle("champion"), SamplingParams(max_new_tokens=24, block_length=24, steps=24)))
+    assert [turn.verdict.right for turn in chat.turns] == [True, False]
+
+
+def test_a_model_of_single_turns_forgets_the_history_and_that_is_said(loaded):
+    single = LoadedModel("s", None, loaded.model, loaded.tokenizer, usage=Usage(turns="single"))
+    chat = Conversation()
+    for question in ("first", "second"):
+        chat.ask(question)
+        list(chat.reply(single, PARAMS))
+        assert (ALONE in chat.last.note) == (question == "second")
+    assert chat.last.trace.prompt == loaded.tokenizer.chat_ids([{"role": "user", "content": "second"}])
 
 
 def test_a_refused_edit_loses_nothing(loaded):
@@ -138,7 +207,7 @@ def test_nothing_changes_under_a_running_answer(loaded):
     chat.ask("one")
     frames = chat.reply(loaded, PARAMS)
     next(frames)
-    for act in (chat.undo, chat.again, chat.clear, lambda: chat.ask("x"), lambda: chat.edit(0, "x")):
+    for act in (chat.undo, chat.again, lambda: chat.ask("x"), lambda: chat.edit(0, "x")):
         with pytest.raises(UserError, match="press Stop"):
             act()
     frames.close()

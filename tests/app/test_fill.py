@@ -86,4 +86,4 @@ def test_a_changed_given_is_marked():
     ],
 )
 def test_the_verdict_is_the_verifiers(answer, says):
-    assert says in fill.verdict("1" + "0" * 15, answer)
+    assert says in fill.solved("1" + "0" * 15, answer)

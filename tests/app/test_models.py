@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 
 from app import models as engines
-from app.models import AppState, LoadedModel, ModelCache, ModelIndex, Setting, UserError, load
+from app.models import (
+    SPEEDS,
+    AppState,
+    Clock,
+    LoadedModel,
+    ModelCache,
+    ModelIndex,
+    Setting,
+    UserError,
+    due,
+    load,
+    paced,
+)
+from llada_core.sampling.params import SamplingParams
 from llada_core.usage import Usage
 from tasks.project import Project
 
@@ -135,9 +148,49 @@ def test_who_has_a_model_does_not_wait_for_one_that_loads(model_folder, monkeypa
     assert rest == [(here, "")]
 
 
-def test_settings_that_the_model_cannot_use_are_refused(loaded):
-    from llada_core.sampling.params import SamplingParams
+class Ticking:
+    """A clock that only sleeping moves."""
 
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def clock(self) -> Clock:
+        return Clock(now=lambda: self.at, sleep=self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.at += seconds
+
+
+@pytest.mark.parametrize(
+    ("params", "steps"),
+    [
+        (SamplingParams(34, 17, 34), 34),
+        (SamplingParams(34, 17, 34), 17),
+        (SamplingParams(34, 17, 34, threshold=0.999), 6),
+        (SamplingParams(34, 17, 34, threshold=0.999), 17),
+        (SamplingParams(128, 32, 128, stop_at_eos=True), 128),
+        (SamplingParams(512, 32, 512, threshold=0.9), 300),
+    ],
+)
+def test_an_answer_is_shown_in_two_to_four_seconds(params, steps):
+    time = Ticking()
+    when = [time.at for _ in paced(iter(range(steps)), lambda n: due(n, params, SPEEDS["normal"]), clock=time.clock())]
+    assert when[0] == 0.0, "the first step at once"
+    assert 1.99 <= time.at <= 4.11
+    assert when == sorted(when)
+
+
+def test_the_rest_is_shown_at_once_when_somebody_wants_it():
+    time, speed = Ticking(), [SPEEDS["slow"]]
+    shown = paced(iter(range(64)), lambda n: due(n, SamplingParams(64, 64, 64), speed[0]), clock=time.clock())
+    next(shown)
+    next(shown)
+    before, speed[0] = time.at, SPEEDS["instant"]
+    assert len(list(shown)) == 62
+    assert time.at - before == 0.0
+
+
+def test_settings_that_the_model_cannot_use_are_refused(loaded):
     with pytest.raises(UserError):
         loaded.write([5], SamplingParams(max_new_tokens=7, block_length=3, steps=5))
 

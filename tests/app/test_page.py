@@ -144,8 +144,8 @@ def test_a_reply_that_nobody_waits_for_leaves_the_conversation_on_the_page():
 
     from app.chat import ChatView
 
-    view = ChatView(*[None] * 7)
-    assert list(view.reply({None: None})) == [(gr.skip(), gr.skip())]
+    view = ChatView(*[None] * 8)
+    assert list(view.reply({None: None})) == [(gr.skip(),) * 4]
 
 
 def test_an_unexpected_error_is_a_sentence_with_a_number_and_the_log_has_the_rest(caplog):

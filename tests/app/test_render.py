@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.canvas import DONE, LEVELS, OPEN, STATES, Frame, printable, readable
-from app.render import canvas, conversation, escape, notice, table, tile
+from app.canvas import DONE, END, LEVELS, OPEN, STATES, Frame, printable, readable
+from app.conversation import Turn
+from app.guide import Verdict
+from app.render import LEGEND, canvas, conversation, escape, legend, notice, table, tile
 
 
 def frame(state, confidence=0.9, width=1, block=(0, 0)):
@@ -37,7 +39,8 @@ def test_no_text_gets_out_of_its_tile(text):
 @pytest.mark.parametrize("text", NASTY)
 def test_no_text_gets_out_of_the_conversation_a_notice_or_a_table(text):
     said = readable(text)
-    for html in (conversation([(said, said)], note=said), notice(said), table([(said, said)])):
+    turn = Turn(said, said, Verdict(False, said))
+    for html in (conversation([turn], note=said), notice(said), table([(said, said)])):
         assert "<script" not in html
         assert "<img" not in html
         assert "${" not in html
@@ -112,6 +115,20 @@ def test_a_canvas_has_as_many_tiles_at_every_step_so_nothing_jumps():
     assert early.count("<i ") == late.count("<i ") == 30
     assert early.count("<p") == late.count("<p") == 1
     assert 'aria-label="canvas: 0 of 30 positions written"' in early
+
+
+def test_nothing_behind_the_end_looks_written():
+    html = canvas(frame(DONE, 1.0, 5), ["4", "2", END, "At", END])
+    assert re.findall(r'<i class="([^"]*)"', html) == ["d c4", "d c4", "d c4", "d z", "d z"]
+    whole = canvas(frame(DONE, 1.0, 5), ["4", "2", END, "At", END], ends=False)
+    assert "d z" not in whole
+    assert "d z" not in canvas(frame(OPEN, 1.0, 3), [END, "guess", "guess"]), "a guessed end is none yet"
+
+
+def test_the_legend_names_every_kind_of_tile():
+    html = legend()
+    assert {kind for kind, _, _ in LEGEND} >= {"m", "m b", "d f c4", "d c0", "d c2", "d c4", "d z", "g"}
+    assert f">{END}</i> the answer ends" in html
 
 
 def test_escape_leaves_plain_text_readable():

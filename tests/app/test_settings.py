@@ -55,7 +55,7 @@ def test_settings_that_exclude_each_other_are_refused():
 
 def test_presets_say_whether_they_are_exact():
     assert exactness(preset("exact", BASE)).startswith("Exact")
-    assert exactness(preset("creative", BASE)).startswith("Exact")
+    assert exactness(preset("creative", BASE)).startswith("Drawn at random (temperature 0.8)")
     assert exactness(preset("fast", BASE)).startswith("Approximate: the prefix cache")
     assert exactness(dataclasses.replace(BASE, steps=16)).startswith("Approximate: 32 tokens in 16 steps")
     assert preset("exact", BASE).stop_at_eos

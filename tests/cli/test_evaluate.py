@@ -48,7 +48,10 @@ def test_without_a_project_puzzles_are_measured_as_the_model_is_to_be_asked(call
     assert exported.exit_code == 0, exported.stderr
     assert Usage.load(Path("copy")) == Usage.load(own)
     card = Path("copy/README.md").read_text()
-    assert all(line in card for line in ("- turns: multi", "- system prompt: Be brief.", "- example: Why?"))
+    assert all(
+        line in card
+        for line in ("- **conversations**: several turns", "- **system prompt**: Be brief.", "- **for example**: Why?")
+    )
 
 
 def test_a_budget_asks_the_share_of_questions_that_fits(call, tiny, monkeypatch):

@@ -71,7 +71,11 @@ def test_an_export_is_self_contained_and_loads(call, tiny):
     model = llada_core.load_model(folder)
     assert model.special_tokens == llada_core.load_model(tiny).special_tokens
     card = (folder / "README.md").read_text()
-    assert "training steps: 7" in card
+    assert "- **fine-tuning**: 7 steps" in card
+    assert "## How to use it" in card
+    shown, _, hidden = card.partition("<details>")
+    assert "**run**" not in shown
+    assert "**run**: x" in hidden
     assert not any(path.is_symlink() for path in folder.rglob("*"))
     assert [p.name for p in Path("mine").iterdir()] == ["exported"]
 
