@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from app.canvas import parse_template, printable, readable, typed
-from app.conversation import Conversation
+from app.conversation import Conversation, Turn
 from app.models import LoadedModel
 from app.render import conversation
 from cli.terminal import TerminalChat
@@ -57,7 +57,7 @@ def test_what_is_typed_reaches_the_model_and_is_shown_harmless(name):
     gap = parse_template(f"{text}[[2]]", tokenizer.encode, tokenizer.special.mask_id, 500)
     assert gap[:-2] == tokenizer.encode(text)
     assert readable(text) == (text if shown is None else shown)
-    html = conversation([(text, text)])
+    html = conversation([Turn(text, text)])
     assert "<script" not in html
     assert all(character not in html for character in "\x1b\x00\u202e\r")
     assert all(character not in printable(text) for character in "\x1b\x00\u202e\r\n")
