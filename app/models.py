@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,6 +115,7 @@ def as_user_error() -> Iterator[None]:
 
 
 MOST_CONTEXT = 4096  # of the page, whose machine many may share
+AT_ONCE = 64  # answers that one model writes together
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,12 @@ class LoadedModel:
     tokenizer: Tokenizer
     max_context: int = MOST_CONTEXT  # tokens of a canvas that whoever shows it allows
     usage: Usage = field(default_factory=Usage)
+    # What writes for all who ask: 64 at once, or as many as are together as long as 32 whole contexts. Made with the model:
+    # of two threads that asked for it at the same time, each could have got one of its own.
+    engine: Engine = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def engine(self) -> Engine:
-        """What writes for all who ask: 64 at once, or as many as are together as long as 32 whole contexts."""
-        return Engine(self.model, rows=64, positions=32 * self.context)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "engine", Engine(self.model, rows=AT_ONCE, positions=32 * self.context))
 
     @property
     def context(self) -> int:
@@ -155,21 +156,23 @@ class LoadedModel:
         *,
         fixed_tokens: dict[int, int] | None = None,
         look_ahead: bool = False,
+        copy: int = 0,
     ) -> Generator[Step, None, None]:
         """Denoises an answer after `prompt`; with `look_ahead`, guesses are made beyond the present block too.
 
-        `fixed_tokens`: answer position -> token that stands there from the start.
+        `fixed_tokens`: answer position -> token that stands there from the start. `copy`: which of several answers to one
+        prompt under one seed.
         """
         with as_user_error():
-            requests, _ = to_answer(self.model, [prompt], params, pinned=fixed_tokens, ahead=look_ahead)
+            requests, _ = to_answer(self.model, [prompt], params, pinned=fixed_tokens, ahead=look_ahead, copy=copy)
         return self._steps(requests)
 
     def fill(
-        self, template: list[int], params: SamplingParams, *, look_ahead: bool = False
+        self, template: list[int], params: SamplingParams, *, look_ahead: bool = False, copy: int = 0
     ) -> Generator[Step, None, None]:
-        """Denoises the masks of a template."""
+        """Denoises the masks of a template; `copy` as in `write`."""
         with as_user_error():
-            requests = to_fill(self.model, [template], params, ahead=look_ahead)
+            requests = to_fill(self.model, [template], params, ahead=look_ahead, copy=copy)
         return self._steps(requests)
 
     def _steps(self, requests: list[Request]) -> Generator[Step, None, None]:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from cli.options import Bits, Device, name_or_champion
+from llada_core.settings import ConfigError
 from tasks.errors import one_line_errors, require_port
 
 KEY = "LLADAFLOW_API_KEY"
@@ -37,11 +38,13 @@ def serve(
         names = model or [name_or_champion("")]
         import uvicorn
 
-        from app.models import ModelCache, ModelIndex, Setting
+        from app.models import AT_ONCE, ModelCache, ModelIndex, Setting
         from app.server.http import create_app
         from app.server.service import Limits, Service
         from tasks.project import Project
 
+        if at_once > AT_ONCE:
+            raise ConfigError(f"--at-once {at_once}: a model writes at most {AT_ONCE} answers together; more may wait")
         cache = ModelCache(ModelIndex(Project.at()), most=len(names) + 1, setting=Setting.checked(device, bits))
         service = Service(cache, names, Limits(at_once=at_once, waiting=waiting, seconds=seconds))
         key = os.environ.get(KEY, "")

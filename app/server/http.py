@@ -6,6 +6,7 @@ import json
 import logging
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
+from app.models import UserError
 from app.server.answers import Draft
 from app.server.schema import BadRequestError, ChatRequest, CompletionRequest, Sampled, ScoreRequest
 from app.server.service import Service
@@ -87,6 +89,7 @@ def create_app(service: Service, *, key: str = "", follow_seconds: float = 5.0) 
     line = Line(service)
     app.add_middleware(Guard, service=service, key=key)
     app.exception_handler(BadRequestError)(_refused)
+    app.exception_handler(UserError)(_refused)
     app.exception_handler(HTTPException)(_no_such_path)
     app.exception_handler(ClientDisconnect)(_gone)
     app.exception_handler(Exception)(_failed)
@@ -130,7 +133,7 @@ def create_app(service: Service, *, key: str = "", follow_seconds: float = 5.0) 
     return app
 
 
-class Format:
+class Format(ABC):
     """One answer in the shape of its path: whole, or a piece of a stream."""
 
     kind, piece = "", ""
@@ -139,13 +142,13 @@ class Format:
         self.asked = asked
         self.head = {"id": f"{self.kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
 
+    @abstractmethod
     def choice(self, draft: Draft) -> dict[str, Any]:
         """One whole choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, draft: Draft, text: str) -> dict[str, Any]:
         """One choice's new text."""
-        raise NotImplementedError
 
     def opening(self, draft: Draft) -> dict[str, Any] | None:
         """What a stream says of a choice before its first text."""
@@ -332,6 +335,8 @@ def _told(error: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(error, BadRequestError):
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status, "invalid_request_error")
         return error.status, _error(str(error), kind, error.param, error.code)
+    if isinstance(error, UserError):  # of the model's own queue, once a first step is asked for
+        return 429, _error(str(error), "rate_limit_error", None, "queue_full")
     number = secrets.token_hex(3)
     log.error("error %s", number, exc_info=error)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():

@@ -32,7 +32,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (None, False),
     "modalities": (None, ["text"]),
 }
-MOST_CHOICES, MOST_PROMPTS, MOST_PAIRS = 16, 64, 1024
+MOST_CHOICES, MOST_ANSWERS, MOST_PAIRS = 16, 64, 1024
 Stop = Annotated[str, StringConstraints(min_length=1)]
 
 
@@ -182,8 +182,8 @@ class CompletionRequest(Sampled):
     def _one_way(self) -> Self:
         if self.template is not None and (self.prompt or self.suffix):
             raise ValueError("a template holds all of the text; leave prompt and suffix out")
-        if len(self.prompts) > MOST_PROMPTS:
-            raise ValueError(f"{len(self.prompts)} prompts; at most {MOST_PROMPTS} are answered in one request")
+        if (asked := len(self.prompts) * self.n) > MOST_ANSWERS:
+            raise ValueError(f"{asked} answers (prompts times n); at most {MOST_ANSWERS} are written in one request")
         return self
 
     @property

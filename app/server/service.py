@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -17,6 +17,7 @@ from llada_core.evaluation.requests import ChatText, pairs
 from llada_core.likelihood import Likelihood
 from llada_core.sampling.params import SamplingParams
 
+SCORED_AT_ONCE = 8  # pairs between which answers take their steps
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -61,6 +62,7 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
     loaded: dict[str, LoadedModel] = field(init=False, default_factory=dict)
     since: int = field(init=False, default_factory=lambda: int(time.time()))
+    _said: dict[str, str] = field(init=False, default_factory=dict, repr=False)
     _scoring: threading.Lock = field(init=False, default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
@@ -70,7 +72,8 @@ class Service:
     def follow_aliases(self) -> list[str]:
         """Looks names up again and takes other weights where an alias has moved; sentences for the log.
 
-        Answers under way end with the weights they began with. What cannot be loaded leaves the old ones in place.
+        Answers under way end with the weights they began with. What cannot be loaded leaves the old ones in place, and is
+        told once.
         """
         told = []
         for name in self.names:
@@ -81,8 +84,9 @@ class Service:
                 said = str(error)
             if self.loaded[name] is not before:
                 self.metrics.swaps.inc()
-            if said:
+            if said and self._said.get(name) != said:
                 told.append(said)
+            self._said[name] = said
         return told
 
     def model(self, name: str) -> LoadedModel:
@@ -135,7 +139,7 @@ class Service:
     ) -> list[Draft]:
         filling = whole or suffix is not None
         if filling:  # a template is filled to its end
-            params = SamplingParams(**{**vars(params), "stop_at_eos": False})
+            params = replace(params, stop_at_eos=False)
         blank = [loaded.model.special_tokens.mask_id] * (0 if whole else params.max_new_tokens)
         found: list[Draft] = []
         for prompt in prompts:
@@ -147,28 +151,31 @@ class Service:
                     "max_tokens",
                     "context_length_exceeded",
                 )
-            for choice in range(asked.n):
-                own = (
-                    params if params.seed is None else SamplingParams(**{**vars(params), "seed": params.seed + choice})
-                )
+            for copy in range(asked.n):
                 try:
-                    steps = loaded.fill(template, own) if filling else loaded.write(prompt, own)
+                    steps = (
+                        loaded.fill(template, params, copy=copy) if filling else loaded.write(prompt, params, copy=copy)
+                    )
                 except UserError as error:
                     raise BadRequestError(str(error)) from None
-                found.append(Draft(loaded, own, prompt, steps, asked.stops, len(suffix or []), whole, len(found)))
+                found.append(Draft(loaded, params, prompt, steps, asked.stops, len(suffix or []), whole, len(found)))
         return found
 
     def score(self, asked: ScoreRequest) -> dict[str, object]:
-        """Log-likelihoods in nats, of labels their shares too. One request at a time: each fills the device by itself."""
+        """Log-likelihoods in nats, of labels their shares too. One request at a time, and between its parts answers go on:
+        who scores has the model to himself, so that a device holds one forward.
+        """
         loaded = self.model(asked.model)
         special = loaded.model.special_tokens
         prefix = special.eos_id if special.bos_id is None else special.bos_id
         with self._scoring:
             try:
                 encoded = pairs([(_context(p, loaded), a) for p, a in asked.texts], loaded.tokenizer, prefix)
-                how = asked.samples, asked.cfg_scale, asked.seed, asked.estimator
-                likelihood = Likelihood(loaded.model, *how)
-                scores = likelihood.scores(encoded)
+                likelihood = Likelihood(loaded.model, asked.samples, asked.cfg_scale, asked.seed, asked.estimator)
+                scores: list[float] = []
+                for first in range(0, len(encoded), SCORED_AT_ONCE):
+                    with loaded.turn:
+                        scores += likelihood.scores(encoded[first : first + SCORED_AT_ONCE])
             except ValueError as error:
                 raise BadRequestError(str(error)) from None
         self.metrics.forwards.inc(likelihood.forwards)

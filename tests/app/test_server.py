@@ -14,6 +14,7 @@ from app.server import answers
 from app.server.answers import Draft, first_of, held_back
 from app.server.http import create_app
 from app.server.service import Limits, Service
+from llada_core.likelihood import log_likelihoods
 from llada_core.sampling.params import SamplingParams
 from llada_core.usage import Usage
 
@@ -87,6 +88,10 @@ def test_settings_of_a_request_go_over_the_models_own(client: TestClient, tiny: 
     expected = in_process(tiny, prompt, temperature=1.0, seed=7, max_new_tokens=24, steps=24, threshold=0.5)
     assert ask(client, CHAT, messages=QUESTION, **asked)["choices"][0]["message"]["content"] == expected
     several = ask(client, CHAT, messages=QUESTION, n=3, **asked)["choices"]
+    params = replace(OWN, temperature=1.0, seed=7, max_new_tokens=24, steps=24, threshold=0.5)
+    copies = llada_core.generate(tiny.model, [prompt] * 3, params).answers  # of one prompt under one seed
+    texts = [tiny.tokenizer.answer_text(answer.tolist()) for answer in copies]
+    assert [choice["message"]["content"] for choice in several] == texts
     assert [choice["index"] for choice in several] == [0, 1, 2]
     assert several[0]["message"]["content"] == expected
     assert len({choice["message"]["content"] for choice in several}) == 3
@@ -177,18 +182,15 @@ def test_log_probabilities_are_those_at_which_tokens_were_written(client: TestCl
 
 
 def test_scores_are_the_librarys(client: TestClient, tiny: LoadedModel) -> None:
-    encode = tiny.tokenizer.encode
+    def ids(pair: dict[str, str]) -> tuple[list[int], list[int]]:
+        prompt, both = (
+            tiny.tokenizer.encode(text, user=False) for text in (pair["prompt"], pair["prompt"] + pair["answer"])
+        )
+        return prompt, both[len(prompt) :]
+
     pairs = [{"prompt": "one", "answer": " two"}, {"prompt": "one", "answer": " three four"}]
     found = ask(client, SCORE, pairs=pairs, samples=16)
-    expected = [
-        llada_core.log_likelihood(
-            tiny.model,
-            encode("one", user=False),
-            encode("one" + pair["answer"], user=False)[len(encode("one", user=False)) :],
-            samples=16,
-        )
-        for pair in pairs
-    ]
+    expected = log_likelihoods(tiny.model, [ids(pair) for pair in pairs], samples=16)  # in one call: in equal batches
     assert [entry["log_likelihood"] for entry in found["data"]] == expected
     labels = ask(client, SCORE, prompt=QUESTION, labels=["yes", "no"])["data"]
     assert sum(entry["probability"] for entry in labels) == pytest.approx(1.0)
@@ -214,6 +216,7 @@ REFUSED = [
     (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role", "'user'"),
     (CHAT, {"messages": [{"role": "assistant", "content": "x"}]}, 400, "", "must end with one of the user"),
     (CHAT, {"messages": QUESTION, "n": 1000}, 400, "n", "less than or equal to 16"),
+    (TEXT, {"prompt": ["a"] * 33, "n": 2}, 400, "", "66 answers (prompts times n); at most 64"),
     (TEXT, {"prompt": [999999]}, 400, None, "vocabulary"),
     (TEXT, {"template": "nothing"}, 400, "template", "[[5]]"),
     (TEXT, {"prompt": "a", "template": "[[3]]"}, 400, "", "leave prompt and suffix out"),
@@ -304,6 +307,16 @@ def test_a_step_that_fails_ends_one_request(
     assert "lladaflow_requests_active 0.0" in client.get("/metrics").text
 
 
+def test_a_full_queue_of_the_model_is_no_fault_of_the_server(client: TestClient, tiny: LoadedModel) -> None:
+    engine = tiny.engine
+    engine.waiting, before = 0, engine.waiting
+    answer = client.post(CHAT, json={"model": "tiny", "messages": QUESTION})
+    engine.waiting = before
+    assert answer.status_code == 429
+    assert "try again later" in answer.json()["error"]["message"]
+    assert ask(client, CHAT, messages=QUESTION)
+
+
 def test_an_answer_that_takes_too_long_keeps_what_is_there(tiny: LoadedModel) -> None:
     with served(tiny, limits=Limits(seconds=0.0)) as client:
         found = ask(client, CHAT, messages=QUESTION)
@@ -321,6 +334,7 @@ def test_an_alias_that_moves_is_followed_and_one_that_is_gone_is_not(tiny: Loade
     assert service.model("default") is other
     cache.loaded = "the folder is gone"  # type: ignore[assignment]
     assert service.follow_aliases() == ["the folder is gone"]
+    assert service.follow_aliases() == []  # told once, not at every look
     assert service.model("tiny") is other
     assert service.metrics.swaps.collect()[0].samples[0].value == 1
 
