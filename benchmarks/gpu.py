@@ -2,8 +2,8 @@
 
 Random weights in bf16. A cell takes at most eight timed steps after its warm-up; rates of whole answers are computed from
 them: the forward of all positions as a row enters its block, and the block's steps. `python -m benchmarks.gpu [--part
-sampling,moe,training,loading] [--toy] [--out FILE]`, about four minutes a part on one GPU; without a GPU, or with --toy,
-the same script at toy size, so that it never rots (its figures then say nothing).
+sampling,moe,training,loading] [--toy] [--out FILE]`; a part should take at most four minutes on one GPU, which has not been
+measured; without a GPU, or with --toy, the same script at toy size, so that it never rots (its figures then say nothing).
 """
 
 import argparse
@@ -61,12 +61,14 @@ class Floor:
     def step(self, model: MaskPredictor, rows: int, positions: int) -> float:
         """Seconds of a forward over `positions` of `rows` rows: its active weights read once, or its products, the slower.
 
-        Attention is left out: the floor is a floor. For a sparse model the weights are those of one token, which is too
-        low once the tokens of a batch choose different experts.
+        The head is asked for the block alone, and attention is left out: the floor is a floor. For a sparse model the
+        weights are those of one token, which is too low once the tokens of a batch choose different experts.
         """
         active = active_parameters(model)
+        head = model.vocab_rows * model.widths[0]
         read = active * model.dtype.itemsize / self.bytes_per_second
-        return max(read, 2 * active * rows * positions / self.flops_per_second)
+        flops = 2 * rows * ((active - head) * positions + head * min(positions, BLOCK))
+        return max(read, flops / self.flops_per_second)
 
 
 def prompts_of(size: Size, rows: int, length: int) -> Tensor:

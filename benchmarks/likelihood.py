@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import oracle
-from benchmarks.sampling import reference_of
+from benchmarks.peers import reference_of
 from benchmarks.timing import interleaved, machine, table
-from benchmarks.trained import SPECIAL, texts, trained_model
+from benchmarks.trained import SHAPE, SPECIAL, texts, trained_model
 from llada_core.likelihood import Estimator, Likelihood
 from llada_core.modeling.predictor import MaskPredictor
 
@@ -82,7 +82,7 @@ def main(parts: list[str] | None = None) -> None:
     if parts == ["quality"]:
         return
     print(f"\nlikelihood: {machine()}", flush=True)
-    reference, timed = reference_of(model), questions(TIMED_QUESTIONS, (20, 40))
+    reference, timed = reference_of(model, SHAPE), questions(TIMED_QUESTIONS, (20, 40))
     report(model, reference, timed, f"answers of 20-40 tokens, ours with {num_samples} samples", num_samples)
     report(model, reference, questions(TIMED_QUESTIONS, 1), "answers of one token", SAMPLES)
 

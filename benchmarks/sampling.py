@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import oracle
+from benchmarks.peers import reference_of
 from benchmarks.timing import interleaved, machine, matmul_rate, table
 from benchmarks.trained import NEW, PROMPT, SHAPE, SPECIAL, VOCABULARY, texts, trained_model
 from llada_core.modeling.predictor import MaskPredictor
@@ -46,12 +47,6 @@ class Last:
         self.result = self.run()
 
 
-def reference_of(model: MaskPredictor) -> oracle.Reference:
-    """The oracle with the same weights."""
-    weights = {name: value.detach() for name, value in model.state_dict().items()}
-    return oracle.Reference(weights, SHAPE.n_heads, SHAPE.rope_theta, SHAPE.rms_norm_eps)
-
-
 def floor_seconds(fed: int, forwards: int, batch: int, rate: float) -> float:
     """Seconds that the products of the body over the `fed` tokens, half a block's heads and attention take at `rate`."""
     layers, width = SHAPE.n_layers, SHAPE.d_model
@@ -65,7 +60,7 @@ def measure(model: MaskPredictor, batch: int, rounds: int) -> list[list[str]]:
     """One table row per mode for one precision and batch size."""
     dtype = str(model.dtype).removeprefix("torch.")
     prompts: Tensor = texts(batch, seed=77)[:, :PROMPT]
-    reference = reference_of(model)
+    reference = reference_of(model, SHAPE)
     entries = {
         "ML-GSAI generate (oracle)": Last(
             lambda: oracle.generate(reference, prompts, steps=NEW, new=NEW, block=BLOCK, mask_id=SPECIAL.mask_id)

@@ -75,7 +75,10 @@ async def client_of(url: str, number: int, until: float, pause: float, load: Loa
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
         while time.monotonic() < until:
             await asyncio.sleep(rng.expovariate(1 / pause) if pause else 0)
-            await answer(client, question(rng), load)
+            try:
+                await answer(client, question(rng), load)
+            except httpx.HTTPError:  # a broken or slow connection is a failure to be counted, not the end of the cell
+                load.failed += 1
 
 
 async def cell(url: str, clients: int, seconds: float, pause: float, server: psutil.Process) -> Load:

@@ -53,3 +53,13 @@ def test_the_oracle_with_a_cache_is_the_oracle_without() -> None:
     tokens, kept = gpu.prompts_of(size, 2, 24), []
     whole = reference.cached(tokens, kept, 0)
     torch.testing.assert_close(reference.cached(tokens[:, 8:16], kept, 8), whole[:, 8:16])
+
+
+def test_a_floor_asks_the_head_for_the_block_alone() -> None:
+    size = gpu_cells.size_of(toy=True)
+    model = gpu_cells.random_model(size.dense, size)
+    floor = gpu.Floor(bytes_per_second=1e30, flops_per_second=1.0)  # products alone
+    head = model.vocab_rows * size.dense.d_model
+    body = gpu.active_parameters(model) - head
+    assert floor.step(model, rows=2, positions=100) == 2 * 2 * (body * 100 + head * gpu.BLOCK)
+    assert floor.step(model, rows=2, positions=8) == 2 * 2 * (body * 8 + head * 8)
