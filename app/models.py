@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from app.canvas import speller
 from llada_core.modeling import load_to_answer
-from llada_core.modeling.place import checked_bits, held_bytes
+from llada_core.modeling.place import checked_bits, held_bytes, positions_that_fit
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import Step
 from llada_core.sampling.engine import Engine
@@ -128,12 +128,17 @@ class LoadedModel:
     tokenizer: Tokenizer
     max_context: int = MOST_CONTEXT  # tokens of a canvas that whoever shows it allows
     usage: Usage = field(default_factory=Usage)
-    # What writes for all who ask: 64 at once, or as many as are together as long as 32 whole contexts. Made with the model:
-    # of two threads that asked for it at the same time, each could have got one of its own.
+    # What writes for all who ask: 64 at once, or as many as are together as long as 32 whole contexts, or as keys and values
+    # have room for (at 8 B a context of 4,096 takes 2 GB). Made with the model: of two threads that asked for it at the
+    # same time, each could have got one of its own.
     engine: Engine = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "engine", Engine(self.model, rows=AT_ONCE, positions=32 * self.context))
+        positions = 32 * self.context
+        if self.model.supports_cache:
+            one = self.model.new_cache(1, 1)
+            positions = min(positions, positions_that_fit((*one.keys, *one.values)))
+        object.__setattr__(self, "engine", Engine(self.model, rows=AT_ONCE, positions=positions))
 
     @property
     def context(self) -> int:

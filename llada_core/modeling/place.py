@@ -5,7 +5,7 @@ what a model is loaded for.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -170,6 +170,18 @@ def _no_room(need: Need, free: list[int], device: str, *, alone: bool, bits: int
     ways += [] if alone else ["a single process (launch.processes: 1), which spreads it over all GPUs"]
     told = f"the model needs about {_gb(need.weights)} GB of GPU memory; {sum(free) / GB:.1f} GB are free on {where}"
     return f"{told}; {', or '.join([*ways, 'device=cpu (--device cpu)'])}"
+
+
+def positions_that_fit(one: Iterable[torch.Tensor], share: float = 0.5, machine: Machine | None = None) -> int:
+    """How many canvas positions have keys and values in a `share` of what is free now on each of their devices.
+
+    one: the keys and values of one position, all layers'. The rest is for activations and logits.
+    """
+    free, sizes = (machine or Machine()).free, dict[str, int]()
+    for tensor in one:
+        place = str(tensor.device)
+        sizes[place] = sizes.get(place, 0) + tensor.nbytes
+    return min(int(share * free(place)) // size for place, size in sizes.items())
 
 
 def processes_for(

@@ -37,7 +37,7 @@ class Engine:
         compiled: Compiled = "off",
     ) -> None:
         self.model, self.rows, self.waiting, self.compiled = model, rows, waiting, compiled
-        self.positions = positions or rows * model.max_length
+        self.positions = rows * model.max_length if positions is None else positions
         self.forwards = self.fed = 0  # of the model, and tokens in them, by all batches
         self._queue: deque[Answer] = deque()
         self.batches: deque[Batch] = deque()

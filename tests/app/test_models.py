@@ -3,6 +3,7 @@
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -212,3 +213,13 @@ def test_a_champion_that_moves_while_it_is_looked_up_is_never_taken_for_the_othe
     assert cache.get("champion")[0].folder == other
     names.places["champion"] = model_folder  # rolled back
     assert cache.get("champion")[0].folder == model_folder
+
+
+def test_what_has_no_room_for_its_keys_and_values_is_refused_with_the_number(loaded, monkeypatch):
+    one = loaded.model.new_cache(1, 1)
+    size = sum(tensor.nbytes for tensor in (*one.keys, *one.values))
+    monkeypatch.setattr("llada_core.modeling.place.available_memory", lambda: 2 * 20 * size)
+    small = replace(loaded)
+    assert small.engine.positions == 20
+    with pytest.raises(UserError, match="a canvas of 24 tokens is larger than the 20 that fit here"):
+        next(small.write([1] * 8, SamplingParams(max_new_tokens=16, block_length=16, steps=16)))

@@ -18,7 +18,18 @@ from llada_core.modeling import LLaDAModelLM, load_model, save_model
 from llada_core.modeling import pretrained as loading
 from llada_core.modeling.architecture import LLaDAConfig, published_shapes
 from llada_core.modeling.families import FAMILIES, LLADA
-from llada_core.modeling.place import GB, ROOM, Machine, Need, Place, checked_bits, kind_of, place_for, processes_for
+from llada_core.modeling.place import (
+    GB,
+    ROOM,
+    Machine,
+    Need,
+    Place,
+    checked_bits,
+    kind_of,
+    place_for,
+    positions_that_fit,
+    processes_for,
+)
 from llada_core.modeling.predictor import feed_from_cpu
 from llada_core.modeling.pretrained import empty_model
 from llada_core.sampling.params import SamplingParams
@@ -278,3 +289,14 @@ def test_on_a_gpu_the_same_is_written_and_scored(kind, way, cache, tmp_path):
     if bits is None:
         assert torch.equal(told[0][0], told[1][0])
         assert told[0][1] == pytest.approx(told[1][1], abs=1e-3)
+
+
+def test_as_many_positions_are_written_at_once_as_have_room_for_keys_and_values():
+    """Of LLaDA-8B in bf16: half a MB a position, so that 80 GB with 16 of weights hold 16 contexts of 4,096 and not 32."""
+    mode = FakeTensorMode()
+    with mode:
+        one = [torch.empty(1, 1, 32, 128, dtype=torch.bfloat16, device="cuda:0") for _ in range(64)]
+        halves = one[:32] + [torch.empty(1, 1, 32, 128, dtype=torch.bfloat16, device="cuda:1") for _ in range(32)]
+    assert positions_that_fit(one, machine=machine(64)) == 32 * GB // (64 * 32 * 128 * 2) == 16 * 4096
+    assert positions_that_fit(halves, machine=machine(64, 32)) == 16 * 4096  # the fuller of two decides
+    assert positions_that_fit(one, machine=machine(0)) == 0
