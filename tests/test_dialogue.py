@@ -4,7 +4,6 @@ import functools
 import random
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 
 import datasets
 import pytest
@@ -13,7 +12,6 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
 from transformers import PreTrainedTokenizerFast
 
-from app.models import LoadedModel
 from llada_core.data import encode as tokenise
 from llada_core.data.params import GRPOData, PreferenceData, SFTData
 from llada_core.evaluation.answering import Options, Responder
@@ -252,7 +250,6 @@ def test_the_published_ids_are_asked_everywhere():
     prompt = [*first_question(), *ASKS]
     assert 126348 not in tokenizer.encode("<|eot_id|>")
     assert tokenizer.chat_ids([USER]) == prompt
-    assert LoadedModel("m", Path(), None, tokenizer).tokenizer.chat_ids([USER]) == prompt
     row = {"prompt": USER["content"], "task": "x", "answer": 1}
     grpo = tokenise.prompts([row], tokenizer, GRPOData(length=999), Counter())
     assert grpo["prompt_ids"] == [prompt]
