@@ -19,8 +19,9 @@ from pathlib import Path
 
 from tasks.folders import read_json, write_json
 from tasks.launch.jobs import follow
-from tasks.launch.launchers import LocalLauncher, SlurmLauncher, start_time
+from tasks.launch.local import LocalLauncher, start_time
 from tasks.launch.program import environment
+from tasks.launch.slurm import SlurmLauncher
 from tasks.project import LaunchParams, Project
 from tasks.record import tracking
 from tasks.record.runs import RunFolder, all_runs

@@ -21,7 +21,7 @@ from llada_core.evaluation import recipes
 from llada_core.evaluation.params import ReportParams
 from tasks.errors import StageError, one_line_errors
 from tasks.folders import commit_of, read_json
-from tasks.launch.launchers import launcher_for
+from tasks.launch.launcher import launcher_for
 from tasks.launch.plan_memory import peak_of
 from tasks.launch.workspace import configure_without_git, open_workspace
 from tasks.project import Params, Project, data_root

@@ -1,6 +1,6 @@
 """How a program ends on a user's mistake: one line and exit status 2.
 
-`LLADAFLOW_TRACEBACK=1` shows the traceback. Knows no stage.
+`LLADAFLOW_TRACEBACK=1` shows the traceback.
 """
 
 import os

@@ -1,6 +1,6 @@
 """lm-eval as its users know it, for our models: `accelerate launch -m tasks.lm_eval --model llada --tasks ...`.
 
-A registry alias in `pretrained=` becomes its verified folder; everything else is handed over. Knows no task.
+A registry alias in `pretrained=` becomes its verified folder; everything else is handed over.
 """
 
 import re

@@ -16,6 +16,9 @@ from llada_core.settings import Bits, Block, nearest, read_yaml, with_overrides
 from tasks.folders import home, sqlite_uri
 from tasks.stages import STAGES, TRAINING_STAGES, TrainingBlocks
 
+# Kind of launcher -> its class, by path: a table of names costs no import of what a run does not need.
+LAUNCHERS = {"local": "tasks.launch.local:LocalLauncher", "slurm": "tasks.launch.slurm:SlurmLauncher"}
+KINDS = ("inline", *LAUNCHERS)  # inline: in the process that asks, without a job
 TIME = r"^(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})$"  # what sbatch --time takes
 
 
@@ -65,7 +68,7 @@ def _seconds(time: str) -> int:
 class LaunchParams(Block):
     """Where and how stages run. `stages` holds other settings for single stages, e.g. `{evaluate: {kind: local}}`."""
 
-    kind: Literal["inline", "local", "slurm"] = "local"
+    kind: str = "local"  # one of KINDS
     # Ranks on each node; None: training takes every visible GPU (on Slurm: gpus_per_node) that its batch divides over.
     processes: int | None = Field(default=None, ge=1)
     cpu_processes: int = Field(
@@ -82,6 +85,13 @@ class LaunchParams(Block):
     gpu: Literal["A100-40", "A100", "H100", "H200"] | None = None  # what cannot fit it is refused before submission
     slurm: SlurmParams = SlurmParams()
     stages: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind not in KINDS:
+            raise ValueError(f"{kind!r} is none{nearest(kind, list(KINDS))}")
+        return kind
 
     @model_validator(mode="after")
     def _stages_are_settings(self) -> Self:

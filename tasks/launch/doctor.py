@@ -17,7 +17,7 @@ from pathlib import Path
 from llada_core.settings import ConfigError
 from tasks.folders import NoDatabaseError, require, shown
 from tasks.launch.doctor_nodes import two_nodes
-from tasks.launch.launchers import SlurmLauncher
+from tasks.launch.slurm import SlurmLauncher
 from tasks.project import LaunchParams, Project
 
 MEGABYTES = 64

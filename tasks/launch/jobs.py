@@ -13,7 +13,7 @@ from filelock import FileLock
 from llada_core.settings import ConfigError
 from tasks.errors import StageError
 from tasks.folders import write_json
-from tasks.launch.launchers import Launcher, launcher_for, launcher_of
+from tasks.launch.launcher import Launcher, launcher_for, launcher_of
 from tasks.project import LaunchParams
 from tasks.record.runs import SHARES, Request, RunFolder, changed_settings, take_settings
 

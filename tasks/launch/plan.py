@@ -1,6 +1,6 @@
 """What a training stage will need, told before anything starts: memory of a GPU, disk, tokens, time; or a refusal.
 
-All from shapes and settings, with full rows; no model is loaded, no data read. Does not know launchers.
+All from shapes and settings, with full rows; no model is loaded, no data read.
 """
 
 import tempfile
@@ -12,7 +12,7 @@ from llada_core.modeling.families import LoraParams
 from llada_core.settings import ConfigError
 from llada_core.training.params import GRPOParams, PreferenceParams, TrainingParams
 from tasks.folders import write_json
-from tasks.launch.launchers import launcher_for
+from tasks.launch.launcher import launcher_for
 from tasks.launch.plan_memory import GIB, Asked, estimate, memory_of, peak_of, room, shape_of
 from tasks.project import Params, Project
 from tasks.record.runs import RunFolder

@@ -1,8 +1,7 @@
 """A model's shape and what one GPU holds while it trains, at its worst (rows of full length, every token masked).
 
 Taken from the training step itself, run on tensors without memory; what cannot be run so (ZeRO, 4-bit weights, the
-buckets of DDP, offloaded states) is counted by a formula, and told to be. Builds no weights and downloads none. Does
-not know steps, time or disk.
+buckets of DDP, offloaded states) is counted by a formula, and told to be. Builds no weights and downloads none.
 """
 
 import math

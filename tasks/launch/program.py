@@ -21,7 +21,7 @@ from tasks.errors import StageError, one_line_errors
 from tasks.folders import read_json
 from tasks.graph import load_stage
 from tasks.launch.jobs import attach_or_submit, follow, settle, shared
-from tasks.launch.launchers import launcher_for, machine_settings
+from tasks.launch.launcher import launcher_for, machine_settings
 from tasks.launch.status import TrainingProgress
 from tasks.launch.workspace import configure_without_git, pipeline_lock, with_sources
 from tasks.project import LaunchParams, Params, Project

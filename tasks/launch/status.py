@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from llada_core.modeling.folder import CONTENT, base_name, is_adapter
 from tasks.errors import StageError
 from tasks.folders import has_git, prune_worktrees, read_json, size_of
-from tasks.launch.launchers import NoAnswerError, launcher_of
+from tasks.launch.launcher import NoAnswerError, launcher_of
 from tasks.launch.workspace import pipeline_lock
 from tasks.project import LaunchParams, Project
 from tasks.record.registry import client

@@ -1,7 +1,7 @@
 """The trial before a version becomes champion: loaded from where it is registered, it answers a question, in a job that is
 launched as evaluations are, since the process that registers may lie on a machine that could not load it.
 
-`python -m tasks.trial` is what runs inside the job. Knows run folders and launchers; knows neither gates nor MLflow.
+`python -m tasks.trial` is what runs inside the job.
 """
 
 import os

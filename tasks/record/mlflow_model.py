@@ -1,7 +1,7 @@
 """The registered model as MLflow loads it (models from code): chat messages in, an answer out.
 
 Holds no weights: `model_config` says where they lie and what their hash must be. MLflow runs this file when it loads a
-version, in an environment that has lladaflow. Knows nothing of registries or stages.
+version, in an environment that has lladaflow.
 """
 
 import os

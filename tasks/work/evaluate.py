@@ -1,7 +1,6 @@
 """The stage `evaluate`: one benchmark with every model of the run.
 
-What is written is equal for equal inputs; how long it took goes to the run's metrics. Knows folders and names; how a
-benchmark is put and scored is llada_core.evaluation's.
+What is written is equal for equal inputs; how long it took goes to the run's metrics.
 """
 
 import logging

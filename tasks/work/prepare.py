@@ -1,7 +1,7 @@
 """The stage `prepare`: from sources and puzzles to `data/`: tokenizer, tokenised splits, evaluation files, a card.
 
 What one stage's block asks for is built once and kept, under a name made of all that determines it, in a folder that
-all workspaces share. Knows no model.
+all workspaces share.
 """
 
 import hashlib

@@ -1,7 +1,4 @@
-"""The stage `report`: all of reports/eval as one table, `reports/table.{json,md,png}`.
-
-Knows folders; what stands in the table is llada_core.evaluation.report's.
-"""
+"""The stage `report`: all of reports/eval as one table, `reports/table.{json,md,png}`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -15,8 +15,9 @@ import pytest
 from llada_core.settings import ConfigError
 from tasks.folders import git, prune_worktrees, require, sqlite_file, sqlite_uri, write_json
 from tasks.graph import load_stage
-from tasks.launch.launchers import LocalLauncher, SlurmLauncher
+from tasks.launch.local import LocalLauncher
 from tasks.launch.program import reproduce
+from tasks.launch.slurm import SlurmLauncher
 from tasks.launch.workspace import configure_workspace, open_workspace
 from tasks.project import LaunchParams, Project
 from tasks.record.runs import RunFolder, all_runs, open_run, stage_params
@@ -163,7 +164,7 @@ def test_a_copy_never_writes_into_the_original(checkout: Path, how: str) -> None
 def test_a_copy_has_no_part_in_the_originals_job(checkout: Path) -> None:
     run, launcher = run_of(checkout), LocalLauncher(LaunchParams())
     own = os.getpid()
-    from tasks.launch.launchers import start_time
+    from tasks.launch.local import start_time
 
     run.note_job({"launcher": "local", "pid": own, "start": start_time(own), "log_start": 0})
     assert launcher.state(run) == "alive"
@@ -179,7 +180,7 @@ def test_a_copy_has_no_part_in_the_originals_job(checkout: Path) -> None:
 
 
 def test_a_machine_that_was_started_anew_has_no_old_jobs(checkout: Path) -> None:
-    from tasks.launch.launchers import start_time
+    from tasks.launch.local import start_time
 
     run = run_of(checkout)
     run.note_job({"launcher": "local", "pid": os.getpid(), "start": start_time(os.getpid()), "boot": "before"})

@@ -23,7 +23,7 @@ from llada_core.modeling import add_lora, load_model
 from llada_core.training.engine import accelerator_for
 from llada_core.training.progress import read_metrics
 from llada_core.training.train import block_classes
-from tasks.launch.launchers import LocalLauncher
+from tasks.launch.local import LocalLauncher
 from tasks.project import Params
 from tasks.record.runs import RunFolder
 from tasks.stages import TRAINING_STAGES

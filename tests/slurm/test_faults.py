@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.launch.launchers import job_name, refused
+from tasks.launch.slurm import job_name, refused
 from tasks.project import Project
 from tasks.record.runs import RunFolder
 from tests.ports import free_port

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
 import tasks.launch.plan
-from cli.runs import plan
+from cli.main import llada
 from llada_core.modeling import save_model
 from tasks.launch.plan import GIB, need, ranks_of
 from tasks.launch.plan_memory import KEPT, cut, shape_of
@@ -28,9 +27,7 @@ def load(name: str, *overrides: str) -> Params:
 
 
 def llada_plan(*arguments: str) -> tuple[int, str]:
-    app = typer.Typer()
-    app.command()(plan)
-    result = CliRunner().invoke(app, list(arguments))
+    result = CliRunner().invoke(llada, ["plan", *arguments])
     return result.exit_code, result.output
 
 

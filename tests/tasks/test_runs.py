@@ -14,9 +14,11 @@ from llada_core import settings
 from llada_core.settings import ConfigError
 from tasks.folders import write_json
 from tasks.graph import load_stage
-from tasks.launch import launchers
-from tasks.launch.launchers import LAUNCHERS, SlurmLauncher, start_time
+from tasks.launch import local
+from tasks.launch.launcher import launcher_for
+from tasks.launch.local import start_time
 from tasks.launch.program import run_stage
+from tasks.launch.slurm import SlurmLauncher
 from tasks.project import LaunchParams, Params, Project
 from tasks.record.runs import RunFolder, all_runs, find_run, open_run, stage_params
 from tests.tasks.conftest import REPOSITORY
@@ -227,9 +229,9 @@ def test_processes_without_a_gpu_have_a_thread_each_and_give_way_to_gpus(project
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def script(gpus: int, *changes: str, kind: str = "local") -> str:
-        monkeypatch.setattr(launchers, "visible_gpus", lambda: gpus)
+        monkeypatch.setattr(local, "visible_gpus", lambda: gpus)
         launch = Params.parse(stage_params(Project.at(project), list(changes)), "").launch
-        return LAUNCHERS[kind](launch).script(open_toy(project, "pretrain.batch_size=12"))
+        return launcher_for(launch, kind).script(open_toy(project, "pretrain.batch_size=12"))
 
     assert "--num_processes" not in script(0)
     two = script(0, "launch.cpu_processes=2")

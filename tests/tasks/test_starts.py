@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from tasks.graph import load_stage
-from tasks.launch import launchers
+from tasks.launch import local
 from tasks.launch.jobs import settle
-from tasks.launch.launchers import machine_settings
+from tasks.launch.launcher import machine_settings
 from tasks.project import Params, Project
 from tasks.record.runs import Work, open_run, request_of, stage_params
 from tasks.work import training
@@ -54,7 +54,7 @@ def test_defaults_follow_the_kind_of_start(blocks, rate, on_gpu):
     ],
 )
 def test_the_machine_that_will_train_decides(monkeypatch, launch, here, precision):
-    monkeypatch.setattr(launchers, "visible_gpus", lambda: here)
+    monkeypatch.setattr(local, "visible_gpus", lambda: here)
     params = a_run(launch, sft={"init_from": HUB})
     assert machine_settings(params, "sft", params.launch) == {"precision": precision}
 
