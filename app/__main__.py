@@ -1,4 +1,4 @@
-"""`python -m app`: the page on a loopback port. Knows arguments and the page; everything else is elsewhere."""
+"""`python -m app`: the page on a loopback port."""
 
 import os
 from typing import Annotated, Any

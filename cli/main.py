@@ -1,9 +1,12 @@
 """The `llada` command: every command registered under the heading a newcomer looks for it. Does nothing itself."""
 
+from collections.abc import Callable
+from typing import Any
+
 import typer
 
 from cli import measure, models, runs, serve, talk
-from cli.options import in_project
+from cli.options import in_project, telling
 from cli.wheel import init
 
 ANY_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -15,20 +18,26 @@ llada = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-llada.command("sample", rich_help_panel="Talk")(talk.sample)
-llada.command("chat", rich_help_panel="Talk")(talk.chat)
-llada.command("app", rich_help_panel="Talk", context_settings=ANY_ARGUMENTS)(models.page)
-llada.command("serve", rich_help_panel="Talk")(serve.serve)
-llada.command("eval", rich_help_panel="Measure")(measure.evaluate)
-llada.command("fetch", rich_help_panel="Measure")(models.fetch)
-llada.command("lm-eval", rich_help_panel="Measure", context_settings=ANY_ARGUMENTS)(models.lm_eval)
-llada.command("diff", rich_help_panel="Measure")(models.diff)
-llada.command("init", rich_help_panel="Run")(init)
+
+
+def add(command: Callable[..., None], heading: str, name: str = "", context: dict[str, Any] | None = None) -> None:
+    """Register a command under a heading of the help."""
+    llada.command(name or command.__name__, rich_help_panel=heading, context_settings=context)(telling(command))
+
+
+add(talk.sample, "Talk")
+add(talk.chat, "Talk")
+add(models.page, "Talk", "app", ANY_ARGUMENTS)
+add(serve.serve, "Talk")
+add(measure.evaluate, "Measure", "eval")
+add(models.fetch, "Measure")
+add(models.lm_eval, "Measure", "lm-eval", ANY_ARGUMENTS)
+add(models.diff, "Measure")
+add(init, "Run")
 for command in runs.COMMANDS:
-    works = in_project(command) if command in runs.OF_A_PROJECT else command
-    llada.command(command.__name__, rich_help_panel="Run")(works)
-llada.command("export", rich_help_panel="Models")(models.export)
-llada.command("ui", rich_help_panel="Models")(models.ui)
+    add(in_project(command) if command in runs.OF_A_PROJECT else command, "Run")
+add(models.export, "Models")
+add(models.ui, "Models")
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ import typer
 
 from cli.options import Bits, Device, Model, model_folder, name_or_champion
 from llada_core.settings import ConfigError
-from tasks.errors import one_line_errors
 
 if TYPE_CHECKING:
     from llada_core.evaluation.params import EvaluateParams
@@ -60,23 +59,22 @@ def evaluate(
 
     Sampler settings are the recipe's; those of puzzles, overrides and dtype are read from params.yaml here.
     """
-    with one_line_errors():
-        from tasks.project import Project
-        from tasks.record.tracking import send_sweep
+    from tasks.project import Project
+    from tasks.record.tracking import send_sweep
 
-        name, asked = name_or_champion(model), _asked(benchmarks, table)
-        hours = budget_hours(budget) if budget and share is None else None
-        given: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "run_code": run_code, "root": data}
-        over = {"estimator": estimator or None, "share": share}
-        params, places = _prepared(name, asked, given | _checked(device, bits), over, out)
-        if speed:
-            return _sped(name, asked, params, places, device, speed)
-        if (found := _swept(name, asked, params, places, device, hours)) is None:
-            return None
-        measured = [n for n, line in found.items() if "error" not in line]
-        send_sweep(Project.at(), name, params, places.out, measured, key=places.answers.name)
-        print(f"results are in {places.out}")
-        raise typer.Exit(len(measured) < len(found))
+    name, asked = name_or_champion(model), _asked(benchmarks, table)
+    hours = budget_hours(budget) if budget and share is None else None
+    given: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "run_code": run_code, "root": data}
+    over = {"estimator": estimator or None, "share": share}
+    params, places = _prepared(name, asked, given | _checked(device, bits), over, out)
+    if speed:
+        return _sped(name, asked, params, places, device, speed)
+    if (found := _swept(name, asked, params, places, device, hours)) is None:
+        return None
+    measured = [n for n, line in found.items() if "error" not in line]
+    send_sweep(Project.at(), name, params, places.out, measured, key=places.answers.name)
+    print(f"results are in {places.out}")
+    raise typer.Exit(len(measured) < len(found))
 
 
 def _prepared(

@@ -13,7 +13,7 @@ import typer
 
 from cli.options import MODEL_HELP, name_or_champion
 from llada_core.settings import ConfigError
-from tasks.errors import one_line_errors, require_port
+from tasks.errors import require_port
 
 
 def fetch(
@@ -24,23 +24,21 @@ def fetch(
 
     Elsewhere, without the Hub: HF_HOME=FOLDER HF_HUB_OFFLINE=1 llada run PROFILE
     """
-    with one_line_errors():
-        os.environ["HF_HOME"] = str(folder.resolve())  # read when the Hub's packages are first imported
-        from tasks.launch.workspace import fetch as bring
-        from tasks.launch.workspace import profile_file
-        from tasks.project import Params, Project
+    os.environ["HF_HOME"] = str(folder.resolve())  # read when the Hub's packages are first imported
+    from tasks.launch.workspace import fetch as bring
+    from tasks.launch.workspace import profile_file
+    from tasks.project import Params, Project
 
-        failed = bring(Params.load(profile_file(Project.at(), profile)), Project.at().home)
-        print(f"with HF_HOME={folder.resolve()} HF_HUB_OFFLINE=1 all of it is found by its name")
-        raise typer.Exit(1 if failed else 0)
+    failed = bring(Params.load(profile_file(Project.at(), profile)), Project.at().home)
+    print(f"with HF_HOME={folder.resolve()} HF_HUB_OFFLINE=1 all of it is found by its name")
+    raise typer.Exit(1 if failed else 0)
 
 
 def lm_eval(context: typer.Context) -> None:
     """lm-eval's own command line with our model registered: --model llada --tasks gsm8k --model_args pretrained=..."""
-    with one_line_errors():
-        from tasks.lm_eval import run
+    from tasks.lm_eval import run
 
-        run(context.args)
+    run(context.args)
 
 
 def diff(
@@ -48,10 +46,9 @@ def diff(
     second: Annotated[str, typer.Argument(help="what it is compared with")],
 ) -> None:
     """Two measurements side by side: scores with a paired test, questions gained and lost, settings, code."""
-    with one_line_errors():
-        from tasks.work import measure as comparison
+    from tasks.work import measure as comparison
 
-        print(comparison.told(comparison.diff(first, second)))
+    print(comparison.told(comparison.diff(first, second)))
 
 
 CARD = """---
@@ -81,41 +78,38 @@ def export(
     ] = "",
 ) -> None:
     """Copy a model into a self-contained folder: weights in the published layout, tokenizer, model card."""
-    with one_line_errors():
-        from llada_core.files import written_whole
-        from tasks.project import Project
-        from tasks.record.registry import resolve
-        from tasks.record.usage import saved_usage
+    from llada_core.files import written_whole
+    from tasks.project import Project
+    from tasks.record.registry import resolve
+    from tasks.record.usage import saved_usage
 
-        name = name_or_champion(model)
-        source = resolve(name)
-        library, what = exportable(source, merge=merge)
-        if Path.cwd().is_relative_to(folder.resolve()):
-            raise FileExistsError(f"{folder} is where this runs, and is not replaced; choose another name")
-        if folder.exists() and not overwrite:
-            raise FileExistsError(f"{folder} is there already; choose another name, or --overwrite")
-        with written_whole(folder) as staging:
-            if merge:
-                merge_into(source, staging)
-            else:
-                shutil.copytree(source, staging, dirs_exist_ok=True)
-            usage = saved_usage(Project.at(), name)
-            if usage is not None:
-                usage.save(staging)
-            from app.card import as_markdown, describe
-            from app.models import ModelIndex
+    name = name_or_champion(model)
+    source = resolve(name)
+    library, what = exportable(source, merge=merge)
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise FileExistsError(f"{folder} is where this runs, and is not replaced; choose another name")
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f"{folder} is there already; choose another name, or --overwrite")
+    with written_whole(folder) as staging:
+        if merge:
+            merge_into(source, staging)
+        else:
+            shutil.copytree(source, staging, dirs_exist_ok=True)
+        usage = saved_usage(Project.at(), name)
+        if usage is not None:
+            usage.save(staging)
+        from app.card import as_markdown, describe
+        from app.models import ModelIndex
 
-            facts = as_markdown(describe(ModelIndex(Project.at()), name))
-            text = CARD.format(
-                library=library, title=folder.name, what=what, name=name, folder=folder.name, facts=facts
-            )
-            (staging / "README.md").write_text(text, encoding="utf-8")
-        print(f"{name} is in {folder}")
-        if push:
-            from huggingface_hub import HfApi
+        facts = as_markdown(describe(ModelIndex(Project.at()), name))
+        text = CARD.format(library=library, title=folder.name, what=what, name=name, folder=folder.name, facts=facts)
+        (staging / "README.md").write_text(text, encoding="utf-8")
+    print(f"{name} is in {folder}")
+    if push:
+        from huggingface_hub import HfApi
 
-            HfApi().create_repo(push, private=True, exist_ok=True)
-            print(f"and at {HfApi().upload_folder(repo_id=push, folder_path=folder, commit_message=name)}")
+        HfApi().create_repo(push, private=True, exist_ok=True)
+        print(f"and at {HfApi().upload_folder(repo_id=push, folder_path=folder, commit_message=name)}")
 
 
 def exportable(source: Path, *, merge: bool) -> tuple[str, str]:
@@ -172,47 +166,44 @@ def ui(
     prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="port of Prefect")] = 4200,
 ) -> None:
     """MLflow (runs, models) and Prefect (flows, deployments) on this machine's loopback, until Ctrl-C."""
-    with one_line_errors():
-        from tasks.folders import sqlite_file
-        from tasks.project import Project
-        from tasks.record.registry import client
+    from tasks.folders import sqlite_file
+    from tasks.project import Project
+    from tasks.record.registry import client
 
-        project = Project.at()
-        if sqlite_file(project.tracking_uri):
-            client(project)  # its tables are there before a server, and a run beside it, look for them
-        address = "127.0.0.1"
-        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        api = {
-            "PREFECT_UI_API_URL": f"http://{address}:{prefect_port}/api",
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        }
-        tracking = ["-m", "mlflow", "server", "--backend-store-uri", project.tracking_uri, "--workers", "1"]
-        commands = [
-            [sys.executable, *tracking, "--host", address, "--port", str(mlflow_port)],
-            [sys.executable, "-m", "prefect", "server", "start", "--host", address, "--port", str(prefect_port)],
-        ]
-        for name, port in (("mlflow", mlflow_port), ("prefect", prefect_port)):
-            require_port(address, port, f"--{name}-port")
-        print(
-            f"MLflow  http://{address}:{mlflow_port}\nPrefect http://{address}:{prefect_port}\nCtrl-C ends both",
-            flush=True,
-        )
-        started = [
-            subprocess.Popen(command, env=os.environ | quiet | api, start_new_session=True) for command in commands
-        ]
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            while all(process.poll() is None for process in started):
-                time.sleep(0.5)
-            raise ConfigError("one of the two servers has ended; its last words are above")
-        except KeyboardInterrupt:
-            print("both end", flush=True)
-        finally:  # nothing is left behind, however this ends
-            for process in started:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGTERM)
-            for process in started:
-                try:
-                    process.wait(timeout=30)
-                except subprocess.TimeoutExpired:  # a server in the middle of its start does not hear
-                    os.killpg(process.pid, signal.SIGKILL)
+    project = Project.at()
+    if sqlite_file(project.tracking_uri):
+        client(project)  # its tables are there before a server, and a run beside it, look for them
+    address = "127.0.0.1"
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    api = {
+        "PREFECT_UI_API_URL": f"http://{address}:{prefect_port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    }
+    tracking = ["-m", "mlflow", "server", "--backend-store-uri", project.tracking_uri, "--workers", "1"]
+    commands = [
+        [sys.executable, *tracking, "--host", address, "--port", str(mlflow_port)],
+        [sys.executable, "-m", "prefect", "server", "start", "--host", address, "--port", str(prefect_port)],
+    ]
+    for name, port in (("mlflow", mlflow_port), ("prefect", prefect_port)):
+        require_port(address, port, f"--{name}-port")
+    print(
+        f"MLflow  http://{address}:{mlflow_port}\nPrefect http://{address}:{prefect_port}\nCtrl-C ends both",
+        flush=True,
+    )
+    started = [subprocess.Popen(command, env=os.environ | quiet | api, start_new_session=True) for command in commands]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while all(process.poll() is None for process in started):
+            time.sleep(0.5)
+        raise ConfigError("one of the two servers has ended; its last words are above")
+    except KeyboardInterrupt:
+        print("both end", flush=True)
+    finally:  # nothing is left behind, however this ends
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in started:
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:  # a server in the middle of its start does not hear
+                os.killpg(process.pid, signal.SIGKILL)

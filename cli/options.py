@@ -1,7 +1,4 @@
-"""Options that several commands share: the model, and the sampler's settings with their descriptions.
-
-Knows names and defaults; loads a model only when it is asked to.
-"""
+"""Options that several commands share: the model, and the sampler's settings with their descriptions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,12 +83,22 @@ def in_project(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def called(**values: Any) -> None:
-        with one_line_errors():
-            if not Path("dvc.yaml").is_file():
-                raise ConfigError(
-                    f"{Path.cwd()} is no project, there is no dvc.yaml; go to one, or `llada init FOLDER` makes one"
-                )
+        if not Path("dvc.yaml").is_file():
+            raise ConfigError(
+                f"{Path.cwd()} is no project, there is no dvc.yaml; go to one, or `llada init FOLDER` makes one"
+            )
         command(**values)
+
+    return called
+
+
+def telling(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, whose expected errors end it with one line and their exit status: commands only raise."""
+
+    @wraps(command)
+    def called(**values: Any) -> None:
+        with one_line_errors():
+            command(**values)
 
     return called
 

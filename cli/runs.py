@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llada_core.settings import ConfigError
-from tasks.errors import StageError, one_line_errors
+from tasks.errors import StageError
 
 Overrides = Annotated[list[str], typer.Option("-S", "--set", help="block.key=value, put over the profile; repeatable")]
 Profile = Annotated[str | None, typer.Argument(help="a file of profiles/ by name, or any YAML file; none: params.yaml")]
@@ -34,19 +34,18 @@ def run(
     yes: Yes = False,
 ) -> None:
     """Run the pipeline: params.yaml in place, a profile (or overrides) in its own workspace. Resumes what was cut."""
-    with one_line_errors():
-        from tasks.launch.program import reproduce, summary
-        from tasks.launch.workspace import open_workspace
-        from tasks.project import Project
+    from tasks.launch.program import reproduce, summary
+    from tasks.launch.workspace import open_workspace
+    from tasks.project import Project
 
-        if yes:
-            os.environ["LLADAFLOW_YES"] = "1"
-        workspace = open_workspace(Project.at(), profile, overrides)
-        if detach:
-            _detach(workspace.root)
-            return
-        reproduce(workspace, [upto] if upto else [])
-        print(summary(workspace))
+    if yes:
+        os.environ["LLADAFLOW_YES"] = "1"
+    workspace = open_workspace(Project.at(), profile, overrides)
+    if detach:
+        _detach(workspace.root)
+        return
+    reproduce(workspace, [upto] if upto else [])
+    print(summary(workspace))
 
 
 def _detach(folder: Path) -> None:
@@ -74,28 +73,27 @@ def plan(
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """What a run would need and how it would run: memory of a GPU, disk, time, commands. Starts and fetches nothing."""
-    with one_line_errors():
-        from llada_core.settings import read_yaml, with_overrides
-        from tasks.launch.plan import refuse, script_of, told
-        from tasks.launch.workspace import profile_file
-        from tasks.project import Params, Project
-        from tasks.stages import TRAINING_STAGES
+    from llada_core.settings import read_yaml, with_overrides
+    from tasks.launch.plan import refuse, script_of, told
+    from tasks.launch.workspace import profile_file
+    from tasks.project import Params, Project
+    from tasks.stages import TRAINING_STAGES
 
-        if stage is not None:
-            _show_script(stage, profile, overrides)
-            return
-        values = with_overrides(read_yaml(profile_file(Project.at(), profile)), overrides)
-        params = Params.parse(values, profile or "params.yaml")
-        for name in (s for s in params.stages if s in TRAINING_STAGES):
-            asked = gpu or params.launch.of(name).gpu or "H100"
-            print(told(params, name, asked, mfu))
-            refuse(params, name, asked)
-            print(f"\n{script_of(params, name)}\n")
+    if stage is not None:
+        _show_script(stage, profile, overrides)
+        return
+    values = with_overrides(read_yaml(profile_file(Project.at(), profile)), overrides)
+    params = Params.parse(values, profile or "params.yaml")
+    for name in (s for s in params.stages if s in TRAINING_STAGES):
+        asked = gpu or params.launch.of(name).gpu or "H100"
+        print(told(params, name, asked, mfu))
+        refuse(params, name, asked)
+        print(f"\n{script_of(params, name)}\n")
 
 
 def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
     from tasks.graph import load_stage
-    from tasks.launch.launchers import launcher_for
+    from tasks.launch.launcher import launcher_for
     from tasks.launch.workspace import open_workspace, with_sources
     from tasks.project import Params, Project
     from tasks.record.runs import open_run, stage_params
@@ -117,91 +115,85 @@ def runs(
     if not words:
         status()
         return
-    with one_line_errors():
-        from tasks.project import Project
-        from tasks.record.runs import compared, find_run
+    from tasks.project import Project
+    from tasks.record.runs import compared, find_run
 
-        if len(words) != 3 or words[0] != "compare":
-            raise ConfigError(f"llada runs {' '.join(words)}: write llada runs, or llada runs compare A B")
-        print(compared(*(find_run(Project.at(), name) for name in words[1:])))
+    if len(words) != 3 or words[0] != "compare":
+        raise ConfigError(f"llada runs {' '.join(words)}: write llada runs, or llada runs compare A B")
+    print(compared(*(find_run(Project.at(), name) for name in words[1:])))
 
 
 def status(as_json: Annotated[bool, typer.Option("--json", help="one JSON object per run")] = False) -> None:
     """Every run: state, profile and overrides, begin, duration, job, step of total, loss, time left, size of checkpoints."""
-    with one_line_errors():
-        from tasks.launch.status import COLUMNS, line_of
-        from tasks.project import Project
-        from tasks.record.runs import all_runs
+    from tasks.launch.status import COLUMNS, line_of
+    from tasks.project import Project
+    from tasks.record.runs import all_runs
 
-        lines = [line_of(found) for found in all_runs(Project.at())]
-        if as_json:
-            print("\n".join(json.dumps(dict(zip(COLUMNS, line, strict=True))) for line in lines))
-            return
-        table = Table(*COLUMNS, box=None)
-        for line in lines:
-            table.add_row(*line)
-        Console(width=None if sys.stdout.isatty() else 160).print(table)
+    lines = [line_of(found) for found in all_runs(Project.at())]
+    if as_json:
+        print("\n".join(json.dumps(dict(zip(COLUMNS, line, strict=True))) for line in lines))
+        return
+    table = Table(*COLUMNS, box=None)
+    for line in lines:
+        table.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def logs(
     name: Run, follow: Annotated[bool, typer.Option("-f", "--follow", help="until the run has ended")] = False
 ) -> None:
     """The log of a run."""
-    with one_line_errors():
-        from tasks.launch.jobs import LogReader
-        from tasks.launch.status import state_of
-        from tasks.project import Project
-        from tasks.record.runs import find_run
+    from tasks.launch.jobs import LogReader
+    from tasks.launch.status import state_of
+    from tasks.project import Project
+    from tasks.record.runs import find_run
 
-        found = find_run(Project.at(), name)
-        reader = LogReader(found, tail=None if follow else 1 << 20)
+    found = find_run(Project.at(), name)
+    reader = LogReader(found, tail=None if follow else 1 << 20)
+    reader.show()
+    while follow and state_of(found) in ("running", "unknown"):
+        time.sleep(0.5)
         reader.show()
-        while follow and state_of(found) in ("running", "unknown"):
-            time.sleep(0.5)
-            reader.show()
-        if follow and not found.succeeded:
-            raise StageError(f"{found.key}: {state_of(found)}")
+    if follow and not found.succeeded:
+        raise StageError(f"{found.key}: {state_of(found)}")
 
 
 def cancel(name: Run) -> None:
     """End the job of a run; training saves itself first, and the next `llada run` goes on from there."""
-    with one_line_errors():
-        from tasks.launch.jobs import grace
-        from tasks.launch.launchers import launcher_of
-        from tasks.launch.status import state_of
-        from tasks.project import Params, Project
-        from tasks.record.runs import find_run
+    from tasks.launch.jobs import grace
+    from tasks.launch.launcher import launcher_of
+    from tasks.launch.status import state_of
+    from tasks.project import Params, Project
+    from tasks.record.runs import find_run
 
-        found = find_run(Project.at(), name)
-        if state_of(found) != "running":
-            raise ConfigError(f"{found.key} is not running ({state_of(found)})")
-        launch = Params.parse(found.request["all_params"], "request.json").launch
-        launcher_of(found, launch).cancel(found, grace(found, launch))
-        print(f"{found.key}: {state_of(found)}")
+    found = find_run(Project.at(), name)
+    if state_of(found) != "running":
+        raise ConfigError(f"{found.key} is not running ({state_of(found)})")
+    launch = Params.parse(found.request["all_params"], "request.json").launch
+    launcher_of(found, launch).cancel(found, grace(found, launch))
+    print(f"{found.key}: {state_of(found)}")
 
 
 def accept(stages: Annotated[list[str], typer.Argument(help="stages whose outputs stay as they are")]) -> None:
     """Take outputs as still valid although code or parameters have changed (`dvc commit`): nothing is run again."""
-    with one_line_errors():
-        from tasks.launch.program import dvc, known
-        from tasks.project import Project
+    from tasks.launch.program import dvc, known
+    from tasks.project import Project
 
-        raise typer.Exit(dvc(Project.at(), "commit", "--force", *known(Project.at(), stages)))
+    raise typer.Exit(dvc(Project.at(), "commit", "--force", *known(Project.at(), stages)))
 
 
 def gc(yes: Yes = False) -> None:
     """What could be freed: checkpoints of finished runs, workspaces nobody works in, weights no version points to."""
-    with one_line_errors():
-        from tasks.launch.status import candidates, remove
-        from tasks.project import Project
+    from tasks.launch.status import candidates, remove
+    from tasks.project import Project
 
-        found = candidates(Project.at())
-        for item in found:
-            print(f"{item.gigabytes:8.2f} GB  {item.path}  ({item.why})")
-        if not found:
-            print("nothing to free")
-        elif yes or typer.confirm(f"free {sum(item.gigabytes for item in found):.2f} GB?"):
-            remove(Project.at(), found)
+    found = candidates(Project.at())
+    for item in found:
+        print(f"{item.gigabytes:8.2f} GB  {item.path}  ({item.why})")
+    if not found:
+        print("nothing to free")
+    elif yes or typer.confirm(f"free {sum(item.gigabytes for item in found):.2f} GB?"):
+        remove(Project.at(), found)
 
 
 def lineage(
@@ -210,28 +202,27 @@ def lineage(
     ],
 ) -> None:
     """Where a registered version comes from: commit, dvc.lock, parameters, data, runs, jobs, environment."""
-    with one_line_errors():
-        from tasks.project import Project
-        from tasks.record.registry import named, trained_on, version_of
+    from tasks.project import Project
+    from tasks.record.registry import named, trained_on, version_of
 
-        registered = named(reference)
-        if registered is None and (reference.startswith("models:") or "@" in reference):
-            raise ConfigError(f"{reference!r} names no version; write models:/NAME@alias or models:/NAME/3")
-        if registered is None:
-            found = trained_on(Project.at(), reference)
-            for version in found:
-                print(f"models:/{version.name}/{version.number}  {' '.join('@' + a for a in version.aliases)}")
-            if not found:
-                raise ConfigError(f"no registered version was made of {reference!r}; give a folder or the hash of one")
-            return
-        version = version_of(Project.at(), *registered)
-        print(f"models:/{version.name}/{version.number}  {' '.join('@' + alias for alias in version.aliases)}")
-        for key, value in sorted(version.tags.items()):
-            shown = json.dumps(json.loads(value), indent=1) if value.startswith("{") else value
-            print(f"{key}: {shown}")
-        print("parameters, code and log of each stage:")
-        for key in json.loads(version.tags["stage_runs"]).values():
-            print(f"  {Project.at().runs / key}")
+    registered = named(reference)
+    if registered is None and (reference.startswith("models:") or "@" in reference):
+        raise ConfigError(f"{reference!r} names no version; write models:/NAME@alias or models:/NAME/3")
+    if registered is None:
+        found = trained_on(Project.at(), reference)
+        for version in found:
+            print(f"models:/{version.name}/{version.number}  {' '.join('@' + a for a in version.aliases)}")
+        if not found:
+            raise ConfigError(f"no registered version was made of {reference!r}; give a folder or the hash of one")
+        return
+    version = version_of(Project.at(), *registered)
+    print(f"models:/{version.name}/{version.number}  {' '.join('@' + alias for alias in version.aliases)}")
+    for key, value in sorted(version.tags.items()):
+        shown = json.dumps(json.loads(value), indent=1) if value.startswith("{") else value
+        print(f"{key}: {shown}")
+    print("parameters, code and log of each stage:")
+    for key in json.loads(version.tags["stage_runs"]).values():
+        print(f"  {Project.at().runs / key}")
 
 
 def promote(
@@ -240,12 +231,11 @@ def promote(
     why: Annotated[str, typer.Option(help="kept with the version")] = "promoted by hand",
 ) -> None:
     """Make a version champion, once its weights are verified."""
-    with one_line_errors():
-        from tasks.launch.trial import try_out
-        from tasks.project import Project
-        from tasks.work import register as promotion
+    from tasks.launch.trial import try_out
+    from tasks.project import Project
+    from tasks.work import register as promotion
 
-        print(f"champion: version {promotion.promote(Project.at(), name, version, why, try_out).number}")
+    print(f"champion: version {promotion.promote(Project.at(), name, version, why, try_out).number}")
 
 
 def rollback(
@@ -253,42 +243,37 @@ def rollback(
     why: Annotated[str, typer.Option(help="kept with the version")] = "rolled back",
 ) -> None:
     """Give `champion` back to the version that held it before."""
-    with one_line_errors():
-        from tasks.launch.trial import try_out
-        from tasks.project import Project
-        from tasks.work import register as promotion
+    from tasks.launch.trial import try_out
+    from tasks.project import Project
+    from tasks.work import register as promotion
 
-        print(f"champion: version {promotion.roll_back(Project.at(), name, why, try_out).number}")
+    print(f"champion: version {promotion.roll_back(Project.at(), name, why, try_out).number}")
 
 
 def restore() -> None:
     """Register anew what the registry has lost, from store/receipts.jsonl, and send MLflow every run again."""
-    with one_line_errors():
-        from tasks.project import Project
-        from tasks.record.versions import restore as restore_records
+    from tasks.project import Project
+    from tasks.record.versions import restore as restore_records
 
-        lost = restore_records(Project.at())
-        print(f"registered anew: {', '.join(lost)}" if lost else "the registry has lost no model")
+    lost = restore_records(Project.at())
+    print(f"registered anew: {', '.join(lost)}" if lost else "the registry has lost no model")
 
 
 def doctor() -> None:
     """Is this machine (and its cluster) fit: each finding with its remedy; exit status 1 if something is missing."""
-    with one_line_errors():
-        from flows.pipeline import require_prefect
-        from tasks.folders import NoDatabaseError
-        from tasks.launch.doctor import Finding, findings, with_remedy
-        from tasks.project import Project
+    from flows.pipeline import require_prefect
+    from tasks.folders import NoDatabaseError
+    from tasks.launch.doctor import Finding, findings, with_remedy
+    from tasks.project import Project
 
-        found = list(findings(Project.at()))
-        try:
-            found.append(Finding(True, require_prefect()))
-        except NoDatabaseError as error:
-            found.append(with_remedy(error))
-        for finding in found:
-            print(
-                f"{'ok  ' if finding.fine else 'BAD '} {finding.what}" + ("" if finding.fine else f"; {finding.remedy}")
-            )
-        raise typer.Exit(0 if all(finding.fine for finding in found) else 1)
+    found = list(findings(Project.at()))
+    try:
+        found.append(Finding(True, require_prefect()))
+    except NoDatabaseError as error:
+        found.append(with_remedy(error))
+    for finding in found:
+        print(f"{'ok  ' if finding.fine else 'BAD '} {finding.what}" + ("" if finding.fine else f"; {finding.remedy}"))
+    raise typer.Exit(0 if all(finding.fine for finding in found) else 1)
 
 
 OF_A_PROJECT = (run, status, runs, logs, cancel, accept, gc, restore)

@@ -7,7 +7,7 @@ import typer
 
 from cli.options import Bits, Device, name_or_champion
 from llada_core.settings import ConfigError
-from tasks.errors import one_line_errors, require_port
+from tasks.errors import require_port
 
 KEY = "LLADAFLOW_API_KEY"
 
@@ -33,26 +33,25 @@ def serve(
     bits: Bits = None,
 ) -> None:
     """Serve models to programs: /v1/chat/completions, /v1/completions, /v1/score, /health, /metrics. Set LLADAFLOW_API_KEY to ask for a key."""
-    with one_line_errors():
-        require_port(host, port, "--port")
-        names = model or [name_or_champion("")]
-        import uvicorn
+    require_port(host, port, "--port")
+    names = model or [name_or_champion("")]
+    import uvicorn
 
-        from app.models import AT_ONCE, ModelCache, ModelIndex, Setting
-        from app.server.http import create_app
-        from app.server.service import Limits, Service
-        from tasks.project import Project
+    from app.models import AT_ONCE, ModelCache, ModelIndex, Setting
+    from app.server.http import create_app
+    from app.server.service import Limits, Service
+    from tasks.project import Project
 
-        if at_once > AT_ONCE:
-            raise ConfigError(f"--at-once {at_once}: a model writes at most {AT_ONCE} answers together; more may wait")
-        cache = ModelCache(ModelIndex(Project.at()), most=len(names) + 1, setting=Setting.checked(device, bits))
-        service = Service(cache, names, Limits(at_once=at_once, waiting=waiting, seconds=seconds))
-        key = os.environ.get(KEY, "")
-        if not key and host not in ("127.0.0.1", "localhost", "::1"):
-            print(f"anyone who reaches {host}:{port} can use this model; set {KEY} to ask for a key", flush=True)
-        print(f"{', '.join(names)} on http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
-        # A stop lets requests end that are being written, but no longer than one may take.
-        uvicorn.run(
-            create_app(service, key=key, follow_seconds=follow),
-            host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=int(seconds),
-        )  # fmt: skip
+    if at_once > AT_ONCE:
+        raise ConfigError(f"--at-once {at_once}: a model writes at most {AT_ONCE} answers together; more may wait")
+    cache = ModelCache(ModelIndex(Project.at()), most=len(names) + 1, setting=Setting.checked(device, bits))
+    service = Service(cache, names, Limits(at_once=at_once, waiting=waiting, seconds=seconds))
+    key = os.environ.get(KEY, "")
+    if not key and host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"anyone who reaches {host}:{port} can use this model; set {KEY} to ask for a key", flush=True)
+    print(f"{', '.join(names)} on http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
+    # A stop lets requests end that are being written, but no longer than one may take.
+    uvicorn.run(
+        create_app(service, key=key, follow_seconds=follow),
+        host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=int(seconds),
+    )  # fmt: skip

@@ -7,7 +7,6 @@ import typer
 
 from cli.options import ModelOptions, loaded, model_folder, name_or_champion, settings, with_model_options
 from llada_core.files import line_of
-from tasks.errors import one_line_errors
 
 
 @with_model_options
@@ -27,33 +26,32 @@ def sample(
 
     llada sample "Solve the sudoku 1030340020030001" -v
     """
-    with one_line_errors():
-        from tasks.project import Project
-        from tasks.record.usage import usage_of
+    from tasks.project import Project
+    from tasks.record.usage import usage_of
 
-        if infill and pin:
-            raise ValueError("--pin pins words of the answer to a question; leave it out, or --infill")
-        name = name_or_champion(options.model)
-        folder = model_folder(name)
-        usage = usage_of(Project.at(), name)
-        params = settings(usage.sampling, options)
+    if infill and pin:
+        raise ValueError("--pin pins words of the answer to a question; leave it out, or --infill")
+    name = name_or_champion(options.model)
+    folder = model_folder(name)
+    usage = usage_of(Project.at(), name)
+    params = settings(usage.sampling, options)
 
-        from app.canvas import readable, typed  # these import torch: after all that can be wrong without it
-        from cli.terminal import answers, follow, templates
+    from app.canvas import readable, typed  # these import torch: after all that can be wrong without it
+    from cli.terminal import answers, follow, templates
 
-        texts = [typed(line.rstrip("\n")) for p in prompts for line in (sys.stdin if p == "-" else [p])]
-        writer, tokenizer = loaded(folder, options.device, options.bits)
-        started = (
-            templates(writer, tokenizer, texts, params)
-            if infill
-            else answers(writer, tokenizer, texts, params, usage=None if raw else usage, pins=pin)
-        )
-        follow(*started, tokenizer, live=visualize)
-        for text, trace in zip(texts, started[0], strict=True):
-            tokens = trace.frames[-1].tokens.tolist()
-            answer = tokenizer.decode(tokens) if infill else tokenizer.answer_text(tokens)
-            record = {"prompt": text, "answer": answer, "forwards": trace.frames[-1].forwards, "tokens": tokens}
-            print(line_of(record).rstrip("\n") if as_json else readable(answer))
+    texts = [typed(line.rstrip("\n")) for p in prompts for line in (sys.stdin if p == "-" else [p])]
+    writer, tokenizer = loaded(folder, options.device, options.bits)
+    started = (
+        templates(writer, tokenizer, texts, params)
+        if infill
+        else answers(writer, tokenizer, texts, params, usage=None if raw else usage, pins=pin)
+    )
+    follow(*started, tokenizer, live=visualize)
+    for text, trace in zip(texts, started[0], strict=True):
+        tokens = trace.frames[-1].tokens.tolist()
+        answer = tokenizer.decode(tokens) if infill else tokenizer.answer_text(tokens)
+        record = {"prompt": text, "answer": answer, "forwards": trace.frames[-1].forwards, "tokens": tokens}
+        print(line_of(record).rstrip("\n") if as_json else readable(answer))
 
 
 @with_model_options
@@ -63,19 +61,18 @@ def chat(
     options: ModelOptions,
 ) -> None:
     """Talk to a model in the terminal and watch it write; /help inside lists the commands, Ctrl-C stops an answer."""
-    with one_line_errors():
-        from tasks.project import Project
-        from tasks.record.usage import usage_of
+    from tasks.project import Project
+    from tasks.record.usage import usage_of
 
-        name = name_or_champion(options.model)
-        folder = model_folder(name)
-        usage = usage_of(Project.at(), name)
-        params = settings(usage.sampling, options)
+    name = name_or_champion(options.model)
+    folder = model_folder(name)
+    usage = usage_of(Project.at(), name)
+    params = settings(usage.sampling, options)
 
-        from app.conversation import Conversation
-        from app.models import LoadedModel
-        from cli.terminal import TerminalChat
+    from app.conversation import Conversation
+    from app.models import LoadedModel
+    from cli.terminal import TerminalChat
 
-        writer, tokenizer = loaded(folder, options.device, options.bits)
-        spoken = LoadedModel(name, None, writer, tokenizer, max_context=writer.max_length, usage=usage)
-        TerminalChat(spoken, params, Conversation(system, bounded=False)).run()
+    writer, tokenizer = loaded(folder, options.device, options.bits)
+    spoken = LoadedModel(name, None, writer, tokenizer, max_context=writer.max_length, usage=usage)
+    TerminalChat(spoken, params, Conversation(system, bounded=False)).run()

@@ -13,12 +13,13 @@ FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 # What the house holds, files with code and their lines. Who adds a room or a feature raises these and says why; who takes
 # one away lowers them.
-MOST_FILES, MOST_LINES = 144, 20_399
-# Under 40 lines, for a framework names them: DVC's commands, Prefect's deployments, MLflow's stored model, packages' faces.
+MOST_FILES, MOST_LINES = 146, 20_396
+# Under 40 lines, for a framework names them: DVC's commands, Prefect's deployments, MLflow's stored model, packages' faces
+# (and the start of a wheel).
 FRAMEWORKS = {
     *(f"tasks/{name}.py" for name in ("prepare", "pretrain", "sft", "grpo", "sft_control", "preference", "evaluate")),
     *("tasks/report.py", "tasks/register.py", "tasks/trial.py", "tasks/lm_eval.py", "tasks/record/mlflow_model.py"),
-    *("tasks/__main__.py", "flows/__init__.py", "flows/promote.py", "cli/main.py"),
+    *("tasks/__main__.py", "flows/__init__.py", "flows/promote.py", "cli/main.py", "cli/wheel/__init__.py"),
     *(f"llada_core/{name}__init__.py" for name in ("", "sampling/", "modeling/", "training/rewards/")),
 }
 SMALL = {

@@ -59,9 +59,5 @@ def new_project(folder: Path) -> None:
 
 def init(folder: Annotated[Path, typer.Argument(help="the new folder")]) -> None:
     """Make a project: the code, params.yaml, dvc.yaml and profiles in a new folder, where `llada run` works."""
-    try:
-        new_project(folder)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    new_project(folder)
     print(f"{folder} is a project: cd {folder} && llada run smoke, or your own profile (README.md)")
