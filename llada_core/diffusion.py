@@ -2,7 +2,6 @@
 
 Randomness is counter-based: a number is a hash of (seed, step, row, column), so that it does not depend on the batch a
 row sits in, on its padding, on the number of ranks, or on a generator whose state would have to be saved.
-This file does not know data, optimisers or sampling.
 """
 
 import math
@@ -85,11 +84,6 @@ def loss_weight(t: Tensor, params: NoiseParams) -> Tensor:
     if params.weight == "uniform":
         return torch.ones_like(t)
     return -alpha_derivative(t, params.schedule) / (1 - alpha(t, params.schedule) + _WEIGHT_EPSILON)
-
-
-def reverse_mask_probability(s: Tensor, t: Tensor, schedule: str) -> Tensor:
-    """Probability that a token masked at t is still masked at s < t (SMDM, arXiv:2410.18514)."""
-    return (1 - alpha(s, schedule)) / (1 - alpha(t, schedule))
 
 
 def corrupt(

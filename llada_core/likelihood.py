@@ -1,5 +1,5 @@
-"""Bounds on log p(answer given prompt), which parts of an answer are masked for them, and whether greedy unmasking
-would write it. Does not know text or tasks.
+"""Bounds on log p(answer given prompt), which parts of an answer are masked for them, and whether greedy unmasking would
+write it.
 
 LLaDA's bound for an answer of n tokens (arXiv:2502.09992, equation 14) is the mean over k of 1..n, and over the
 subsets M of k tokens, of n/k times the sum of log p(token) over M when M is masked. Every plan here is a weighted list

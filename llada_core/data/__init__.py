@@ -1,1 +1,1 @@
-"""From sources and puzzles to tokenised rows, and from rows to batches. Knows no model and no objective."""
+"""From sources and puzzles to tokenised rows, and from rows to batches."""

@@ -1,7 +1,7 @@
 """Which rows form which batch, and how rows of unequal length become one.
 
-Batch n of a run depends on (seed, n) alone: not on the number of ranks, on accumulation, or on what was read before,
-so that a resumed run sees what an undisturbed one would. Knows nothing of files, text, noise or models.
+Batch n of a run depends on (seed, n) alone: not on the number of ranks, on accumulation, or on what was read before, so
+that a resumed run sees what an undisturbed one would.
 
 Shapes: B rows, L positions.
 """
@@ -66,13 +66,17 @@ class Order:
         return self._epoch(epoch)[batch]
 
     def _draw_epoch(self, epoch: int) -> np.ndarray:
+        # Seeded by the epoch, so that any step's rows are found without those before it.
         rng = np.random.default_rng([self.seed, epoch])
+        # Cut to whole batches, or repeated where one batch needs more than there is.
         rows = np.resize(rng.permutation(self.count), self.batches_per_epoch * self.size)
         if self._lengths is None:
             return rows.reshape(-1, self.size)
         batches = []
         for start in range(0, len(rows), self.size * self.bucket):
             part = rows[start : start + self.size * self.bucket]
+            # Sorted within a stretch and then shuffled: little padding, and a batch's place still tells nothing of its length.
+            # The epoch was shuffled before, so rows of equal length meet others each time.
             part = part[np.argsort(self._lengths[part], kind="stable")].reshape(-1, self.size)
             batches.append(part[rng.permutation(len(part))])
         return np.concatenate(batches)
@@ -125,6 +129,7 @@ class RowBatches:
             extra = self.padding
             width += extra
         else:
+            # As many as it takes to fill the width: `seen` is cut to it below.
             extra = 0 if self.padding == "none" else width
         seen = np.minimum(lengths + extra, width)
         tokens = np.full((len(ids), width), self.eos_id, dtype=np.int64)
@@ -148,6 +153,7 @@ class RowBatches:
     def _cut(self, batch: Batch, step: int) -> Batch:
         if self.random_length == 0:
             return batch
+        # One draw for the whole batch on every rank; the 1 keeps it apart from the order's own draws.
         rng = np.random.default_rng([self.order.seed, step, 1])
         if rng.random() >= self.random_length:
             return batch

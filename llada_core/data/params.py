@@ -1,7 +1,4 @@
-"""What a run is trained on: sources, generated puzzles, tokenizer and how text becomes rows, as frozen values.
-
-Knows no file format and reads nothing: names are resolved in llada_core/data/sources.py.
-"""
+"""What a run is trained on: sources, generated puzzles, tokenizer and how text becomes rows, as frozen values."""
 
 import math
 from typing import Annotated, Literal, Self

@@ -1,4 +1,4 @@
-"""Generated puzzles as rows of the training stages and as evaluation files. Knows no tokens."""
+"""Generated puzzles as rows of the training stages and as evaluation files."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence

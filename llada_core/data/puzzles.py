@@ -2,7 +2,6 @@
 
 A generator is a pure function of the random stream it is given. Which side a puzzle belongs to (training, GRPO,
 validation, evaluation) is decided by a hash of its value alone, so no wording, seed or count can leak one.
-This file does not know tokens, files or rewards.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Whether a question that is measured was trained on: questions by value, however they are worded around.
 
 A training prompt is instructions with a question inside, a benchmark's prompt is examples with a question inside; what
-the two have in common is the question as its authors published it. Knows no files, no stages and no benchmarks.
+the two have in common is the question as its authors published it.
 """
 
 import hashlib

@@ -1,7 +1,4 @@
-"""One benchmark with one model: from a name to a score with its interval, its settings and every answer.
-
-Knows recipes, puzzle files and lm-eval's evaluator; does not know stages, registries or where results are kept.
-"""
+"""One benchmark with one model: from a name to a score with its interval, its settings and every answer."""
 
 import logging
 import math

@@ -1,6 +1,6 @@
 """lm-eval's own command line with our model registered and our task definitions beside lm-eval's.
 
-Several processes (accelerate, torchrun) share the requests through files, with no collective. Knows lm-eval's flags.
+Several processes (accelerate, torchrun) share the requests through files, with no collective.
 """
 
 import os

@@ -1,7 +1,6 @@
 """lm-eval's language model on top of a mask predictor: `--model llada`.
 
-Requests are batched across documents by length, finished answers are kept, ranks share the work (worklist.py). Knows
-lm-eval's interface; does not know tasks, recipes or scores.
+Requests are batched across documents by length, finished answers are kept, ranks share the work (answering.py).
 """
 
 import logging

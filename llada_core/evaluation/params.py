@@ -1,7 +1,6 @@
 """What is evaluated and how the report compares it: names, limits and sampler settings as frozen values.
 
-Knows neither lm-eval nor models. A benchmark is the name of a recipe
-(llada_core/evaluation/recipes) or of a file in data/eval.
+A benchmark is the name of a recipe (llada_core/evaluation/recipes) or of a file in data/eval.
 """
 
 import dataclasses

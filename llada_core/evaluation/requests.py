@@ -1,7 +1,4 @@
-"""What lm-eval asks for, as ids and sampler settings: stop strings, `gen_kwargs`, lengths, batches of similar length.
-
-Knows a tokenizer and a model's limits; does not know how an answer is produced.
-"""
+"""What lm-eval asks for, as ids and sampler settings: stop strings, `gen_kwargs`, lengths, batches of similar length."""
 
 import dataclasses
 import logging

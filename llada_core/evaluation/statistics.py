@@ -1,6 +1,6 @@
 """Intervals and paired tests for scores: closed forms where answers are right or wrong, a seeded bootstrap elsewhere.
 
-Everything is deterministic. Knows numbers only.
+Everything is deterministic.
 """
 
 import math
@@ -57,12 +57,14 @@ def estimate(scores: Sequence[float], *, resamples: int = 2000) -> Estimate:
     values = np.asarray(scores, dtype=np.float64)
     mean = float(values.mean())
     stderr = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else 0.0
+    # A bootstrap of 500 right answers in 500 has an interval of no width; the score interval has not.
     low, high = wilson(int(values.sum()), n) if is_binary(scores) else _bootstrap(values, resamples)
     return Estimate(mean, n, stderr, low, high)
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
     """95 % score interval of a share (Wilson 1927); it never leaves [0, 1] and is not empty at 0 or n."""
+    # The shares p whose own test would not reject what was seen: |share - p| <= z sqrt(p (1 - p) / n), solved for p.
     share, z2 = correct / n, Z95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
@@ -83,6 +85,7 @@ def paired(first: Sequence[float], second: Sequence[float], *, resamples: int = 
     gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
     if not (is_binary(first) and is_binary(second)):
         return Difference(value, n, *_bootstrap(differences, resamples), gained, lost, None)
+    # Half a question added to each discordant cell: without any the plain interval would be a point.
     b, c, m = gained + 0.5, lost + 0.5, n + 2
     centre = (b - c) / m
     half = Z95 * math.sqrt(b + c - (b - c) ** 2 / m) / m
@@ -103,12 +106,14 @@ def mean_of_means(groups: Sequence[Sequence[float]]) -> dict[str, float]:
 def mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact p-value that so lopsided a split of discordant pairs arises by chance."""
     n, smaller = gained + lost, min(gained, lost)
+    # Under no difference each discordant question is a fair coin, so their split is binomial; concordant ones say nothing.
     tail = sum(math.comb(n, k) for k in range(smaller + 1)) / 2**n
     return min(1.0, 2 * tail)
 
 
 def _bootstrap(values: np.ndarray, resamples: int) -> tuple[float, float]:
     """Percentiles 2.5 and 97.5 of the mean over resampled questions, from a fixed seed."""
+    # The same seed for every score: a table that is made twice is the same table.
     rng = np.random.default_rng(0)
     means = [float(values[rng.integers(0, len(values), len(values))].mean()) for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])

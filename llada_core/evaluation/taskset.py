@@ -1,7 +1,6 @@
 """A benchmark as lm-eval's tasks: stock definitions pointed at local files, ours, and puzzles of a data folder.
 
-Only the folder that defines a task is indexed (lm-eval's own index of all tasks takes 20 s). Knows files and lm-eval's
-definitions; does not know models or scores.
+Only the folder that defines a task is indexed (lm-eval's own index of all tasks takes 20 s).
 """
 
 import hashlib

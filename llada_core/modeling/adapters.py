@@ -1,6 +1,5 @@
 """Low-rank adapters on a mask predictor, through peft: added, stored, loaded, switched off, merged.
 
-Knows which layers of a network are its linear ones; does not know training. peft is imported when first needed.
 Stored adapters have peft's own format and the published parameter names.
 """
 

@@ -1,7 +1,6 @@
 """Where a model lies: this process's own GPU, several GPUs when one is too small, Apple's, or the CPU.
 
-Everything that loads a model asks `place_for`. Knows devices and bytes; does not know networks, files' layouts or
-what a model is loaded for.
+Everything that loads a model asks `place_for`.
 """
 
 import os

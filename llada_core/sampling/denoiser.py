@@ -1,5 +1,4 @@
-"""How logits are got: plain, guided, shifted, or from a cache. Knows the mask predictor's call, and not what is done
-with the logits.
+"""How logits are got: plain, guided, shifted, or from a cache.
 
 Shapes: B rows, L canvas positions, W positions fed, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""The sampler's public face: generate, infill, stream. Knows token ids, not text. Shapes as in `canvas`."""
+"""The sampler's public face: generate, infill, stream. Shapes as in `canvas`."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -64,11 +64,13 @@ class Checkpoints:
         beside: Callable[[str], object] | None,
     ) -> bool:
         target = self.folder / f"step-{step:08d}"
+        # Beside the target, on the same file system: the rename that publishes it cannot be half done.
         partial = self.folder / f".partial-step-{step:08d}"
         if self.ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True, exist_ok=True)
         self.ranks.barrier()
+        # All or none: a checkpoint that lacks a rank's rows is no checkpoint, and a rank that goes on alone waits for ever.
         written = self.ranks.all(self._write_shard(partial, tensors, beside))
         if written and self.ranks.first:
             written = self._publish(partial, target, {**state, "step": step})
@@ -80,6 +82,7 @@ class Checkpoints:
     def _made_room(self, also_keep: int | None) -> bool:
         """Whether checkpoints before the newest could go; none goes unless the newest is whole."""
         before = sorted(self.folder.glob("step-*"))
+        # The newest is what the run would go on from, so it stays; and unless it is whole an older one may be needed.
         if len(before) > 1 and damaged(before[-1]) is None:
             self._prune(also_keep, 1)
         return len(list(self.folder.glob("step-*"))) < len(before)
@@ -92,6 +95,7 @@ class Checkpoints:
         first = self.ranks.first
         steps = sorted(float(folder.name[5:]) for folder in self.folder.glob("step-*")) if first else []
         while True:
+            # Ranks may see a shared folder at different times: what the first one found is what all talk about.
             mine = 0.0 if not first else steps.pop() if steps else -1.0
             step = int(self.ranks.sum([mine])[0])
             if step < 0:
@@ -129,6 +133,7 @@ class Checkpoints:
     def _rows_here(self, tensor: Tensor) -> Tensor | None:
         if isinstance(tensor, DTensor):
             return tensor.to_local().detach().cpu().contiguous()
+        # What every rank holds whole is written once.
         return tensor.detach().cpu().contiguous() if self.ranks.first else None
 
     def _publish(self, partial: Path, target: Path, state: Mapping[str, Any]) -> bool:
@@ -141,7 +146,9 @@ class Checkpoints:
             for path in (path for path in sorted(partial.glob("*/**/*")) if path.is_file()):
                 _sync(path)
                 hashes[str(path.relative_to(partial))] = file_hash(path)
+            # Last of all: a folder without a manifest was not finished, whatever else is in it.
             _write(partial / _MANIFEST, json.dumps(hashes, sort_keys=True, indent=1))
+            # The same step again, after a roll-back: what stood there belongs to steps that were undone.
             if target.exists():
                 shutil.rmtree(target)
             os.replace(partial, target)
@@ -252,6 +259,7 @@ def rows_held(tensor: Tensor) -> tuple[int, int] | None:
     if not isinstance(tensor, DTensor):
         return (0, len(tensor)) if tensor.ndim else None
     split = [(axis, p) for axis, p in enumerate(tensor.placements) if not p.is_replicate()]
+    # Several axes of a mesh, or a cut through columns: no run of rows, so it is put together whole and cut again.
     if len(split) != 1 or type(split[0][1]) is not Shard or split[0][1].dim != 0:
         return None
     axis, rows = split[0][0], tensor.shape[0]
@@ -362,6 +370,7 @@ class Snapshot:
             )
         if self._zero is not None:
             only = {"load_module_only": True} if load_module_only else {"load_lr_scheduler_states": False}
+            # Our learning rate follows from the step; a scheduler's state of DeepSpeed would be a second opinion.
             read, _ = self._zero.load_checkpoint(str(folder), tag=_ZERO, load_module_strict=False, **only)
             if read is None:  # DeepSpeed only warns, and would train on with other weights
                 raise OSError(f"{folder}: DeepSpeed could not read its part; go on with as many ranks as wrote it")
@@ -373,11 +382,13 @@ class Snapshot:
 
     def _restore_moments(self, stored: Stored, updates: int) -> None:
         for name, parameter in self._trainable().items():
+            # Before new moments are made: old and new together would be twice the optimiser's memory.
             self._optimiser.state.pop(parameter, None)
             moments = {m: torch.zeros_like(parameter) for m in _MOMENTS if f"optimiser.{m}.{name}" in stored}
             for moment, tensor in moments.items():
                 stored.copy_into(f"optimiser.{moment}.{name}", tensor)
             if "exp_avg" in moments:
+                # AdamW corrects its bias by the number of updates, which is one figure for all parameters here.
                 moments["step"] = torch.tensor(float(updates), device=parameter.device)
             if moments:
                 self._optimiser.state[parameter] = moments

@@ -1,8 +1,8 @@
 """What a GPU holds while it trains: the real training step, run on tensors that have shapes and lifetimes but no memory.
 
 torch's FakeTensorMode runs every operation for its shapes alone, MemTracker adds up what is alive. So this sees what a
-count by hand forgets: what autograd keeps, casts, chunks, gathered shards. Not seen: what a kernel takes for itself, the
-allocator's fragments, CUDA's context. Does not know GPUs, stages' data or models of full depth.
+count by hand forgets: what autograd keeps, casts, chunks, gathered shards. Not seen: what a kernel takes for itself,
+the allocator's fragments, CUDA's context.
 
 The pretended tensors lie on the CPU, since a build of torch without CUDA cannot even slice pretended CUDA tensors.
 """

@@ -1,7 +1,6 @@
 """Group-relative policy optimisation as an objective of the loop: rollouts, then updates on them, each with its own masks.
 
-diffu-GRPO of d1 (arXiv:2504.12216), with a choice of likelihood estimators. Knows when to sample and what to store;
-the arithmetic is in `policy.py`, sampling and judging in `rollouts.py`.
+diffu-GRPO of d1 (arXiv:2504.12216), with a choice of likelihood estimators.
 """
 
 import math
@@ -85,12 +84,14 @@ class GRPO:
         return self.order.batches_per_epoch * self.params.iterations
 
     def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> StepWork:
+        # Which rollout a step belongs to follows from the step alone, so a resumed run samples when an undisturbed one would.
         number, update = divmod(step, self.params.iterations)
         notes: dict[str, float] = {}
         inference = 0
         if number != self._number or self._rollout is None:
             notes, inference = self._collect(model, number)
         assert self._rollout is not None
+        # A reference that moves takes the weights of the steps it is told, before anything of this step is scored by it.
         self.reference.sync(self.predictor, step)
         kept, samples = self._kept(), mask_samples(self.params)
         parts = self._micro_batches(rank, ranks)
@@ -98,6 +99,7 @@ class GRPO:
         tokens = sum(batch.rows.tokens.numel() for batch, index in zip(batches, parts, strict=True) if len(index))
         inference += tokens if self.params.beta > 0 else 0
         scored = self._rollout.scored
+        # By token every scored position of every mask sample counts once; by sequence every completion with any of them.
         whole = scored.sum().item() * samples if self.params.ratio == "token" else scored.any(1).sum().item()
         # Every rank tells its part of the whole, so that rows which were left out still count.
         return StepWork(batches, [whole / ranks if len(kept) else 0.0], tokens, inference, notes)
@@ -109,9 +111,11 @@ class GRPO:
             with torch.no_grad(), self.reference.active(model) as frozen:
                 reference = token_log_probabilities(frozen, batch.rows, batch.masks, mask_id)
         now = token_log_probabilities(model, batch.rows, batch.masks, mask_id)
+        # The first update after a rollout is made by the policy that sampled: its ratio is 1 and only the gradient matters.
         old = now.detach() if batch.old is None else batch.old.to(now.device, non_blocking=True)
         result = policy_loss(self.params, now, old, reference, batch.rows, batch.masks)
         counted = result.counted
+        # Minus log p of the sampled tokens is an estimate of the entropy under the masks; a fall to zero tells of collapse.
         chosen = (batch.rows.scored & batch.masks.masked).sum().to(now.device, non_blocking=True)
         parts = {
             "loss": torch.stack([result.sum.detach(), counted]),
@@ -173,6 +177,7 @@ class GRPO:
         everyone = self._prompts(self.problems.train, list(self.order.rows(number)))
         width = max(len(prompt.ids) for prompt in everyone)
         own = params.share(ranks.count)
+        # A rank asks its prompts, each with its whole group; rewards are joined before any group's mean is taken.
         mine = [p for p in everyone[ranks.index * own : (ranks.index + 1) * own] for _ in range(params.generations)]
         sampled = self._sample(mine, width, seed=hash((self.seed, number)) % 2**31)
         verdicts = judge(self.problems.reward, mine, sampled.texts)
@@ -180,6 +185,7 @@ class GRPO:
         tokens, attention, scored, written, ended, rewards, right = (
             ranks.join(x, start, total) for x in (*sampled.tensors(), *vars(verdicts).values())
         )
+        # A reward that failed says nothing about its completion: the group's mean is taken over the others.
         valid = ~rewards.isnan()
         shape = (-1, params.generations)
         advantages = group_advantages(rewards.view(shape), valid.view(shape), params).flatten().float()
@@ -194,6 +200,7 @@ class GRPO:
             "groups_differ": float((groups.amax(1) > groups.amin(1)).double().mean()),
             "rewards_dropped": float((~valid).sum()),
             "completion_tokens": float(lengths.mean()),
+            # Per answer: what one batch of rollouts wrote is divided by its forwards, which all its rows share.
             "tokens_per_forward": params.sampling.max_new_tokens
             / sampled.forwards
             * -(-len(mine) // params.rollout_batch),
@@ -255,6 +262,7 @@ class GRPO:
     def _own(self, rank: int, ranks: int) -> Tensor:
         """A rank's kept rows, the longest last: rows of one micro-batch share its width, so little of it is padding."""
         assert self._rollout is not None
+        # Every ranks-th row, not a run of them: rows lie in groups of one prompt, and lengths go by prompt.
         own = self._kept()[rank::ranks]
         return own[self._rollout.attention[own].sum(1).argsort(stable=True)]
 
@@ -293,11 +301,14 @@ class GRPO:
         rows = self._rollout.rows(index.repeat(samples))
         sample_number = torch.arange(samples).repeat_interleave(len(index))
         keys = index.repeat(samples) * samples + sample_number
+        # Rank and micro-batch are not part of the key: any division of the rows draws the same masks.
         noise = Noise(self.seed, step, keys, 1)
         offset = Noise(self.seed, step, index.repeat(samples), 1).uniforms(1, stream=3)[:, 0]
         low, high = self.params.mask_ratios
+        # As for preferences: one offset a completion, its samples spread evenly, each of them uniform by itself.
         ratio = low + (high - low) * ((offset + sample_number / samples) % 1.0)
         masks = masks_for(self.params, rows, noise.uniforms(rows.tokens.shape[1], stream=2), ratio)
+        # Prompts are padded on the left to the longest of the rollout; what no row of this part has is not computed.
         first = int(rows.attention.any(0).to(torch.uint8).argmax())
         return rows.columns_from(first), replace(masks, masked=masks.masked[:, first:])
 

@@ -138,15 +138,19 @@ class Loop:
     def _step(self) -> bool:
         """One update; True (and nothing done) when a stop was asked for."""
         started, step = time.monotonic(), self.progress.step
+        # Whatever draws from the global generator (dropout, a person's objective) draws by step and rank: resumed is uninterrupted.
         torch.manual_seed(hash((self.seed, step, self.ranks.index)) % 2**63)
+        # One rank alone looks for the file, and all agree on what it saw: ranks that stop at different steps wait for each other for ever.
         stop = self._stop_asked or (self.ranks.first and (self.folder / "STOP").exists())
         if self.ranks.any(stop):
             return True
         work = self.parts.objective.work(
             self.parts.model, self.recovery.data_step(step), self.ranks.index, self.ranks.count
         )
+        # Before the update: the loss is divided by what all ranks saw, not by the mean of their own divisions.
         count, tokens, inference = self.ranks.sum([sum(work.counts), work.tokens, work.inference_tokens])
         rate = learning_rate(self.params, step, self._share()) * self.recovery.factor(step)
+        # A step of which nothing counts (every completion right) is one that was made, so that step numbers tell the data.
         if count > 0:
             self._update(work, count, rate)
         self._notes.update(work.notes)
@@ -170,6 +174,7 @@ class Loop:
             self.meter.add(loss.parts)
         norm = parts.engine.clip_grad_norm_(parts.model.parameters(), self.params.clip)
         if norm is not None:
+            # Sharded parameters give a norm whose parts lie on all ranks; others a tensor or a number.
             whole = torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm)
             self.meter.add({"grad_norm": sum_and_count(whole.detach().to(torch.float32), 1.0)})
         parts.optimiser.step()
@@ -226,17 +231,20 @@ class Loop:
         loss, norm = values.get("loss"), values.get("grad_norm")
         bad = [x for x in (loss, norm) if isinstance(x, float) and not math.isfinite(x)]
         mean = progress.mean_loss
+        # The constant keeps small losses (and negative ones, as of GRPO) from being called an explosion by their noise.
         limit = math.inf if mean is None else self.params.recovery.spike * abs(mean) + 1.0
         exploding = isinstance(loss, float) and loss > limit
         if bad or exploding:
             self.metrics.write(progress.step, {"event": "diverged", "loss": str(loss), "grad_norm": str(norm)})
             return False
         if isinstance(loss, float):
+            # About the last ten log lines: slow enough to know a spike, quick enough for the fall of the first steps.
             progress.mean_loss = loss if mean is None else 0.9 * mean + 0.1 * loss
         self.metrics.write(progress.step, values)
         return True
 
     def _roll_back(self) -> None:
+        # The step that shows the damage need not be the one that did it: all since the last checkpoint is passed over.
         bad = self.progress.step
         state = self.snapshot.restore()
         if state is None or not self.recovery.record(int(state["step"]), bad):
@@ -276,6 +284,7 @@ class Loop:
         saved = self.snapshot.save(progress.step, state, also_keep=progress.best_step)
         if not saved:
             self.metrics.write(progress.step, {"event": "checkpoint failed"})
+            # A missing checkpoint in the middle costs time if the job dies; here it would cost the result.
             if self._finished() or self.stopped or progress.step in (0, progress.best_step):
                 raise OSError(
                     f"{self.folder}: the checkpoint of step {progress.step} could not be written (disk full?); "

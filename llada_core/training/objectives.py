@@ -1,7 +1,7 @@
 """What training minimises, as sums that only the loop divides: the masked-diffusion bound of pretraining and fine-tuning.
 
-Knows batches and noise; does not know optimisers. Other objectives have a file of their own, with a function like
-`objective` here, which the settings of their stage name by its path.
+Other objectives have a file of their own, with a function like `objective` here, which the settings of their stage name
+by its path.
 """
 
 from collections.abc import Iterator, Mapping

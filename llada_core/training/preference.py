@@ -1,8 +1,7 @@
 """Preference tuning as an objective of the loop: DPO whose log-likelihoods are bounds estimated under masks (VRPO).
 
 VRPO (LLaDA 1.5, arXiv:2505.19223) lowers the variance of the preference score without moving its mean: the whole budget
-goes to distinct times with one mask each, and policy and reference are measured under the same masks. Knows pairs and
-noise; does not know optimisers.
+goes to distinct times with one mask each, and policy and reference are measured under the same masks.
 """
 
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from llada_core.training.objectives import Loss, Objective, StepWork, filled, st
 from llada_core.training.params import PreferenceParams
 from llada_core.training.reference import Reference
 
+# No training step has this number, so held-out pairs share no noise with any of them.
 _VALIDATION_STEP = -1
 _POLICY, _REFERENCE = 10, 20  # streams of random numbers; one and the same when masks are shared
 
@@ -48,6 +48,7 @@ def pairs_of(table: PairTable, rows: Sequence[int], numbers: Sequence[int], eos_
     """Rows of a table, padded on the right; padding is hidden."""
     columns = table[[int(row) for row in rows]]
     prompts = list(columns["prompt_ids"]) * 2
+    # All chosen rows first, then all rejected: `chunk(2)` takes the two apart again, and one forward holds both.
     answers = [*columns["chosen_ids"], *columns["rejected_ids"]]
     lengths = torch.tensor([[len(p), len(p) + len(a)] for p, a in zip(prompts, answers, strict=True)])
     places = torch.arange(int(lengths.max()))
@@ -55,6 +56,7 @@ def pairs_of(table: PairTable, rows: Sequence[int], numbers: Sequence[int], eos_
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         tokens[i, : lengths[i, 1]] = torch.tensor([*prompt, *answer])
     attention = places < lengths[:, 1:]
+    # Chosen and rejected have keys of their own: the two answers of a pair are hidden under independent masks.
     keys = torch.tensor([2 * n for n in numbers] + [2 * n + 1 for n in numbers])
     return PairBatch(tokens, attention & (places >= lengths[:, :1]), attention.long(), keys, step)
 
@@ -78,6 +80,7 @@ class Preference(Objective):
         size = len(rows) // (ranks * micros)
         batches = []
         for start in range(rank * micros * size, (rank + 1) * micros * size, size):
+            # Numbered over the whole run, so that a pair has the same masks on any number of ranks and micro-batches.
             numbers = [step * len(rows) + i for i in range(start, start + size)]
             batches.append(
                 pairs_of(self.train, rows[start : start + size].tolist(), numbers, self.special.eos_id, step)
@@ -97,6 +100,7 @@ class Preference(Objective):
         with torch.no_grad(), self.reference.active(model) as frozen:  # before the policy's activations are there
             base = self.bound(frozen, batch, _POLICY if self.params.shared_masks else _REFERENCE)
         bound = self.bound(model, batch, _POLICY)
+        # Measured under the same masks, policy and reference share most of their noise, and it leaves with the difference.
         chosen, rejected = (bound - base).chunk(2)
         return self.params.beta * (chosen - rejected)
 
@@ -106,6 +110,8 @@ class Preference(Objective):
         copies = torch.arange(samples).repeat_interleave(len(batch.tokens))
         keys = batch.numbers.repeat(samples)
         offset = Noise(self.seed, batch.step, keys, 1).uniforms(1, stream)[:, 0]
+        # One uniform a row, and its samples spaced evenly behind it: each time alone is uniform, so the mean stays unbiased,
+        # and together they cannot crowd at one end. Times begin at epsilon because the weight grows as 1 / t.
         t = params.noise.epsilon + (1 - params.noise.epsilon) * ((offset + copies / samples) % 1.0)
         noise = Noise(self.seed, batch.step, keys * samples + copies, 1)
         tokens, answer = batch.tokens.repeat(samples, 1), batch.answer.repeat(samples, 1)
@@ -114,6 +120,8 @@ class Preference(Objective):
         noisy, masked = corrupt(tokens, answer, hidden, self.special.mask_id, uniforms)
         nll = masked_nll(model, noisy, tokens, masked, batch.attention.repeat(samples, 1)).per_row(len(t))
         weight = loss_weight(t, params.noise).to(nll.device, non_blocking=True)
+        # Averaged before the sigmoid, which is not linear: how far the loss is off in the mean, and how noisy it is, is
+        # bounded by the variance of this mean (VRPO), hence the samples and their spacing.
         return -(nll * weight).view(samples, -1).mean(0)
 
     def validate(self, model: nn.Module, rank: int, ranks: int) -> dict[str, Tensor]:

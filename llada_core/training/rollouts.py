@@ -62,6 +62,7 @@ def masks_for(params: GRPOParams, rows: Completions, uniforms: Tensor, ratio: Te
     and SPG): each token of the completion with probability `ratio`, weighted by its inverse.
     """
     if params.likelihood == "one_forward":
+        # Hiding a share of the prompt varies what one forward sees, so that updates on one rollout do not repeat each other.
         prompt = ~rows.written & rows.attention.bool()
         return Masks(rows.written | (prompt & (uniforms < params.mask_prompt)), torch.ones_like(ratio))
     return Masks(rows.written & (uniforms < ratio[:, None]), 1 / ratio)
@@ -70,7 +71,9 @@ def masks_for(params: GRPOParams, rows: Completions, uniforms: Tensor, ratio: Te
 def token_log_probabilities(model: nn.Module, rows: Completions, masks: Masks, mask_id: int) -> Tensor:
     """log p(token) under the masks at scored and masked positions, (R, T) float32; zero elsewhere."""
     noisy = torch.where(masks.masked, mask_id, rows.tokens)
+    # A visible token has probability 1 under its own canvas and would only dilute the loss.
     chosen = rows.scored & masks.masked
+    # The vocabulary is asked only where a token is scored: at 126,464 entries the head costs more than a layer.
     nll = masked_nll(model, noisy, rows.tokens, chosen, rows.attention).nll
     index = chosen.flatten().nonzero()[:, 0].to(nll.device, non_blocking=True)
     empty = torch.zeros(chosen.numel(), dtype=nll.dtype, device=nll.device)
@@ -82,12 +85,15 @@ def group_advantages(rewards: Tensor, valid: Tensor, params: GRPOParams) -> Tens
 
     Not divided by the group's standard deviation unless asked (Dr. GRPO, arXiv:2503.20783; d1 as run by dllm).
     """
+    # A group of which nothing was judged has no mean; one in the denominator keeps its zeros from becoming NaN.
     count = valid.sum(1, keepdim=True).clamp(min=1)
     mean = torch.where(valid, rewards, 0.0).sum(1, keepdim=True) / count
     advantages = torch.where(valid, rewards - mean, 0.0)
     if params.scale_rewards:
+        # Of a sample, with n - 1, as torch and TRL take it; a group of equal rewards has none, hence the small addend.
         variance = advantages.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
         advantages = advantages / (variance.sqrt() + 1e-4)
+    # Under masks a wrong token can be pushed down without end (its log-probability has no floor), a right one not above 1.
     return torch.where(advantages < 0, advantages * params.negative_weight, advantages)
 
 
@@ -113,11 +119,13 @@ def policy_loss(
     device = now.device
     weight = (masks.weight[:, None] * (rows.scored & masks.masked)).to(device, non_blocking=True)
     advantages = rows.advantages.to(device, non_blocking=True)[:, None]
+    # log p(reference) - log p(policy): the sign that the k3 estimate below wants.
     gap = None if reference is None else reference - now
     kl = torch.zeros_like(now) if gap is None else divergence(gap) * weight
     difference = now - old
     if params.ratio == "sequence":
         samples = mask_samples(params)
+        # Per token before the exponential: a ratio of whole sequences overflows or vanishes with their length.
         lengths = rows.scored.sum(1, keepdim=True).clamp(min=1).to(device, non_blocking=True)
         difference, kl, advantages = (
             x.sum(1).view(samples, -1).mean(0) for x in (difference * weight / lengths, kl / lengths, advantages)
@@ -126,7 +134,9 @@ def policy_loss(
         weight = counts.to(difference, non_blocking=True)
     ratio = difference.exp()
     low, high = 1 - params.epsilon, 1 + params.epsilon
+    # The smaller of the two never rewards a step beyond the clip, and never forgives one in the wrong direction.
     losses = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages) * weight
+    # Only where the clip is what holds the gradient back; the other two corners pass it on.
     clipped = (((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))) & (weight > 0)
     return PolicyLoss(
         losses.sum() + params.beta * kl.sum(), kl.sum().detach(), clipped.sum().detach(), (weight > 0).sum().detach()
@@ -227,8 +237,10 @@ def sample(
     tokens[:, longest:] = answers
     written = (torch.arange(longest + new) >= longest).expand(tokens.shape)
     ends = torch.isin(answers, torch.tensor(sorted(tokenizer.end_ids)))
+    # Counted up to and with itself, less itself: zero up to the first end token and at it.
     before = ends.cumsum(1) - ends.long() == 0
     scored = torch.cat([torch.zeros(len(prompts), longest, dtype=torch.bool), before], 1)
+    # Judged as a reader would see it: what follows the first end is no part of the answer.
     texts = [tokenizer.answer_text(answer.tolist()) for answer in answers]
     return Sampled(tokens, attention, scored, written.clone(), ends.any(1), texts, generation.forwards, generation.fed)
 

@@ -1,6 +1,6 @@
 """What a completion is worth to GRPO: a function (task, text, answer) -> float, found by name or dotted path.
 
-`text` is what the model wrote up to its first end token. Knows no model and no group.
+`text` is what the model wrote up to its first end token.
 """
 
 from collections.abc import Callable, Mapping
