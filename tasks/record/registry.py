@@ -192,6 +192,8 @@ def versions(project: Project, name: str) -> list[Version]:
     """All versions of a model that MLflow knows, oldest first."""
     if not re.fullmatch(NAME, name):
         raise ConfigError(f"{name!r} is no name of a model; use letters, digits, dots, dashes and underscores")
+    if (stored := _stored_versions(project, name)) is not None:
+        return stored
     talk = client(project)
     found = talk.search_model_versions(f"name='{name}'", max_results=1000)
     aliases: dict[str, list[str]] = {}
@@ -206,6 +208,38 @@ def versions(project: Project, name: str) -> list[Version]:
         for e in ours
     ]
     return sorted(result, key=lambda version: int(version.number))
+
+
+_STORED = """
+select v.version, t.key, t.value from model_versions v join model_version_tags t on t.name = v.name and t.version = v.version
+where v.name = ? and coalesce(v.current_stage, '') != 'Deleted_Internal'
+"""
+
+
+def _stored_versions(project: Project, name: str) -> list[Version] | None:
+    """`versions` from MLflow's own tables in a SQLite file, without the seconds that importing its client takes.
+
+    None where there is no such file, or tables other than these: the client says what is wrong with them.
+    """
+    file = sqlite_file(project.tracking_uri)
+    if file is None or not file.is_file():
+        return None
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=PATIENCE)) as database:
+            rows = database.execute(_STORED, (name,)).fetchall()
+            named = database.execute(
+                "select version, alias from registered_model_aliases where name = ? order by alias", (name,)
+            ).fetchall()
+    except sqlite3.Error:
+        return None
+    tags: dict[int, dict[str, str]] = {}
+    for number, key, value in rows:
+        tags.setdefault(number, {})[key] = value
+    return [
+        Version(name, str(n), own["content_hash"], own, tuple(alias for number, alias in named if number == n))
+        for n, own in sorted(tags.items())
+        if "content_hash" in own
+    ]
 
 
 def trained_on(project: Project, data: str) -> list[Version]:

@@ -1,8 +1,11 @@
 """Registration by reference, the gate, promotion, roll-back, a lost database, altered weights."""
 
 import json
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +19,22 @@ from tasks.errors import StageError
 from tasks.folders import content_hash, write_json
 from tasks.launch.trial import try_out
 from tasks.project import Params, Project
-from tasks.record.registry import resolve, store_folder, trained_on, version_of, versions
+from tasks.record.registry import (
+    _stored_versions,
+    client,
+    resolve,
+    store_folder,
+    trained_on,
+    version_of,
+    versions,
+)
 from tasks.record.tracking import send_pending
 from tasks.record.versions import restore, restore_if_empty
 from tasks.work import register as stage
 from tasks.work.register import gate, promote, roll_back
 from tests.tiny import tiny_pair
 
+REPOSITORY = Path(__file__).parents[2]
 PARAMS = """\
 name: toy
 stages: [register]
@@ -266,3 +278,37 @@ def test_a_database_that_is_locked_damaged_or_gone(root: Path, monkeypatch: pyte
         OSError, match=r"postgresql://me:\*\*\*@127.0.0.1:9/mlflow: .*refused; start it, or point MLFLOW_TR"
     ):
         versions(Project.at(root), "toy")
+
+
+AS_IN_A_TERMINAL = """
+import sys
+from cli.main import llada
+
+sys.argv = ["llada", "sample", "12", "--model", sys.argv[1], "--max-new-tokens", "4"]
+try:
+    llada()
+finally:
+    heavy = {"mlflow", "sqlalchemy", "pandas", "gradio", "prefect", "datasets", "lm_eval", "dvc", "matplotlib", "fastapi"}
+    assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+"""
+
+
+def test_a_terminal_reads_mlflows_tables_itself_and_asks_its_client_where_they_are_others(root: Path) -> None:
+    trained(root, "one", main=50, side=50)
+    trained(root, "two", main=90, side=50)
+    talk = client(Project.at(root))
+    found = versions(Project.at(root), "toy")
+    assert [dict(talk.get_model_version("toy", v.number).tags) for v in found] == [v.tags for v in found]
+    assert [v.aliases for v in found] == [(), ("candidate", "champion")]
+    for name in ("toy@champion", "models:/toy/1"):
+        code = [sys.executable, "-c", AS_IN_A_TERMINAL, name]
+        done = subprocess.run(
+            code, cwd=root, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    talk.delete_model_version("toy", "1")
+    assert [v.number for v in versions(Project.at(root), "toy")] == ["2"]
+    with closing(sqlite3.connect(root / "mlflow.db")) as database:
+        database.execute("alter table model_version_tags rename column value to words")
+        database.commit()
+    assert _stored_versions(Project.at(root), "toy") is None
