@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llada_core.modeling.attention import BlockCausal
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling.canvas import Step
 from llada_core.sampling.params import SamplingParams
 from llada_core.tokenizer import Tokenizer
 
-STATES = ("given", "open", "fresh", "done")
-GIVEN, OPEN, FRESH, DONE = range(4)
+STATES = ("given", "open", "fresh", "done", "replaced")
+GIVEN, OPEN, FRESH, DONE, REPLACED = range(5)  # a fresh one was masked before, a replaced one was another token
 LEVELS = 5  # shades of confidence, on the page and in a terminal
 LONGEST_TOKEN = 64  # characters; a page must survive a token of ten thousand
 Decode = Callable[[int], str]
@@ -65,7 +66,7 @@ class Frame:
 
     def settled(self) -> "Frame":
         """The same canvas once the answer is finished: nothing in it is fresh, and no block is the present one."""
-        state = np.where(self.state == FRESH, DONE, self.state).astype(np.int8)
+        state = np.where(np.isin(self.state, (FRESH, REPLACED)), DONE, self.state).astype(np.int8)
         return dataclasses.replace(self, state=state, block=(0, 0))
 
 
@@ -81,7 +82,8 @@ class Trace:
 
     `committed_at` (W,) holds the number of the step that wrote a position, 0 if given, -1 if open; `runners` the
     likeliest tokens of a position just before it was written, with their probabilities, once `find_runners_up` ran;
-    `spellings` the text of every token that `spell` has met, so that a trace can be shown without its model.
+    `spellings` the text of every token that `spell` has met, so that a trace can be shown without its model; `blocks`, of
+    a model that attends by blocks, their length.
     """
 
     prompt: list[int] = field(default_factory=list)
@@ -90,13 +92,14 @@ class Trace:
     committed_at: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     runners: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
     spellings: dict[int, str] = field(default_factory=dict)
+    blocks: int | None = None
 
     def add(self, step: Step, row: int = 0) -> Frame:
         """Records what `step` did to a row."""
         start = len(self.prompt) if self.width is None else step.tokens.shape[1] - self.width
-        tokens, is_open, fresh, guesses, sure = (
+        tokens, is_open, fresh, replaced, guesses, sure = (
             t[row, start:].cpu().numpy()
-            for t in (step.tokens, step.open, step.committed, step.proposal, step.confidence)
+            for t in (step.tokens, step.open, step.committed, step.replaced, step.proposal, step.confidence)
         )
         sure = np.where(fresh & (tokens != guesses), np.nan, sure)  # the end of an answer fills what nobody proposed
         if not self.frames:
@@ -104,7 +107,8 @@ class Trace:
         number = len(self.frames) + 1
         self.committed_at[is_open] = -1
         self.committed_at[fresh & ~is_open] = number
-        state = np.select([is_open, fresh, self.committed_at == 0], [OPEN, FRESH, GIVEN], DONE).astype(np.int8)
+        known = [is_open, replaced, fresh, self.committed_at == 0]
+        state = np.select(known, [OPEN, REPLACED, FRESH, GIVEN], DONE).astype(np.int8)
         kept = self.frames[-1].confidence if self.frames else np.full(len(tokens), np.nan, np.float32)
         confidence = np.where(is_open | fresh, sure, kept).astype(np.float32)
         first, last = (max(0, int(bound) - start) for bound in step.block[row])
@@ -143,17 +147,20 @@ def speller(tokenizer: Tokenizer) -> Decode:
 def find_runners_up(trace: Trace, model: MaskPredictor, decode: Decode, *, likeliest: int = 4, batch: int = 8) -> None:
     """Looks once more at every canvas of a trace, just before its step; fills `trace.runners` and spells them.
 
-    Exactly what the sampler saw unless it was guided, shifted or cached.
+    Exactly what the sampler saw unless it was guided, shifted or cached; by blocks, also where what lies behind the answer
+    in its last block had been written.
     """
     mask_id = model.special_tokens.mask_id
+    how = {} if trace.blocks is None else {"block_causal": BlockCausal(trace.blocks)}
     blank = [np.where(f.state == GIVEN, f.tokens, mask_id) for f in trace.frames[:1]]
     seen = blank + [np.where(f.state == OPEN, mask_id, f.tokens) for f in trace.frames]  # before each step
     for first in range(1, len(trace.frames) + 1, batch):
         numbers = range(first, min(first + batch, len(trace.frames) + 1))
         rows = [trace.prompt + seen[n - 1].tolist() for n in numbers]
+        rows = [row + [mask_id] * (-len(row) % (trace.blocks or 1)) for row in rows]
         places = []
         for row, frame in enumerate(trace.frames[first - 1 : numbers[-1]]):
-            proposed = (frame.state == FRESH) & (frame.tokens == frame.guesses)
+            proposed = np.isin(frame.state, (FRESH, REPLACED)) & (frame.tokens == frame.guesses)
             places += [
                 (row, at) for at in np.flatnonzero(proposed & (frame.tokens == trace.frames[-1].tokens)).tolist()
             ]
@@ -161,7 +168,8 @@ def find_runners_up(trace: Trace, model: MaskPredictor, decode: Decode, *, likel
             continue
         width = len(rows[0])
         wanted = torch.tensor([row * width + len(trace.prompt) + at for row, at in places], device=model.device)
-        shares = model(torch.tensor(rows, device=model.device), None, positions=wanted).logits.float().softmax(-1)
+        ids = torch.tensor(rows, device=model.device)
+        shares = model(ids, None, positions=wanted, **how).logits.float().softmax(-1)
         shares[:, mask_id] = -1.0  # it counts against the others, but is never written
         top = shares.topk(likeliest, dim=-1)
         for (_, at), ids, values in zip(places, top.indices.tolist(), top.values.tolist(), strict=True):
@@ -233,9 +241,13 @@ def parse_template(text: str, encode: Encode, mask_id: int, longest: int) -> lis
 
 
 def for_template(params: SamplingParams, rows: Sequence[Sequence[int]], mask_id: int) -> SamplingParams:
-    """The settings for templates: room for the most masks of a row, in one block over the longest."""
+    """The settings for templates: room for the most masks of a row, in one block over the longest.
+
+    A sampler of LLaDA2 keeps its blocks, and its model sees nothing behind the block that is being written.
+    """
     masks = max(list(row).count(mask_id) for row in rows)
-    return dataclasses.replace(params.at_length(masks), block_length=max(map(len, rows)), stop_at_eos=False)
+    made = dataclasses.replace(params.at_length(masks), stop_at_eos=False, finish_block=False)
+    return made if params.sampler else dataclasses.replace(made, block_length=max(map(len, rows)))
 
 
 def fixed_tokens(length: int, pins: str, encode: Encode) -> dict[int, int]:

@@ -131,6 +131,9 @@ def _settings(usage: Usage) -> str:
     asked = usage.sampling
     blocks = "all at once" if asked.blocks == 1 else f"in blocks of {asked.block_length}"
     rule = f"whatever is {asked.threshold:g} sure or more at once" if asked.threshold else f"{asked.steps} steps"
+    if asked.sampler is not None:
+        edits = f", edits above {asked.editing_threshold:g}" if asked.sampler == "llada2.1" else ""
+        rule = f"by the sampler {asked.sampler}: threshold {asked.threshold:g}{edits}"
     return f"Room for {asked.max_new_tokens} tokens, {blocks}, {rule}."
 
 

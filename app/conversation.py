@@ -275,7 +275,8 @@ class Conversation:
         self.writing = True
         try:
             prompt = prompt_ids(loaded, self.messages(), params)
-            live.trace = Trace(prompt)
+            by_blocks = loaded.model.block_length is not None
+            live.trace = Trace(prompt, blocks=params.block_length if by_blocks else None)
             steps = loaded.write(prompt, params, look_ahead=look_ahead)
             yield from live.run(loaded, steps, limit=limit, clock=clock)
         finally:
@@ -285,7 +286,13 @@ class Conversation:
                     turn.verdict = judged(turn.user, live.text, loaded.usage) if live.whole else None
                     if turn.verdict is not None and live.note == EMPTY:
                         live.note = ""  # the verdict says more
-                    if loaded.usage.turns == "single" and len(self.turns) > 1:
-                        live.note = f"{live.note} {ALONE}".strip()
+                    doubts = loaded.usage.doubts(params, loaded.model.block_length)
+                    alone = loaded.usage.turns == "single" and len(self.turns) > 1
+                    said = [
+                        live.note,
+                        *([ALONE] if alone else []),
+                        *(f"{line[0].upper()}{line[1:]}." for line in doubts),
+                    ]
+                    live.note = " ".join(said).strip()
                 self.give_up()
                 self.writing, self.told = False, ""

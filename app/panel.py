@@ -11,7 +11,7 @@ from app.canvas import Frame
 from app.conversation import LiveAnswer
 from app.models import AppState, LoadedModel, UserError, as_user_error, due, paced, sentence
 from app.render import canvas, notice
-from llada_core.sampling.params import PRESETS, SamplingParams, exactness
+from llada_core.sampling.params import MODES, PRESETS, SamplingParams, exactness
 from llada_core.sampling.params import preset as made_by
 from llada_core.settings import SettingInfo, describe
 
@@ -107,7 +107,8 @@ def build_panel(state: AppState) -> Panel:
         unknown = f" {NOT_MEASURED.format(name=name)}" if chosen == "fast" else ""
         return exactness(params) + unknown
 
-    preset = gr.Radio(["recommended", *PRESETS], value="recommended", label="Preset")
+    modes = MODES if start.sampler else ()
+    preset = gr.Radio(["recommended", *modes, *PRESETS], value="recommended", label="Preset")
     exact = gr.HTML(notice(told(start, "recommended", state.model)), elem_id="exactness", apply_default_css=False)
     made = {name: _component(SETTINGS[name], getattr(start, name)) for name in FIRST}
     guesses = gr.Checkbox(False, label="Show guesses", info="what the model would write now at every masked position")

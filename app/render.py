@@ -5,17 +5,18 @@ import json
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
-from app.canvas import DONE, END, FRESH, OPEN, Frame, Trace, readable
+from app.canvas import DONE, END, FRESH, OPEN, REPLACED, Frame, Trace, readable
 from app.conversation import Turn
 from app.guide import Verdict
 
-STATE_CLASSES = ("g", "m", "d f", "d")  # of app.canvas.STATES; a written one has its shade c0 to c4 as well
+STATE_CLASSES = ("g", "m", "d f", "d", "d f e")  # of app.canvas.STATES; a written one has its shade c0 to c4 as well
 AFTER = "d z"  # written behind the end of the answer: no part of it
 LEGEND = (
     ("m", "", "masked"),
     ("m b", "", "masked, in the present block"),
     ("m", "42", "its present guess"),
     ("d f c4", "42", "just written"),
+    ("d f e c4", "42", "just put in the place of another token"),
     ("d c0", "42", "written, unsure"),
     ("d c2", "42", "written, fairly sure"),
     ("d c4", "42", "written, sure"),
@@ -33,7 +34,7 @@ def escape(text: str) -> str:
 def classes(frame: Frame, at: int) -> str:
     """The CSS classes of a position's state, and of the shade of its confidence where it was written."""
     state = frame.state[at]
-    return STATE_CLASSES[state] + (f" c{frame.level(at)}" if state in (FRESH, DONE) else "")
+    return STATE_CLASSES[state] + (f" c{frame.level(at)}" if state in (FRESH, DONE, REPLACED) else "")
 
 
 def tile(frame: Frame, at: int, text: str, *, after: bool = False) -> str:
@@ -134,7 +135,7 @@ watch('value', () => {
 """
 
 
-LETTERS = "gmfd"  # the states of app.canvas.STATES
+LETTERS = "gmfde"  # the states of app.canvas.STATES
 
 
 def document(trace: Trace, *, prompt: str = "", dark: bool = False) -> str:

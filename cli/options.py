@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from llada_core.sampling.params import PRESETS, SamplingParams, preset
+from llada_core.sampling.params import MODES, PRESETS, SamplingParams, changed, preset
 from llada_core.settings import DEVICE_SETTING, DEVICES, ConfigError, describe
 from tasks.errors import one_line_errors
 
@@ -25,7 +25,8 @@ Device = Annotated[
 ]
 Bits = Annotated[int | None, typer.Option(help="weights of 4 or 8 bits, on a CUDA GPU; none: as stored")]
 SETTINGS = describe(SamplingParams)
-OWN_OPTION = ("max_new_tokens", "block_length", "steps", "temperature", "threshold", "cache", "seed")
+OWN_OPTION = ("max_new_tokens", "block_length", "steps", "temperature", "threshold", "cache", "sampler", "seed")
+PRESET_HELP = f"{', '.join(PRESETS)}; of LLaDA2 also {', '.join(MODES)}; none: the settings that come with the model"
 OTHERS = ", ".join(sorted(set(SETTINGS) - set(OWN_OPTION)))
 
 
@@ -38,13 +39,14 @@ class ModelOptions:
     """The options of every command that writes: which model, where it lies, and how it is sampled."""
 
     model: Model = ""
-    preset: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}; none: the settings that come with the model")] = ""
+    preset: Annotated[str, typer.Option(help=PRESET_HELP)] = ""
     max_new_tokens: Annotated[int | None, _option("max_new_tokens")] = None
     block_length: Annotated[int | None, _option("block_length")] = None
     steps: Annotated[int | None, _option("steps")] = None
     temperature: Annotated[float | None, _option("temperature")] = None
     threshold: Annotated[float | None, _option("threshold")] = None
     cache: Annotated[str | None, _option("cache")] = None
+    sampler: Annotated[str | None, _option("sampler")] = None
     seed: Annotated[int | None, _option("seed")] = None
     device: Device = "auto"
     bits: Bits = None
@@ -140,8 +142,3 @@ def settings(base: SamplingParams, options: ModelOptions) -> SamplingParams:
     values = options.given()
     base = base.at_length(values.get("max_new_tokens", base.max_new_tokens))
     return changed(preset(options.preset, base) if options.preset else base, values)
-
-
-def changed(base: SamplingParams, values: dict[str, Any]) -> SamplingParams:
-    """`base` with other values; raises ValueError that names an unknown one."""
-    return SamplingParams(**{**vars(base), **values})

@@ -41,6 +41,8 @@ def sample(
 
     texts = [typed(line.rstrip("\n")) for p in prompts for line in (sys.stdin if p == "-" else [p])]
     writer, tokenizer = loaded(folder, options.device, options.bits)
+    for line in usage.doubts(params, writer.block_length):
+        print(line, file=sys.stderr)
     started = (
         templates(writer, tokenizer, texts, params)
         if infill

@@ -15,6 +15,7 @@ from app.canvas import (
     FRESH,
     GIVEN,
     OPEN,
+    REPLACED,
     Frame,
     Trace,
     fixed_tokens,
@@ -27,12 +28,13 @@ from app.conversation import Conversation
 from app.models import LoadedModel
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import Step, stream, stream_infill
-from llada_core.sampling.params import SamplingParams, exactness, preset
+from llada_core.sampling.params import SamplingParams, changed, exactness, preset
 from llada_core.tokenizer import Tokenizer
 from llada_core.usage import Usage
 
 BOX = 6  # columns of one position, a space included
 SHADES = ("dim", "", "cyan", "bold cyan", "bold bright_white")  # unsure to sure, one for each level
+REPLACING = "↻"
 MASK, MASK_IN_BLOCK = "░" * (BOX - 1), "▒" * (BOX - 1)
 LONGEST_TEMPLATE = 1 << 20  # tokens; the model's own length is checked by the sampler
 
@@ -40,8 +42,8 @@ LONGEST_TEMPLATE = 1 << 20  # tokens; the model's own length is checked by the s
 def picture(frame: Frame, texts: Sequence[str], width: int) -> Text:
     """The canvas in lines of `width` columns; `texts` (W) stand at its positions.
 
-    Masked positions are hatched (closer in the present block), given ones underlined, fresh ones in reverse, others by
-    confidence.
+    Masked positions are hatched (closer in the present block), given ones underlined, fresh ones in reverse (behind a sign
+    where they replace another token), others by confidence.
     """
     drawn, per_line = Text(), max(1, width // BOX)
     for at, text in enumerate(texts):
@@ -54,6 +56,7 @@ def box(frame: Frame, at: int, text: str) -> str:
     """The text of a position, cut or padded to its box."""
     if frame.state[at] == OPEN and not text:
         return MASK_IN_BLOCK if frame.in_block(at) else MASK
+    text = REPLACING + text if frame.state[at] == REPLACED else text
     return text.ljust(BOX - 1) if len(text) < BOX else text[: BOX - 2] + "…"
 
 
@@ -63,7 +66,7 @@ def style_of(frame: Frame, at: int, text: str) -> str:
         return "italic yellow" if text else ("bright_black" if frame.in_block(at) else "dim bright_black")
     if frame.state[at] == GIVEN:
         return "underline"
-    return "reverse bold" if frame.state[at] == FRESH else SHADES[frame.level(at)]
+    return "reverse bold" if frame.state[at] in (FRESH, REPLACED) else SHADES[frame.level(at)]
 
 
 def draw(trace: Trace, width: int, number: int = -1, *, guesses: bool = False) -> Group:
@@ -117,7 +120,7 @@ def follow(traces: list[Trace], steps: Iterator[Step], tokenizer: Tokenizer, *, 
 
 HELP = {
     "/set NAME=VALUE": "change a sampler setting, as /set steps=16",
-    "/preset NAME": "exact, fast or creative",
+    "/preset NAME": "exact, fast or creative; of LLaDA2 also quality or speed",
     "/settings": "show all settings",
     "/system TEXT": "what the model is told beforehand (nothing: forget it)",
     "/guesses": "show or hide what it would write at masked positions",
@@ -205,7 +208,7 @@ class TerminalChat:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError("write it as /set name=value")
-        self.params = SamplingParams(**{**vars(self.params), name.strip(): yaml.safe_load(value)})
+        self.params = changed(self.params, {name.strip(): yaml.safe_load(value)})
         self._say(exactness(self.params))
 
     def _preset(self, name: str) -> None:

@@ -5,13 +5,17 @@ LLaDA's bound for an answer of n tokens (arXiv:2502.09992, equation 14) is the m
 subsets M of k tokens, of n/k times the sum of log p(token) over M when M is masked. Every plan here is a weighted list
 of subsets whose weighted sum has that mean (the stock one as nearly as its authors' rounding allows).
 
+Of a model that attends by blocks, log p is the sum over the blocks that the answer lies in: each has a plan and a bound of
+its own, given the prompt and the clean blocks before it. Its last block is a whole one, masked behind the answer, as when
+it is sampled.
+
 Shapes: R rows of a forward, L positions of a row, n answer tokens, S samples.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from math import comb
 from typing import Literal
 
@@ -20,14 +24,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llada_core.modeling.attention import BlockCausal
 from llada_core.modeling.predictor import (
     MaskPredictor,
-    require_bidirectional,
     require_in_vocabulary,
     require_length,
     require_no_mask,
 )
-from llada_core.sampling.denoiser import GuidedDenoiser, PlainDenoiser, Query
+from llada_core.sampling.denoiser import BlockDenoiser, GuidedDenoiser, PlainDenoiser, Query
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.sampler import stream_infill
 
@@ -54,6 +58,13 @@ def plan(estimator: Estimator, length: int, samples: int, rng: np.random.Generat
     if estimator == "exact":
         return enumerated(length)
     return stock(length, samples, rng) if estimator == "stock" else antithetic(length, samples, rng)
+
+
+def spans(prompt: int, length: int, block: int | None) -> list[tuple[int, int]]:
+    """The stretches of an answer of `length` tokens behind `prompt` ones that lie in one block each; None: there are none."""
+    inner = () if block is None else range(block - prompt % block, length, block)
+    edges = [0, *inner, length]
+    return list(pairwise(edges))
 
 
 def enumerated(length: int) -> Plan:
@@ -153,7 +164,7 @@ def log_likelihoods(  # noqa: PLR0913 - the public face
 ) -> list[float]:
     """A lower bound on log p(answer | prompt), in nats, of each (prompt ids, answer ids): LLaDA's estimate of it.
 
-    samples: masked copies of each answer. estimator: "stock" is LLaDA's; "antithetic" needs fewer for the same error;
+    samples: masked copies of each answer, of a model that attends by blocks of each block of it. estimator: "stock" is LLaDA's; "antithetic" needs fewer for the same error;
     "exact" enumerates; "auto" enumerates answers of up to 7 tokens where that takes no more, and is antithetic
     otherwise. cfg_scale: guidance, as in sampling. The random numbers of a pair depend on `seed` and its prompt, so
     that the options of a question are compared under the same ones and nothing depends on what shares the call.
@@ -202,7 +213,6 @@ class Likelihood:
     num_samples: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        require_bidirectional(self.model, "likelihood")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator {self.estimator!r} is none of {', '.join(ESTIMATORS)}")
         if self.samples < 1 or self.batch_tokens < 1 or not 0 <= self.cfg_scale < np.inf:
@@ -219,33 +229,42 @@ class Likelihood:
         # Pairs of like length share a forward, so that little of it is padding.
         for number in sorted(range(len(arrays)), key=lambda i: sum(map(len, arrays[i]))):
             prompt, answer = arrays[number]
-            drawn = plan(self.estimator, len(answer), self.samples, self._rng(prompt, answer))
-            batch = self._collect(batch, number, prompt, answer, drawn, totals)
+            for part, (first, last) in enumerate(spans(len(prompt), len(answer), self.model.block_length)):
+                drawn = plan(self.estimator, last - first, self.samples, self._rng(prompt, answer, part))
+                known = np.concatenate([prompt, answer[:first]])
+                batch = self._collect(batch, number, (len(prompt), known), answer[first:last], drawn, totals)
         self._flush(batch, totals)
         return totals.tolist()
 
-    def _rng(self, prompt: Array, answer: Array) -> np.random.Generator:
+    def _rng(self, prompt: Array, answer: Array, part: int) -> np.random.Generator:
         # The stock estimator draws for each option anew.
         text = prompt.tobytes() + (b"|" + answer.tobytes() if self.estimator == "stock" else b"")
-        return np.random.default_rng(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) ^ self.seed)
+        key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) ^ self.seed
+        return np.random.default_rng(key + (part << 64))
 
-    def _collect(self, batch: _Batch, number: int, prompt: Array, answer: Array, drawn: Plan, totals: Tensor) -> _Batch:
-        masked = np.where(drawn.masks, self.model.special_tokens.mask_id, answer)
-        length = len(prompt) + len(answer)
+    def _collect(
+        self, batch: _Batch, number: int, before: tuple[int, Array], answer: Array, drawn: Plan, totals: Tensor
+    ) -> _Batch:
+        """`before`: the length of the prompt, and the ids of all that the answer, or this part of it, is scored given."""
+        prompt_length, known = before
+        mask_id, length = self.model.special_tokens.mask_id, len(known) + len(answer)
+        behind = min(-length % (self.model.block_length or 1), self.model.max_length - length)
+        tail, length = np.full(behind, mask_id), length + behind
+        masked = np.where(drawn.masks, mask_id, answer)
         for mask, noisy, weight in zip(drawn.masks, masked, drawn.weights.tolist(), strict=True):
-            row = np.concatenate([prompt, noisy])
+            row = np.concatenate([known, noisy, tail])
             # Equal canvases are computed once and read as often as they were drawn. Where the prompt ends is part of
             # the key, as guidance hides it.
-            key = (len(prompt), row.tobytes())
+            key = (prompt_length, row.tobytes())
             if key not in batch.numbers:
                 if (len(batch.rows) + 1) * length > self.batch_tokens and batch.rows:
                     self._flush(batch, totals)
                     batch = _Batch()
                 batch.numbers[key] = len(batch.rows)
                 batch.rows.append(row)
-                batch.prompts.append(len(prompt))
+                batch.prompts.append(prompt_length)
             columns = mask.nonzero()[0]
-            batch.reads.append((number, batch.numbers[key], columns + len(prompt), answer[columns], weight))
+            batch.reads.append((number, batch.numbers[key], columns + len(known), answer[columns], weight))
         return batch
 
     def _flush(self, batch: _Batch, totals: Tensor) -> None:
@@ -269,11 +288,15 @@ class Likelihood:
     def _log_p(self, batch: _Batch, positions: Tensor, targets: Tensor) -> Tensor:
         special = self.model.special_tokens
         tokens, visible, prompt = batch.tensors(special.pad_id, self.model.device)
+        length = self.model.block_length
         if not self.cfg_scale:
-            return -self.model(tokens, visible, positions=positions, targets=targets).nll
-        guided = GuidedDenoiser(PlainDenoiser(self.model), self.cfg_scale)
-        rows, first = len(tokens), tokens.new_zeros(len(tokens))  # there are no blocks
-        query = Query(tokens, visible, prompt, positions, special.mask_id, first, [0] * rows, [True] * rows)
+            how = {} if length is None else {"block_causal": BlockCausal(length)}
+            return -self.model(tokens, visible, positions=positions, targets=targets, **how).nll
+        inner = PlainDenoiser(self.model) if length is None else BlockDenoiser(self.model, length, cached=False)
+        guided = GuidedDenoiser(inner, self.cfg_scale)
+        rows, last = len(tokens), tokens.shape[1] - 1  # no row is in a block of its own: all of them are fed whole
+        first = torch.full((rows,), last, device=tokens.device)
+        query = Query(tokens, visible, prompt, positions, special.mask_id, first, [last] * rows, [True] * rows)
         logits = guided.logits(query)
         return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
@@ -293,7 +316,8 @@ def greedy_matches(
         for row, (prompt, answer) in zip(wanted, (arrays[i] for i in chunk), strict=True):
             row[longest - len(prompt) - len(answer) :] = torch.from_numpy(np.concatenate([prompt, answer]))
             templates.append(torch.from_numpy(np.concatenate([prompt, np.full_like(answer, special.mask_id)])))
-        params = SamplingParams(max_new_tokens=1, block_length=longest, steps=longest, cfg_scale=cfg_scale)
+        length = model.block_length or longest
+        params = SamplingParams(max_new_tokens=1, block_length=length, steps=longest, cfg_scale=cfg_scale)
         for step in stream_infill(model, templates, params):
             matches = ((step.tokens == wanted.to(step.tokens.device)) | step.open).all(1)
             if not matches.any():  # no need to see the rest

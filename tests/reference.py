@@ -49,3 +49,10 @@ def golden_model(name: str) -> MaskPredictor:
 def special_of(name: str) -> SpecialTokens:
     """The special ids of a golden model."""
     return BLOCKS if name.startswith("llada2") else MOE if "moe" in name else DENSE
+
+
+@functools.cache
+def block_cases(file: str) -> dict[str, dict]:
+    """The cases of one file of LLaDA2 by name, from cases_llada2.json; those that pin a defect left out."""
+    found = json.loads((GOLDEN / "cases_llada2.json").read_text())[file]
+    return {name: case for name, case in found.items() if not name.startswith("quirk")}

@@ -118,10 +118,12 @@ class Draft:
         if frame is None:
             return "", last
         tokens, is_open = self.tokens(), bool((frame.state == OPEN).any())
-        # A rule of one's own may take back what stands in the block.
-        sure = frame.block[0] if self.params.rule is not None and is_open and not last else len(frame.tokens)
+        # A rule of one's own may take back what stands in the block; one that edits, also once nothing in it is open.
+        edits = self.params.sampler == "llada2.1"
+        changing = edits or (self.params.rule is not None and is_open)
+        sure = frame.block[0] if changing and not last else len(frame.tokens)
         tokens = tokens[:sure]
-        done = last or not is_open or (len(tokens) < sure and self._ended(len(tokens)))
+        done = last or not (is_open or edits) or (len(tokens) < sure and self._ended(len(tokens)))
         tokenizer = self.loaded.tokenizer
         text = tokenizer.decode(tokens) if self.whole else tokenizer.answer_text(tokens)
         return (text if done else text.rstrip(HALF)), done

@@ -278,8 +278,9 @@ class Responder:
         if not asked.blanks:
             return to_answer(self.model, [asked.prompt], asked.params, copy=asked.copy)[0][0]
         template = [*asked.prompt, *[self.tokenizer.special.mask_id] * asked.blanks, *asked.suffix]
-        own = replace(asked.params, max_new_tokens=asked.length, block_length=asked.length)
-        params = replace(own, stop_at_eos=False, schedule="linear")
+        block = self.model.block_length or asked.length  # one that attends by blocks keeps to those it learnt
+        own = replace(asked.params, max_new_tokens=asked.length, block_length=block)
+        params = replace(own, stop_at_eos=False, finish_block=False, schedule="linear")
         return to_fill(self.model, [template], params, copy=asked.copy)[0]
 
     @staticmethod

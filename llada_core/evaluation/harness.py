@@ -25,8 +25,10 @@ from llada_core.evaluation.answering import (
     keys_of,
 )
 from llada_core.evaluation.requests import ChatText, batches, cut, pairs, wanted
+from llada_core.likelihood import spans
 from llada_core.settings import ConfigError
 from llada_core.tokenizer import Message
+from llada_core.usage import Usage
 
 log = logging.getLogger(__name__)
 NO_ANSWER: Response = {"text": "", "tokens": 0, "forwards": 0, "ll": 0.0, "greedy": False}
@@ -49,6 +51,7 @@ class LladaLM(TemplateLM):
     def __init__(self, answerer: Responder, store: AnswerStore | None = None) -> None:
         super().__init__()
         self.answerer, self.tokenizer_, self.options = answerer, answerer.tokenizer, answerer.options
+        self.block_length = answerer.model.block_length  # of the blocks by which it attends
         self.store = store or AnswerStore()
         self.new_tokens: list[int] = []  # of each generated answer, up to its end token
         self.forwards: list[int] = []  # that each generated answer took part in
@@ -109,10 +112,15 @@ class LladaLM(TemplateLM):
         asked = wanted([r.args for r in requests], settings, self.tokenizer_, longest)
         lengths, kinds = [w.length for w in asked], [(w.params, bool(w.blanks)) for w in asked]
         groups = batches(lengths, kinds, self.options.batch_size)
+        for line in sorted({line for p, _ in kinds for line in Usage(sampling=p).doubts(p, self.block_length)}):
+            log.warning("%s", line)
         answers = self._answer(
             "generate_until",
             [r.args for r in requests],
-            [RequestBatch(group, max(lengths[i] for i in group), asked[group[0]].params.steps) for group in groups],
+            [
+                RequestBatch(group, max(lengths[i] for i in group), asked[group[0]].params.most_steps)
+                for group in groups
+            ],
             lambda batch: self.answerer.generate([asked[i] for i in batch]),
         )
         self.new_tokens += [a["tokens"] for a in answers]
@@ -132,12 +140,17 @@ class LladaLM(TemplateLM):
         answers = self._answer(
             "loglikelihood",
             [text for text, _, _ in requests],
-            [RequestBatch(group, max(lengths[i] for i in group), self.answerer.samples) for group in groups],
+            [RequestBatch(group, max(lengths[i] for i in group), self._looks(group, fitting)) for group in groups],
             lambda batch: self.answerer.score([fitting[i] for i in batch]),
         )
         self.scored += zip(requests, (a["ll"] for a in answers), strict=True)
         del self.scored[LOOKED_AT:]
         return [(a["ll"], a["greedy"]) for a in answers]
+
+    def _looks(self, group: Sequence[int], pairs_: Sequence[tuple[list[int], list[int]]]) -> int:
+        """Masked copies of a continuation, at most: so many of each block that it lies in."""
+        lengths = ((len(pairs_[i][0]), len(pairs_[i][1])) for i in group)
+        return self.answerer.samples * max(len(spans(*each, self.block_length)) for each in lengths)
 
     def estimator_error(self) -> float | None:
         """Root mean square error of one log-likelihood, in nats: the first ones are estimated once more with another

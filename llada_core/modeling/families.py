@@ -111,6 +111,8 @@ class Family:
     renamed: published names of weights and their parts, to ours; empty where they are the same.
     stored_bytes: of a published weight whose config.json names no dtype.
     block_length: of the blocks by which it attends, as it was trained; None: every position sees every other.
+    recommended: settings of the sampler by their names, the first where nobody says which.
+    named: how names of releases begin whose files do not tell them apart, to the name of what is recommended for them.
     needs: keys of `model.backbone` that a fresh one must be given, each with an example.
     """
 
@@ -123,6 +125,8 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)
     stored_bytes: int = 2
     block_length: int | None = None
+    recommended: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    named: Mapping[str, str] = field(default_factory=dict)
     needs: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -275,6 +279,12 @@ _LLADA2_NAMES = {
     "mlp.gate.expert_bias": "mlp.expert_bias",
     "mlp.shared_experts": "shared_expert",
 }
+_LLADA2_ALWAYS = {"max_new_tokens": 512, "block_length": 32, "steps": 32, "stop_at_eos": True, "cache": "prefix"}
+_LLADA2_SETTINGS = {  # of the cards of 2.0-mini and 2.1-mini; their files do not tell which of the two a model is
+    "llada2.0": {**_LLADA2_ALWAYS, "sampler": "llada2.0", "threshold": 0.95},
+    "quality": {**_LLADA2_ALWAYS, "sampler": "llada2.1", "threshold": 0.7, "editing_threshold": 0.5},
+    "speed": {**_LLADA2_ALWAYS, "sampler": "llada2.1", "threshold": 0.5, "editing_threshold": 0.0},
+}
 
 _TABLE = (
     Family(
@@ -303,6 +313,8 @@ _TABLE = (
         published=LLADA2,
         renamed=_LLADA2_NAMES,
         block_length=32,
+        recommended=_LLADA2_SETTINGS,
+        named={"LLaDA2.0": "llada2.0", "LLaDA2.1": "quality"},
     ),
     Family(  # any other model that transformers knows as a masked-LM
         kind="masked_lm",
@@ -322,6 +334,18 @@ def family_of(config: Mapping[str, Any]) -> Family:
     families = FAMILIES.values()
     claimed = next((family for family in families if family.claims is not None and family.claims(config)), None)
     return claimed or next(family for family in families if family.claims is None)
+
+
+def recommended(name: str, config: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    """The settings of the sampler for a model that brings none, by the keys of its config.json, if it is at hand, and by
+    the name of its folder or repository; empty where its family recommends nothing.
+    """
+    families = FAMILIES.values() if config is None else [family_of(config)]
+    for family in families:
+        for start, which in family.named.items():
+            if Path(name).name.startswith(start):
+                return family.recommended[which]
+    return {} if config is None else next(iter(family_of(config).recommended.values()), {})
 
 
 def published_as(name: str) -> Family | None:

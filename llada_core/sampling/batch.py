@@ -21,7 +21,7 @@ from llada_core.sampling.canvas import Blocks, Canvas, Step
 from llada_core.sampling.denoiser import Denoiser, Query, denoiser_of, on_device
 from llada_core.sampling.proposals import Confidence, Proposer, RowNoise
 from llada_core.sampling.requests import Request
-from llada_core.sampling.unmask import Rule, State, TransferSchedule, number_of, rule_of, schedule_of
+from llada_core.sampling.unmask import HELD, Rule, State, TransferSchedule, number_of, rule_of, schedule_of
 
 Compiled = Literal["off", "graph", "max"]
 COLUMNS = 64  # a compiled step's canvas is a multiple of so many wide
@@ -46,7 +46,7 @@ class Answer:
     shown: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.shown = self.request.tokens[None]
+        self.shown = self.request.tokens[None, : self.request.told]
 
     @property
     def over(self) -> bool:
@@ -93,17 +93,33 @@ class Part:
         if self.schedule is not None:
             self.state = self.schedule.room(self.state, self.steps, self.span)
 
-    def step(self, logits: Tensor, slots: Tensor, blocks: Blocks, *, entered: bool) -> "Choice":
-        """What `logits` (P, V) at `slots` (P,) of its windows (R, W) come to; `entered`: some row is in a new block."""
-        is_open, counts = blocks.open, blocks.open.sum(1)
+    @property
+    def edits(self) -> bool:
+        """Whether its rows write over what was written."""
+        return self.answers[0].request.edits
+
+    @property
+    def held(self) -> Tensor:
+        """(R,) bool: rows that stay in their block though nothing is open in it."""
+        rows = len(self.answers)
+        return self.state[HELD] if HELD in self.state else torch.zeros(rows, dtype=torch.bool, device=self.device)
+
+    def step(self, logits: Tensor, slots: Tensor, present: Tensor, blocks: Blocks, *, entered: bool) -> "Choice":
+        """What `logits` (P, V) at `slots` (P,) of its windows (R, W) come to, where `present` (P,) stand now.
+
+        `entered`: some row is in a new block.
+        """
+        is_open, counts = blocks.open, blocks.asked.sum(1)
         rows = slots // is_open.shape[1]
-        ranks = (is_open.cumsum(1) - 1).flatten()
+        ranks = (blocks.asked.cumsum(1) - 1).flatten()
         draw = self.noise.draw(rows, ranks[slots], counts)
         proposals, confidence = self.proposer.propose(logits, draw, self.warmth[rows])
         self.noise = self.noise.after(self.proposer.draws * counts)
         if entered:
             self._enter(blocks, ranks, counts)
-        scores = confidence.laid_out(is_open, slots)
+        scores = confidence.laid_out(blocks.asked, slots)
+        if self.edits:  # what stands there already is no proposal
+            scores = scores.nothing_where(_laid_out(proposals == present, slots, is_open.shape))
         narrow = self.width
         scores = Confidence(scores.value[:, :narrow], scores.key[:, :narrow])
         commit, back, self.state = self.rule(scores, is_open[:, :narrow], self.state)
@@ -209,7 +225,10 @@ class Batch:
         self.ends = on_device(sorted(model.special_tokens.end_ids), model.device)
         self.tally: list[list[int]] = [[], [], [], []]  # on the host, of each row: see `Blocks.tally`
         self.blocks: Blocks | None = None
-        self.stops: Tensor | None = None  # (A,) bool, the rows that end at an end token, if any does
+        # (A,) bool, if any row does: those that end at an end token, those that edit, those that finish their blocks first.
+        self.stops: Tensor | None = None
+        self.edits: Tensor | None = None
+        self.waits: Tensor | None = None
         self.numbers = on_device([], model.device)  # of the block that each row was in, -1 before its first
 
     @property
@@ -265,16 +284,21 @@ class Batch:
         self.tally = [[values[i] for i in order] for values in self.tally]
         self.numbers = self.numbers[on_device(order, self.numbers.device)]
         self.denoiser.arrange([i if i < before else -1 for i in order], self.canvas.tokens.shape[1])
-        stops = [answer.request.params.stop_at_eos for answer in self.answers]
-        self.stops = on_device(stops, self.model.device, torch.bool) if any(stops) else None
+        requests = [answer.request for answer in self.answers]
+        self.stops = self._if_any([request.params.stop_at_eos for request in requests])
+        self.edits = self._if_any([request.edits for request in requests])
+        self.waits = self._if_any([request.edits or request.params.finish_block for request in requests])
         self.blocks = None
+
+    def _if_any(self, rows: list[bool]) -> Tensor | None:
+        return on_device(rows, self.model.device, torch.bool) if any(rows) else None
 
     @torch.no_grad()
     def step(self) -> Moment:
         """Commits something in every row; those that are done leave, their answers finished."""
         assert self.canvas is not None
         if self.blocks is None:
-            self.blocks = Blocks.of(self.canvas, max(part.width for part in self.parts), self.numbers)
+            self.blocks = self._blocks(self.canvas, max(part.width for part in self.parts), self.numbers)
         answers, (counts, entered, firsts, left) = self.answers, self.tally
         beyond = [n - m if a.request.ahead else 0 for n, m, a in zip(left, counts, answers, strict=True)]
         fresh = [bool(new) for new in entered]
@@ -302,27 +326,33 @@ class Batch:
         if total == everything:
             slots = torch.arange(everything, device=canvas.tokens.device)
         else:
-            slots = torch.nonzero_static(blocks.open.flatten(), size=total)[:, 0]
+            slots = torch.nonzero_static(blocks.asked.flatten(), size=total)[:, 0]
         mine = wanted = blocks.places.flatten()[slots]
+        present = canvas.tokens.flatten()[mine]
         if any(asked.beyond):
             wanted = torch.cat([mine, self._beyond(canvas, mine, asked.beyond)])
         seen = canvas.tokens, canvas.visible, canvas.known
         logits = ask(Query(*seen, wanted, canvas.mask_id, blocks.first, asked.firsts, asked.fresh, asked.counts))
-        choice = self._choose(logits[:total], slots, blocks, asked)
+        choice = self._choose(logits[:total], slots, present, blocks, asked)
 
-        # What is committed was MASK; a window past the canvas repeats its edge, so that what is not is left by adding 0.
-        written = torch.where(choice.commit.view(-1)[slots], choice.proposals - canvas.mask_id, 0)
+        # A window past the canvas repeats its edge, so that what is not committed is left by adding 0.
+        written = torch.where(choice.commit.view(-1)[slots], choice.proposals - present, 0)
         tokens = canvas.tokens.view(-1).index_add(0, mine, written).view_as(canvas.tokens)
         if choice.back is not None:
             tokens = tokens.masked_fill(blocks.on_canvas(choice.back, canvas), canvas.mask_id)
-        after = replace(canvas, tokens=self._closed(tokens, canvas))
+        after = replace(canvas, tokens=self._closed(tokens, canvas, blocks))
         proposals, values = choice.proposals, choice.confidence.value
         if any(asked.beyond):
             further, sure = self._guesses(logits[total:], asked.beyond)
             proposals, values = torch.cat([proposals, further]), torch.cat([values, sure])
-        following = Blocks.of(after, blocks.open.shape[1], blocks.number)
+        following = self._blocks(after, blocks.open.shape[1], blocks.number)
         shown = Seen(after.tokens, blocks.first, blocks.last, wanted, proposals, values)
         return Outcome(after, following, following.tally(after), shown)
+
+    def _blocks(self, canvas: Canvas, width: int, before: Tensor) -> Blocks:
+        """Where the rows are now, those that a rule holds in the block of `before` (A,)."""
+        held = None if self.edits is None else torch.cat([part.held for part in self.parts])
+        return Blocks.of(canvas, width, before, held, self.edits)
 
     @staticmethod
     def _beyond(canvas: Canvas, mine: Tensor, beyond: list[int]) -> Tensor:
@@ -341,15 +371,16 @@ class Batch:
             row, at = rows.stop, at + many
         return found
 
-    def _choose(self, logits: Tensor, slots: Tensor, blocks: Blocks, asked: "Asked") -> Choice:
+    def _choose(self, logits: Tensor, slots: Tensor, present: Tensor, blocks: Blocks, asked: "Asked") -> Choice:
         """All parts' choices, row after row."""
         news = asked.fresh or [True] * len(asked.counts)
         if len(self.parts) == 1:
-            return self.parts[0].step(logits, slots, blocks, entered=any(news))
+            return self.parts[0].step(logits, slots, present, blocks, entered=any(news))
         found, width = [], blocks.open.shape[1]
         for part, rows, mine in self._spans(asked.counts):
             own = Blocks(*(value[rows] for value in vars(blocks).values()))
-            found.append(part.step(logits[mine], slots[mine] - rows.start * width, own, entered=any(news[rows])))
+            at = slots[mine] - rows.start * width
+            found.append(part.step(logits[mine], at, present[mine], own, entered=any(news[rows])))
         sure = (torch.cat(x) for x in zip(*((c.confidence.value, c.confidence.key) for c in found), strict=True))
         back = None
         if any(c.back is not None for c in found):
@@ -362,13 +393,20 @@ class Batch:
         found = [part.proposer.propose(logits[mine]) for part, _, mine in self._spans(beyond)]
         return torch.cat([tokens for tokens, _ in found]), torch.cat([sure.value for _, sure in found])
 
-    def _closed(self, tokens: Tensor, canvas: Canvas) -> Tensor:
-        """`tokens` (A, T), ended rows filled: a row ends at its first end token with nothing open before it."""
+    def _closed(self, tokens: Tensor, canvas: Canvas, blocks: Blocks) -> Tensor:
+        """`tokens` (A, T), ended rows filled: a row ends at its first end token with nothing open before it.
+
+        Rows that edit, and those that finish their blocks, end where the block is whole and left.
+        """
         if self.stops is None:
             return tokens
         nothing_open = (tokens == canvas.mask_id).cumsum(1) == 0
         reached = torch.isin(tokens, self.ends) & canvas.answer & nothing_open
         after = canvas.answer & (reached.cumsum(1) > reached.long()) & self.stops[:, None]
+        if self.waits is not None:
+            going = (blocks.inside & (tokens == canvas.mask_id).flatten()[blocks.places]).any(1)
+            going = going | torch.cat([part.held for part in self.parts])
+            after = after & ~(going & self.waits)[:, None]
         return tokens.masked_fill(after, self.model.special_tokens.eos_id)
 
     def _told(self, outcome: "Outcome", answers: list[Answer]) -> Tensor | None:
@@ -389,7 +427,7 @@ class Batch:
         for i, (answer, left) in enumerate(zip(answers, self.tally[3], strict=True)):
             answer.forwards += 1
             if not left:
-                answer.tokens, answer.finished = self.canvas.tokens[i, : self.canvas.sizes[i]], True
+                answer.tokens, answer.finished = self.canvas.tokens[i, : answer.request.told], True
                 done.append(answer)
         self.leave(done)
         return copied
@@ -398,6 +436,11 @@ class Batch:
 def padded(value: Tensor, more: int, fill: int = 0) -> Tensor:
     """`value` (R, ...) followed by `more` rows of `fill`."""
     return torch.cat([value, value.new_full((more, *value.shape[1:]), fill)]) if more else value
+
+
+def _laid_out(flags: Tensor, slots: Tensor, shape: torch.Size) -> Tensor:
+    """(P,) bool at flat places of windows (R, W); False elsewhere."""
+    return torch.zeros(shape, dtype=torch.bool, device=flags.device).view(-1).index_copy(0, slots, flags).view(shape)
 
 
 def zero_where(rows: Tensor, value: Tensor) -> Tensor:

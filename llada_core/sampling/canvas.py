@@ -45,8 +45,13 @@ class Step:
 
     @property
     def committed(self) -> Tensor:
-        """(B, T) bool: written by this step, over a token too where a stop fills the rest of the answer."""
+        """(B, T) bool: written by this step, over a token too where it is edited or a stop fills the rest of the answer."""
         return (self.tokens != self.before) & ~self.open
+
+    @property
+    def replaced(self) -> Tensor:
+        """(B, T) bool: a token before this step, and after it another one that the model proposed (LLaDA2.1 edits)."""
+        return self.committed & (self.before != self.mask_id) & (self.tokens == self.proposal)
 
     @property
     def taken_back(self) -> Tensor:
@@ -75,16 +80,19 @@ class Canvas:
     """Rows of any lengths, A of them over T columns.
 
     `tokens` (A, T) int64, `mask_id` where open; `seen` (A, T) bool: neither padding nor a hole; `known` (A, T) bool: what
-    an unguided forward must not see; `start`, `end`, `block` (A,) int64: the columns between which blocks are counted,
-    `end` excluded, and their length. On the host: the `sizes` of the rows, which have `holes`, and whether anything is
-    hidden, so that the canvas is `ragged`.
+    an unguided forward must not see; `given` (A, T) bool: what stood there from the start; `start`, `end` (A,) int64: the
+    columns between which is written, `end` excluded; `origin`, `block` (A,): where blocks are counted from, and their
+    length. On the host: the `sizes` of the rows, which have `holes`, and whether anything is hidden, so that the canvas
+    is `ragged`.
     """
 
     tokens: Tensor
     seen: Tensor
     known: Tensor
+    given: Tensor
     start: Tensor
     end: Tensor
+    origin: Tensor
     block: Tensor
     sizes: list[int]
     holes: list[bool]
@@ -104,14 +112,14 @@ class Canvas:
                 seen[i, : len(request.visible)] = request.visible
             if request.params.cfg_keep_tokens:
                 known[i] = ~torch.isin(tokens[i], torch.tensor(request.params.cfg_keep_tokens))
-        known &= tokens != special.mask_id
-        bounds = torch.tensor([(request.start, request.end, request.block) for request in requests]).T
-        tokens, seen, known, (start, end, block) = (
-            x.to(device, non_blocking=True) for x in (tokens, seen, known, bounds)
+        given = tokens != special.mask_id
+        bounds = torch.tensor([(r.start, r.end, r.origin, r.block) for r in requests]).T
+        tokens, seen, known, given, (start, end, origin, block) = (
+            x.to(device, non_blocking=True) for x in (tokens, seen, known & given, given, bounds)
         )
         holes = [request.visible is not None for request in requests]
         ragged = any(holes) or min(sizes) < seen.shape[1]
-        return cls(tokens, seen, known, start, end, block, sizes, holes, ragged, special)
+        return cls(tokens, seen, known, given, start, end, origin, block, sizes, holes, ragged, special)
 
     @property
     def mask_id(self) -> int:
@@ -130,7 +138,7 @@ class Canvas:
 
     @property
     def answer(self) -> Tensor:
-        """(A, T) bool: the columns in which blocks are counted."""
+        """(A, T) bool: the columns in which is written."""
         columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return (columns >= self.start[:, None]) & (columns < self.end[:, None])
 
@@ -138,8 +146,8 @@ class Canvas:
         """Some of the rows, in this order, without the columns that none of them has, but for a multiple of `step`."""
         index, sizes = on_device(order, self.tokens.device), [self.sizes[i] for i in order]
         width = rounded(max(sizes), step)
-        wide = {name: getattr(self, name)[:, :width] for name in ("tokens", "seen", "known")}
-        every = wide | {name: getattr(self, name) for name in ("start", "end", "block")}
+        wide = {name: getattr(self, name)[:, :width] for name in ("tokens", "seen", "known", "given")}
+        every = wide | {name: getattr(self, name) for name in ("start", "end", "origin", "block")}
         chosen = {name: value.index_select(0, index) for name, value in every.items()}
         holes = [self.holes[i] for i in order]
         return replace(self, **chosen, sizes=sizes, holes=holes, ragged=any(holes) or min(sizes) < width)
@@ -148,10 +156,10 @@ class Canvas:
         """These rows, then those of `other`."""
         width = max(self.tokens.shape[1], other.tokens.shape[1])
         both: dict[str, Any] = {}
-        for name, fill in (("tokens", self.special.pad_id), ("seen", False), ("known", True)):
+        for name, fill in (("tokens", self.special.pad_id), ("seen", False), ("known", True), ("given", True)):
             parts = (getattr(canvas, name) for canvas in (self, other))
             both[name] = torch.cat([F.pad(x, (0, width - x.shape[1]), value=fill) for x in parts])
-        for name in ("start", "end", "block"):
+        for name in ("start", "end", "origin", "block"):
             both[name] = torch.cat([getattr(self, name), getattr(other, name)])
         sizes, holes = self.sizes + other.sizes, self.holes + other.holes
         return replace(self, **both, sizes=sizes, holes=holes, ragged=any(holes) or min(sizes) < width)
@@ -164,12 +172,13 @@ def rounded(width: int, step: int) -> int:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The block of each row's first open position. A rows.
+    """The block of each row's first open position, or the one that a rule holds the row in. A rows.
 
-    `number` (A,) counts from the row's start; `first`, `last` (A,) are its columns, `last` excluded. W positions from
+    `number` (A,) counts from the row's origin; `first`, `last` (A,) are its columns, `last` excluded. W positions from
     `first` on are the window that a rule judges: `places` (A, W) indices into the A*T flattened positions, `inside` (A, W)
-    bool where they belong to the block, `open` (A, W) bool where they are still masked. `fresh` (A,) bool: the row was in
-    another block before.
+    bool where they belong to the block, `open` (A, W) bool where they are still masked, `asked` (A, W) bool where something
+    may be written: these, and of a row that edits all that was not given. `held` (A,) as it was given; `fresh` (A,) bool:
+    the row was in another block before.
     """
 
     number: Tensor
@@ -178,27 +187,45 @@ class Blocks:
     places: Tensor
     inside: Tensor
     open: Tensor
+    asked: Tensor
+    held: Tensor
     fresh: Tensor
 
     @classmethod
-    def of(cls, canvas: Canvas, width: int, before: Tensor) -> "Blocks":
-        """Blocks in windows of `width`; `before` (A,): the numbers of the step before, -1 for a row's first."""
+    def of(
+        cls,
+        canvas: Canvas,
+        width: int,
+        before: Tensor,
+        held: Tensor | None = None,
+        edits: Tensor | None = None,
+    ) -> "Blocks":
+        """Blocks in windows of `width`; `before` (A,): the numbers of the step before, -1 for a row's first.
+
+        `held` (A,) bool stay in theirs, `edits` (A,) bool may write over what was written; None where no row does.
+        """
         is_open = canvas.open
-        number = (is_open.to(torch.uint8).argmax(1) - canvas.start).div(canvas.block, rounding_mode="floor")
-        first = canvas.start + number * canvas.block
+        number = (is_open.to(torch.uint8).argmax(1) - canvas.origin).div(canvas.block, rounding_mode="floor")
+        number = number if held is None else torch.where(held, before, number)
+        first = canvas.origin + number * canvas.block
         last = torch.minimum(first + canvas.block, canvas.end)
         columns = first[:, None] + torch.arange(width, device=first.device)
         inside = columns < last[:, None]
         # A window past the canvas repeats the canvas's edge, which `inside` leaves out.
         rows, canvas_width = canvas.tokens.shape
         places = columns.clamp(0, canvas_width - 1) + canvas_width * torch.arange(rows, device=first.device)[:, None]
-        return cls(number, first, last, places, inside, inside & is_open.flatten()[places], number != before)
+        here = asked = inside & is_open.flatten()[places]
+        held = torch.zeros_like(number, dtype=torch.bool) if held is None else held
+        if edits is not None:
+            writing = edits & (is_open.any(1) | held)
+            asked = here | (inside & ~canvas.given.flatten()[places] & writing[:, None])
+        return cls(number, first, last, places, inside, here, asked, held, number != before)
 
     def tally(self, canvas: Canvas) -> Tensor:
-        """(4, A) int64, what the host has to know: open positions of the block, whether it is fresh, its first column, and
-        open positions of the row.
+        """(4, A) int64, what the host has to know: positions of the block that are asked about, whether it is fresh, its
+        first column, and open positions of the row, one more where it is held.
         """
-        return torch.stack([self.open.sum(1), self.fresh.long(), self.first, canvas.open.sum(1)])
+        return torch.stack([self.asked.sum(1), self.fresh.long(), self.first, canvas.open.sum(1) + self.held])
 
     def on_canvas(self, chosen: Tensor, canvas: Canvas) -> Tensor:
         """(A, T) bool: the positions of the windows that are `chosen` (A, W) bool."""

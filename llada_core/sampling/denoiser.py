@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llada_core.modeling.attention import BlockCausal
 from llada_core.modeling.predictor import KVCache, MaskPredictor
 from llada_core.sampling.params import SamplingParams
 
@@ -256,52 +257,152 @@ class CachedDenoiser:
         return self.model(tokens, query.visible, positions=positions, cache=self.cache, slots=slots).logits
 
     def forward_mixed(self, query: Query, stale: list[bool]) -> Tensor:
-        """(P, V) where some rows are `stale` (A,): two forwards, each row read from the one that it would have had
-        alone, so that an answer does not depend on its neighbours.
+        """(P, V) where some rows are `stale` (A,): two forwards.
 
         The first feeds the windows of all rows (those of the stale ones for nothing, as to leave them out would copy the
         cache); the second feeds the stale rows whole and into a cache of their own, which then takes their place.
         """
-        width, device = query.tokens.shape[1], query.tokens.device
-        row_of = [row for row, count in enumerate(query.counts) for _ in range(count)]
-        of_stale, others = (
-            on_device([i for i, r in enumerate(row_of) if stale[r] is kind], device) for kind in (True, False)
-        )
+        width, count = query.tokens.shape[1], sum(stale)
+        anew = self.model.new_cache(count, width)
         windows = self._counted(False, query.tokens.shape, query.firsts)
-        from_windows = windows(replace(query, wanted=query.wanted[others]))
-
-        numbers = [row for row, old in enumerate(stale) if old]
-        rows, rank = on_device(numbers, device), {row: i for i, row in enumerate(numbers)}
-        # The number of each stale row among the stale ones, where its positions are asked for in the smaller batch.
-        ranks = on_device([rank[row] for row in row_of if stale[row]], device)
-        anew = self.model.new_cache(len(numbers), width)
-        wanted = ranks * width + query.wanted[of_stale] % width
-        self._counted(True, torch.Size((len(numbers), width)), [])
-        from_canvases = self.ask_all(query.subset(rows, wanted), anew)
+        self._counted(True, torch.Size((count, width)), [])
+        result, rows = _in_two(query, stale, windows, lambda some: self.ask_all(some, anew))
         assert self.cache is not None
         self.cache.replace(rows, anew)
-
-        result = from_canvases.new_empty(len(row_of), from_canvases.shape[-1])
-        return result.index_copy_(0, of_stale, from_canvases).index_copy_(0, others, from_windows)
+        return result
 
     def arrange(self, order: list[int], width: int) -> None:
         """The cached rows that go on, and room for the new ones, which are stale."""
         self.age = [0 if row < 0 else self.age[row] for row in order]
-        if self.cache is None or max(order) < 0:
-            self.cache = None
-            return
-        # A new row is first fed whole: until then any other's keys may stand in its place.
-        index = on_device([max(row, 0) for row in order], self.cache.keys[0].device)
-        cache, more = self.cache.rows(index, width), max(0, width - self.cache.length)
-        if more:
-            cache = KVCache(*([F.pad(x, (0, 0, 0, 0, 0, more)) for x in kept] for kept in (cache.keys, cache.values)))
-        self.cache = cache
+        self.cache = _arranged(self.cache, order, width)  # a new row is first fed whole
+
+
+@dataclass
+class BlockDenoiser:
+    """For a model that attends by blocks: what follows the block is not fed, and the blocks before it stay as they are.
+
+    `cached`: each of these is fed once more, together with the block after it, and from then on only its keys and values
+    are looked at. Exact either way.
+    """
+
+    model: MaskPredictor
+    length: int
+    cached: bool
+    forwards: int = field(default=0, init=False)
+    fed: int = field(default=0, init=False)
+    cache: KVCache | None = field(default=None, init=False)
+    kept: list[int] = field(default_factory=list, init=False)  # of each row, positions whose keys are final
+
+    def logits(self, query: Query) -> Tensor:
+        """(P, V)."""
+        rows, columns = query.tokens.shape
+        ends = [min(first + self.length, columns) for first in query.firsts]
+        if not self.cached:
+            return self._uncached(query, max(ends))
+        self.kept = self.kept or [0] * rows
+        if self.cache is None:
+            self.cache = self.model.new_cache(rows, columns)
+        widths = [end - kept for end, kept in zip(ends, self.kept, strict=True)]
+        far = [width > 2 * self.length for width in widths]  # new rows with a long prompt
+        if any(far) and not all(far):
+            near = max(width for width, apart in zip(widths, far, strict=True) if not apart)
+            result = self._with_far(query, far, near, max(widths))
+        else:
+            result = self._window(query, self.kept, max(widths), self.cache)
+        self.kept = list(query.firsts)
+        return result
+
+    def _uncached(self, query: Query, width: int) -> Tensor:
+        """(P, V) from one forward over the first `width` positions."""
+        self.forwards += 1
+        self.fed += len(query.tokens) * width
+        row, column = query.wanted // query.tokens.shape[1], query.wanted % query.tokens.shape[1]
+        visible = None if query.visible is None else query.visible[:, :width]
+        how = BlockCausal(self.length)
+        return self.model(query.tokens[:, :width], visible, positions=row * width + column, block_causal=how).logits
+
+    def _window(self, query: Query, kept: list[int], width: int, cache: KVCache) -> Tensor:
+        """(P, V) from one forward over `width` positions of each row from `kept` on, which attends to `cache` before them."""
+        rows, columns = query.tokens.shape
+        self.forwards += 1
+        self.fed += rows * width
+        start = on_device(kept, query.tokens.device)
+        # Past the canvas a window repeats its edge; past its block it feeds what nobody sees before it is fed again.
+        slots = (start[:, None] + torch.arange(width, device=start.device)).clamp(max=columns - 1)
+        # From positions on the flattened canvas (A, T) to positions in the flattened windows (A, W).
+        row, column = query.wanted // columns, query.wanted % columns
+        return self.model(
+            query.tokens.gather(1, slots),
+            query.visible,
+            positions=row * width + column - start[row],
+            cache=cache,
+            slots=slots,
+            block_causal=BlockCausal(self.length),
+        ).logits
+
+    def _with_far(self, query: Query, far: list[bool], near: int, width: int) -> Tensor:
+        """(P, V) where some rows, `far` (A,), have just come with a long prompt: the others are not fed windows as long."""
+        assert self.cache is not None
+        kept, cache, anew = self.kept, self.cache, self.model.new_cache(sum(far), query.tokens.shape[1])
+        nothing = [0] * sum(far)
+        result, rows = _in_two(
+            query,
+            far,
+            lambda every: self._window(every, kept, near, cache),
+            lambda some: self._window(some, nothing, width, anew),
+        )
+        cache.replace(rows, anew)
+        return result
+
+    def fixed(self, fresh: list[bool], shape: torch.Size) -> Callable[[Query], Tensor] | None:
+        """None: what is fed grows from block to block."""
+        return None
+
+    def arrange(self, order: list[int], width: int) -> None:
+        """The cached rows that go on; of new ones nothing is kept."""
+        self.kept = [0 if row < 0 or not self.kept else self.kept[row] for row in order]
+        self.cache = _arranged(self.cache, order, width)
+
+
+def _in_two(
+    query: Query, apart: list[bool], first: Callable[[Query], Tensor], second: Callable[[Query], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(P, V) from two forwards, and the numbers of the rows that are `apart` (A,), which are read from the `second`.
+
+    Each row is read from the forward that it would have had alone, so that an answer does not depend on its neighbours.
+    """
+    columns, device = query.tokens.shape[1], query.tokens.device
+    row_of = [row for row, count in enumerate(query.counts) for _ in range(count)]
+    mine, others = (on_device([i for i, r in enumerate(row_of) if apart[r] is kind], device) for kind in (True, False))
+    result = first(replace(query, wanted=query.wanted[others]))
+
+    numbers = [row for row, each in enumerate(apart) if each]
+    rows, rank = on_device(numbers, device), {row: i for i, row in enumerate(numbers)}
+    # The number of each such row among them, where its positions are asked for in the smaller batch.
+    ranks = on_device([rank[row] for row in row_of if apart[row]], device)
+    from_second = second(query.subset(rows, ranks * columns + query.wanted[mine] % columns))
+    whole = from_second.new_empty(len(row_of), from_second.shape[-1])
+    return whole.index_copy_(0, mine, from_second).index_copy_(0, others, result), rows
+
+
+def _arranged(cache: KVCache | None, order: list[int], width: int) -> KVCache | None:
+    """The rows of a cache in this order over `width` columns; any row's keys stand in the place of a new one's (-1)."""
+    if cache is None or max(order) < 0:
+        return None
+    index = on_device([max(row, 0) for row in order], cache.keys[0].device)
+    more, cache = max(0, width - cache.length), cache.rows(index, width)
+    if more:
+        cache = KVCache(*([F.pad(x, (0, 0, 0, 0, 0, more)) for x in kept] for kept in (cache.keys, cache.values)))
+    return cache
 
 
 def denoiser_of(model: MaskPredictor, params: SamplingParams) -> Denoiser:
     """The denoiser that `params` name."""
     denoiser: Denoiser
-    if params.cache == "none":
+    if model.block_length is not None:
+        _require_block_settings(params)
+        denoiser = BlockDenoiser(model, params.block_length, cached=params.cache == "prefix")
+    elif params.cache == "none":
         denoiser = PlainDenoiser(model)
     elif model.supports_cache:
         window = CacheWindow(params.cache, params.block_length, params.cache_window, params.cache_refresh)
@@ -313,3 +414,13 @@ def denoiser_of(model: MaskPredictor, params: SamplingParams) -> Denoiser:
     if params.cfg_scale:
         denoiser = GuidedDenoiser(denoiser, params.cfg_scale)
     return ShiftedDenoiser(denoiser) if params.right_shift_logits else denoiser
+
+
+def _require_block_settings(params: SamplingParams) -> None:
+    """A model that attends by blocks sees nothing after its block, and its cache never ages."""
+    if params.cache == "dual":
+        raise ValueError("cache 'dual' keeps what follows the block, which this model never sees; set cache 'prefix'")
+    if params.cache_refresh is not None:
+        raise ValueError(f"cache_refresh {params.cache_refresh}: this model's cache is exact; leave cache_refresh out")
+    if params.right_shift_logits:
+        raise ValueError("right_shift_logits reads the position before a block, which is not fed again; leave it out")

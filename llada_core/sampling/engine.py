@@ -200,17 +200,19 @@ def _tell(moment: Moment) -> None:
         def own(values: Tensor, spans: tuple[slice, slice] = spans) -> Tensor:
             return values[spans[0]] if spans[1].start == spans[1].stop else torch.cat([values[s] for s in spans])
 
-        after = tokens[row : row + 1, : len(answer.request.tokens)]
+        shown = answer.request.told
+        after, asked_here = tokens[row : row + 1, :shown], own(places) - row * columns
+        real = asked_here < shown
         step = Step(
             tokens=after,
             before=answer.shown,
             mask_id=answer.request.mask_id,
             forwards=answer.forwards,
             rows=_FIRST,
-            bounds=bounds[row],
-            asked=own(places) - row * columns,
-            proposals=own(told[3]),
-            confidences=own(told[4]).view(torch.float64),
+            bounds=bounds[row].clamp(max=shown),
+            asked=asked_here[real],
+            proposals=own(told[3])[real],
+            confidences=own(told[4]).view(torch.float64)[real],
         )
         answer.shown = after
         answer.steps.append(step)

@@ -1,14 +1,21 @@
 """Every setting of the sampler with its description, the presets, and what is exact."""
 
 import dataclasses
+from collections.abc import Mapping
 from functools import wraps
 from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from llada_core.modeling.families import FAMILIES
 from llada_core.settings import ConfigError, explain
 
+EDITING: dict[str, Any] = {
+    "editing_threshold": 0.9,
+    "max_post_steps": 16,
+    "num_to_transfer": 1,
+}  # of the sampler llada2.1, as published
 PARALLEL_RULES = ("threshold", "factor", "entropy_bound", "rule")
 
 
@@ -33,7 +40,14 @@ class SamplingParams:
     `cfg_keep_tokens` stay visible. `cache` is approximate: "prefix" keeps keys and values of what precedes the block,
     "dual" of all but the block and `cache_window` positions each side; they are made anew when a row enters a block
     and, if set, every `cache_refresh` steps. `right_shift_logits` is for models whose logits predict the next token.
-    `stop_at_eos` ends a row at its first end token. One `seed` gives one answer for one prompt, whatever its batch.
+    `stop_at_eos` ends a row at its first end token, with `finish_block` once the block of that token is whole. One `seed`
+    gives one answer for one prompt, whatever its batch.
+    `sampler` names one of LLaDA2's, whose `steps` count for each block. "llada2.0" writes every position above
+    `threshold`, or the surest where these are fewer than the step's share of the block. "llada2.1" writes those or the
+    `num_to_transfer` surest, and replaces written tokens of the block by others above `editing_threshold`, also in at most
+    `max_post_steps` looks at a block without masks, and stops only where one changes nothing. Both thresholds are strict:
+    0 takes every position (of editing: every disagreement), 1 none. By their published names: minimal_topk m bounds
+    `steps` by length / m; eos_early_stop is `stop_at_eos`, and 2.0 without it is `finish_block` as well.
     Raises `ConfigError`, a `ValueError` of one line.
     """
 
@@ -64,7 +78,7 @@ class SamplingParams:
     )
     threshold: float | None = Field(
         default=None,
-        gt=0.0,
+        ge=0.0,
         le=1.0,
         description="Write every position at least this sure in one step (approximate, fast); 0.9 is usual.",
     )
@@ -118,16 +132,55 @@ class SamplingParams:
         exclude_if=lambda path: path is None,
         description="Dotted path of a function of one's own that says what is written in a step, and what is taken back.",
     )
+    sampler: Literal["llada2.0", "llada2.1"] | None = Field(
+        default=None,
+        exclude_if=lambda name: name is None,
+        description="LLaDA2's own: 2.0 writes above threshold or a step's share, 2.1 edits too; steps count for each block.",
+    )
+    editing_threshold: float = Field(
+        default=EDITING["editing_threshold"],
+        ge=0.0,
+        le=1.0,
+        exclude_if=lambda value: value == EDITING["editing_threshold"],
+        description="LLaDA2.1: a written token gives way to another one that is surer than this; 0: to any, 1: to none.",
+    )
+    max_post_steps: int = Field(
+        default=EDITING["max_post_steps"],
+        ge=0,
+        exclude_if=lambda value: value == EDITING["max_post_steps"],
+        description="LLaDA2.1: so many looks at most at a block that is written, for tokens to be edited.",
+    )
+    num_to_transfer: int = Field(
+        default=EDITING["num_to_transfer"],
+        ge=1,
+        exclude_if=lambda value: value == EDITING["num_to_transfer"],
+        description="LLaDA2.1: tokens that a step writes at least, however unsure.",
+    )
+    finish_block: bool = Field(
+        default=False,
+        exclude_if=lambda value: not value,
+        description="stop_at_eos waits until the block of the end token is whole; with llada2.1 it always does.",
+    )
 
     @property
     def parallel(self) -> bool:
         """Whether confidence, not a schedule, says how many positions a step commits."""
-        return any(rule is not None for rule in (self.threshold, self.factor, self.entropy_bound, self.rule))
+        rules = (self.threshold, self.factor, self.entropy_bound, self.rule, self.sampler)
+        return any(rule is not None for rule in rules)
 
     @property
     def blocks(self) -> int:
         """The number of blocks of an answer."""
         return -(-self.max_new_tokens // self.block_length)
+
+    @property
+    def most_steps(self) -> int:
+        """The steps of an answer, at most; of LLaDA2's samplers, which count for each block, of one block more."""
+        if self.sampler is None:
+            return self.steps
+        looks = self.max_post_steps if self.sampler == "llada2.1" else 0
+        each = self.block_length if self.sampler == "llada2.1" else min(self.steps, self.block_length)
+        return (each + looks) * (self.blocks + 1)
 
     def at_length(self, length: int) -> "SamplingParams":
         """These settings for an answer of `length` tokens, with as many tokens a step.
@@ -136,6 +189,8 @@ class SamplingParams:
         spans the answer, as one does that spanned it before. Raises `ConfigError` for a length below 1.
         """
         new = dataclasses.replace(self, max_new_tokens=length).max_new_tokens  # checked; a number where YAML had text
+        if self.sampler is not None:  # blocks as they were trained, and steps for each of them
+            return dataclasses.replace(self, max_new_tokens=new)
         if new == self.max_new_tokens:
             return dataclasses.replace(self, block_length=min(new, self.block_length))
         block = new if self.block_length >= self.max_new_tokens else min(new, self.block_length)
@@ -161,6 +216,7 @@ class SamplingParams:
             )
         if self.entropy_bound is not None and self.remasking != "entropy":
             raise ValueError(f"entropy_bound adds up entropies; set remasking to 'entropy' (got {self.remasking!r})")
+        self._sampler_fits()
         if self.cfg_keep_tokens and not self.cfg_scale:
             raise ValueError("cfg_keep_tokens says what guidance leaves visible; set cfg_scale above 0")
         if self.cache != "dual" and self.cache_window:
@@ -172,6 +228,29 @@ class SamplingParams:
                 "right_shift_logits reads the position before the block, which a cache lacks; set cache to 'none'"
             )
         return self
+
+    def _sampler_fits(self) -> None:
+        told = [name for name, usual in EDITING.items() if getattr(self, name) != usual]
+        if self.sampler != "llada2.1" and told:
+            raise ValueError(
+                f"{told[0]} {getattr(self, told[0])} is for the sampler llada2.1 (got {self.sampler!r}); leave it at "
+                f"{EDITING[told[0]]}"
+            )
+        if self.finish_block and not self.stop_at_eos:
+            raise ValueError("finish_block says when stop_at_eos stops; set stop_at_eos")
+        if self.sampler is None:
+            if self.threshold == 0:
+                raise ValueError("threshold 0 takes every position only with a sampler of LLaDA2; set it above 0")
+            return
+        if self.threshold is None:
+            raise ValueError(f"sampler {self.sampler!r} needs a threshold; 0.95 is published")
+        if self.remasking == "entropy":
+            raise ValueError(f"sampler {self.sampler!r} judges probabilities; set remasking to 'low_confidence'")
+        if self.sampler == "llada2.1" and self.threshold < self.editing_threshold < 1:
+            raise ValueError(
+                f"editing_threshold {self.editing_threshold} is above threshold {self.threshold}: what is written would "
+                "hardly be edited; lower it, or set 1 for a sampler that edits nothing"
+            )
 
 
 def _told_in_one_line(init: Any) -> Any:
@@ -191,6 +270,7 @@ SamplingParams.__init__ = _told_in_one_line(SamplingParams.__init__)  # type: ig
 
 
 PRESETS = ("exact", "fast", "creative")
+MODES = ("quality", "speed")  # that families with a sampler of their own recommend
 PUBLISHED = SamplingParams(max_new_tokens=128, block_length=32, steps=128, stop_at_eos=True)
 """Settings for a model that comes with none: those of LLaDA's own demo."""
 
@@ -201,8 +281,22 @@ def as_values(params: SamplingParams) -> dict[str, Any]:
     return values
 
 
+def changed(base: SamplingParams, values: Mapping[str, Any]) -> SamplingParams:
+    """`base` with other values; what it says of editing goes with its sampler.
+
+    Raises `ConfigError` that names an unknown value.
+    """
+    edits = values.get("sampler", base.sampler) == "llada2.1"
+    return SamplingParams(**{**vars(base), **({} if edits else EDITING), **values})
+
+
 def preset(name: str, base: SamplingParams) -> SamplingParams:
-    """`base` made exact (one token per step), fast (parallel, cached), or creative (drawn at random)."""
+    """`base` made exact (one token per step), fast (parallel, cached), creative (drawn at random), or one of `MODES`."""
+    if name in MODES:
+        if base.sampler is None:
+            raise ValueError(f"Preset {name!r} is for models with a sampler of their own, as LLaDA2; take fast.")
+        found = next(family.recommended[name] for family in FAMILIES.values() if name in family.recommended)
+        return changed(base, {**found, "max_new_tokens": base.max_new_tokens})
     exact = SamplingParams(
         max_new_tokens=base.max_new_tokens,
         block_length=min(base.block_length, base.max_new_tokens),
@@ -213,24 +307,31 @@ def preset(name: str, base: SamplingParams) -> SamplingParams:
         right_shift_logits=base.right_shift_logits,
         seed=base.seed,
     )
+    if base.sampler is not None:  # nothing is surer than 1: a step writes the surest alone, and nothing is edited
+        one_by_one = {"sampler": "llada2.0", "threshold": 1.0, "steps": base.block_length, "temperature": 0.0}
+        exact = changed(base, one_by_one)
+        if name == "fast":
+            return base
     if name == "exact":
         return exact
     if name == "fast":
         return dataclasses.replace(exact, threshold=0.9, cache="prefix")
     if name == "creative":
         return dataclasses.replace(exact, temperature=0.8)
-    raise ValueError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
+    raise ValueError(f"There is no preset {name!r}; there are {', '.join(PRESETS + MODES)}.")
 
 
 def exactness(made: SamplingParams) -> str:
     """Which of these settings approximate, as a sentence."""
     reasons = []
-    if made.cache != "none":
+    if made.cache != "none" and made.sampler is None:  # LLaDA2's cache holds what no later token changes
         reasons.append(f"the {made.cache} cache reuses keys and values of an older canvas")
-    if made.parallel:
+    if made.parallel and (made.sampler is None or made.threshold != 1.0):
         reasons.append("several tokens are written at once when the model is sure enough")
-    elif made.steps < made.max_new_tokens:
+    elif made.steps < (made.max_new_tokens if made.sampler is None else made.block_length):
         reasons.append(f"{made.max_new_tokens} tokens in {made.steps} steps write several at once")
+    if made.sampler == "llada2.1":
+        reasons.append("what is written may be replaced")
     told = f"Approximate: {'; '.join(reasons)}." if reasons else "Exact: one token per step, each from a full forward."
     drawn = f"Drawn at random (temperature {made.temperature:g}), so another answer each time. "
     return told if made.temperature == 0 else drawn + told.replace("Exact: one", "One")

@@ -106,6 +106,10 @@ class Confidence:
             self.value.masked_fill(deferred, 0.0), self.key.masked_fill(deferred, torch.finfo(self.key.dtype).min)
         )
 
+    def nothing_where(self, places: Tensor) -> Self:
+        """-inf, below all others, at these `places`."""
+        return type(self)(self.value.masked_fill(places, -torch.inf), self.key.masked_fill(places, -torch.inf))
+
     def laid_out(self, where: Tensor, places: Tensor) -> Self:
         """On windows (R, W), at flat `places` (P,) where they are open, as `where` (R, W) bool says; -inf elsewhere."""
         if len(places) == where.numel():  # all of them

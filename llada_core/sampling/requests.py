@@ -14,13 +14,12 @@ from torch import Tensor
 
 from llada_core.modeling.predictor import (
     MaskPredictor,
-    require_bidirectional,
     require_in_vocabulary,
     require_length,
     require_no_mask,
 )
 from llada_core.sampling.denoiser import denoiser_of
-from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.params import EDITING, SamplingParams
 from llada_core.sampling.proposals import noise_key
 from llada_core.sampling.unmask import rule_of
 
@@ -32,8 +31,9 @@ class Request:
     """One sequence to write, L tokens long.
 
     `tokens` (L,) int64 on the CPU, `mask_id` where it is open; `visible` (n,) bool says which of the first n are seen, if
-    not all; blocks are counted from `start` to `end`, excluded. `key` is that of its random numbers. `ahead`: propose
-    beyond the block too (a cached forward leaves that out).
+    not all; what is written lies from `start` to `end`, excluded, its last `tail` positions for nobody; blocks are counted
+    from `origin`. `key` is that of its random numbers. `ahead`: propose beyond the block too (a cached forward leaves that
+    out). `by_blocks`: its model attends by blocks.
     """
 
     tokens: Tensor
@@ -44,43 +44,66 @@ class Request:
     mask_id: int
     visible: Tensor | None = None
     ahead: bool = False
+    origin: int = 0
+    tail: int = 0
+    by_blocks: bool = False
+
+    @property
+    def told(self) -> int:
+        """How many of its tokens are shown to whoever asked."""
+        return len(self.tokens) - self.tail
+
+    @property
+    def edits(self) -> bool:
+        """Whether written tokens may give way to others."""
+        return self.params.sampler == "llada2.1"
 
     @property
     def block(self) -> int:
         """Columns of a block."""
-        return min(self.params.block_length, self.end - self.start)
+        return min(self.params.block_length, self.end - self.origin)
 
     @property
     def steps(self) -> int:
-        """The budget of one block: the answer's is shared by the row's own blocks, rounded up."""
-        blocks = -(-(self.end - self.start) // self.params.block_length)
-        return -(-self.params.steps // blocks)
+        """The budget of one block: the answer's is shared by the row's own blocks, rounded up.
+
+        Where blocks are counted from the row's beginning, its first and last are asked for in part: a whole one has its
+        share by length.
+        """
+        if self.by_blocks:
+            return -(-self.params.steps * self.block // (self.end - self.tail - self.start))
+        return -(-self.params.steps // -(-(self.end - self.start) // self.params.block_length))
 
     @cached_property
     def way(self) -> tuple[Any, ...]:
         """What requests have in common that can share a forward."""
         p = self.params
         window = (p.block_length if p.cache == "dual" else 0, p.cache_window, p.cache_refresh)
-        return p.cache, window, p.cfg_scale, p.right_shift_logits
+        return p.cache, window, p.cfg_scale, p.right_shift_logits, p.block_length if self.by_blocks else 0
 
     @cached_property
     def choice(self) -> tuple[Any, ...]:
         """What requests have in common whose tokens are chosen by the same operations; the numbers in it are each row's own."""
         p = self.params
-        own = None if p.rule is None else (p.rule, p.block_length)
+        own: tuple[Any, ...] | None = None
         rule = [value is not None for value in (p.threshold, p.factor, p.entropy_bound)]
         schedule = None if p.parallel else (p.schedule, p.stochastic_transfer)
+        if p.rule is not None:
+            own = p.rule, p.block_length
+        elif p.sampler is not None:
+            own = p.sampler, p.threshold, p.steps, p.block_length, *(getattr(p, name) for name in EDITING)
         return p.remasking, p.forbid_tokens, p.defer_tokens, p.temperature > 0, *rule, own, schedule
 
     @cached_property
     def opening(self) -> tuple[int, int, int]:
         """Of its first block: how many positions are open, and its first column; and how many are open in all."""
         places = (self.tokens == self.mask_id).nonzero()[:, 0]
-        first = self.start + (int(places[0]) - self.start) // self.block * self.block
+        first = self.origin + (int(places[0]) - self.origin) // self.block * self.block
         return int((places < min(first + self.block, self.end)).sum()), first, len(places)
 
 
-Row = tuple[Tensor, int, int, Tensor | None]  # tokens, columns between which blocks are counted, what is visible
+# Tokens, columns between which is written, what is visible, how many of the last are for nobody.
+Row = tuple[Tensor, int, int, Tensor | None, int]
 
 
 def to_answer(  # noqa: PLR0913 - as `generate`; everything after the settings is keyword-only
@@ -99,7 +122,8 @@ def to_answer(  # noqa: PLR0913 - as `generate`; everything after the settings i
     of `generate`.
     """
     prompts, width = _prompts(model, prompt_ids, attention_mask)
-    _answer_settings(params)
+    if model.block_length is None:
+        _answer_settings(params)
     special, new = model.special_tokens, params.max_new_tokens
     blank = torch.full((new,), special.mask_id)
     for position, token in _pinned(model, pinned or {}, new).items():
@@ -109,7 +133,9 @@ def to_answer(  # noqa: PLR0913 - as `generate`; everything after the settings i
     rows: list[Row] = []
     for prompt, visible in prompts:
         ids = prompt if len(prompt) else opening
-        rows.append((torch.cat([ids, blank, closing]), len(ids), len(ids) + new, visible))
+        behind = _behind(model, len(ids) + new, params)
+        end = len(ids) + new + len(behind)
+        rows.append((torch.cat([ids, blank, closing, behind]), len(ids), end, visible, len(behind)))
     return _requests(model, rows, [ids for ids, _ in prompts], params, ahead=ahead, copy=copy), width
 
 
@@ -120,27 +146,37 @@ def to_fill(
     if params.stop_at_eos:
         raise ValueError("stop_at_eos is for answers; a template is filled to its end")
     templates = _templates(model, template_ids)
-    rows: list[Row] = [(template, 0, len(template), None) for template in templates]
+    rows: list[Row] = []
+    for template in templates:
+        behind = _behind(model, len(template), params)
+        rows.append((torch.cat([template, behind]), 0, len(template) + len(behind), None, len(behind)))
     return _requests(model, rows, templates, params, ahead=ahead, copy=copy)
+
+
+def _behind(model: MaskPredictor, asked: int, params: SamplingParams) -> Tensor:
+    """Masks behind a row of `asked` tokens: a model that attends by blocks is shown whole ones, counted from its beginning."""
+    room = 0 if model.block_length is None else max(0, model.max_length - asked)
+    return torch.full((min(-asked % params.block_length, room),), model.special_tokens.mask_id)
 
 
 def _requests(
     model: MaskPredictor, rows: list[Row], prompts: list[Tensor], params: SamplingParams, *, ahead: bool, copy: int
 ) -> list[Request]:
-    require_bidirectional(model, "sampling")
     require_length(model, max(len(tokens) for tokens, *_ in rows), "shorten the prompt or max_new_tokens")
     _token_settings(model, params)
+    by_blocks = model.block_length is not None
     denoiser_of(model, params), rule_of(params)  # what they name is there
     # Without a seed one is drawn, from torch's global generator.
     seed = int(torch.randint(2**62, ()).item()) if params.seed is None else params.seed
     seen: dict[bytes, int] = {}
     found = []
-    for (tokens, start, end, visible), prompt in zip(rows, prompts, strict=True):
+    for (tokens, start, end, visible, tail), prompt in zip(rows, prompts, strict=True):
         text = prompt.numpy().tobytes()
         number = seen[text] = seen.get(text, copy - 1) + 1
         key = noise_key(prompt, seed, number)
-        mask_id, ahead = model.special_tokens.mask_id, ahead and params.cache == "none"
-        found.append(Request(tokens, start, end, params, key, mask_id, visible, ahead))
+        mask_id, ahead = model.special_tokens.mask_id, ahead and params.cache == "none" and not by_blocks
+        origin = 0 if by_blocks else start
+        found.append(Request(tokens, start, end, params, key, mask_id, visible, ahead, origin, tail, by_blocks))
     return found
 
 

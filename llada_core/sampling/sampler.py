@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling.batch import Answer, Batch, Moment
@@ -70,7 +71,7 @@ def infill(
     result's `answers` are the filled templates. Raises as `generate` does, and if a template has nothing to fill.
     """
     requests = to_fill(model, template_ids, params)
-    lengths = [len(request.tokens) for request in requests]
+    lengths = [request.told for request in requests]
     return _written(model, requests, max(lengths), lengths, at_once)
 
 
@@ -117,7 +118,7 @@ def stream_infill(
 
 def _stream(model: MaskPredictor, requests: list[Request], width: int) -> Iterator[Step]:
     batch, answers = Batch(model, requests[0]), [Answer(request) for request in requests]
-    layout = Layout(answers, max(width, *(len(request.tokens) for request in requests)))
+    layout = Layout(answers, max(width, *(request.told for request in requests)))
     with evaluating(model):
         batch.join(answers)
         board = layout.board(model.special_tokens.pad_id, model.device)
@@ -129,35 +130,47 @@ def _stream(model: MaskPredictor, requests: list[Request], width: int) -> Iterat
 
 
 class Layout:
-    """How the caller sees rows: B of them over `width` columns, padded on the left."""
+    """How the caller sees rows: B of them over `width` columns, padded on the left, without the tails that are for nobody."""
 
     def __init__(self, answers: list[Answer], width: int) -> None:
         self.answers, self.width = answers, width
         self.number = {id(answer): i for i, answer in enumerate(answers)}
+        self.tail = max(answer.request.tail for answer in answers)
+
+    def shift(self, request: Request) -> int:
+        """By how many columns a row stands further to the right than on its canvas."""
+        return self.width - request.told
 
     def board(self, pad_id: int, device: torch.device) -> Tensor:
         """(B, `width`) int64 before the first step."""
         board = torch.full((len(self.answers), self.width), pad_id)
         for row, answer in zip(board, self.answers, strict=True):
-            row[self.width - len(answer.request.tokens) :] = answer.request.tokens
+            first = self.shift(answer.request)
+            row[first:] = answer.request.tokens[: self.width - first]
         return board.to(device)
 
     def shown(self, moment: Moment, board: Tensor, forwards: int) -> Step:
         """A step of a batch in this layout, `board` (B, `width`) being the one before it."""
-        device, columns = board.device, moment.tokens.shape[1]
+        device, columns, width = board.device, moment.tokens.shape[1], self.width + self.tail
         number = on_device([self.number[id(answer)] for answer in moment.answers], device)
-        shift = on_device([self.width - len(answer.request.tokens) for answer in moment.answers], device)
+        shift = on_device([self.shift(answer.request) for answer in moment.answers], device)
         # Columns past a row's end come round to the padding on its left, which they have the token of.
-        column = (torch.arange(columns, device=device) + shift[:, None]) % self.width
-        places = (number[:, None] * self.width + column).flatten()
+        column = (torch.arange(columns, device=device) + shift[:, None]) % width
+        places = (number[:, None] * width + column).flatten()
+        whole = F.pad(board, (0, self.tail)).view(-1).index_copy(0, places, moment.tokens.flatten())
+        asked, proposals, confidences = places[moment.asked], moment.proposals, moment.confidences
+        if self.tail:
+            real = asked % width < self.width
+            asked, proposals, confidences = asked[real], proposals[real], confidences[real]
+            asked = asked // width * self.width + asked % width
         return Step(
-            tokens=board.view(-1).index_copy(0, places, moment.tokens.flatten()).view_as(board),
+            tokens=whole.view(len(board), width)[:, : self.width].contiguous(),
             before=board,
             mask_id=moment.answers[0].request.mask_id,
             forwards=forwards,
             rows=number,
-            bounds=torch.stack([moment.first, moment.last], 1) + shift[:, None],
-            asked=places[moment.asked],
-            proposals=moment.proposals,
-            confidences=moment.confidences,
+            bounds=(torch.stack([moment.first, moment.last], 1) + shift[:, None]).clamp(max=self.width),
+            asked=asked,
+            proposals=proposals,
+            confidences=confidences,
         )

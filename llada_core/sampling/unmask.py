@@ -25,7 +25,7 @@ Rule = Callable[[Confidence, Tensor, State], tuple[Tensor, Tensor | None, State]
 """(scores, open positions, state) -> (commit, take back, state): a pure function without host synchronisations.
 
 scores: `value` and `key` (B, W), -inf where nothing is open. open positions: (B, W) bool. commit: (B, W) bool, which
-of the open positions keep what was proposed. take back: (B, W) bool, which tokens of the block become MASK again;
+of the open positions keep what was proposed (one that edits: of all positions). take back: (B, W) bool, which tokens of the block become MASK again;
 None from a rule that never takes one back. W is the same in all steps of a generation.
 """
 
@@ -129,6 +129,44 @@ def entropy_bound(
     return is_open & torch.zeros_like(is_open).scatter(1, order, before <= value), None, state
 
 
+def quota(
+    scores: Confidence, is_open: Tensor, state: State, *, value: float, least: tuple[int, int]
+) -> tuple[Tensor, None, State]:
+    """LLaDA2.0's: every confidence above `value`, or the surest where these are fewer than the quota of the step.
+
+    least: (n, m), a quota of n, in the first m steps of a block one more.
+    """
+    step = state.get("step", torch.zeros_like(is_open[:, 0], dtype=torch.long))
+    return _above(scores, is_open, value, least[0] + (step < least[1])), None, {**state, "step": step + 1}
+
+
+def edit(  # noqa: PLR0913 - a rule and its four numbers
+    scores: Confidence, is_open: Tensor, state: State, *, value: float, editing: float, least: int, most: int
+) -> tuple[Tensor, None, State]:
+    """LLaDA2.1's: as `quota` of `least` in every step; and tokens of the block give way to others surer than `editing`.
+
+    `scores` are also those of written positions at which something else is proposed. A row is held in its block, whole or
+    not, until a look at the whole block changes nothing, for at most `most` looks after it became whole.
+    """
+    written = _above(scores, is_open, value, torch.full_like(is_open[:, 0], least, dtype=torch.long))
+    edited = ~is_open & (scores.value > editing)
+    whole = ~(is_open & ~written).any(1)
+    looks = state.get("looks", torch.zeros_like(whole, dtype=torch.long)) + whole
+    held = whole & (looks <= most) & (is_open.any(1) | edited.any(1))
+    return written | edited, None, {**state, "looks": looks, HELD: held}
+
+
+HELD = "held"
+"""In the state of a rule that edits: (B,) bool, the rows that stay in their block though nothing is open in it."""
+
+
+def _above(scores: Confidence, is_open: Tensor, value: float, least: Tensor) -> Tensor:
+    """Open positions surer than `value`, or the `least` (B,) surest where these are fewer."""
+    sure = is_open & (scores.value > value)
+    surest = is_open & (ranks(scores.key.masked_fill(~is_open, -torch.inf)) < least[:, None])
+    return torch.where(sure.sum(1, keepdim=True) >= least[:, None], sure, surest)
+
+
 def ranks(scores: Tensor) -> Tensor:
     """0 for the highest of a row; equal scores rank by position, which depends on neither batch nor device."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
@@ -176,6 +214,16 @@ def rule_of(params: SamplingParams, value: Tensor | None = None) -> Rule:
     """
     if params.rule is not None:
         return ending(function_at(params.rule, "rule"))
+    if params.sampler == "llada2.1":
+        return partial(
+            edit,
+            value=number_of(params),
+            editing=params.editing_threshold,
+            least=params.num_to_transfer,
+            most=params.max_post_steps,
+        )
+    if params.sampler == "llada2.0":
+        return partial(quota, value=number_of(params), least=divmod(params.block_length, params.steps))
     number = number_of(params)
     for rule, named in ((threshold, params.threshold), (factor, params.factor), (entropy_bound, params.entropy_bound)):
         if named is not None:

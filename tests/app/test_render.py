@@ -69,9 +69,12 @@ def test_white_space_is_visible_and_huge_tokens_are_cut():
 
 def test_every_state_is_told_apart_without_colour():
     states = [tile(frame(state), 0, "4") for state in range(len(STATES))]
-    assert len(set(states)) == 4
+    assert len(set(states)) == len(STATES) == 5
     assert 'class="m"' in states[1]
     assert 'class="d f c4"' in states[2]
+    assert 'class="d f e c4"' in states[4]
+    assert "outline-style: dashed" in CSS.read_text()
+    assert "in the place of another token" in legend()
     assert ' b"' in tile(frame(OPEN, block=(0, 1)), 0, "")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from app.canvas import DONE, FRESH, OPEN, Frame
+from app.canvas import DONE, FRESH, OPEN, REPLACED, Frame
 from app.models import LoadedModel
 from cli.options import ModelOptions, settings
 from cli.terminal import BOX, TerminalChat, box, picture
@@ -105,6 +105,9 @@ def test_a_canvas_has_the_same_shape_at_every_step():
     styles = {str(span.style) for span in picture(frame, texts, 80).spans}
     assert len(styles) == 4
     assert box(frame, 0, "") != box(frame, 3, ""), "the block is told apart without colour"
+    replaced = Frame(tokens, tokens, sure, np.array([DONE, REPLACED, DONE, OPEN], np.int8), (0, 2))
+    assert [box(replaced, 1, text) for text in ("4", "longword")] == ["↻4   ", "↻lon…"]
+    assert {str(span.style) for span in picture(replaced, texts, 80).spans} >= {"reverse bold"}
 
 
 def chat(tiny, call, *lines, options=SHORT):
@@ -206,3 +209,14 @@ def test_the_device_that_is_named_is_where_the_model_goes(call, tiny, monkeypatc
     monkeypatch.setenv("LLADAFLOW_DEVICE", "cuda")
     assert "no CUDA GPU" in call("sample", "hi", "-m", tiny, *SHORT).stderr
     assert call("sample", "hi", "-m", tiny, *SHORT, "--device", "cpu").exit_code == 0
+
+
+def test_a_sampler_is_an_option_and_what_a_model_did_not_learn_is_said(tiny, call):
+    """A model that sees all positions may be asked by LLaDA2's samplers."""
+    asked = ("sample", "12 + 3", "-m", tiny, *SHORT, "--sampler", "llada2.0", "--threshold", "0.5")
+    result = call(*asked)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "sampler llada2.0 is for models that attend by blocks; this one sees all positions\n"
+    result = call(*asked[:-2])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "sampler 'llada2.0' needs a threshold; 0.95 is published" in result.stderr

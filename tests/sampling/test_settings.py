@@ -44,7 +44,16 @@ def test_the_options_say_what_the_settings_say_of_themselves():
     for command in ("sample", "chat"):
         options = {option.name: option.help for option in typer.main.get_command(llada).commands[command].params}
         shared = options.keys() & settings.keys()
-        assert shared == {"max_new_tokens", "block_length", "steps", "temperature", "threshold", "cache", "seed"}
+        assert shared == {
+            "max_new_tokens",
+            "block_length",
+            "steps",
+            "temperature",
+            "threshold",
+            "cache",
+            "sampler",
+            "seed",
+        }
         assert all(options[name] == settings[name].description for name in shared)
         assert all(name in options["others"] for name in settings.keys() - shared)
 
