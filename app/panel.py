@@ -163,7 +163,7 @@ def _component(setting: SettingInfo, value: Any) -> gr.components.Component:
     told: dict[str, Any] = {"label": setting.name, "info": setting.description + _range(setting)}
     told["elem_id"] = f"setting-{setting.name}"
     if setting.kind == "choice":
-        return gr.Dropdown(list(setting.choices), value=value, **told)
+        return gr.Dropdown([*[("off", "")] * setting.optional, *setting.choices], value=_shown(value), **told)
     if setting.kind == "switch":
         return gr.Checkbox(value, **told)
     if setting.kind == "list" or setting.optional:

@@ -70,3 +70,12 @@ def test_presets_run(loaded, name):
     chat = Conversation()
     chat.ask("12 + 3")
     assert list(chat.reply(loaded, preset(name, BASE)))
+
+
+def test_a_choice_that_may_be_left_out_has_a_field_for_it():
+    """What the page sends for it is a choice of its own, and no setting."""
+    component = panel._component(panel.SETTINGS["sampler"], None)
+    assert [value for _, value in component.choices] == ["", "llada2.0", "llada2.1"]
+    assert component.preprocess(component.value) == ""
+    assert panel.params({**vars(BASE), "sampler": ""}).sampler is None
+    assert panel.params({**vars(BASE), "sampler": "llada2.0", "threshold": "0.9"}).sampler == "llada2.0"
