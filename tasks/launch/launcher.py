@@ -33,6 +33,8 @@ class Launcher(ABC):
 
     kind: ClassVar[str]  # as launch.kind and job.json have it
     here: ClassVar[bool]  # whether its jobs run on this machine
+    attempt: ClassVar[str]  # for the shell: what tells one start of a job from another, two words
+    interrupted: ClassVar[str]  # shell lines: what a job does whose program was told to end
     poll_seconds: float  # between two questions about a job
     nodes: int
     gpus: int  # of each node that a job will see, as far as their number is known
@@ -61,6 +63,10 @@ class Launcher(ABC):
         """Shell lines before the program."""
         return []
 
+    def rendezvous(self) -> list[str]:
+        """Shell lines that find `$address` and `$port`, where ranks of several nodes meet."""
+        return []
+
     def passed_on(self) -> dict[str, str]:
         """What a job sees of this process's environment, beside what the machine gives it."""
         return {}
@@ -83,9 +89,11 @@ class Launcher(ABC):
         environment.filters["quote"] = lambda value: shlex.quote(str(value))
         return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
             run=run.path,
-            kind=self.kind,
+            attempt=self.attempt,
             options=self.options(run),
             setup=self.setup(),
+            rendezvous=self.rendezvous(),
+            interrupted=self.interrupted,
             env=self._environment(run),
             command=self._command(run),
             restarts=self.launch.restarts,

@@ -24,6 +24,8 @@ class LocalLauncher(Launcher):
     """Starts, looks after and ends jobs on this machine."""
 
     kind, here = "local", True
+    attempt = "$$ 0"
+    interrupted = '  [[ -e $run/TERMINATED ]] && { echo 143 >"$run/exit"; exit 143; }'
     poll_seconds, nodes = 0.3, 1
 
     def __init__(self, launch: LaunchParams) -> None:

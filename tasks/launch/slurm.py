@@ -32,10 +32,25 @@ REMEDIES = {
 }
 
 
+INTERRUPTED = """\
+  # Preempted or ended from outside: Slurm decides whether this job starts again.
+  [[ -e $run/TERMINATED ]] && { sleep 600 & wait $!; exit 143; }
+  if [[ $requeue ]]; then
+    echo "time limit near, saved; starting again from the last checkpoint"
+    timeout 60 scontrol requeue "$SLURM_JOB_ID" && { sleep 600 & wait $!; }
+    requeue=
+  elif [[ ! -e $run/STOP ]] && ((code == 143 || code == 75)); then
+    # SIGTERM to the step alone, as before a preemption. If Slurm does not take this job after all, it goes on.
+    sleep 120 & wait $!
+  fi"""
+
+
 class SlurmLauncher(Launcher):
     """Submits, looks after and ends jobs of a cluster."""
 
     kind, here = "slurm", False
+    attempt = "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0}"
+    interrupted = INTERRUPTED
 
     def __init__(self, launch: LaunchParams) -> None:
         super().__init__(launch)
@@ -140,6 +155,13 @@ class SlurmLauncher(Launcher):
 
     def setup(self) -> list[str]:
         return [*(f"module load {name}" for name in self.launch.slurm.modules), *self.launch.slurm.setup]
+
+    def rendezvous(self) -> list[str]:
+        return [
+            'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+            r"""address=$(scontrol show node -o "${nodes%%$'\n'*}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')""",
+            "port=$((20000 + SLURM_JOB_ID % 20000))",
+        ]
 
     def alone(self, program: str) -> str:
         return f"srun --kill-on-bad-exit=1 {self._srun_options()}{program}"
