@@ -19,10 +19,14 @@ def markdown(report: Result) -> str:
     models = report["models"]
     pairs = list(dict.fromkeys((d["model"], d["baseline"]) for row in report["rows"] for d in row["differences"]))
     sources = list(dict.fromkeys(r["source"] for row in report["rows"] for r in row.get("references", [])))
-    head = ["benchmark", "n", "chance", *models, *(f"{a} − {b}" for a, b in pairs), *sources]
+    written = [_parallel(score) or 0 for row in report["rows"] for score in row["scores"].values()]
+    more = ["tokens a forward"] if max(written, default=0) > 1 else []
+    head = ["benchmark", "n", "chance", *models, *more, *(f"{a} − {b}" for a, b in pairs), *sources]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in report["rows"]:
-        lines.append("| " + " | ".join(_cells(row, models, pairs, sources)) + " |")
+        cells, after = _cells(row, models, pairs, sources), 3 + len(models)
+        cells[after:after] = [_tokens(row, models) for _ in more]
+        lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         "Percent, with 95 % intervals; differences are paired, in points, bold where the interval excludes zero.",
@@ -56,6 +60,22 @@ def _cells(row: Result, models: Sequence[str], pairs: Sequence[tuple[str, str]],
         *(_difference(differences.get(pair)) for pair in pairs),
         *(_figure(figures[s], models) if s in figures else "–" for s in sources),
     ]
+
+
+def _parallel(score: Result) -> float | None:
+    """Tokens a forward: of an answer up to its end, by the forwards that it took part in; None where none was written."""
+    forwards = score.get("forwards_per_answer")
+    return score["tokens_per_answer"] / forwards if forwards else None
+
+
+def _tokens(row: Result, models: Sequence[str]) -> str:
+    """Tokens a forward of each model, and behind them what is published beside the row's figures."""
+    own = [_parallel(row["scores"].get(model, {})) for model in models]
+    published = [
+        (r["source"], r["tokens_per_forward"]) for r in row.get("references", []) if r.get("tokens_per_forward")
+    ]
+    text = " / ".join("–" if value is None else f"{value:.2f}" for value in own)
+    return text + (f" ({', '.join(f'{source} {value:.2f}' for source, value in published)})" if published else "")
 
 
 def _figure(figure: Result, models: Sequence[str]) -> str:

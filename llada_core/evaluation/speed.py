@@ -21,9 +21,18 @@ from llada_core.evaluation.harness import LladaLM
 from llada_core.evaluation.params import Settings
 from llada_core.evaluation.requests import DEFAULT_LENGTH, ChatText
 from llada_core.evaluation.statistics import Difference, paired
+from llada_core.sampling.params import EDITING
 
 EXACT = "exact"
-SEQUENTIAL: dict[str, Any] = {"threshold": None, "factor": None, "entropy_bound": None, "rule": None, "cache": "none"}
+SEQUENTIAL: dict[str, Any] = {
+    "threshold": None,
+    "factor": None,
+    "entropy_bound": None,
+    "rule": None,
+    "cache": "none",
+    "sampler": None,
+}
+SEQUENTIAL |= dict.fromkeys((*EDITING, "finish_block"))  # what is None counts as left out
 USUAL = ("threshold=0.99", "threshold=0.9", "factor=0.5", "cache=prefix", "cache=dual", "cache=dual,threshold=0.9")
 HALF = 0.5  # a wording counts where exact solves so much
 ALPHA, FLOOR = 3.0, 0.05  # of accuracy under parallelism: how fast a lost point loses weight, and what is left out

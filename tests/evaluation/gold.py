@@ -15,7 +15,7 @@ from tests.evaluation.scripted import GoldLM
 from tests.tiny import tiny_tokenizer
 
 # LLaDA 1.5's recipes ask Instruct's questions; a likelihood of text has no right answer.
-PROVABLE = [n for n in recipes.names() if not n.startswith("llada15") and recipes.find(n).kind != "rolling"]
+PROVABLE = [n for n in recipes.names() if not n.startswith(("llada15", "llada2")) and recipes.find(n).kind != "rolling"]
 PROVABLE += [f"{n}.opencompass" for n in PROVABLE if "opencompass" in recipes.find(n).variants]
 
 

@@ -84,7 +84,8 @@ class GoldLM(LladaLM):
         shifted = [replies[(i + self.shift) % len(replies)] for i in range(len(replies))]
         ids = list(self.tokenizer_.encode_batch(shifted))
         length = max(map(len, ids)) + 1
-        over = Settings(sampling={"max_new_tokens": length, "block_length": length, "steps": self.steps, "eos": "none"})
+        sizes = {"max_new_tokens": length, "block_length": length, "steps": self.steps}
+        over = Settings(sampling={**sizes, "eos": "none", "cache": "none"})  # there is no network with keys to be kept
         options = replace(self.options, settings=over.over(self.recipe.settings))
         self.options, self.answerer = options, replace(self.answerer, options=options)
         asked = wanted([r.args for r in requests], options.settings, self.tokenizer_, self.answerer.longest)

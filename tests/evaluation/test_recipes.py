@@ -11,13 +11,22 @@ import pytest
 from llada_core.evaluation import recipes, taskset
 from llada_core.evaluation.benchmark import Benchmark, benchmark, chosen, requests_of, run
 from llada_core.evaluation.params import EvaluateParams, Settings
+from llada_core.evaluation.requests import sampling_params
 from llada_core.evaluation.statistics import mean_of_means
 from llada_core.settings import ConfigError
 from tests.evaluation.scripted import GoldLM
 from tests.tiny import tiny_tokenizer
 
 REVIEWED = Path(__file__).parents[1] / "golden" / "rendered_requests.json"
-NOT_HERE = {"base_gpqa", "instruct_gpqa", "llada15_gpqa", "instruct_ifeval", "llada15_ifeval"}
+NOT_HERE = {
+    "base_gpqa",
+    "instruct_gpqa",
+    "llada15_gpqa",
+    "llada2_gpqa",
+    "instruct_ifeval",
+    "llada15_ifeval",
+    "llada2_ifeval",
+}
 # One member stands for a large group here; `python -m tests.evaluation.gold` proves them whole.
 MEMBER = {
     "mmlu": ("mmlu_anatomy", 1),
@@ -36,7 +45,12 @@ def asks_otherwise(name, variant):
     """Whether a variant asks or scores otherwise than the recipe; LLaDA 1.5's ask what Instruct's ask."""
     recipe, other = recipes.find(name), recipes.find(f"{name}.{variant}")
     fields = ("task", "definition", "change", "metric", "shots", "chat", "turns")
-    like = name.startswith("llada15") or recipe.variants[variant].like or "semi" in variant or variant.count("_")
+    like = (
+        name.startswith(("llada15", "llada2"))
+        or recipe.variants[variant].like
+        or "semi" in variant
+        or variant.count("_")
+    )
     return not like and any(getattr(recipe, f) != getattr(other, f) for f in fields)
 
 
@@ -114,6 +128,31 @@ def test_a_variant_says_what_it_asks_otherwise():
     assert later.settings == recipes.find("llada15_gsm8k").settings
     assert recipes.find("instruct_gsm8k").turns
     assert not recipes.find("instruct_gsm8k.dllm").turns
+
+
+def test_llada2_is_asked_with_the_settings_of_its_reports_and_of_its_reproduction():
+    """Each variant is one that the sampler takes; which column a table measures where no source is named is its own."""
+    special = tiny_tokenizer().special
+    sampled = {}
+    for name in (n for n in recipes.names() if n.startswith("llada2_")):
+        for variant in (recipes.find(name).variant, *recipes.find(name).variants):
+            sampled[f"{name}.{variant}"] = sampling_params(recipes.find(f"{name}.{variant}").settings, special)
+    assert {(p.block_length, p.steps, p.cache, p.stop_at_eos) for p in sampled.values()} == {(32, 32, "prefix", True)}
+    told = {
+        variant: {
+            (p.sampler, p.threshold, p.editing_threshold) for n, p in sampled.items() if n.endswith(f".{variant}")
+        }
+        for variant in ("report", "dare", "dare21", "quality", "speed")
+    }
+    assert told == {
+        "report": {("llada2.0", 0.95, 0.9)}, "dare": {("llada2.0", 0.95, 0.9)}, "dare21": {("llada2.1", 0.95, 0.9)},
+        "quality": {("llada2.1", 0.7, 0.5)}, "speed": {("llada2.1", 0.5, 0.0)},
+    }  # fmt: skip
+    assert sampled["llada2_gpqa.dare"].max_new_tokens == 128
+    assert {c.recipe.partition(".")[2] for c in recipes.table("llada21").columns} == {"quality"}
+    assert [c.recipe for c in recipes.table("llada2").columns][:2] == ["llada2_mmlu", "llada2_mmlu_pro"]
+    speed = next(f for f in recipes.figures("llada2_gpqa") if f.source == "speed")
+    assert (speed.value, speed.tokens_per_forward, speed.model) == (pytest.approx(0.4836), 3.62, "LLaDA2.1-mini")
 
 
 def test_a_variant_changes_only_what_it_names():

@@ -43,6 +43,21 @@ def write(folder, name, by_model, **more):
     write_json(folder / f"{name}.json", {"benchmark": name, "models": models})
 
 
+def test_tokens_a_forward_are_a_column_where_some_model_writes_several(tmp_path):
+    """Beside them what is published for the row's figures."""
+    folder, cost = tmp_path / "eval", {"tokens_per_answer": 30.0, "forwards_per_answer": 12.0}
+    write(folder, "instruct_gsm8k", {"a": [1.0, 0.0]}, recipe="instruct_gsm8k", variant="internal")
+    write_report(folder, ["instruct_gsm8k"], ReportParams(), tmp_path)
+    assert "tokens a forward" not in (tmp_path / "table.md").read_text()
+    write(folder, "llada2_gpqa", {"a": [1.0, 0.0]}, recipe="llada2_gpqa", variant="speed", **cost)
+    write_report(folder, ["instruct_gsm8k", "llada2_gpqa"], ReportParams(), tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    head, _, *rows = (line.split(" | ") for line in text.splitlines() if line.startswith("|"))
+    assert head[4] == "tokens a forward"
+    assert [row[4] for row in rows] == ["–", "2.50 (quality 2.12, speed 3.62)"]
+    assert len({len(row) for row in [head, *rows]}) == 1
+
+
 def draws(chance, n=400, seed=0):
     rng = random.Random(f"{chance}{seed}")
     return [float(rng.random() < chance) for _ in range(n)]

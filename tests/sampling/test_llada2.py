@@ -246,6 +246,9 @@ def test_rules_hand_to_hand():
     written, _, _ = quota(sure(0.9, 0.96, SHUT, 0.99), is_open, state, value=0.95, least=(1, 1))
     assert written.tolist() == [[False, True, False, True]]  # strictly above, as many as they are
 
+    written, _, _ = quota(sure(0.9, 0.95, SHUT, 0.96), is_open, {}, value=0.95, least=(1, 0))
+    assert written.tolist() == [[False, False, False, True]]  # as sure as it is no more
+
     numbers = {"value": 0.5, "editing": 0.2, "least": 1, "most": 2}
     written, _, state = edit(sure(0.6, 0.1, 0.3, 0.1), torch.tensor([[True, True, False, False]]), {}, **numbers)
     assert (written.tolist(), state["held"].tolist()) == ([[True, False, True, False]], [False])  # written and edited

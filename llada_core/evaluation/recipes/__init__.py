@@ -187,6 +187,7 @@ class Column(Block):
     column: str
     recipe: str
     figures: dict[str, float]  # variant -> figure
+    tokens_per_forward: dict[str, float] = Field(default_factory=dict)  # variant -> as published beside it
 
 
 class Table(Block):
@@ -195,6 +196,7 @@ class Table(Block):
     title: str
     model: str
     sources: dict[str, str]  # variant -> where its figures stand
+    variant: str = ""  # that is measured where nobody says which; else each recipe's own
     columns: tuple[Column, ...]
 
 
@@ -213,6 +215,7 @@ def table(name: str) -> Table:
     if stem not in tables():
         raise ConfigError(f"there is no table {stem!r}{nearest(stem, list(tables()))}")
     whole = tables()[stem]
+    source = source or whole.variant
     if not source:
         return whole
     recipes = {column.recipe: find(column.recipe) for column in whole.columns}
@@ -231,12 +234,19 @@ class Figure(Block):
     value: float
     model: str
     where: str
+    tokens_per_forward: float | None = None
 
 
 def figures(recipe: str) -> list[Figure]:
     """Published figures for a recipe; empty where nothing is published."""
     return [
-        Figure(source=source, value=value / 100, model=each.title, where=each.sources[source])
+        Figure(
+            source=source,
+            value=value / 100,
+            model=each.title,
+            where=each.sources[source],
+            tokens_per_forward=column.tokens_per_forward.get(source),
+        )
         for each in tables().values()
         for column in each.columns
         if column.recipe == recipe
