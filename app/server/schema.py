@@ -4,13 +4,12 @@ What a masked-diffusion model cannot do (tools, penalties, top_p) is refused by 
 about the answer (`user`, `metadata`) is.
 """
 
-from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from llada_core.likelihood import ESTIMATORS
-from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.params import SamplingParams, changed
 from llada_core.settings import ConfigError, nearest
 
 SAMPLER = tuple(name for name in vars(SamplingParams(max_new_tokens=1, block_length=1, steps=1)) if name != "rule")
@@ -131,6 +130,11 @@ class Sampled(Request):
     cache_refresh: int | None = None
     cache_window: int | None = None
     right_shift_logits: bool | None = None
+    sampler: str | None = None
+    editing_threshold: float | None = None
+    max_post_steps: int | None = None
+    num_to_transfer: int | None = None
+    finish_block: bool | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -150,7 +154,7 @@ class Sampled(Request):
         given = {name: getattr(self, name) for name in SAMPLER if getattr(self, name, None) is not None}
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         try:
-            return replace(base.at_length(self.max_tokens or base.max_new_tokens), **given)
+            return changed(base.at_length(self.max_tokens or base.max_new_tokens), given)
         except ConfigError as error:
             raise BadRequestError(str(error)) from None
 

@@ -11,6 +11,7 @@ from app.canvas import DONE, FRESH, OPEN, REPLACED, Frame
 from app.models import LoadedModel
 from cli.options import ModelOptions, settings
 from cli.terminal import BOX, TerminalChat, box, picture
+from llada_core.modeling import save_model
 from llada_core.sampling.engine import Engine
 from llada_core.sampling.params import PUBLISHED
 from tests.tiny import tiny_pair
@@ -209,6 +210,28 @@ def test_the_device_that_is_named_is_where_the_model_goes(call, tiny, monkeypatc
     monkeypatch.setenv("LLADAFLOW_DEVICE", "cuda")
     assert "no CUDA GPU" in call("sample", "hi", "-m", tiny, *SHORT).stderr
     assert call("sample", "hi", "-m", tiny, *SHORT, "--device", "cpu").exit_code == 0
+
+
+def test_llada2_is_asked_by_its_own_sampler(call, tmp_path):
+    """A folder says nothing of 2.0 or 2.1: 2.0, unless somebody says otherwise."""
+    model, tokenizer = tiny_pair("llada2")
+    save_model(model, tmp_path / "two", tokenizer)
+    asked = ("sample", "12 + 3", "-m", str(tmp_path / "two"), *SHORT, "--json")
+    result = call(*asked)
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    newer = call(*asked, "--preset", "speed")
+    assert newer.exit_code == 0, newer.output
+    assert newer.stderr.startswith(
+        "sampler llada2.1 edits what is written, which this model does not say it was taught"
+    )
+    both = call(*asked, "--preset", "speed", "--sampler", "llada2.0")
+    assert (both.exit_code, both.stderr) == (0, ""), "what is said of editing goes with its sampler"
+    gap = call("sample", "2+[[2]]=5", "--infill", "-m", str(tmp_path / "two"))
+    assert gap.exit_code == 0, gap.output
+    assert gap.stdout.startswith("2+")
+    wrong = call(*asked, "--cache", "dual")
+    assert (wrong.exit_code, wrong.stderr.count("\n")) == (2, 1)
+    assert "cache 'dual' keeps what follows the block" in wrong.stderr
 
 
 def test_a_sampler_is_an_option_and_what_a_model_did_not_learn_is_said(tiny, call):
