@@ -28,7 +28,7 @@ PROMPTS = [
     "56",
 ]
 HARNESS = "llada_core.evaluation"  # its logger
-KINDS = ["llada", "llada_moe", "bert"]
+KINDS = ["llada", "llada_moe", "llada2", "bert"]
 
 
 def lm_of(kind="llada", batch_size=8, store=None, settings=SETTINGS, **options):
@@ -54,6 +54,21 @@ def test_batches_of_eight_answer_as_batches_of_one(kind):
     assert eights.new_tokens == ones.new_tokens
     single = [value for value, _ in ones.loglikelihood(scoring(PAIRS))]
     assert [value for value, _ in eights.loglikelihood(scoring(PAIRS))] == pytest.approx(single, abs=1e-4)
+
+
+def test_a_model_that_attends_by_blocks_answers_infills_and_is_told_what_it_did_not_learn(caplog):
+    """Four samples of each block that a continuation lies in are what it costs at most."""
+    lm = lm_of("llada2", settings=Settings(sampling={**SETTINGS.sampling, "sampler": "llada2.1", "threshold": 0.9}))
+    lm.generate_until(generating())
+    assert "block_length 4: this model was trained with blocks of 32" in caplog.text
+    assert all(1 <= n <= 12 for n in lm.new_tokens if n)
+    (filled,) = lm.generate_until([Instance("generate_until", {}, ("1 + [M]2[M] = 3", {"infill": "[M]"}), 0)])
+    assert isinstance(filled, str)
+    model, tokenizer = tiny_pair("llada2")
+    cost = EstimatingLM(Responder(model, tokenizer, Options(SETTINGS, 8)), rate=1.0)
+    cost.loglikelihood(scoring([("a" * 30, "b" * 40)]))
+    length = len(tokenizer.encode("a" * 30 + "b" * 40))
+    assert cost.cost.forwards == 4 * (-(-length // 32))
 
 
 def test_answers_are_those_of_the_sampler_and_the_estimator():
