@@ -26,7 +26,7 @@ OTHER_NAMES = {
 }
 CACHES = {"true": "prefix", "false": "none"}  # Fast-dLLM's switch
 TOKEN_LISTS = ("forbid_tokens", "defer_tokens", "cfg_keep_tokens")
-_IGNORED = {"until", "do_sample", "infill", "max_gen_toks", "temperature"}
+_OF_LM_EVAL = ("until", "do_sample", "infill", "max_gen_toks", "temperature")
 
 
 class ChatText(str):
@@ -80,6 +80,15 @@ def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def asked_for(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's or user's `gen_kwargs` by our names; raises `ConfigError` that names an unknown one and the nearest."""
+    asked, known = renamed(given), [*SAMPLER_FIELDS, *_OF_LM_EVAL]
+    for key in asked:
+        if key not in known:
+            raise ConfigError(f"gen_kwargs: unknown setting {key!r}{nearest(key, known)}")
+    return asked | {name: token_list(asked[name]) for name in TOKEN_LISTS if name in asked}
+
+
 def sampling_params(
     settings: Settings, special: SpecialTokens, asked: Mapping[str, Any] | None = None
 ) -> SamplingParams:
@@ -90,17 +99,13 @@ def sampling_params(
     false. A length given alone takes blocks and steps along. Raises `ConfigError` for unknown names or bad values.
     """
     values: dict[str, Any] = {k: v for k, v in settings.sampling.items() if v is not None}
-    asked = renamed(asked or {})
-    for key in asked:
-        if key not in SAMPLER_FIELDS and key not in _IGNORED:
-            raise ConfigError(f"gen_kwargs: unknown setting {key!r}{nearest(key, [*SAMPLER_FIELDS, *_IGNORED])}")
+    asked = asked_for(asked or {})
     over = {k: v for k, v in asked.items() if k in SAMPLER_FIELDS and k != "temperature"}
     if "max_new_tokens" not in values:
         over.setdefault("max_new_tokens", asked.get("max_gen_toks", DEFAULT_LENGTH))
     if "temperature" in asked and asked.get("do_sample", True):
         over["temperature"] = asked["temperature"]
     eos = values.pop("eos", "none")
-    over |= {name: token_list(over[name]) for name in TOKEN_LISTS if name in over}
     if eos == "forbid":
         over["forbid_tokens"] = (special.eos_id,)
     if eos == "defer":

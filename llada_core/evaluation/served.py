@@ -16,7 +16,15 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import simple_parse_args_string
 
 from llada_core.evaluation.params import SAMPLER_FIELDS
-from llada_core.evaluation.requests import DEFAULT_LENGTH, OTHER_NAMES, ChatText, cut
+from llada_core.evaluation.requests import (
+    DEFAULT_LENGTH,
+    TOKEN_LISTS,
+    ChatText,
+    asked_for,
+    cut,
+    renamed,
+    token_list,
+)
 from llada_core.settings import ConfigError, nearest
 from llada_core.tokenizer import Message
 
@@ -64,13 +72,14 @@ class ServedLM(LM):
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
         """From lm-eval's `--model_args`; what lm-eval adds of its own (device, batch size) says nothing to a server."""
-        values = {OTHER_NAMES.get(name, name): value for name, value in arg_dict.items()}
+        values = renamed(arg_dict)
         for name in values:
             if name not in OWN and name not in SAMPLER_FIELDS:
                 raise ConfigError(f"model_args: unknown setting {name!r}{nearest(name, [*OWN, *SAMPLER_FIELDS])}")
         if "mc_num" in values:
             values["samples"] = values.pop("mc_num")
         own = {name: values.pop(name) for name in OWN if name in values}
+        values |= {name: token_list(values[name]) for name in TOKEN_LISTS if name in values}
         return cls(**own, sampling=values)
 
     @property
@@ -91,7 +100,9 @@ class ServedLM(LM):
         return self._each(self._generate, [request.args for request in requests])
 
     def _generate(self, asked: tuple[str, Mapping[str, Any]]) -> str:
-        text, given = asked[0], {OTHER_NAMES.get(name, name): value for name, value in asked[1].items()}
+        text, given = asked[0], asked_for(asked[1])
+        if given.get("infill"):
+            raise ConfigError("infill: gaps as long as their answers are counted in process: --model llada")
         until = given.pop("until", None) or []
         until = [until] if isinstance(until, str) else list(until)
         body = self.sampling | {name: value for name, value in given.items() if name in SAMPLER_FIELDS}

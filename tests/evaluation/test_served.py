@@ -80,6 +80,24 @@ def test_model_args_are_read_and_unknown_ones_refused() -> None:
         ServedLM.create_from_arg_string("base_uri=http://x")
 
 
+def test_other_evaluators_names_are_read_and_unknown_ones_refused(
+    lm: ServedLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, through = [], lm._post
+    monkeypatch.setattr(lm, "_post", lambda path, body: sent.append(body) or through(path, body))
+    asked = {"use_cache": "true", "dual_cache": True, "suppress_tokens": "[5;9]", "until": []}
+    assert lm.generate_until(generating(PROMPTS[:1], **asked)) == lm_of().generate_until(
+        generating(PROMPTS[:1], **asked)
+    )
+    assert (sent[0]["cache"], sent[0]["forbid_tokens"]) == ("dual", (5, 9))
+    with pytest.raises(ConfigError, match=r"gen_kwargs: unknown setting 'block_lenght'; did you mean 'block_length'\?"):
+        lm.generate_until(generating(PROMPTS[:1], block_lenght=8))
+    with pytest.raises(ConfigError, match="infill: gaps"):
+        lm.generate_until(generating(PROMPTS[:1], infill="_"))
+    made = ServedLM.create_from_arg_string("use_cache=true,forbid_tokens=[1;2]")
+    assert made.sampling == {"cache": "prefix", "forbid_tokens": (1, 2)}
+
+
 def test_what_the_server_refuses_is_one_line(lm: ServedLM) -> None:
     lm.model = "other"
     with pytest.raises(ConfigError, match="404: there is no model 'other' here; there are: tiny"):
