@@ -2,13 +2,15 @@
 
 `python -m benchmarks.serving FOLDER [--clients 1,8,32,128] [--seconds 30]` starts `llada serve` on a model folder (the default
 run's: its puzzles are asked) and streams answers to so many clients at once; each asks its next question after a pause
-drawn from an exponential distribution of the mean that `--pause` gives. Seconds are the wall's, client and server share
-the machine: a figure is worth something beside another of the same run.
+drawn from an exponential distribution of the mean that `--pause` gives. `--answers 10000` ends a cell after so many, and
+prints the server's memory after each tenth of them. Seconds are the wall's, client and server share the machine: a figure
+is worth something beside another of the same run.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import socket
@@ -36,6 +38,13 @@ class Load:
     refused: int = 0
     failed: int = 0
     megabytes: list[float] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)  # that there were at each look at the memory
+
+    def memory(self) -> str:
+        """Megabytes at the beginning and after each tenth of the answers."""
+        tenths = [len(self.whole) * i / 10 for i in range(11)]
+        looks = [next((i for i, n in enumerate(self.answers) if n >= part), len(self.answers) - 1) for part in tenths]
+        return " ".join(f"{self.megabytes[i]:.0f}" for i in looks)
 
 
 def question(rng: random.Random) -> str:
@@ -69,24 +78,27 @@ async def answer(client: httpx.AsyncClient, text: str, load: Load) -> None:
     load.whole.append(time.monotonic() - began)
 
 
-async def client_of(url: str, number: int, until: float, pause: float, load: Load) -> None:
-    """One person who asks, reads, thinks and asks again until the time is over."""
+async def client_of(url: str, number: int, until: float, most: float, pause: float, load: Load) -> None:
+    """One person who asks, reads, thinks and asks again until the time is over, or there are so many answers."""
     rng = random.Random(number)
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
-        while time.monotonic() < until:
+        while time.monotonic() < until and len(load.whole) < most:
             await asyncio.sleep(rng.expovariate(1 / pause) if pause else 0)
             try:
                 await answer(client, question(rng), load)
-            except httpx.HTTPError:  # a broken or slow connection is a failure to be counted, not the end of the cell
+            except httpx.HTTPError as error:  # a broken or slow connection is counted, and not the end of the cell
                 load.failed += 1
+                print(f"client {number}: {error!r}", file=sys.stderr, flush=True)
 
 
-async def cell(url: str, clients: int, seconds: float, pause: float, server: psutil.Process) -> Load:
-    """So many clients for so long; memory is looked at once a second."""
-    load, until = Load(), time.monotonic() + seconds
-    work = asyncio.gather(*(client_of(url, number, until, pause, load) for number in range(clients)))
+async def cell(url: str, clients: int, given: argparse.Namespace, server: psutil.Process) -> Load:
+    """So many clients for so long, or for so many answers; memory is looked at once a second."""
+    load, most = Load(), given.answers or math.inf
+    until = math.inf if given.answers else time.monotonic() + given.seconds
+    work = asyncio.gather(*(client_of(url, number, until, most, given.pause, load) for number in range(clients)))
     while not work.done():
         load.megabytes.append(server.memory_info().rss / 2**20)
+        load.answers.append(len(load.whole))
         await asyncio.wait([work], timeout=1.0)
     await work
     return load
@@ -104,6 +116,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--clients", default="1,8,32,128")
     parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--answers", type=int, default=0)
     parser.add_argument("--pause", type=float, default=1.0)
     given = parser.parse_args()
     with socket.socket() as free:
@@ -127,11 +140,13 @@ def main() -> None:
             _wait(url, process)
             server, rows = psutil.Process(process.pid), []
             for clients in map(int, given.clients.split(",")):
-                load = asyncio.run(cell(url, clients, given.seconds, given.pause, server))
-                count = max(1, len(load.whole))
+                began = time.monotonic()
+                load = asyncio.run(cell(url, clients, given, server))
+                count, seconds = max(1, len(load.whole)), time.monotonic() - began
+                print(f"{clients} clients, {count} answers, memory in MB by tenths: {load.memory()}", flush=True)
                 rows.append(
                     [str(clients), str(len(load.whole)), str(load.refused), str(load.failed), percentiles(load.first),
-                     percentiles(load.whole), f"{len(load.whole) / given.seconds:.1f}", f"{load.tokens / given.seconds:.0f}",
+                     percentiles(load.whole), f"{len(load.whole) / seconds:.1f}", f"{load.tokens / seconds:.0f}",
                      f"{load.forwards / count:.1f}", f"{load.megabytes[0]:.0f} / {max(load.megabytes):.0f}"]
                 )  # fmt: skip
         finally:

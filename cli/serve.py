@@ -54,4 +54,5 @@ def serve(
     uvicorn.run(
         create_app(service, key=key, follow_seconds=follow),
         host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=int(seconds),
+        timeout_keep_alive=75,  # uvicorn's 5 s meet a client's next question on the way
     )  # fmt: skip

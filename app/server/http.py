@@ -36,7 +36,9 @@ class Line:
     def __init__(self, service: Service) -> None:
         self.limits, self.metrics = service.limits, service.metrics
         self.places = asyncio.Semaphore(self.limits.at_once)
-        self.threads = CapacityLimiter(self.limits.at_once)
+        # A step is made by one thread for all; more of them would only wait, each with memory of its own for products. Who
+        # scores waits for whoever scores already, and must not keep a thread from those who write.
+        self.threads, self.scoring = CapacityLimiter(4), CapacityLimiter(1)
 
     @contextlib.asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
@@ -128,7 +130,7 @@ def create_app(service: Service, *, key: str = "", follow_seconds: float = 5.0) 
     async def score(request: Request) -> Response:
         asked = ScoreRequest.read(await _body(request, service.limits.body))
         async with line.place():
-            return JSONResponse(await to_thread.run_sync(service.score, asked, limiter=line.threads))
+            return JSONResponse(await to_thread.run_sync(service.score, asked, limiter=line.scoring))
 
     return app
 
@@ -220,7 +222,7 @@ async def _generated(
     line: Line, request: Request, asked: Sampled, drafts_of: Callable[[], list[Draft]], form: Format
 ) -> Response:
     """A whole answer, or a stream that begins once the request is accepted."""
-    drafts = await to_thread.run_sync(drafts_of)
+    drafts = await to_thread.run_sync(drafts_of, limiter=line.threads)
     if asked.stream:
         return StreamingResponse(_events(line, request, asked, drafts, form), media_type="text/event-stream")
     async with line.place():
@@ -254,7 +256,8 @@ async def _events(
 
 
 def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    # All in ASCII: there are clients that end a line at U+2028, U+0085 and the like, which JSON leaves as they are.
+    return f"data: {json.dumps(value)}\n\n"
 
 
 async def _body(request: Request, most: int) -> Any:
