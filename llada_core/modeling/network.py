@@ -233,7 +233,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
             cos, sin = cos[slots], sin[slots]
         flat = None
         if cache is not None and slots is not None:
-            first = torch.arange(cache.batch, device=slots.device)[:, None] * cache.length
+            first = torch.arange(cache.batch, device=slots.device)[:, None] * cache.reach
             flat = (slots + first).flatten()
         if block_causal is None:
             return Surroundings(cos.unsqueeze(-2), sin.unsqueeze(-2), key_bias(mask, x.dtype), cache, flat)

@@ -30,10 +30,16 @@ class KVCache:
     each other, as the projections give them: what is fed is written by one `index_copy_` over B*T rows, and attention
     reads the whole as a transposed view, the order in which torch's flash kernels see it themselves. Shapes never
     change and no value is read back: what capturing a step on a GPU as a graph asks for.
+    `batch` rows and `length` slots are in use, the first ones; `keys` and `values` may have room for more (`reach` slots a
+    row), so that rows come and go without a copy of those that stay.
     """
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+    def __init__(
+        self, keys: list[Tensor], values: list[Tensor], batch: int | None = None, length: int | None = None
+    ) -> None:
         self.keys, self.values = keys, values
+        self.batch = keys[0].shape[0] if batch is None else batch
+        self.length = keys[0].shape[1] if length is None else length
 
     @classmethod
     def empty(cls, shape: tuple[int, int, int, int], like: Sequence[Tensor]) -> Self:
@@ -42,32 +48,45 @@ class KVCache:
         return cls(keys, values)
 
     @property
-    def batch(self) -> int:
-        return self.keys[0].shape[0]
-
-    @property
-    def length(self) -> int:
+    def reach(self) -> int:
+        """Slots from one row to the next."""
         return self.keys[0].shape[1]
+
+    def fits(self, batch: int, length: int) -> bool:
+        """Whether there is room for so many rows and slots, and not more than twice of it."""
+        room = self.keys[0].shape[0] * self.reach
+        return batch <= self.keys[0].shape[0] and length <= self.reach and room <= 2 * batch * length
+
+    def part(self, batch: int, length: int) -> "KVCache":
+        """The same memory with so many rows and slots in use; slots that were not are zero in the rows that were."""
+        for kept in self.keys + self.values:
+            kept[: self.batch, self.length : length] = 0
+        return KVCache(self.keys, self.values, batch, length)
 
     def rows(self, index: Tensor, length: int | None = None) -> "KVCache":
         """A new cache with the batch rows `index` (R,) int64 and the first `length` slots; the old one stays as it is."""
-        both = (self.keys, self.values)
-        return KVCache(*([x[:, :length].index_select(0, index.to(x.device)) for x in kept] for kept in both))
+        length = self.length if length is None else length
+        keys, values = (
+            [x[:, :length].index_select(0, index.to(x.device)) for x in kept] for kept in (self.keys, self.values)
+        )
+        return KVCache(keys, values)
 
     def replace(self, index: Tensor, anew: "KVCache") -> None:
-        """Puts all rows of `anew` in the place of the batch rows `index` (R,) int64."""
+        """Puts all rows of `anew`, of no more slots than this one, in the place of the batch rows `index` (R,) int64."""
         for old, new in zip(self.keys + self.values, anew.keys + anew.values, strict=True):
-            old.index_copy_(0, index.to(old.device), new)
+            old[:, : new.shape[1]].index_copy_(0, index.to(old.device), new)
 
     def write(self, layer: int, flat_slots: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (B, W, N_kv, H) at `flat_slots` (B*W,) = row * T + slot, or everywhere if None; all T of the layer."""
+        """Stores (B, W, N_kv, H) at `flat_slots` (B*W,) = row * reach + slot, or everywhere if None; all T of the layer."""
         keys, values = self.keys[layer], self.values[layer]
+        if flat_slots is not None:
+            keys.flatten(0, 1).index_copy_(0, flat_slots, key.flatten(0, 1).to(keys.dtype))
+            values.flatten(0, 1).index_copy_(0, flat_slots, value.flatten(0, 1).to(values.dtype))
+        if keys.shape[:2] != (self.batch, self.length):
+            keys, values = keys[: self.batch, : self.length], values[: self.batch, : self.length]
         if flat_slots is None:
             keys.copy_(key)
             values.copy_(value)
-        else:
-            keys.flatten(0, 1).index_copy_(0, flat_slots, key.flatten(0, 1).to(keys.dtype))
-            values.flatten(0, 1).index_copy_(0, flat_slots, value.flatten(0, 1).to(values.dtype))
         return keys, values
 
 

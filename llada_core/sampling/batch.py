@@ -8,7 +8,7 @@ Shapes: A active rows, T columns, W positions of a block's window, P proposals; 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -17,14 +17,13 @@ from torch import Tensor, _dynamo
 from torch.nn import functional as F
 
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling.canvas import Blocks, Canvas, Step
+from llada_core.sampling.canvas import Blocks, Canvas, Step, columns, seats
 from llada_core.sampling.denoiser import Denoiser, Query, denoiser_of, on_device
 from llada_core.sampling.proposals import Confidence, Proposer, RowNoise
 from llada_core.sampling.requests import Request
 from llada_core.sampling.unmask import HELD, Rule, State, TransferSchedule, number_of, rule_of, schedule_of
 
 Compiled = Literal["off", "graph", "max"]
-COLUMNS = 64  # a compiled step's canvas is a multiple of so many wide
 SHAPES = 256  # that may be compiled, of rows, window and canvas
 
 
@@ -58,7 +57,8 @@ class Part:
     """Rows of a batch whose tokens are chosen by the same operations: consecutive ones, with tensors of numbers."""
 
     def __init__(self, model: MaskPredictor, request: Request) -> None:
-        self.choice, params = request.choice, request.params
+        self.choice, self.params, self.edits = request.choice, request.params, request.edits
+        params = self.params
         self.device, self.answers = model.device, list[Answer]()
         self.proposer = Proposer.of(params, request.mask_id, model.device)
         self.schedule: TransferSchedule | None = schedule_of(params)
@@ -74,29 +74,26 @@ class Part:
         """Whether a new row belongs here: never beside rows whose own rule remembers something already."""
         return request.choice == self.choice and not (self.own_width and self.state)
 
-    def arrange(self, kept: list[int], new: Sequence[Answer]) -> None:
-        """Only these of its rows go on, followed by new ones."""
-        self.answers = [self.answers[i] for i in kept] + list(new)
-        index, more = on_device(kept, self.device), len(new)
-        self.state = {name: padded(value[index], more) for name, value in self.state.items()}
+    def arrange(self, order: list[int], answers: list[Answer], *, spare: bool) -> None:
+        """Its rows are these `answers` now: those that it had at `order`, -1 for new ones. `spare`: with room for more
+        steps of a block, so that shapes seldom change.
+        """
+        self.answers = answers
+        index = on_device(order, self.device)
+        self.state = {name: padded(value, 1)[index] for name, value in self.state.items()}
         settings = [answer.request.params for answer in self.answers]
         keys = on_device([answer.request.key for answer in self.answers], self.device)
-        self.noise = RowNoise(keys, padded(self.noise.drawn[index], more))
+        self.noise = RowNoise(keys, padded(self.noise.drawn, 1)[index])
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         numbers = [(p.temperature, number_of(p)) for p in settings]
         warmth, limit = torch.tensor(numbers, dtype=wide).to(self.device, non_blocking=True).T
         self.warmth = warmth[:, None]
-        self.rule = rule_of(settings[0], limit[:, None])
+        self.rule = rule_of(self.params, limit[:, None])
         steps = [answer.request.steps for answer in self.answers]
-        self.steps, self.span = on_device(steps, self.device), max(steps)
+        self.steps, self.span = on_device(steps, self.device), seats(max(steps)) if spare else max(steps)
         self.width = self.own_width or max(answer.request.block for answer in self.answers)
         if self.schedule is not None:
             self.state = self.schedule.room(self.state, self.steps, self.span)
-
-    @property
-    def edits(self) -> bool:
-        """Whether its rows write over what was written."""
-        return self.answers[0].request.edits
 
     @property
     def held(self) -> Tensor:
@@ -161,7 +158,7 @@ class Asked:
     counts: list[int]
     beyond: list[int]
     firsts: list[int] = field(default_factory=list)
-    fresh: list[bool] = field(default_factory=list)
+    fresh: list[bool | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -213,12 +210,15 @@ class Batch:
     """
 
     def __init__(self, model: MaskPredictor, request: Request, compiled: Compiled = "off") -> None:
-        self.model, self.way, self.graph = model, request.way, None
-        if compiled != "off":
+        self.model, self.way, self.choice, self.graph = model, request.way, request.choice, None
+        self.compiled = compiled != "off"
+        if compiled != "off" and request.params.rule is None:
             mode = {"graph": "reduce-overhead", "max": "max-autotune"}[compiled]
             self.graph = torch.compile(self.advance, fullgraph=True, dynamic=False, mode=mode)
-        # A function that is compiled for one width of the canvas serves all narrower ones down to the next step.
-        self.columns = 1 if self.graph is None else COLUMNS
+        # Of a compiled step, rows in which nothing is written: shapes change with the number of seats alone.
+        nothing = replace(request.params, steps=1)
+        blank = Request(torch.full((1,), model.special_tokens.pad_id), 0, 1, nothing, 0, request.mask_id)
+        self.blank = Answer(blank, finished=True)
         self.denoiser: Denoiser = denoiser_of(model, request.params)
         self.parts: list[Part] = []
         self.canvas: Canvas | None = None
@@ -232,13 +232,24 @@ class Batch:
         self.numbers = on_device([], model.device)  # of the block that each row was in, -1 before its first
 
     @property
-    def answers(self) -> list[Answer]:
-        """Of the active rows, in their order."""
+    def rows(self) -> list[Answer]:
+        """All, in their order, of a compiled step also those in which nothing is written."""
         return [answer for part in self.parts for answer in part.answers]
+
+    @property
+    def answers(self) -> list[Answer]:
+        """Those that are being written."""
+        return [answer for answer in self.rows if answer is not self.blank]
+
+    def takes(self, request: Request) -> bool:
+        """Whether a request can join: it shares forwards, and a compiled step as well where there is one."""
+        if request.way != self.way or (self.graph is None) != (request.params.rule is not None or not self.compiled):
+            return False
+        return self.graph is None or request.choice == self.choice
 
     def join(self, answers: Iterable[Answer]) -> None:
         """New rows, from the next step on."""
-        old, added = self.answers, list(answers)
+        added = list(answers)
         if not added:
             return
         of_part: dict[int, list[Answer]] = {}
@@ -247,44 +258,59 @@ class Batch:
             if number == len(self.parts):
                 self.parts.append(Part(self.model, answer.request))
             of_part.setdefault(number, []).append(answer)
-        for number, new in of_part.items():
-            self.parts[number].arrange(list(range(len(self.parts[number].answers))), new)
-        fresh = Canvas.of(
-            [answer.request for answer in added], self.model.special_tokens, self.model.device, self.columns
-        )
-        canvas = fresh if self.canvas is None else self.canvas.joined(fresh)
-        opening = [answer.request.opening for answer in added]
-        for kept, value in zip(
-            self.tally, zip(*((n, 1, first, left) for n, first, left in opening), strict=True), strict=True
-        ):
-            kept.extend(value)
-        self.numbers = padded(self.numbers, len(added), -1)
-        # Rows of a part stand beside each other.
-        place = {id(answer): i for i, answer in enumerate(old + added)}
-        self._rearrange(canvas, [place[id(answer)] for answer in self.answers], len(old))
+        if self.graph is None:
+            self._rearrange([part.answers + of_part.get(i, []) for i, part in enumerate(self.parts)], added)
+        else:
+            self._rearrange([self._seated(self.answers, added)], [*added, self.blank])
 
     def leave(self, gone: Iterable[Answer]) -> None:
-        """These rows go on no longer; what they had written is in their answers."""
+        """These rows go on no longer; what they had written is in their answers. Of the others few move, or none."""
         away = {id(answer) for answer in gone}
-        order = [i for i, answer in enumerate(self.answers) if id(answer) not in away]
-        if len(order) == len(self.answers):
+        staying = [answer for answer in self.answers if id(answer) not in away]
+        if len(staying) == len(self.answers):
             return
-        kept = [[i for i, answer in enumerate(part.answers) if id(answer) not in away] for part in self.parts]
-        for part, rows in zip(self.parts, kept, strict=True):
-            if 0 < len(rows) < len(part.answers):
-                part.arrange(rows, [])
-        self.parts = [part for part, rows in zip(self.parts, kept, strict=True) if rows]
-        if order:
-            assert self.canvas is not None
-            self._rearrange(self.canvas, order, len(self.numbers))
+        if not staying:
+            self.parts = []
+        elif self.graph is None:
+            self._rearrange([without(part.answers, away) for part in self.parts], [])
+        else:
+            self._rearrange([self._seated(staying, [])], [self.blank])
 
-    def _rearrange(self, canvas: Canvas, order: list[int], before: int) -> None:
-        """The rows of `canvas` in this order; those from number `before` on are new."""
-        self.canvas = canvas if order == list(range(len(canvas.sizes))) else canvas.rows(order, self.columns)
+    def _seated(self, staying: list[Answer], added: list[Answer]) -> list[Answer]:
+        """The rows of a compiled step: who stays keeps the place, unless there are four times as many as are wanted."""
+        old, wanted, ids = self.rows, seats(len(staying) + len(added)), {id(answer) for answer in staying}
+        if 4 * wanted <= len(old):
+            old = staying
+        vacant, coming = [self.blank] * (max(wanted, len(old)) - len(old)), iter(added)
+        return [a if id(a) in ids else next(coming, self.blank) for a in old + vacant]
+
+    def _rearrange(self, rows: list[list[Answer]], added: list[Answer]) -> None:
+        """These are each part's rows now: some that it had, and `added` ones."""
+        old = self.rows
+        place = {id(answer): i for i, answer in enumerate(old + added)}
+        order = [place[id(answer)] for own in rows for answer in own]
+        both = [(part, own) for part, own in zip(self.parts, rows, strict=True) if own]
+        self.parts = [part for part, _ in both]
+        for part, own in both:
+            mine = {id(answer): i for i, answer in enumerate(part.answers)}
+            part.arrange([mine.get(id(answer), -1) for answer in own], own, spare=self.graph is not None)
+        canvas = self.canvas
+        if added:
+            fresh = Canvas.of([answer.request for answer in added], self.model.special_tokens, self.model.device)
+            canvas = fresh if canvas is None else canvas.joined(fresh)
+            opening = ((n, 1, first, left) for n, first, left in (answer.request.opening for answer in added))
+            for kept, value in zip(self.tally, zip(*opening, strict=True), strict=True):
+                kept.extend(value)
+            self.numbers = padded(self.numbers, len(added), -1)
+        assert canvas is not None
+        self.canvas = self._laid_out(canvas, order, len(old))
         self.tally = [[values[i] for i in order] for values in self.tally]
         self.numbers = self.numbers[on_device(order, self.numbers.device)]
-        self.denoiser.arrange([i if i < before else -1 for i in order], self.canvas.tokens.shape[1])
-        requests = [answer.request for answer in self.answers]
+        kept_at = [
+            i if i < len(old) and answer is not self.blank else -1 for i, answer in zip(order, self.rows, strict=True)
+        ]
+        self.denoiser.arrange(kept_at, self.canvas.tokens.shape[1])
+        requests = [answer.request for answer in self.rows]
         self.stops = self._if_any([request.params.stop_at_eos for request in requests])
         self.edits = self._if_any([request.edits for request in requests])
         self.waits = self._if_any([request.edits or request.params.finish_block for request in requests])
@@ -293,26 +319,37 @@ class Batch:
     def _if_any(self, rows: list[bool]) -> Tensor | None:
         return on_device(rows, self.model.device, torch.bool) if any(rows) else None
 
+    def _laid_out(self, canvas: Canvas, order: list[int], before: int) -> Canvas:
+        """The rows of `canvas` in this order, as narrow as they are; for a compiled step of a width that others have too,
+        and which shrinks only with the number of rows, of which there were `before`.
+        """
+        width = max(canvas.sizes[i] for i in order)
+        if self.graph is None:
+            same = width == canvas.tokens.shape[1] and order == list(range(len(canvas.sizes)))
+            return canvas if same else canvas.rows(order, width)
+        least = 0 if self.canvas is None or len(order) < before else self.canvas.tokens.shape[1]
+        return replace(canvas.rows(order, max(columns(width), least)), ragged=True)
+
     @torch.no_grad()
     def step(self) -> Moment:
         """Commits something in every row; those that are done leave, their answers finished."""
         assert self.canvas is not None
         if self.blocks is None:
             self.blocks = self._blocks(self.canvas, max(part.width for part in self.parts), self.numbers)
-        answers, (counts, entered, firsts, left) = self.answers, self.tally
-        beyond = [n - m if a.request.ahead else 0 for n, m, a in zip(left, counts, answers, strict=True)]
-        fresh = [bool(new) for new in entered]
+        rows, (counts, entered, firsts, left) = self.rows, self.tally
+        beyond = [n - m if a.request.ahead else 0 for n, m, a in zip(left, counts, rows, strict=True)]
+        fresh = [None if a is self.blank else bool(new) for a, new in zip(rows, entered, strict=True)]
         fixed = None if self.graph is None or any(beyond) else self.denoiser.fixed(fresh, self.canvas.tokens.shape)
         if fixed is not None and self.graph is not None:
             width = self.blocks.open.shape[1]
-            asked = Asked([width] * len(answers), beyond)
+            asked = Asked([width] * len(rows), beyond)
             with _dynamo.config.patch(recompile_limit=SHAPES):
                 outcome = self.graph(self.canvas, self.blocks, asked, fixed)
         else:
             asked = Asked(counts, beyond, firsts, fresh)
             outcome = self.advance(self.canvas, self.blocks, asked, self.denoiser.logits)
-        told = self._told(outcome, answers)
-        return Moment(**vars(outcome.seen), answers=answers, counts=asked.counts, beyond=beyond, copied=told)
+        told = self._told(outcome, rows)
+        return Moment(**vars(outcome.seen), answers=rows, counts=asked.counts, beyond=beyond, copied=told)
 
     def advance(self, canvas: Canvas, blocks: Blocks, asked: "Asked", ask: Callable[[Query], Tensor]) -> "Outcome":
         """One step on the device: `ask` for logits, propose, score, commit, and find the blocks of the next one.
@@ -425,12 +462,23 @@ class Batch:
         self.tally = tally.tolist()
         done = []
         for i, (answer, left) in enumerate(zip(answers, self.tally[3], strict=True)):
+            if answer is self.blank:
+                continue
             answer.forwards += 1
             if not left:
                 answer.tokens, answer.finished = self.canvas.tokens[i, : answer.request.told], True
                 done.append(answer)
         self.leave(done)
         return copied
+
+
+def without(answers: list[Answer], away: set[int]) -> list[Answer]:
+    """The answers whose ids are not `away`; the last ones take the places that get free, and none moves besides."""
+    found = list(answers)
+    for i in reversed([i for i, answer in enumerate(answers) if id(answer) in away]):
+        found[i] = found[-1]
+        found.pop()
+    return found
 
 
 def padded(value: Tensor, more: int, fill: int = 0) -> Tensor:

@@ -100,10 +100,10 @@ class Canvas:
     special: SpecialTokens
 
     @classmethod
-    def of(cls, requests: Sequence[Request], special: SpecialTokens, device: torch.device, step: int = 1) -> "Canvas":
-        """The canvas of some requests, in one copy to the device; its width is a multiple of `step`."""
+    def of(cls, requests: Sequence[Request], special: SpecialTokens, device: torch.device) -> "Canvas":
+        """The canvas of some requests, in one copy to the device."""
         sizes = [len(request.tokens) for request in requests]
-        seen = torch.arange(rounded(max(sizes), step)) < torch.tensor(sizes)[:, None]
+        seen = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
         tokens = torch.full(seen.shape, special.pad_id, dtype=torch.long)
         known = torch.ones_like(seen)
         for i, request in enumerate(requests):
@@ -142,11 +142,12 @@ class Canvas:
         columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return (columns >= self.start[:, None]) & (columns < self.end[:, None])
 
-    def rows(self, order: list[int], step: int = 1) -> "Canvas":
-        """Some of the rows, in this order, without the columns that none of them has, but for a multiple of `step`."""
+    def rows(self, order: list[int], width: int) -> "Canvas":
+        """Some of the rows, in this order, over `width` columns, which hold them."""
         index, sizes = on_device(order, self.tokens.device), [self.sizes[i] for i in order]
-        width = rounded(max(sizes), step)
-        wide = {name: getattr(self, name)[:, :width] for name in ("tokens", "seen", "known", "given")}
+        more = max(0, width - self.tokens.shape[1])
+        fills = (("tokens", self.special.pad_id), ("seen", False), ("known", True), ("given", True))
+        wide = {name: F.pad(getattr(self, name)[:, :width], (0, more), value=fill) for name, fill in fills}
         every = wide | {name: getattr(self, name) for name in ("start", "end", "origin", "block")}
         chosen = {name: value.index_select(0, index) for name, value in every.items()}
         holes = [self.holes[i] for i in order]
@@ -165,8 +166,14 @@ class Canvas:
         return replace(self, **both, sizes=sizes, holes=holes, ragged=any(holes) or min(sizes) < width)
 
 
-def rounded(width: int, step: int) -> int:
-    """The next multiple of `step`."""
+def seats(rows: int) -> int:
+    """How many rows a compiled step has for so many answers: 1, 2, 4, 8, 16, 32, 64, then multiples of 64."""
+    return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
+
+
+def columns(width: int) -> int:
+    """How wide the canvas of a compiled step is: multiples of 64 up to 512, then four widths to each doubling."""
+    step = max(64, 1 << max(0, (width - 1).bit_length() - 3))
     return -(-width // step) * step
 
 

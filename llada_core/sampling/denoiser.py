@@ -9,7 +9,6 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from llada_core.modeling.attention import BlockCausal
 from llada_core.modeling.predictor import KVCache, MaskPredictor
@@ -27,7 +26,8 @@ class Query:
 
     `tokens` (A, T); `visible` (A, T) bool or None; `known` (A, T) bool, hidden from an unguided forward; `wanted` (P,)
     indices into the A*T flattened positions; `first` (A,) column of each row's block, also on the host; `fresh`: has
-    the row just entered it? A cache asks how many of `wanted` each row has, row after row: `counts`.
+    the row just entered it (None: it writes nothing)? A cache asks how many of `wanted` each row has, row after row:
+    `counts`.
     """
 
     tokens: Tensor
@@ -37,7 +37,7 @@ class Query:
     mask_id: int
     first: Tensor
     firsts: list[int]
-    fresh: list[bool]
+    fresh: Sequence[bool | None]
     counts: list[int] = field(default_factory=list)
 
     def subset(self, rows: Tensor, wanted: Tensor) -> "Query":
@@ -65,7 +65,7 @@ class Denoiser(Protocol):
     def logits(self, query: Query) -> Tensor:
         """(P, V) logits of `query.wanted`."""
 
-    def fixed(self, fresh: list[bool], shape: torch.Size) -> Callable[[Query], Tensor] | None:
+    def fixed(self, fresh: Sequence[bool | None], shape: torch.Size) -> Callable[[Query], Tensor] | None:
         """The next look, counted, as a function of tensors alone, over (A, T) tokens; None where it is more than one."""
 
     def arrange(self, order: list[int], width: int) -> None:
@@ -89,7 +89,7 @@ class PlainDenoiser:
         """(P, V), uncounted."""
         return self.model(query.tokens, query.visible, positions=query.wanted).logits
 
-    def fixed(self, fresh: list[bool], shape: torch.Size) -> Callable[[Query], Tensor] | None:
+    def fixed(self, fresh: Sequence[bool | None], shape: torch.Size) -> Callable[[Query], Tensor] | None:
         """The whole canvas."""
         self.forwards += 1
         self.fed += shape.numel()
@@ -115,7 +115,7 @@ class Wrapper:
         """Positions fed to the denoiser within."""
         return self.inner.fed
 
-    def fixed(self, fresh: list[bool], shape: torch.Size) -> Callable[[Query], Tensor] | None:
+    def fixed(self, fresh: Sequence[bool | None], shape: torch.Size) -> Callable[[Query], Tensor] | None:
         """None: what is wrapped is looked at step by step."""
         return None
 
@@ -144,7 +144,7 @@ class GuidedDenoiser(Wrapper):
             wanted=torch.cat([query.wanted, query.wanted + query.tokens.numel()]),
             first=query.first.repeat(2),
             firsts=query.firsts * 2,
-            fresh=query.fresh * 2,
+            fresh=[*query.fresh, *query.fresh],
             counts=query.counts * 2,
         )
         seeing, unseeing = self.inner.logits(doubled).float().chunk(2)
@@ -217,18 +217,24 @@ class CachedDenoiser:
             return self.forward_mixed(query, stale)
         return self._counted(stale[0], query.tokens.shape, query.firsts)(query)
 
-    def fixed(self, fresh: list[bool], shape: torch.Size) -> Callable[[Query], Tensor] | None:
+    def fixed(self, fresh: Sequence[bool | None], shape: torch.Size) -> Callable[[Query], Tensor] | None:
         """A refresh of all rows, or the windows of a dual cache; a prefix cache's have many widths."""
         stale = self._stale(fresh)
         if not all(stale) and (any(stale) or self.window.kind == "prefix"):
             return None
         return self._counted(self._grown_older(fresh, shape)[0], shape, [])
 
-    def _stale(self, fresh: list[bool]) -> list[bool]:
-        """Which rows are fed whole: known to the host, so that choosing the kind of forward waits for no device."""
-        return [new or age == self.window.every for new, age in zip(fresh, self.age or [0] * len(fresh), strict=True)]
+    def _stale(self, fresh: Sequence[bool | None]) -> list[bool]:
+        """Which rows are fed whole: known to the host, so that choosing the kind of forward waits for no device.
 
-    def _grown_older(self, fresh: list[bool], shape: torch.Size) -> list[bool]:
+        Rows that write nothing are fed as most suits the others.
+        """
+        ages = self.age or [0] * len(fresh)
+        found = [None if new is None else new or age == self.window.every for new, age in zip(fresh, ages, strict=True)]
+        idle = False not in found
+        return [idle if stale is None else stale for stale in found]
+
+    def _grown_older(self, fresh: Sequence[bool | None], shape: torch.Size) -> list[bool]:
         """Which rows are stale in the step that is taken now."""
         if self.cache is None:
             self.cache = self.model.new_cache(*shape)
@@ -272,9 +278,11 @@ class CachedDenoiser:
         return result
 
     def arrange(self, order: list[int], width: int) -> None:
-        """The cached rows that go on, and room for the new ones, which are stale."""
+        """Rows that keep their place stay where they are, the others move, and new ones are stale: until such a row is
+        first fed, which is whole, any other's keys may stand in its place.
+        """
         self.age = [0 if row < 0 else self.age[row] for row in order]
-        self.cache = _arranged(self.cache, order, width)  # a new row is first fed whole
+        self.cache = _arranged(self.model, self.cache, order, width)  # a new row is first fed whole
 
 
 @dataclass
@@ -354,14 +362,14 @@ class BlockDenoiser:
         cache.replace(rows, anew)
         return result
 
-    def fixed(self, fresh: list[bool], shape: torch.Size) -> Callable[[Query], Tensor] | None:
+    def fixed(self, fresh: Sequence[bool | None], shape: torch.Size) -> Callable[[Query], Tensor] | None:
         """None: what is fed grows from block to block."""
         return None
 
     def arrange(self, order: list[int], width: int) -> None:
         """The cached rows that go on; of new ones nothing is kept."""
         self.kept = [0 if row < 0 or not self.kept else self.kept[row] for row in order]
-        self.cache = _arranged(self.cache, order, width)
+        self.cache = _arranged(self.model, self.cache, order, width)
 
 
 def _in_two(
@@ -385,14 +393,19 @@ def _in_two(
     return whole.index_copy_(0, mine, from_second).index_copy_(0, others, result), rows
 
 
-def _arranged(cache: KVCache | None, order: list[int], width: int) -> KVCache | None:
-    """The rows of a cache in this order over `width` columns; any row's keys stand in the place of a new one's (-1)."""
-    if cache is None or max(order) < 0:
+def _arranged(model: MaskPredictor, old: KVCache | None, order: list[int], width: int) -> KVCache | None:
+    """The rows of a cache in this order over `width` columns: those that keep their place stay where they are, the others
+    move, and any row's keys stand in the place of a new one's (-1).
+    """
+    if old is None:
         return None
-    index = on_device([max(row, 0) for row in order], cache.keys[0].device)
-    more, cache = max(0, width - cache.length), cache.rows(index, width)
-    if more:
-        cache = KVCache(*([F.pad(x, (0, 0, 0, 0, 0, more)) for x in kept] for kept in (cache.keys, cache.values)))
+    stays = old.fits(len(order), width)
+    moved = [(new, row) for new, row in enumerate(order) if row >= 0 and not (stays and new == row)]
+    index = on_device([row for _, row in moved], old.keys[0].device)
+    taken = old.rows(index, min(width, old.length)) if moved else None
+    cache = old.part(len(order), width) if stays else model.new_cache(len(order), width)
+    if taken is not None:
+        cache.replace(on_device([new for new, _ in moved], index.device), taken)
     return cache
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling.batch import Answer, Batch, Compiled, Moment
-from llada_core.sampling.canvas import Step
+from llada_core.sampling.canvas import Step, columns, seats
 from llada_core.sampling.requests import Request
 
 
@@ -56,9 +56,9 @@ class Engine:
     def submit(self, requests: Sequence[Request], *, watched: bool = False) -> list[Answer]:
         """An answer to come for each request; `watched` ones keep their steps until they are taken."""
         for request in requests:
-            if len(request.tokens) > self.positions:
+            if (area := self._area([len(request.tokens)])) > self.positions:
                 raise ValueError(
-                    f"a canvas of {len(request.tokens)} tokens is larger than the {self.positions} that fit here; "
+                    f"a canvas of {area} tokens is larger than the {self.positions} that fit here; "
                     "shorten the prompt or max_new_tokens"
                 )
         answers = [Answer(request, steps=deque() if watched else None) for request in requests]
@@ -148,7 +148,7 @@ class Engine:
         while self._queue:
             answer = self._queue[0]
             if not answer.cancelled:
-                batch = next((batch for batch in self.batches if batch.way == answer.request.way), None)
+                batch = next((batch for batch in self.batches if batch.takes(answer.request)), None)
                 if places < 1 or not self._fits(answer.request, batch, joining):
                     break
                 if batch is None:
@@ -166,8 +166,14 @@ class Engine:
         for each in [*others, *([None] if batch is None else [])]:
             sizes = [] if each is None else [len(a.request.tokens) for a in each.answers + joining.get(each, [])]
             sizes += [len(request.tokens)] if each is batch else []
-            total += len(sizes) * max(sizes, default=0)
+            total += self._area(sizes)
         return total <= self.positions
+
+    def _area(self, sizes: list[int]) -> int:
+        """Positions of a canvas whose rows have these sizes."""
+        if self.compiled == "off" or not sizes:
+            return len(sizes) * max(sizes, default=0)
+        return seats(len(sizes)) * columns(max(sizes))
 
 
 @contextmanager

@@ -98,6 +98,8 @@ class Request:
     def opening(self) -> tuple[int, int, int]:
         """Of its first block: how many positions are open, and its first column; and how many are open in all."""
         places = (self.tokens == self.mask_id).nonzero()[:, 0]
+        if not len(places):
+            return 0, self.start, 0
         first = self.origin + (int(places[0]) - self.origin) // self.block * self.block
         return int((places < min(first + self.block, self.end)).sum()), first, len(places)
 

@@ -97,8 +97,9 @@ def top_k(scores: Confidence, is_open: Tensor, state: State) -> tuple[Tensor, No
 
     The state is what `TransferSchedule.begin` puts there.
     """
-    count = state["counts"].gather(1, state["step"][:, None])
-    return is_open & (ranks(scores.key) < count), None, {**state, "step": state["step"] + 1}
+    counts, step = state["counts"], state["step"]
+    count = counts.gather(1, step.clamp(max=counts.shape[1] - 1)[:, None])  # a row that writes nothing has no last step
+    return is_open & (ranks(scores.key) < count), None, {**state, "step": step + 1}
 
 
 def threshold(

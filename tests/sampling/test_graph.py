@@ -7,14 +7,16 @@ import torch
 from torch import _dynamo
 
 from llada_core.sampling import generate
+from llada_core.sampling.canvas import columns, seats
 from llada_core.sampling.engine import Engine
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.requests import to_answer
 from tests.reference import golden_model
+from tests.sampling.test_own_rules import SETTINGS as OWN
 from tests.sampling.test_ragged import BASE, MODES
 
 PROMPTS = ([5, 9, 30], [7], [9] * 12)
-KINDS = {"even": 1, "temperature": 1, "dual": 2}
+KINDS = {"temperature": 1, "dual": 2}
 
 
 @pytest.fixture
@@ -38,25 +40,57 @@ def graphs():
     return _dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def arriving(model, params, lengths, rows, every):
+    """The most seats that there were for prompts of these lengths, of which one comes after so many steps, and one is given up."""
+    engine, answers, most = Engine(model, rows=rows, compiled="graph"), [], 0
+    for number, length in enumerate(lengths):
+        answers += engine.submit(to_answer(model, [[number + 5] * length], params)[0])
+        for _ in range(every):
+            engine.step()
+            most = max(most, *(len(batch.rows) for batch in engine.batches), 0)
+        if number == 4:
+            engine.cancel(answers[2])
+    engine.finish([answer for answer in answers if not answer.cancelled])
+    for number, (answer, length) in enumerate(zip(answers, lengths, strict=True)):
+        if not answer.cancelled:
+            alone = generate(model, [[number + 5] * length], params)
+            assert torch.equal(answer.tokens[: len(alone.tokens[0])], alone.tokens[0])
+            assert answer.forwards == alone.forwards
+    return most
+
+
+LENGTHS = [3, 17, 9, 30, 1, 12, 25, 4, 8]
+
+
 @pytest.mark.parametrize("mode", KINDS)
-def test_a_generation_is_one_graph_for_each_kind_of_step(traced, mode):
+def test_rows_that_join_and_leave_are_written_by_one_function_for_each_number_of_seats(traced, mode):
     model, params = golden_model("llada_tiny"), SamplingParams(**{**BASE, **MODES[mode]})
     model(torch.tensor([[5] * 64]))  # the rotary tables are there
-    for answer, prompt in zip(written(model, params), PROMPTS, strict=True):
-        alone = generate(model, [prompt], params)
-        assert torch.equal(answer.tokens, alone.tokens[0])
-        assert answer.forwards == alone.forwards
-    assert graphs() == KINDS[mode]
-    written(model, params, ([5, 8], [7, 1, 1, 1], [9] * 3))
-    assert graphs() == KINDS[mode], "other prompts on a canvas of the same width are the same function"
+    assert arriving(model, params, LENGTHS, rows=2, every=3) == 2
+    arriving(model, params, LENGTHS[::-1], rows=2, every=3)
+    assert graphs() <= 2 * KINDS[mode], "one seat and two; a cache's refreshes and steps"
     assert not _dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("mode", ["stop", "dual, threshold", "guided"])
-def test_rows_that_leave_and_steps_of_other_shapes_are_written_as_without(traced, mode):
-    model, params = golden_model("llada_tiny_eos"), SamplingParams(**{**BASE, **MODES[mode]})
-    for answer, prompt in zip(written(model, params), PROMPTS, strict=True):
-        assert torch.equal(answer.tokens, generate(model, [prompt], params).tokens[0])
+@pytest.mark.parametrize("mode", [*MODES, *OWN])
+def test_every_mode_is_written_on_seats_as_alone(monkeypatch, mode):
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    params = SamplingParams(**{**BASE, **{**MODES, **OWN}[mode]})
+    assert arriving(golden_model("llada_tiny_eos"), params, LENGTHS, rows=7, every=1) > 1
+
+
+def test_seats_and_columns_are_few():
+    assert [seats(n) for n in (1, 2, 3, 5, 33, 64, 65)] == [1, 2, 4, 8, 64, 64, 128]
+    widths = {columns(n) for n in range(1, 4097)}
+    assert len(widths) == 20
+    assert all(0 <= columns(n) - n < max(64, n / 4) for n in range(1, 4097))
+
+
+def test_what_is_refused_counts_the_seats_of_a_compiled_step():
+    model, params = golden_model("llada_tiny"), SamplingParams(**BASE)
+    engine = Engine(model, positions=60, compiled="graph")
+    with pytest.raises(ValueError, match="a canvas of 64 tokens is larger than the 60 that fit here"):
+        engine.submit(to_answer(model, [[5]], params)[0])
 
 
 def test_a_compiled_step_writes_what_the_plain_one_writes():
