@@ -305,9 +305,15 @@ def sentence(error: Exception) -> str:
         return str(error)
     number = secrets.token_hex(3)
     log.error("error %s", number, exc_info=error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if out_of_memory(error):
         return f"The machine ran out of memory; ask for fewer tokens or a smaller model. (Error {number} in the log.)"
     return f"Something went wrong here; error {number} in the log of the page has the details."
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device had no room left, or the machine: torch has no error of its own for that."""
+    told = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in told or "can't allocate memory" in told
 
 
 @dataclass(frozen=True)

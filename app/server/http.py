@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
-from app.models import UserError
+from app.models import UserError, out_of_memory
 from app.server.answers import Draft
 from app.server.schema import BadRequestError, ChatRequest, CompletionRequest, Sampled, ScoreRequest
 from app.server.service import Service
@@ -342,7 +342,7 @@ def _told(error: Exception) -> tuple[int, dict[str, Any]]:
         return 429, _error(str(error), "rate_limit_error", None, "queue_full")
     number = secrets.token_hex(3)
     log.error("error %s", number, exc_info=error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if out_of_memory(error):
         text = f"the machine ran out of memory; ask for fewer tokens (error {number} in the log)"
         return 503, _error(text, "server_error", None, "out_of_memory")
     return 500, _error(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 import llada_core
@@ -315,6 +316,34 @@ def test_a_full_queue_of_the_model_is_no_fault_of_the_server(client: TestClient,
     assert answer.status_code == 429
     assert "try again later" in answer.json()["error"]["message"]
     assert ask(client, CHAT, messages=QUESTION)
+
+
+def test_memory_that_runs_out_in_a_step_ends_the_answers_in_it_and_no_later_one(
+    client: TestClient, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, refused = tiny.model.forward, []
+
+    def once(*args: Any, **named: Any) -> Any:
+        if not refused:
+            refused.append(True)
+            torch.empty(1 << 50)  # four petabytes
+        return forward(*args, **named)
+
+    monkeypatch.setattr(tiny.model, "forward", once)
+    answer = client.post(CHAT, json={"model": "tiny", "messages": QUESTION, "n": 2})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "out_of_memory")
+    assert not tiny.engine.busy
+    assert ask(client, CHAT, messages=QUESTION)
+
+
+def test_a_stream_is_ascii(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are clients that end a line at U+2028."""
+    monkeypatch.setattr(Draft, "advance", lambda self: setattr(self, "finish", "stop") or "a\u2028b\u0085c")
+    text = client.post(CHAT, json={"model": "tiny", "messages": QUESTION, "stream": True}).content
+    assert text.isascii()
+    assert json.loads(text.decode().split("\n\n")[1].removeprefix("data: "))["choices"][0]["delta"] == {
+        "content": "a\u2028b\u0085c"
+    }
 
 
 def test_an_answer_that_takes_too_long_keeps_what_is_there(tiny: LoadedModel) -> None:
