@@ -107,6 +107,21 @@ def test_a_sampling_step_waits_once(kind, settings):
     assert extra[0] == extra[1], "what is waited for beside one transfer a step does not grow with the answer"
 
 
+@pytest.mark.parametrize(
+    "settings", [{"sampler": "llada2.0", "threshold": 0.9}, {"sampler": "llada2.1", "threshold": 0.9}], ids=str
+)
+def test_a_step_of_a_model_that_attends_by_blocks_waits_once(settings):
+    """Also where it edits, and where another block begins."""
+    extra = []
+    for new in (8, 24):
+        params = SamplingParams(max_new_tokens=new, block_length=4, steps=4, cache="prefix", **settings)
+        model = moved(tiny_model("llada2"))
+        with PretendGPU() as gpu:
+            steps = sum(1 for _ in stream(model, [[7, 8, 9], [3, 4, 5]], params))
+        extra.append(gpu.waits.total() - steps)
+    assert extra[0] == extra[1]
+
+
 def test_rows_that_join_and_rows_that_are_watched_cost_no_transfer_more():
     params = SamplingParams(max_new_tokens=8, block_length=4, steps=8)
     model = moved(tiny_model())

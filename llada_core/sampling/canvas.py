@@ -24,8 +24,8 @@ class Step:
     """One step. B rows, T columns, A rows that took part, Q positions that the model was asked about.
 
     `tokens` (B, T) int64 after the step, `before` it; `rows` (A,) the rows that took part; `bounds` (A, 2) their
-    blocks; `asked` (Q,) indices into the B*T flattened positions, `proposals` (Q,) and `confidences` (Q,) what came back;
-    `forwards` of the model so far.
+    blocks; `asked` (Q,) indices into the B*T flattened positions (B*T: one that is not shown), `proposals` (Q,) and
+    `confidences` (Q,) what came back; `forwards` of the model so far.
     """
 
     tokens: Tensor
@@ -61,13 +61,17 @@ class Step:
     @property
     def proposal(self) -> Tensor:
         """(B, T) int64: what the model would have written at each position that it was asked about, -1 elsewhere."""
-        return torch.full_like(self.tokens, -1).view(-1).index_copy(0, self.asked, self.proposals).view_as(self.tokens)
+        return self._spread(self.proposals, -1)
 
     @property
     def confidence(self) -> Tensor:
         """(B, T) in [0, 1], of the proposals; nan elsewhere."""
-        unknown = self.confidences.new_full((self.tokens.numel(),), torch.nan)
-        return unknown.index_copy(0, self.asked, self.confidences).view_as(self.tokens)
+        return self._spread(self.confidences, torch.nan)
+
+    def _spread(self, values: Tensor, otherwise: float) -> Tensor:
+        """`values` (Q,) where they were asked for, (B, T)."""
+        places = values.new_full((self.tokens.numel() + 1,), otherwise)
+        return places.index_copy(0, self.asked, values)[:-1].view_as(self.tokens)
 
     @property
     def block(self) -> Tensor:

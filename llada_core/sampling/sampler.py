@@ -158,11 +158,10 @@ class Layout:
         column = (torch.arange(columns, device=device) + shift[:, None]) % width
         places = (number[:, None] * width + column).flatten()
         whole = F.pad(board, (0, self.tail)).view(-1).index_copy(0, places, moment.tokens.flatten())
-        asked, proposals, confidences = places[moment.asked], moment.proposals, moment.confidences
-        if self.tail:
-            real = asked % width < self.width
-            asked, proposals, confidences = asked[real], proposals[real], confidences[real]
-            asked = asked // width * self.width + asked % width
+        asked = places[moment.asked]
+        if self.tail:  # which of them are shown the host does not know, and need not wait for
+            column = asked % width
+            asked = torch.where(column < self.width, asked // width * self.width + column, board.numel())
         return Step(
             tokens=whole.view(len(board), width)[:, : self.width].contiguous(),
             before=board,
@@ -171,6 +170,6 @@ class Layout:
             rows=number,
             bounds=(torch.stack([moment.first, moment.last], 1) + shift[:, None]).clamp(max=self.width),
             asked=asked,
-            proposals=proposals,
-            confidences=confidences,
+            proposals=moment.proposals,
+            confidences=moment.confidences,
         )
