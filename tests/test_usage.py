@@ -73,6 +73,17 @@ def dialogues(folder, *, several):
     return max(b - a for row in rows for a, b in row.replies)
 
 
+def test_fine_tuning_keeps_the_sampler_that_a_model_is_for(tmp_path):
+    """LLaDA2's blocks and thresholds stay; only the room is that of the replies."""
+    longest = dialogues(tmp_path / "data", several=False)
+    model, tokenizer = tiny_pair("llada2")
+    save_model(model, tmp_path / "LLaDA2.1-own", tokenizer)
+    params = SFTParams(max_steps=1, init_from=str(tmp_path / "LLaDA2.1-own"))
+    learnt = learnt_usage(params, tokenizer, tmp_path / "data").sampling
+    assert (learnt.sampler, learnt.threshold, learnt.editing_threshold) == ("llada2.1", 0.7, 0.5)
+    assert (learnt.max_new_tokens, learnt.block_length) == (longest, 32)
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_fine_tuning_leaves_room_for_the_longest_reply_and_knows_dialogues(tmp_path, several):
     longest = dialogues(tmp_path, several=several)

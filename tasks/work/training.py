@@ -164,7 +164,9 @@ def learnt_usage(params: TrainingParams, tokenizer: "Tokenizer", data: Path) -> 
         return usage.model_copy(update={"sampling": sampling, "examples": questions})
     replies = [_longest_run(row) for row in rows["maskable"]] if asked == "maskable" else map(len, rows["chosen_ids"])
     room = min(max(replies), LONGEST_ANSWER)
-    return usage.model_copy(update={"sampling": SamplingParams(room, room, room, stop_at_eos=True)})
+    own = usage.sampling  # a sampler that its family has goes on with it, in the blocks that it learnt
+    sampling = own.at_length(room) if own.sampler is not None else SamplingParams(room, room, room, stop_at_eos=True)
+    return usage.model_copy(update={"sampling": sampling})
 
 
 def _reply_opening(tokenizer: "Tokenizer") -> bytes:
