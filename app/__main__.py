@@ -13,6 +13,9 @@ def serve(  # noqa: PLR0913 - a command has as many arguments as it has options
     model: Annotated[
         str, typer.Option(help="Alias, version, folder or Hub name; default: the champion of params.yaml.")
     ] = "",
+    also: Annotated[
+        list[str] | None, typer.Option(help="Further model that may be asked where others reach the page; repeatable.")
+    ] = None,
     port: Annotated[int, typer.Option(help="Port on this machine.")] = 7860,
     host: Annotated[
         str, typer.Option(help="Address to listen on; the default is reachable from this machine alone.")
@@ -37,7 +40,14 @@ def serve(  # noqa: PLR0913 - a command has as many arguments as it has options
         if login and not (user and password):
             raise ValueError("--login wants USER:PASSWORD, both not empty")
         auth = (user, password) if login else None
-        launch(model, (device, bits), at_once=at_once, seconds=seconds, where=(host, port, share), auth=auth)
+        launch(
+            (model, *(also or ())),
+            (device, bits),
+            at_once=at_once,
+            seconds=seconds,
+            where=(host, port, share),
+            auth=auth,
+        )
 
 
 def options() -> dict[str, Any]:
@@ -54,8 +64,11 @@ def options() -> dict[str, Any]:
     }
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
 def launch(
-    model: str,
+    models: tuple[str, ...],
     lies: tuple[str, int | None],
     *,
     at_once: int,
@@ -63,17 +76,21 @@ def launch(
     where: tuple[str, int, bool],
     auth: tuple[str, str] | None,
 ) -> None:
-    """Loads the model on a device in so many bits, then serves the page until Ctrl-C; without a model the page says
+    """Loads the first model on a device in so many bits, then serves the page until Ctrl-C; without a model the page says
     what to run."""
     from tasks.project import Project
     from tasks.record.registry import champion_of
 
+    model, *also = models
     name = model or champion_of(Project.at())  # first: Gradio takes seconds to import
     from app import page
     from app.models import AppState, ModelCache, ModelIndex, Setting, UserError
 
     catalogue, setting = ModelIndex(Project.at()), Setting.checked(*lies)
-    state = AppState(ModelCache(catalogue, setting=setting), catalogue, name, seconds=seconds, at_once=at_once)
+    named = None if where[0] in LOOPBACK and not where[2] else tuple(dict.fromkeys([name, *also]))
+    state = AppState(
+        ModelCache(catalogue, setting=setting), catalogue, name, seconds=seconds, at_once=at_once, named=named
+    )
     try:
         state.loaded(name)
         blocks = page.build_page(state)

@@ -264,7 +264,7 @@ log = logging.getLogger("lladaflow.app")
 @dataclass
 class AppState:
     """The page's surroundings. `seconds` bounds one generation, `at_once` how many run; `speeds`: name -> seconds in which
-    an answer is shown, of which `speed` is chosen at first."""
+    an answer is shown, of which `speed` is chosen at first; `named`: the models that may be asked, None: any that is there."""
 
     cache: ModelCache
     index: ModelIndex
@@ -273,6 +273,17 @@ class AppState:
     at_once: int = 16
     speeds: Mapping[str, float] = field(default_factory=lambda: SPEEDS)
     speed: str = "normal"
+    named: tuple[str, ...] | None = None
+
+    def allowed(self, name: str | None) -> str:
+        """The name as it is looked up (empty: the page's own); raises UserError for one that nobody named for this page."""
+        asked = (name or "").strip() or self.model
+        if self.named is not None and asked not in self.named:
+            raise UserError(
+                f"This page can be reached from other machines and asks {', '.join(self.named)} alone; "
+                "whoever runs it names further models with --also."
+            )
+        return asked
 
     def queue(self) -> dict[str, Any]:
         """How events of the page that generate share the model: in order of arrival, so many at once."""
@@ -284,14 +295,14 @@ class AppState:
 
     def loaded(self, name: str | None) -> tuple[LoadedModel, str]:
         """The loaded of a registered or given name (empty: the page's own), and a sentence if it changed."""
-        return self.cache.get((name or "").strip() or self.model)
+        return self.cache.get(self.allowed(name))
 
     def bring(self, name: str | None, show: Callable[[str], Shown]) -> Generator[Shown, None, tuple[LoadedModel, str]]:
         """`loaded`, with a sentence to `show` every half second while a model is read."""
         loader = ThreadPoolExecutor(1)
         found, begun, before = loader.submit(self.loaded, name), time.monotonic(), held_bytes()
         loader.shutdown(wait=False)
-        size = self.index.size(name or self.model)
+        size = self.index.size(self.allowed(name))
         while wait([found], 0.5).not_done:
             taken = max(0, held_bytes() - before) / 2**30
             spent = time.monotonic() - begun

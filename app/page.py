@@ -59,7 +59,10 @@ def build_model(state: AppState, panel: Panel, tab: gr.Tab) -> None:
     facts = gr.HTML("", apply_default_css=False, elem_id="facts")
 
     def show(name: str) -> str:
-        name = name or state.model
+        try:
+            name = state.allowed(name)
+        except UserError as error:
+            return notice(str(error), "bad")
         measured = "" if state.index.scores(name) else notice("No scores are kept with it: llada eval measures them.")
         return measured + as_html(describe(state.index, name))
 

@@ -100,7 +100,7 @@ def build_panel(state: AppState) -> Panel:
     start = state.index.usage(state.model).sampling
     model = gr.Dropdown(
         choices(state), value=state.model, label="Model", allow_custom_value=True, elem_id="model",
-        info="an alias, a version, or a model folder",
+        info="an alias, a version, or a model folder" if state.named is None else "one of those that this page was started with",
     )  # fmt: skip
 
     def told(params: SamplingParams, chosen: str | None, name: str) -> str:
@@ -118,7 +118,7 @@ def build_panel(state: AppState) -> Panel:
     panel = Panel(model, preset, guesses, {name: made[name] for name in SETTINGS})
 
     def named(name: str, values: Values) -> SamplingParams:
-        base = state.index.usage(values[model] or state.model).sampling
+        base = state.index.usage(state.allowed(values[model])).sampling
         if name == "recommended":
             return base
         return made_by(name, base.at_length(int(values[panel.knobs["max_new_tokens"]] or base.max_new_tokens)))
@@ -155,8 +155,8 @@ def speed_control(state: AppState, name: str) -> gr.Radio:
 
 
 def choices(state: AppState) -> list[str]:
-    """The models that can be chosen; any other name can be typed."""
-    return list(dict.fromkeys([state.model, *state.index.names()]))
+    """The models that can be chosen; any other name can be typed where the page is for this machine alone."""
+    return list(dict.fromkeys([state.model, *state.index.names()])) if state.named is None else list(state.named)
 
 
 def _component(setting: SettingInfo, value: Any) -> gr.components.Component:

@@ -223,3 +223,39 @@ def test_what_has_no_room_for_its_keys_and_values_is_refused_with_the_number(loa
     assert small.engine.positions == 20
     with pytest.raises(UserError, match="a canvas of 24 tokens is larger than the 20 that fit here"):
         next(small.write([1] * 8, SamplingParams(max_new_tokens=16, block_length=16, steps=16)))
+
+
+def test_where_others_reach_the_page_only_named_models_are_asked(model_folder, tmp_path):
+    from app.card import describe
+    from app.page import build_page
+    from app.panel import choices
+
+    index = ModelIndex(Project(tmp_path))
+    state = AppState(ModelCache(index), index, str(model_folder), named=(str(model_folder), "models:/mine@champion"))
+    assert state.loaded("")[0].name == state.loaded(f" {model_folder} ")[0].name == str(model_folder)
+    assert choices(state) == [str(model_folder), "models:/mine@champion"]
+    other = tmp_path / "other"
+    other.symlink_to(model_folder)
+    for name in (str(other), "GSAI-ML/LLaDA-8B-Instruct", f"{model_folder}/../tiny"):
+        with pytest.raises(UserError, match="names further models with --also"):
+            state.loaded(name)
+        with pytest.raises(UserError, match="names further models with --also"):
+            next(state.bring(name, str))
+    assert AppState(ModelCache(index), index, str(model_folder)).loaded(str(other))[0].folder == model_folder.resolve()
+    (show,) = [f.fn for f in build_page(state).fns.values() if f.name == "show" and len(f.inputs) == 1]
+    assert "names further models with --also" in show(str(other))
+    assert describe(index, str(other))[0].rows[0] == ("name", str(other))
+
+
+@pytest.mark.parametrize(
+    ("host", "share", "named"),
+    [("127.0.0.1", False, None), ("0.0.0.0", False, ("nowhere", "b")), ("127.0.0.1", True, ("nowhere", "b"))],
+)
+def test_the_operator_names_models_with_the_command(host, share, named, monkeypatch):
+    from app import __main__ as command
+
+    made = []
+    monkeypatch.setattr(engines, "AppState", lambda *given, **named: made.append(named["named"]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command.launch(("nowhere", "b"), ("cpu", None), at_once=1, seconds=1.0, where=(host, 0, share), auth=None)
+    assert made == [named]
