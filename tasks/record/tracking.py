@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def send_results(sender: "Sender", run_id: str, parent: str) -> None:
-    """What a finished stage adds to its pipeline's run: where training ended, or tables and scores of `evaluate`.
+    """What a finished stage adds to its pipeline's run: its curves and where it ended, or tables and scores of `evaluate`.
 
     Every evaluated model is a run of its own below the pipeline's, with the same names of metrics (`eval/sudoku`); the
     pipeline carries those of the model that it registers, and for one release `sudoku/MODEL` of each.
@@ -32,6 +32,8 @@ def send_results(sender: "Sender", run_id: str, parent: str) -> None:
     client, run = sender.client, sender.run
     if run.stage.partition("@")[0] != "evaluate":
         final = client.get_run(run_id).data.metrics
+        for key in CURVES & final.keys():
+            _log_curve(client, run_id, key, parent, f"{run.stage}/{key}")
         _log_metrics(client, parent, {f"{run.stage}/{key}": value for key, value in final.items()})
         return
     asked = run.request["all_params"]
@@ -103,6 +105,23 @@ def _log_metrics(client: "MlflowClient", run_id: str, values: dict[str, float]) 
 
     known = client.get_run(run_id).data.metrics
     client.log_batch(run_id, metrics=[Metric(key, v, 0, 0) for key, v in values.items() if known.get(key) != v])
+
+
+CURVES = {"loss", "nll", "reward", "rollout_correct", "validation_nll", "validation_loss", "validation_correct"}
+POINTS = 1000  # of a curve in its pipeline's run, whose stage has them all
+
+
+def _log_curve(client: "MlflowClient", run_id: str, key: str, to: str, name: str) -> None:
+    """A metric of a run with its steps as one of another, unless that has it: two pipelines then show theirs in one chart."""
+    from mlflow.entities import Metric
+
+    points = sorted(client.get_metric_history(run_id, key), key=lambda point: point.step)
+    if len(points) < 2 or client.get_run(to).data.metrics.get(name) == points[-1].value:
+        return
+    kept = [*points[: -1 : -(-len(points) // POINTS)], points[-1]]
+    for start in range(0, len(kept), BATCH):
+        some = kept[start : start + BATCH]
+        client.log_batch(to, metrics=[Metric(name, point.value, point.timestamp, point.step) for point in some])
 
 
 def log_params(client: "MlflowClient", run_id: str, values: dict[str, Any]) -> None:
