@@ -57,7 +57,7 @@ check: setup  ## ruff, mypy, import contracts, docs
 app: setup  ## open the page on the registered champion; MODEL=FOLDER opens another
 	@$(BIN)/python -m app $(if $(MODEL),--model '$(MODEL)')
 
-ui: setup  ## MLflow and Prefect on loopback, until Ctrl-C
+ui: setup  ## MLflow and Prefect, with what prefect.yaml deploys, on loopback, until Ctrl-C
 	@$(BIN)/llada ui
 
 bench: setup  ## side-by-side speed runs that print ratios

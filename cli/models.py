@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -161,6 +163,32 @@ def page(context: typer.Context) -> None:
     raise typer.Exit(subprocess.call([sys.executable, "-m", "app", *context.args]))
 
 
+POOL = "lladaflow"  # as prefect.yaml names it
+
+
+def deploy(api: str) -> str:
+    """Have Prefect's server at an address of its API know what prefect.yaml holds; what it shows, in words."""
+    prefect, env = [sys.executable, "-m", "prefect", "--no-prompt"], os.environ | {"PREFECT_API_URL": api}
+    for words in (["work-pool", "create", POOL, "--type", "process", "--overwrite"], ["deploy", "--all"]):
+        done = subprocess.run([*prefect, *words], env=env, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stdout + done.stderr).strip().splitlines()[-1:]
+            return f"  deployments are not made: prefect {' '.join(words)}: {' '.join(last)}"
+    page = api.removesuffix("/api")
+    return (
+        f"  deployments of prefect.yaml: {page}/deployments\n"
+        f"  a worker runs them: PREFECT_API_URL={api} prefect worker start --pool {POOL}"
+    )
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
 def ui(
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="port of MLflow")] = 5000,
     prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="port of Prefect")] = 4200,
@@ -168,11 +196,12 @@ def ui(
     """MLflow (runs, models) and Prefect (flows, deployments) on this machine's loopback, until Ctrl-C."""
     from tasks.folders import sqlite_file
     from tasks.project import Project
-    from tasks.record.registry import client
+    from tasks.record.registry import client, version_of
+    from tasks.record.tracking import experiment_of
 
-    project = Project.at()
+    project, records = Project.at(), None
     if sqlite_file(project.tracking_uri):
-        client(project)  # its tables are there before a server, and a run beside it, look for them
+        records = client(project)  # its tables are there before a server, and a run beside it, look for them
     address = "127.0.0.1"
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     api = {
@@ -186,14 +215,24 @@ def ui(
     ]
     for name, port in (("mlflow", mlflow_port), ("prefect", prefect_port)):
         require_port(address, port, f"--{name}-port")
-    print(
-        f"MLflow  http://{address}:{mlflow_port}\nPrefect http://{address}:{prefect_port}\nCtrl-C ends both",
-        flush=True,
-    )
+    pages = [f"MLflow   http://{address}:{mlflow_port}"]
+    if records is not None:
+        pages.append(f"  runs   http://{address}:{mlflow_port}/#/experiments/{experiment_of(records, project)}/runs")
+    with suppress(ConfigError):
+        name = name_or_champion("").removeprefix("models:/").partition("@")[0]
+        version_of(project, name, "champion")
+        pages.append(f"  model  http://{address}:{mlflow_port}/#/models/{name}")
+    flows = "runs of flows (deployments, python -m flows.pipeline); what llada run and dvc repro do is in MLflow alone"
+    pages.append(f"Prefect  http://{address}:{prefect_port}  {flows}")
+    print("\n".join([*pages, "Ctrl-C ends both"]), flush=True)
     started = [subprocess.Popen(command, env=os.environ | quiet | api, start_new_session=True) for command in commands]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        deployed = not Path("prefect.yaml").is_file()
         while all(process.poll() is None for process in started):
+            if not deployed and _answers(f"{api['PREFECT_UI_API_URL']}/health"):
+                print(deploy(api["PREFECT_UI_API_URL"]), flush=True)
+                deployed = True
             time.sleep(0.5)
         raise ConfigError("one of the two servers has ended; its last words are above")
     except KeyboardInterrupt:
