@@ -1,5 +1,6 @@
 """The command eval: recipes or a published table, with their cost before they start, within a budget if there is one."""
 
+import json
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Bits, Device, Model, model_folder, name_or_champion
+from cli.options import Bits, Device, Json, Model, model_folder, name_or_champion, said_to
 from llada_core.settings import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 def evaluate(
     benchmarks: Annotated[
-        list[str], typer.Argument(help="names of recipes or of puzzle sets in data/eval; none: see --table")
+        list[str],
+        typer.Argument(
+            help="names of recipes or of puzzle sets in data/eval, or files of questions and answers; none: see --table"
+        ),
     ] = [],  # noqa: B006
     model: Model = "",
     table: Annotated[str, typer.Option(help="all benchmarks of a published table: base, instruct, ...")] = "",
@@ -52,6 +56,7 @@ def evaluate(
     device: Device = "auto",
     bits: Bits = None,
     out: Annotated[Path | None, typer.Option(help="folder for results; none: reports/checkpoints/MODEL")] = None,
+    as_json: Json = False,
 ) -> None:
     """Measure a model on benchmarks; one that fails does not stop the others. Says first what each costs on the GPUs here.
 
@@ -59,26 +64,42 @@ def evaluate(
 
     Sampler settings are the recipe's; those of puzzles, overrides and dtype are read from params.yaml here.
     """
-    from tasks.project import Project
-    from tasks.record.tracking import send_sweep
-
-    name, asked = name_or_champion(model), _asked(benchmarks, table)
+    name, files = name_or_champion(model), [text for text in benchmarks if _is_own(text)]
+    asked = _asked([Path(text).stem if text in files else text for text in benchmarks], table)
     hours = budget_hours(budget) if budget and share is None else None
     given: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "run_code": run_code, "root": data}
     over = {"estimator": estimator or None, "share": share}
-    params, places = _prepared(name, asked, given | _checked(device, bits), over, out)
+    params, places = _prepared(name, asked, given | _checked(device, bits), over, out, files)
+    if speed and as_json:
+        raise ConfigError("--speed writes tables; leave out --json")
     if speed:
         return _sped(name, asked, params, places, device, speed)
-    if (found := _swept(name, asked, params, places, device, hours)) is None:
-        return None
-    measured = [n for n, line in found.items() if "error" not in line]
-    send_sweep(Project.at(), name, params, places.out, measured, key=places.answers.name)
-    print(f"results are in {places.out}")
+    with said_to(as_json):
+        found = _swept(name, asked, params, places, device, hours)
+    return None if found is None else _finished(name, params, places, found, as_json)
+
+
+def _finished(name: str, params: "EvaluateParams", places: "Places", found: dict[str, Any], as_json: bool) -> None:
+    """Sends MLflow what was measured, says where it lies, and ends with status 1 where a benchmark failed."""
+    from tasks.project import Project
+    from tasks.record.tracking import send_sweep
+
+    measured = [benchmark for benchmark, line in found.items() if "error" not in line]
+    with said_to(as_json):
+        send_sweep(Project.at(), name, params, places.out, measured, key=places.answers.name)
+        print(f"results are in {places.out}")
+    if as_json:
+        print(json.dumps({"model": name, "results": str(places.out), "benchmarks": found}))
     raise typer.Exit(len(measured) < len(found))
 
 
+def _is_own(text: str) -> bool:
+    """Whether a benchmark is a file of questions and answers."""
+    return Path(text).suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".ndjson") and Path(text).is_file()
+
+
 def _prepared(
-    name: str, asked: list[str], given: dict[str, Any], over: dict[str, Any], out: Path | None
+    name: str, asked: list[str], given: dict[str, Any], over: dict[str, Any], out: Path | None, files: Sequence[str]
 ) -> "tuple[EvaluateParams, Places]":
     """What was asked for over the project's own, and where it is read and written."""
     root = _folder(given["root"])
@@ -87,14 +108,15 @@ def _prepared(
     from tasks.folders import safe
     from tasks.project import Project
     from tasks.record.usage import saved_usage
-    from tasks.work.measure import sweep_places
+    from tasks.work.measure import sweep_places, with_own_questions
 
     project = Project.at()
     base = project.home
     values = {"benchmarks": tuple(asked), **given}
     params = _over_the_projects(base / "params.yaml", values, saved_usage(project, name))
     params = with_settings(params, asked, over)
-    return params, sweep_places(name, params, base, root, out or base / "reports" / "checkpoints" / safe(name))
+    places = sweep_places(name, params, base, root, out or base / "reports" / "checkpoints" / safe(name))
+    return params, with_own_questions([Path(text) for text in files], places)
 
 
 def _folder(data: str | None) -> Path | None:

@@ -1,6 +1,8 @@
 """Options that several commands share: the model, and the sampler's settings with their descriptions."""
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Signature, signature
@@ -28,6 +30,14 @@ SETTINGS = describe(SamplingParams)
 OWN_OPTION = ("max_new_tokens", "block_length", "steps", "temperature", "threshold", "cache", "sampler", "seed")
 PRESET_HELP = f"{', '.join(PRESETS)}; of LLaDA2 also {', '.join(MODES)}; none: the settings that come with the model"
 OTHERS = ", ".join(sorted(set(SETTINGS) - set(OWN_OPTION)))
+
+
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout; all that is said goes to stderr")]
+
+
+def said_to(as_json: bool) -> AbstractContextManager[object]:
+    """While it lasts, what is printed goes to stderr where stdout is for JSON."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def _option(name: str) -> Any:

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cli.options import Json, said_to
 from llada_core.settings import ConfigError
 from tasks.errors import StageError
 
@@ -32,9 +33,10 @@ def run(
         bool, typer.Option("--detach", help="go on in the background, also when the terminal closes")
     ] = False,
     yes: Yes = False,
+    as_json: Json = False,
 ) -> None:
     """Run the pipeline: params.yaml in place, a profile (or overrides) in its own workspace. Resumes what was cut."""
-    from tasks.launch.program import reproduce, summary
+    from tasks.launch.program import STDERR, reproduce, results, summary
     from tasks.launch.workspace import open_workspace
     from tasks.project import Project
 
@@ -42,14 +44,15 @@ def run(
         os.environ["LLADAFLOW_YES"] = "1"
     workspace = open_workspace(Project.at(), profile, overrides)
     if detach:
-        _detach(workspace.root)
+        _detach(workspace.root, as_json)
         return
-    reproduce(workspace, [upto] if upto else [])
-    print(summary(workspace))
+    with said_to(as_json):
+        reproduce(workspace, [upto] if upto else [], STDERR if as_json else None)
+    print(json.dumps(results(workspace)) if as_json else summary(workspace))
 
 
-def _detach(folder: Path) -> None:
-    arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
+def _detach(folder: Path, as_json: bool) -> None:
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--detach", "--json")]
     log = folder / "runs" / "pipeline.log" if (folder / "runs").exists() else folder / "pipeline.log"
     with log.open("ab") as out:
         process = subprocess.Popen(
@@ -60,6 +63,9 @@ def _detach(folder: Path) -> None:
             stderr=out,
             start_new_session=True,
         )
+    if as_json:
+        print(json.dumps({"workspace": str(folder), "process": process.pid, "log": str(log)}))
+        return
     print(f"process {process.pid} goes on; log: {log}; `llada status` and `llada logs -f STAGE` show its runs")
 
 
@@ -67,28 +73,41 @@ def plan(
     profile: Profile = None,
     stage: Annotated[str | None, typer.Option(help="only the script of this stage's job, in its run folder")] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="A100-40, A100, H100, H200, or memory as 24GB; none: launch.gpu, else H100")
+        str | None,
+        typer.Option(
+            help="A100-40, A100, H100, H200, or memory as 24GB; none: launch.gpu, else this machine if it has no GPU"
+        ),
     ] = None,
     mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="share of the GPU's peak that training reaches")] = 0.4,
     overrides: Overrides = [],  # noqa: B006
+    as_json: Json = False,
 ) -> None:
     """What a run would need and how it would run: memory of a GPU, disk, time, commands. Starts and fetches nothing."""
     from llada_core.settings import read_yaml, with_overrides
-    from tasks.launch.plan import refuse, script_of, told
+    from tasks.launch.plan import figures, place_of, refuse, script_of, told
     from tasks.launch.workspace import profile_file
     from tasks.project import Params, Project
     from tasks.stages import TRAINING_STAGES
 
     if stage is not None:
+        if as_json:
+            raise ConfigError("--stage shows a script; leave out --json")
         _show_script(stage, profile, overrides)
         return
     values = with_overrides(read_yaml(profile_file(Project.at(), profile)), overrides)
     params = Params.parse(values, profile or "params.yaml")
+    planned = []
     for name in (s for s in params.stages if s in TRAINING_STAGES):
-        asked = gpu or params.launch.of(name).gpu or "H100"
+        asked = gpu or place_of(params, name)
+        if as_json:
+            planned.append(figures(params, name, asked, mfu) | {"script": script_of(params, name)})
+            refuse(params, name, asked)
+            continue
         print(told(params, name, asked, mfu))
         refuse(params, name, asked)
         print(f"\n{script_of(params, name)}\n")
+    if as_json:
+        print(json.dumps({"profile": params.name, "stages": planned}))
 
 
 def _show_script(stage: str, profile: str | None, overrides: list[str]) -> None:
@@ -259,21 +278,25 @@ def restore() -> None:
     print(f"registered anew: {', '.join(lost)}" if lost else "the registry has lost no model")
 
 
-def doctor() -> None:
+def doctor(as_json: Json = False) -> None:
     """Is this machine (and its cluster) fit: each finding with its remedy; exit status 1 if something is missing."""
     from flows.pipeline import require_prefect
     from tasks.folders import NoDatabaseError
     from tasks.launch.doctor import Finding, findings, with_remedy
     from tasks.project import Project
 
-    found = list(findings(Project.at()))
-    try:
-        found.append(Finding(True, require_prefect()))
-    except NoDatabaseError as error:
-        found.append(with_remedy(error))
-    for finding in found:
+    with said_to(as_json):
+        found = list(findings(Project.at()))
+        try:
+            found.append(Finding(True, require_prefect()))
+        except NoDatabaseError as error:
+            found.append(with_remedy(error))
+    fit = all(finding.fine for finding in found)
+    if as_json:
+        print(json.dumps({"fit": fit, "findings": [vars(finding) for finding in found]}))
+    for finding in [] if as_json else found:
         print(f"{'ok  ' if finding.fine else 'BAD '} {finding.what}" + ("" if finding.fine else f"; {finding.remedy}"))
-    raise typer.Exit(0 if all(finding.fine for finding in found) else 1)
+    raise typer.Exit(0 if fit else 1)
 
 
 OF_A_PROJECT = (run, status, runs, logs, cancel, accept, gc, restore)

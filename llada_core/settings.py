@@ -1,12 +1,14 @@
 """What every block of settings is: frozen, closed to unknown keys, told in one line; and settings as dotted keys."""
 
 import difflib
+import hashlib
 import importlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Self
 
 import yaml
@@ -218,20 +220,54 @@ def require_package(name: str, extra: str, what: str) -> None:
 
 
 def function_at(path: str, what: str) -> Callable[..., Any]:
-    """The function at a dotted path, which may lie in the working directory; `what` opens the error's text."""
+    """The function at a dotted path, which may lie in the working directory, or of a file, as `./my_maps.py:function`.
+
+    `what` opens the error's text.
+    """
+    file, colon, name = path.rpartition(":")
+    if colon:
+        return _function_in(_module_of(Path(file).expanduser(), f"{what} {path!r}"), name, f"{what} {path!r}: {file}")
     module_name, _, name = path.rpartition(".")
     if not module_name:
-        raise ConfigError(f"{what} {path!r}: write it as package.module.function")
+        raise ConfigError(f"{what} {path!r}: write it as ./file.py:function or package.module.function")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{what} {path!r}: no module named {error.name!r}") from None
+        ways = "a function of a file of your own is written ./my_file.py:function"
+        raise ConfigError(f"{what} {path!r}: no module named {error.name!r}; {ways}") from None
+    return _function_in(module, name, f"{what} {path!r}: {module_name}")
+
+
+def _module_of(file: Path, what: str) -> ModuleType:
+    """A file of one's own as a module, run once for what it holds; raises `ConfigError` that names the line at fault."""
+    if not file.is_file():
+        raise ConfigError(f"{what}: there is no file {file} in {Path.cwd()}")
+    digest = hashlib.sha256(str(file.resolve()).encode() + b"\0" + file.read_bytes()).hexdigest()
+    name = f"{file.stem}_{digest[:16]}"
+    spec = spec_from_file_location(name, file)
+    if name in sys.modules or spec is None or spec.loader is None:
+        return sys.modules[name]
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        line = getattr(error, "lineno", None) or getattr(
+            error.__traceback__ and error.__traceback__.tb_next, "tb_lineno", "?"
+        )
+        raise ConfigError(
+            f"{what}: {file} cannot be imported: {type(error).__name__}: {error} (line {line})"
+        ) from error
+    return module
+
+
+def _function_in(module: ModuleType, name: str, what: str) -> Callable[..., Any]:
     found = vars(module).get(name)
     if not callable(found):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"{what} {path!r}: {module_name} has no function {name!r}{nearest(name, functions)}")
+        raise ConfigError(f"{what} has no function {name!r}{nearest(name, functions)}")
     function: Callable[..., Any] = found
     return function

@@ -12,6 +12,7 @@ from typing import Any
 
 from llada_core.modeling.folder import base_folder, is_adapter
 from llada_core.settings import ConfigError, nearest, read_yaml
+from tasks import own_code
 from tasks.project import Project
 from tasks.stages import TRAINING_STAGES
 
@@ -119,7 +120,21 @@ def _deps(kind: str, body: dict[str, Any], params: dict[str, Any]) -> list[str]:
         models = [f"models/{name}" for name in named if name in TRAINING_STAGES]
         models += [name.partition("=")[2] for name in named if "=" in name]
     models += [base for path in models for base in _bases(path)]
-    return list(dict.fromkeys([*written, *models]))
+    return list(dict.fromkeys([*written, *models, *_own(kind, body, params)]))
+
+
+def _own(kind: str, body: dict[str, Any], params: dict[str, Any]) -> list[str]:
+    """The files of one's own that the settings of a stage name."""
+    return own_code.files_of([{key.rpartition(".")[2]: lookup(params, key)} for key in _params(kind, body, params)])
+
+
+def require_listed(spec: dict[str, Any], params: dict[str, Any]) -> None:
+    """Raises `ConfigError` for a file of one's own that dvc.yaml does not list: DVC would not see that it was edited."""
+    for kind in params["stages"]:
+        body = _body(spec["stages"].get(kind, {}))
+        if missing := [path for path in _own(kind, body, params) if path not in body.get("deps", [])]:
+            ways = f"add `- {missing[0]}` to deps of {kind} there, or run the same settings as a profile"
+            raise ConfigError(f"params.yaml names {missing[0]}, which dvc.yaml does not know: {ways}")
 
 
 def _bases(model: str) -> list[str]:

@@ -90,6 +90,9 @@ def test_fine_tuning_leaves_room_for_the_longest_reply_and_knows_dialogues(tmp_p
     learnt = learnt_usage(SFTParams(max_steps=1), tiny_tokenizer(), tmp_path)
     assert learnt.turns == ("multi" if several else "single")
     assert learnt.sampling == SamplingParams(longest, longest, longest, stop_at_eos=True)
+    assert learnt.examples == ()
+    (tmp_path / "card.json").write_text('{"examples": ["When does it open?"]}')  # one's own questions, kept by prepare
+    assert learnt_usage(SFTParams(max_steps=1), tiny_tokenizer(), tmp_path).examples == ("When does it open?",)
 
 
 def test_reinforcement_learning_is_asked_as_it_was_validated_and_keeps_the_system_prompt(tmp_path):

@@ -33,6 +33,7 @@ from llada_core.tokenizer import Tokenizer
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 _CHUNK = 1000  # rows
+EXAMPLES, SHORT = 6, 300  # questions kept as examples, and their characters at most
 _INLINE = 8  # chunks encoded before a pool of processes is worth starting
 
 
@@ -51,13 +52,15 @@ class Chunk:
 class EncodedChunk:
     """The rows of a chunk as tables of their stage's columns, and what is to be told of them.
 
-    source: whose rows they are. questions: the values (uint64) of what its training rows ask.
+    source: whose rows they are. questions: the values (uint64) of what its training rows ask. examples: some of these
+    questions as they stand, for whoever wants to ask the model that is trained on them.
     """
 
     source: str
     tables: dict[Split, pa.Table]
     questions: np.ndarray
     stats: SourceStats
+    examples: tuple[str, ...] = ()
 
 
 def chunks_of(source: SourceParams, found: ResolvedSource) -> Iterator[Chunk]:
@@ -124,11 +127,12 @@ def build(
     schema = schema_of(stage, params, _tokenizer(str(tokenizer_folder)).vocab_size)
     folder.mkdir(parents=True)
     files = {split: RowFile(folder / split, params, schema) for split in SPLITS}
-    questions, stats = [joined([])], dict[str, SourceStats]()
+    questions, stats, examples = [joined([])], dict[str, SourceStats](), list[str]()
     for encoded in workers.each(functools.partial(encode, stage, params, str(tokenizer_folder)), chunks):
         for split, table in encoded.tables.items():
             files[split].add(table)
         questions.append(encoded.questions)
+        examples += encoded.examples[: EXAMPLES - len(examples)]
         stats.setdefault(encoded.source, SourceStats()).add(encoded.stats)
     if len(asked := joined(questions)):
         np.save(folder / QUESTIONS, asked)
@@ -142,7 +146,7 @@ def build(
         why = f"dropped: {dict(sorted(dropped.items())) or 'none'}{''.join(first[:3])}"
         raise DataError(f"data.{stage}: no row is left to train on; {why}")
     told = card_of(stats)
-    return card | ({"read": told} if told else {})
+    return card | ({"read": told} if told else {}) | ({"examples": examples} if examples else {})
 
 
 @contextmanager
@@ -165,6 +169,7 @@ def encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) 
     """
     rows: dict[Split, list[tuple[int, Row]]] = {split: [] for split in SPLITS}
     asked: list[int] = []
+    examples: list[str] = []
     tokenizer, stats = _tokenizer(tokenizer_folder), SourceStats()
     if chunk.source is None:
         rows[chunk.split] += [(number, row) for number, row in chunk.rows if isinstance(row, dict)]
@@ -175,6 +180,7 @@ def encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) 
             rows[split] += [(number, row)] * copies
             if split == "train" and copies and FORMATS[stage].asks:
                 asked += _questions(raw, row)
+                examples += _first_question(row) if len(examples) < EXAMPLES else ()
     schema = schema_of(stage, params, tokenizer.vocab_size, packed=False)
     tables = {
         split: table_of(_columns(stage, params, tokenizer, chunk.place, some, stats), schema)
@@ -183,7 +189,7 @@ def encode(stage: str, params: PartParams, tokenizer_folder: str, chunk: Chunk) 
     if chunk.source is None and stats.first:
         raise DataError(f"{chunk.place}, {next(iter(stats.first.values()))[1]}")
     name = chunk.place if chunk.source is None else chunk.source.name
-    return EncodedChunk(name, tables, np.array(asked, np.uint64), stats)
+    return EncodedChunk(name, tables, np.array(asked, np.uint64), stats, tuple(dict.fromkeys(examples)))
 
 
 def mapped(
@@ -273,6 +279,12 @@ def texts_in(stage: str, params: PartParams, chunk: Chunk) -> Iterator[str]:
             made = "ids were made with a tokenizer, so none can be trained on them; name it (data.tokenizer.name)"
             raise DataError(f"{chunk.place}, row {number}: {made}")
         yield text_in(row)
+
+
+def _first_question(row: Row) -> list[str]:
+    """What a dialogue opens with, where it is short enough to be shown."""
+    said = [message["content"] for message in row.get("messages", ()) if message["role"] == "user"]
+    return [text for text in said[:1] if 0 < len(text.strip()) <= SHORT]
 
 
 def _questions(raw: Row, row: Row) -> list[int]:

@@ -21,7 +21,9 @@ class SourceParams(Block):
     revision: str | None = None  # Hub: commit, tag or branch
     limit: int | None = Field(default=None, ge=1)  # the first so many rows
     weight: float = Field(default=1.0, gt=0)  # how often each training row is used; 1.5: half of them twice
-    map: str | None = None  # dotted path of a function from a row to what the stage needs; None: the source's own
+    map: str | None = (
+        None  # ./my_maps.py:function, or a dotted path: from a row to what the stage needs; None: the source's own
+    )
     text_field: str = "text"
     unit: Literal["file", "line"] = "file"  # plain text files: what one document is
     contains: dict[str, str] = Field(default_factory=dict)  # keep rows whose field contains this text

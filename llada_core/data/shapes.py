@@ -173,7 +173,20 @@ def document(row: Row) -> tuple[Row, str | None]:
 
 
 def prompt(row: Row) -> tuple[Row, str | None]:
-    """A row with `prompt`, `task` and `answer`; a prompt that is a dialogue becomes messages."""
+    """A row with `prompt`, `task` and `answer`; a prompt that is a dialogue becomes messages.
+
+    One without a task is a question with its answer, or a dialogue whose last reply is the answer, compared as text.
+    """
+    if "task" not in row:
+        said, shape = _messages_in(row) or _asked_and_answered(row)
+        if len(said) < 2 or not trains(said[-1]):
+            raise RowError("no answer", "the last message is no reply, so there is no answer to compare with")
+        answer = {"answer": said[-1]["content"]}
+        return {
+            "prompt": said[:-1],
+            "task": "text",
+            "answer": answer,
+        }, f"{shape or 'messages'} with the last reply as answer"
     if isinstance(row.get("prompt"), str | None):
         return row, None
     return row | {"prompt": messages_of(row["prompt"])}, None
@@ -227,9 +240,16 @@ def _asked_and_answered(row: Row) -> tuple[list[Message], str]:
     raise RowError(
         f"no shape that is known: {_fields(row)}",
         "expected a list of messages in the field 'messages', or instruction and output, prompt and completion, question"
-        f" and answer; the row has the fields {_fields(row)}; name a map function for the source"
+        f" and answer; the row has the fields {_fields(row)}; {_own_map(row)}"
         + (", or let it be read as documents (data.pretrain)" if "text" in row else ""),
     )
+
+
+def _own_map(row: Row) -> str:
+    """A map function for this row, to be copied."""
+    asked, answered = [*row, "QUESTION", "ANSWER"][:2] if len(row) > 1 else ("QUESTION", "ANSWER")
+    turns = f'{{"role": "user", "content": r[{asked!r}]}}, {{"role": "assistant", "content": r[{answered!r}]}}'
+    return f'give the source `map: ./my_maps.py:turns`, with my_maps.py: def turns(r): return {{"messages": [{turns}]}}'
 
 
 def pair(row: Row) -> tuple[Row, str | None]:

@@ -325,6 +325,7 @@ def find(source: SourceParams, stage: str, roots: list[Path]) -> ResolvedSource:
 
 
 def _found(source: SourceParams, stage: str, roots: list[Path]) -> ResolvedSource:
+    given = _whole(source.map)
     known = PUBLISHED.get(source.name) or next(
         (k for k in PUBLISHED.values() if k.hub == source.name), PublishedDataset()
     )
@@ -333,10 +334,10 @@ def _found(source: SourceParams, stage: str, roots: list[Path]) -> ResolvedSourc
     for root in roots:
         place = root / Path(source.name).expanduser()
         if place.is_dir() and any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return ResolvedSource(str(place), "saved", split, config, source.map or own_map, _digest_folder(place))
+            return ResolvedSource(str(place), "saved", split, config, given or own_map, _digest_folder(place))
         path = place if place.is_file() else split_file(place, source.split or "train")
         if path is not None:
-            return ResolvedSource(str(path), "file", split, config, source.map or own_map, files.file_hash(path))
+            return ResolvedSource(str(path), "file", split, config, given or own_map, files.file_hash(path))
     hub = known.hub if source.name in PUBLISHED else source.name if _looks_like_hub(source.name) else None
     if hub is None:
         looked = ", ".join(map(str, roots))
@@ -345,7 +346,13 @@ def _found(source: SourceParams, stage: str, roots: list[Path]) -> ResolvedSourc
             f"{'' if source.name in PUBLISHED else nearest(source.name, list(PUBLISHED))}"
         )
     asked = json.dumps([hub, config, split, source.revision])
-    return ResolvedSource(hub, "hub", split, config, source.map or own_map, hashlib.sha256(asked.encode()).hexdigest())
+    return ResolvedSource(hub, "hub", split, config, given or own_map, hashlib.sha256(asked.encode()).hexdigest())
+
+
+def _whole(path: str | None) -> str | None:
+    """A map function with its file's whole path, where it is of a file: the processes that map lie elsewhere."""
+    file, colon, name = (path or "").rpartition(":")
+    return f"{Path(file).expanduser().resolve()}:{name}" if colon else path
 
 
 def read(source: SourceParams, origin: ResolvedSource) -> Iterator[Numbered]:

@@ -195,7 +195,7 @@ class GRPOParams(TrainingParams):
     rollout_batch: Annotated[int, FREE] = Field(default=256, ge=1)  # completions in one call of the sampler
     sync_every: int = Field(default=0, ge=0)  # mix the policy into the reference every so many steps
     sync_mix: float = Field(default=0.6, gt=0, le=1)
-    reward: str = "default"  # a name in llada_core.training.rewards, or a dotted path to f(task, text, answer) -> float
+    reward: str = "default"  # a name in llada_core.training.rewards, ./my_reward.py:f or a dotted path to f(task, text, answer) -> float
     reward_weights: dict[str, float] = Field(default_factory=dict)  # of the published reward's parts; others count once
     max_prompt_length: int | None = Field(default=None, ge=1)  # tokens; longer prompts lose their beginning
     mask_truncated_completions: bool = False  # one without an end token is judged with its group, and moves nothing

@@ -266,8 +266,8 @@ def judge(reward: Reward, prompts: Sequence[Prompt], texts: Sequence[str]) -> Ve
         without = sorted({prompt.task for prompt in prompts if not verifiable(prompt.task)})
         if without:
             raise ConfigError(
-                f"grpo.reward is the verifier's word, and task {without[0]!r} has none: give the dotted path of a "
-                "function (task, text, answer) -> float"
+                f"grpo.reward is the verifier's word, and task {without[0]!r} has none: give a function (task, "
+                "text, answer) -> float of your own, as ./my_reward.py:function"
             )
         return Verdicts(right, right)
     values = [rewarded(reward, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]

@@ -39,6 +39,11 @@ def verify_math_hendrycks(text: str, answer: Mapping[str, Any]) -> bool:
     return wanted is not None and given is not None and normalised(wanted) == normalised(given)
 
 
+def verify_text(text: str, answer: Mapping[str, Any]) -> bool:
+    """The same words as `answer["answer"]`; white space aside."""
+    return text.split() == str(answer["answer"]).split()
+
+
 def same(wanted: str, given: str) -> bool:
     """Whether two expressions mean the same; an empty one means nothing."""
     wanted, given = notation(wanted), notation(given)
@@ -229,6 +234,7 @@ _VERIFIERS: dict[str, Callable[[str, ReferenceAnswer], bool]] = {
     "math": verify_math,
     "math_hendrycks": verify_math_hendrycks,
     "code": code.verify,
+    "text": verify_text,
 }
 
 

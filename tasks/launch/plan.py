@@ -3,8 +3,9 @@
 All from shapes and settings, with full rows; no model is loaded, no data read.
 """
 
+import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from llada_core.settings import ConfigError
 from llada_core.training.params import GRPOParams, PreferenceParams, TrainingParams
 from tasks.folders import write_json
 from tasks.launch.launcher import launcher_for
-from tasks.launch.plan_memory import GIB, Asked, estimate, memory_of, peak_of, room, shape_of
-from tasks.project import Params, Project
+from tasks.launch.plan_memory import GIB, HERE, Asked, estimate, machine_memory, memory_of, peak_of, room, shape_of
+from tasks.project import Params, Project, visible_gpus
 from tasks.record.runs import RunFolder
 
 FSDP = "distribution.kind: fsdp"
@@ -85,6 +86,21 @@ def asked_of(params: Params, stage: str, ranks: int) -> Asked:
     return Asked(params.model_dump_json(), params, stage, ranks, at_once, length, accumulates=at_once * ranks < rows)
 
 
+def place_of(params: Params, stage: str) -> str:
+    """What a stage is planned for: launch.gpu, else this machine if it has no GPU and the run goes on here, else an H100.
+
+    A run that starts from somebody's weights is planned for a GPU: it is described here and run elsewhere.
+    """
+    launch = params.launch.of(stage)
+    small = launcher_for(launch).here and params.origin(stage) is None and not visible_gpus()
+    return launch.gpu or (HERE if small else "H100")
+
+
+def room_of(gpu: str, ranks: int) -> float:
+    """Bytes that one rank may fill: those of its GPU, or its share of this machine's."""
+    return room(gpu) / (ranks if gpu == HERE else 1)
+
+
 def ranks_of(params: Params, stage: str) -> tuple[int, int]:
     """GPUs in all and on each node, as the stage's job would take them."""
     launcher = launcher_for(params.launch.of(stage))
@@ -151,16 +167,27 @@ def steps_of(params: Params, stage: str) -> int | None:
     return max(1, round(block.epochs * epoch))
 
 
+def figures(params: Params, stage: str, gpu: str, mfu: float) -> dict[str, Any]:
+    """The needs for programs: bytes, numbers, FLOPs and hours, None where only the data or a number of FLOPs tells."""
+    ranks, per_node = ranks_of(params, stage)
+    allowed, needs = room_of(gpu, ranks), need(params, stage, ranks, per_node)
+    hours = None if needs.flops is None else needs.flops / (ranks * peak_of(gpu) * mfu) / 3600
+    known = hours if hours == hours else None  # nan where the memory of a GPU alone was given
+    return {"stage": stage, "gpu": gpu, "ranks": ranks, "room": allowed, "total": needs.total, "hours": known} | asdict(
+        needs
+    )
+
+
 def told(params: Params, stage: str, gpu: str, mfu: float) -> str:
     """The needs in words."""
     ranks, per_node = ranks_of(params, stage)
-    allowed = room(gpu)  # a GPU that is not known is told first
+    allowed = room_of(gpu, ranks)  # a GPU that is not known is told first
     needs = need(params, stage, ranks, per_node)
     parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in needs.memory.items() if value >= GIB / 20)
     how = "a training step run on tensors without memory" if needs.measured else "by formula"
     lines = [
-        f"{stage}: {needs.parameters:,} parameters, {needs.trained:,} of them trained, on {ranks} x {gpu}",
-        f"  memory of a GPU (GiB; {how}): {parts}: {needs.total / GIB:.1f} of {allowed / GIB:.1f}",
+        f"{stage}: {needs.parameters:,} parameters, {needs.trained:,} of them trained, on {_where(gpu, ranks)}",
+        f"  memory of a {'process' if gpu == HERE else 'GPU'} (GiB; {how}): {parts}: {needs.total / GIB:.1f} of {allowed / GIB:.1f}",
         f"  disk (GiB): checkpoints {needs.checkpoints / GIB:.1f}, exported model {needs.exported / GIB:.1f};"
         f" memory of a node at start {needs.host / GIB:.1f}",
     ]
@@ -168,8 +195,10 @@ def told(params: Params, stage: str, gpu: str, mfu: float) -> str:
         return "\n".join([*lines, f"  at most {needs.tokens:,} tokens per step; how many steps, the data will tell"])
     hours = needs.flops / (ranks * peak_of(gpu) * mfu) / 3600
     time = (
-        f"{hours:.1f} h at an MFU of {mfu:.0%}" if hours == hours else "how long, the memory of a GPU does not say"
-    )  # nan
+        f"{hours:.1f} h at an MFU of {mfu:.0%}"
+        if hours == hours  # not nan
+        else f"how long, {'the run will tell' if gpu == HERE else 'the memory of a GPU does not say'}"
+    )
     steps = "" if needs.steps is None else f"{needs.steps:,} steps, "
     return "\n".join(
         [
@@ -177,6 +206,13 @@ def told(params: Params, stage: str, gpu: str, mfu: float) -> str:
             f"  at most {needs.tokens:,} tokens per step; {steps}{needs.flops:.2g} FLOPs: {time}",
         ]
     )
+
+
+def _where(gpu: str, ranks: int) -> str:
+    if gpu != HERE:
+        return f"{ranks} x {gpu}"
+    processes = f"{ranks} process{'es' * (ranks > 1)}"
+    return f"{processes} of this machine ({os.cpu_count()} cores, {machine_memory() / GIB:.0f} GiB of memory, no GPU)"
 
 
 def refuse(params: Params, stage: str, gpu: str) -> None:
@@ -187,10 +223,11 @@ def refuse(params: Params, stage: str, gpu: str) -> None:
     except ValueError as error:
         raise ConfigError(f"{stage}: {error}") from None
     total = need(params, stage, ranks).total
-    if total > room(gpu):
+    if total > room_of(gpu, ranks):
         ways = "; ".join(remedies(params, stage, ranks, gpu)) or "fewer tokens at once, a smaller model"
         lacks = (
-            f"{stage} needs {total / GIB:.1f} GiB of a GPU, a plan may fill {room(gpu) / GIB:.1f} of {ranks} x {gpu}"
+            f"{stage} needs {total / GIB:.1f} GiB of a {'process' if gpu == HERE else 'GPU'}, "
+            f"a plan may fill {room_of(gpu, ranks) / GIB:.1f} of {_where(gpu, ranks)}"
         )
         raise ConfigError(f"{lacks}; it would fit with {ways}")
 

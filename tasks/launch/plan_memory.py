@@ -5,6 +5,7 @@ buckets of DDP, offloaded states) is counted by a formula, and told to be. Build
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -217,8 +218,18 @@ def peak_of(gpu: str) -> float:
     return _gpu(gpu)[1]
 
 
+HERE = "this machine"  # in the place of a GPU's name, where a run goes on its processors
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _gpu(name: str) -> tuple[float, float]:
-    """Memory in GiB and FLOP/s in bf16; of `24GB` the memory alone."""
+    """Memory in GiB and FLOP/s in bf16; of `24GB`, and of a machine without a GPU, the memory alone."""
+    if name == HERE:
+        return machine_memory() / GIB, math.nan
     if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?Gi?B", name):
         return float(size[1]) - 1, math.nan  # as the table: what the driver leaves of it
     if name not in GPUS:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from llada_core.settings import ConfigError, nearest, read_yaml, require_package
 from tasks.errors import StageError, one_line_errors
@@ -30,6 +31,7 @@ from tasks.record.registry import hold_base
 from tasks.record.runs import (
     RunFolder,
     Work,
+    all_runs,
     differences,
     open_run,
     previous_run,
@@ -40,15 +42,19 @@ from tasks.record.runs import (
 from tasks.record.versions import restore_if_empty
 from tasks.stages import STAGES, TRAINING_STAGES, program_of
 
+STDERR = 2  # as a child's stdout
 
-def dvc(workspace: Project, *arguments: str) -> int:
+
+def dvc(workspace: Project, *arguments: str, stdout: int | None = None) -> int:
     """Run a DVC command in the workspace with this environment's programs; returns its exit status.
 
+    stdout: a descriptor for what it and its stages say; None: as this program's.
     A SIGTERM or SIGHUP (a kill, a closed terminal) goes on to DVC and to the stage that it runs, which ends its job.
     """
     mend(workspace.root)
     command = [sys.executable, "-m", "dvc", *arguments]
-    with subprocess.Popen(command, cwd=workspace.root, env=environment()) as process, _passing_on(process):
+    started = subprocess.Popen(command, cwd=workspace.root, env=environment(), stdout=stdout)
+    with started as process, _passing_on(process):
         return process.wait()
 
 
@@ -124,14 +130,35 @@ def environment() -> dict[str, str]:
     return os.environ | quiet | {"PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"}
 
 
-def reproduce(workspace: Project, targets: list[str]) -> None:
-    """Bring the stages (all, or `targets` with what they need) up to date; raises `StageError` when one fails."""
+def reproduce(workspace: Project, targets: list[str], stdout: int | None = None) -> None:
+    """Bring the stages (all, or `targets` with what they need) up to date; raises `StageError` when one fails.
+
+    stdout: as `dvc` takes it.
+    """
     configure_without_git(workspace.root)
     with pipeline_lock(workspace):
-        status = dvc(workspace, "repro", *known(workspace, targets))
+        status = dvc(workspace, "repro", *known(workspace, targets), stdout=stdout)
         restore_if_empty(workspace)
     if status:
         raise StageError("the pipeline stopped; the same command goes on where it ended", status if status > 2 else 1)
+
+
+def results(workspace: Project) -> dict[str, Any]:
+    """What a pipeline has made, for programs: folder, newest run of each stage, models, results table, registered version."""
+    here, runs = workspace.root.resolve(), dict[str, str]()
+    for run in all_runs(workspace):
+        if run.root.resolve() == here:
+            runs.setdefault(run.stage, run.key)
+    files = {name: workspace.root / "reports" / f"{name}.json" for name in ("table", "registered")}
+    return {
+        "workspace": str(here),
+        "profile": workspace.values["name"],
+        "runs": runs,
+        "models": {
+            stage: str(here / "models" / stage) for stage in TRAINING_STAGES if (here / "models" / stage).is_dir()
+        },
+        **{name: read_json(file) if file.is_file() else None for name, file in files.items()},
+    }
 
 
 def summary(workspace: Project) -> str:

@@ -18,8 +18,9 @@ from configobj import ConfigObj
 from filelock import FileLock
 
 from llada_core.settings import ConfigError, nearest, read_yaml, with_overrides
+from tasks import own_code
 from tasks.folders import add_worktree, copied, has_git, hash_of, mend_worktree, submitted, write_json, write_text
-from tasks.graph import lookup, prune
+from tasks.graph import lookup, prune, require_listed
 from tasks.project import Params, Project, data_root
 from tasks.record.registry import named, resolve
 from tasks.stages import TRAINING_STAGES
@@ -149,21 +150,27 @@ def open_workspace(
     """
     if profile is None and not overrides and not own:
         Params.load(project.root / "params.yaml")
+        require_listed(read_yaml(project.root / "dvc.yaml"), project.values)
         return Project(project.root.resolve())
-    values = with_overrides(read_yaml(profile_file(project, profile)), overrides or [])
+    file = profile_file(project, profile)
+    values = with_overrides(read_yaml(file), overrides or [])
     params = Params.parse(values, profile or "params.yaml")
+    files = own_code.found(values, [file.resolve().parent, project.root])
+    values = own_code.moved(values, files)
     if params.evaluate is not None:  # dvc.yaml names its keys one by one, and DVC wants every named key in the file
         values["evaluate"] = params.evaluate.model_dump(mode="json") | values["evaluate"]
     values = with_sources(values, project)
     base = project.home
     commit, tree = submitted(project.root)
-    place = base / "workspaces" / f"{values['name']}-{hash_of([_determining(values, base), tree])[:8]}"
+    made_of = [_determining(values, base), tree, *([own_code.hashes(files)] if files else [])]
+    place = base / "workspaces" / f"{values['name']}-{hash_of(made_of)[:8]}"
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name(f".{place.name}.lock"), timeout=PATIENCE):
         if not (place / "workspace.json").exists():
             _make(project, place, commit)
             note = {"home": str(base), "profile": profile, "overrides": overrides or [], "commit": commit}
             write_json(place / "workspace.json", note | {"time": time.time()})
+        own_code.copy(files, place)
         _settle(project, place, values)
     return Project(place)
 

@@ -214,7 +214,11 @@ def _with_recipes(measured: Measured, parts: list[Part], data: Path) -> dict[str
 
 
 def _code_of(origin: ResolvedSource) -> str | None:
-    return None if origin.map is None else inspect.getsource(function_at(origin.map, "map function"))
+    """The file of the map function, whose other functions it may call."""
+    if origin.map is None:
+        return None
+    file = inspect.getsourcefile(function_at(origin.map, "map function"))
+    return None if file is None else Path(file).read_text(encoding="utf-8")
 
 
 def run(work: Work) -> None:
@@ -232,7 +236,9 @@ def summary(card: dict[str, Any]) -> Iterator[str]:
     """What a card says, in a line each."""
     for stage, part in card["parts"].items():
         train, held_out = part["train"], part["validation"]
-        yield f"{stage}: {train['rows']} rows of {train['tokens']} tokens, {held_out['rows']} held out"
+        none = f"nothing held out, so nothing is validated (data.{stage}.validation is the share)"
+        kept = f"{held_out['rows']} held out" if held_out["rows"] else none
+        yield f"{stage}: {train['rows']} rows of {train['tokens']} tokens, {kept}"
         yield from (f"{stage}: {line}" for line in lines_of(part.get("read", {})))
         if part["dropped"]:
             yield f"{stage}: dropped or cut: {', '.join(f'{n:,} {why}' for why, n in part['dropped'].items())}"

@@ -144,7 +144,7 @@ def learnt_usage(params: TrainingParams, tokenizer: "Tokenizer", data: Path) -> 
 
     Reinforcement learning says how it sampled; else one block has room for the longest reply of the first `READ` rows.
     Turns are told by how often a row opens a reply. The system prompt is that of the model it starts from, as are its
-    example questions where the data have no texts.
+    example questions where the data keep none.
     """
     from datasets import load_from_disk
 
@@ -158,6 +158,8 @@ def learnt_usage(params: TrainingParams, tokenizer: "Tokenizer", data: Path) -> 
     shown = rows["input_ids" if asked == "maskable" else "prompt_ids"]
     several = any(np.asarray(ids, np.int64).tobytes().count(opening) > 1 for ids in shown)
     usage = (before or Usage()).model_copy(update={"turns": "multi" if several else "single"})
+    if kept := (read_json(data / "card.json") if (data / "card.json").is_file() else {}).get("examples"):
+        usage = usage.model_copy(update={"examples": tuple(kept)})
     if isinstance(params, GRPOParams):
         questions = tuple(dict.fromkeys(str(text) for text in rows["prompt"][:EXAMPLES]))
         sampling = params.validation or replace(params.sampling, temperature=0.0)

@@ -13,9 +13,10 @@ import pytest
 
 from llada_core.data import maps
 from llada_core.data.params import DataParams
-from llada_core.data.shapes import dialogue, pair
+from llada_core.data.shapes import dialogue, pair, prompt
 from llada_core.data.sources import DataError, RowError
 from llada_core.tokenizer import Tokenizer
+from llada_core.verifiers.answers import verify
 from tasks.folders import content_hash
 from tasks.work.prepare import prepare, summary
 from tests.tiny import tiny_tokenizer
@@ -295,3 +296,31 @@ def test_a_column_of_no_kind_that_json_knows_disturbs_nobody(home, stage, column
     card = prepare(DataParams.parse(values, "data"), seed=0, out=home / "data", home=home)
     assert card["parts"][stage]["train"]["rows"] == (1 if stage == "pretrain" else 2)
     assert "read" not in card["parts"][stage]
+
+
+ASKED = {
+    "question and answer": {"question": "Q?", "answer": "A."},
+    "a dialogue": {"messages": [U, A]},
+    "ShareGPT": {"conversations": [HUMAN, GPT]},
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_prompt_without_a_task_is_a_question_whose_answer_is_compared_as_text(name):
+    row, shape = prompt(ASKED[name])
+    assert [message["content"] for message in row["prompt"]] == ["Q?"]
+    assert (row["task"], row["answer"]) == ("text", {"answer": "A."})
+    assert "last reply as answer" in shape
+    assert verify("text", " A. ", row["answer"])
+    assert not verify("text", "A", row["answer"])
+    with pytest.raises(RowError, match="no answer to compare with"):
+        prompt({"messages": [A, U]})
+
+
+def test_a_map_function_for_another_shape_is_there_to_be_copied():
+    row = {"frage": "Q?", "antwort": "A."}
+    with pytest.raises(RowError, match=r"antwort, frage; give the source `map: \./my_maps\.py:turns`") as caught:
+        dialogue(row)
+    names: dict = {}
+    exec(str(caught.value).partition("with my_maps.py: ")[2], names)
+    assert dialogue(names["turns"](row))[0]["messages"] == [U, A]

@@ -12,6 +12,7 @@ from llada_core.sampling.params import SamplingParams
 from llada_core.usage import Usage
 
 PUZZLE = {"id": "0", "task": "seats", "prompt": "seats 123", "answer": {"order": "123"}}
+TALK = ({"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."})
 PARAMS = """
 name: mine
 stages: [evaluate]
@@ -95,3 +96,31 @@ def test_speed_is_told_beside_exact_and_kept(call, tiny, monkeypatch):
     kept = Path("out/speed-seats.md").read_text()
     assert all(f"| {name}" in kept for name in ("exact", "threshold=0.01", "cache=dual"))
     assert kept.strip() in result.stdout
+
+
+def test_with_json_stdout_is_one_object(call, tiny, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    Path("data/eval").mkdir(parents=True)
+    Path("data/eval/seats.jsonl").write_text(json.dumps(PUZZLE) + "\n")
+    Path("params.yaml").write_text(PARAMS)
+    result = call("eval", "seats", "nowhere", "--model", tiny, "--out", "out", "--json")
+    found = json.loads(result.stdout)
+    assert (found["model"], found["results"], found["benchmarks"]["seats"]["n"]) == (tiny, "out", 1)
+    assert "there is no benchmark 'nowhere'" in found["benchmarks"]["nowhere"]["error"]
+    assert result.exit_code == 1
+    assert "results are in out" in result.stderr
+    assert "leave out --json" in call("eval", "seats", "-m", tiny, "--speed", "usual", "--json").stderr
+
+
+def test_a_file_of_questions_and_answers_is_a_benchmark(call, tiny, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    Path("params.yaml").write_text(PARAMS)
+    Path("town.csv").write_text("question,answer\nWhen?,At nine.\nWhere?,Here.\n")
+    result = call("eval", "./town.csv", "--model", tiny, "--out", "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["benchmarks"]["town"]["n"] == 2
+    rows = [json.loads(line) for line in Path("out/town").glob("*.samples.jsonl").__next__().read_text().splitlines()]
+    assert [json.loads(row["target"]) for row in rows] == [{"answer": "At nine."}, {"answer": "Here."}]
+    Path("talk.jsonl").write_text(json.dumps({"messages": [{"role": "system", "content": "s"}, *TALK]}))
+    refused = call("eval", "talk.jsonl", "--model", tiny)
+    assert (refused.exit_code, "row 1: expected one question" in refused.stderr) == (2, True)

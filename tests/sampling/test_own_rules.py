@@ -145,7 +145,7 @@ def test_an_ending_rule_reopens_only_what_was_open_when_the_block_began():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"rule": "leftmost"}, "write it as package.module.function"),
+        ({"rule": "leftmost"}, "or package.module.function"),
         ({"rule": HERE + "leftmots"}, "did you mean 'leftmost'"),
         ({"rule": "no_such_package.rules.mine"}, "no module named 'no_such_package'"),
     ],

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -18,6 +19,7 @@ from tasks.launch.program import summary
 from tasks.launch.status import state_of
 from tasks.project import Project
 from tests.ports import free_ports
+from tests.tasks.conftest import REPOSITORY
 from tests.tasks.test_runs import at_step, finish, program, steps, the_run
 from tests.waiting import PATIENCE, processes, says, wait_for
 
@@ -169,14 +171,18 @@ def test_both_dashboards_are_up_until_ctrl_c_and_leave_nothing(
 ) -> None:
     monkeypatch.setenv("PREFECT_HOME", str(project / "prefect"))
     ports = [str(port) for port in free_ports(2)]
+    shutil.copy(REPOSITORY / "prefect.yaml", project)
+    shutil.copytree(REPOSITORY / "flows", project / "flows")
     process = program("cli.main", "ui", "--mlflow-port", ports[0], "--prefect-port", ports[1])
     try:
         for port in ports:
             wait_for(f"a page on port {port}", lambda port=port: process.poll() or "<html" in page(port))
+        told = next(line for line in process.stdout or () if "deployments are not" in line or "prefect.yaml:" in line)
     finally:
         process.send_signal(number)
         text = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, text
+    assert f":{ports[1]}/deployments" in told
     assert "both end" in text
     assert "Traceback" not in text
     assert not [line for _, line in processes("cmdline") if {port.encode() for port in ports} & set(line)]
@@ -222,3 +228,21 @@ def test_two_runs_are_compared_in_the_terminal(project: Path, monkeypatch: pytes
     assert (line["state"], line["of"]) == ("done", "toy")
     assert line["begun"]
     assert line["took"]
+
+
+def test_with_json_stdout_is_one_object(project: Path) -> None:
+    def asked(*arguments: str) -> Any:
+        result = CliRunner().invoke(app, [*arguments, "--json"])
+        assert result.exit_code in (0, 1), (result.output, result.exception)
+        return json.loads(result.stdout)
+
+    spec = (project / "dvc.yaml").read_text()
+    (project / "dvc.yaml").write_text(spec[: spec.index("  evaluate:")])
+    made = asked("run")
+    assert (made["workspace"], made["profile"]) == (str(project), "toy")
+    assert made["runs"] == {stage: the_run(project, stage).key for stage in ("pretrain", "sft")}
+    assert made["models"]["sft"] == str(project / "models/sft")
+    assert made["registered"] is None
+    found = asked("doctor")
+    assert found["fit"] == all(finding["fine"] for finding in found["findings"])
+    assert {"fine", "what", "remedy"} <= found["findings"][0].keys()

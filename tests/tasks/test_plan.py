@@ -1,5 +1,6 @@
 """`llada plan`: figures checked by hand for LLaDA-8B, activations against what autograd really keeps, and refusals."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from cli.main import llada
 from llada_core.modeling import save_model
 from tasks.launch.plan import GIB, need, ranks_of
 from tasks.launch.plan_memory import KEPT, cut, shape_of
-from tasks.project import Params
+from tasks.project import Params, visible_gpus
 from tests.tasks.test_runs import program
 from tests.tiny import tiny_model
 
@@ -140,6 +141,24 @@ def test_what_cannot_fit_is_refused_with_what_would_help() -> None:
     code, text = llada_plan(str(PROFILES / "smoke.yaml"), "--gpu", "24GB")
     assert code == 0, text
     assert "of 20.7" in text
+    if not visible_gpus():
+        code, text = llada_plan(str(PROFILES / "smoke.yaml"))
+        assert (code, "H100" in text) == (0, False)
+        assert re.search(r"on 1 process of this machine \(\d+ cores, \d+ GiB of memory, no GPU\)", text)
+        assert "memory of a process (GiB" in text
+        assert "how long, the run will tell" in text
+        assert "1 x H100" in llada_plan(str(PROFILES / "llada-sft-own.yaml"))[1]
+        code, text = llada_plan(
+            str(PROFILES / "smoke.yaml"), "-S", "model.d_model=65536", "-S", "launch.cpu_processes=2"
+        )
+        assert code == 2
+        assert "GiB of a process, a plan may fill" in text
+    code, text = llada_plan(str(PROFILES / "smoke.yaml"), "--gpu", "H100", "--json")
+    planned = json.loads(text)
+    assert (code, planned["profile"]) == (0, "smoke")
+    assert [stage["stage"] for stage in planned["stages"]] == ["pretrain", "sft", "grpo", "sft_control"]
+    assert 0 < planned["stages"][0]["total"] < planned["stages"][0]["room"]
+    assert "tasks.pretrain" in planned["stages"][0]["script"]
 
 
 def test_what_is_measured_and_what_is_counted_by_formula_is_told() -> None:

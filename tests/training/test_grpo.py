@@ -341,7 +341,7 @@ def test_a_task_without_a_verifier_is_judged_by_its_reward(data, tmp_path):
     assert [line["step"] for line in judged_by] == [0, 1, 2]
     best = max(judged_by, key=lambda line: line["validation_reward"])
     assert judged_by[-1]["best_step"] == best["step"]
-    with pytest.raises(ConfigError, match=r"task 'poem' has none: give the dotted path of a function"):
+    with pytest.raises(ConfigError, match=r"task 'poem' has none: give a function"):
         run(tmp_path / "data", tmp_path / "other", reward="default")
 
 

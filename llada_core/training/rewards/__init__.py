@@ -1,4 +1,4 @@
-"""What a completion is worth to GRPO: a function (task, text, answer) -> float, found by name or dotted path.
+"""What a completion is worth to GRPO: a function (task, text, answer) -> float, found by name, in a file (`./my_reward.py:function`) or by dotted path.
 
 `text` is what the model wrote up to its first end token.
 """
@@ -35,5 +35,6 @@ def reward_named(name: str, weights: Mapping[str, float] | None = None) -> Rewar
     if name in NAMED:
         return NAMED[name]
     if "." not in name:
-        raise ConfigError(f"grpo.reward {name!r}{nearest(name, list(NAMED))}, or the dotted path of a function")
+        ways = "or a function of your own, as ./my_reward.py:function"
+        raise ConfigError(f"grpo.reward {name!r}{nearest(name, list(NAMED))}, {ways}")
     return function_at(name, "grpo.reward")

@@ -1,0 +1,126 @@
+"""Functions of one's own as FILE.py:FUNCTION: found beside the profile, copied, part of what a result depends on."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from llada_core.settings import ConfigError, function_at, read_yaml
+from llada_core.training.rewards import reward_named
+from tasks.graph import load_stage, require_listed
+from tasks.launch.program import reproduce
+from tasks.launch.workspace import open_workspace
+from tasks.own_code import files_of, found, moved
+from tasks.project import Project
+
+ROOT = Path(__file__).parents[2]
+PROFILE = """\
+name: mine
+stages: [prepare]
+data:
+  root: DATA
+  workers: 1
+  tokenizer: {vocab_size: 300}
+  sft: {length: 64, validation: 0.0, sources: [{name: visits.csv, map: "./my_maps.py:turns"}]}
+launch: {kind: inline}
+"""
+MAPS = """\
+def ask(row):
+    return f"Who came from {row['town']}?"
+
+
+def turns(row):
+    said = [{"role": "user", "content": ask(row)}, {"role": "assistant", "content": row["guest"]}]
+    return {"messages": said}
+"""
+PREPARE = """\
+  prepare:
+    cmd: python -m tasks.prepare
+    deps: [llada_core/data, tasks/work/prepare.py]
+    params: [seed, data]
+    outs: [data]
+"""
+
+
+def text_of(workspace: Project) -> str:
+    from llada_core.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(workspace.root / "data/tokenizer")
+    return "".join(
+        tokenizer.decode(row) for row in datasets.load_from_disk(str(workspace.root / "data/sft/train"))["input_ids"]
+    )
+
+
+def test_a_map_beside_the_profile_goes_along_and_an_edit_of_it_is_another_result(project: Path, tmp_path: Path) -> None:
+    (project / "dvc.yaml").write_text("stages:\n" + PREPARE)
+    mine = tmp_path / "mine"  # in no repository
+    mine.mkdir()
+    (mine / "visits.csv").write_text("town,guest\nUlm,Ada\nBonn,Ben\n")
+    (mine / "my_maps.py").write_text(MAPS)
+    (mine / "my-run.yaml").write_text(PROFILE.replace("DATA", str(mine)))
+    first = open_workspace(Project.at(project), str(mine / "my-run.yaml"))
+    assert read_yaml(first.root / "params.yaml")["data"]["sft"]["sources"][0]["map"] == "own/my_maps.py:turns"
+    reproduce(first, [])
+    assert "Who came from Ulm?" in text_of(first)
+    card = json.loads((first.root / "data/sft/card.json").read_text())
+    assert sorted(card["examples"]) == ["Who came from Bonn?", "Who came from Ulm?"]
+    (made,) = project.glob("runs/prepare-*")
+    assert (made / "tree/own/my_maps.py").read_text() == MAPS
+    assert "own/my_maps.py" in json.loads((made / "request.json").read_text())["inputs"]
+    assert open_workspace(Project.at(project), str(mine / "my-run.yaml")).root == first.root
+    (mine / "my_maps.py").write_text(MAPS.replace("Who came", "Which guest came"))  # in a function that the map calls
+    second = open_workspace(Project.at(project), str(mine / "my-run.yaml"))
+    assert second.root != first.root
+    reproduce(second, [])
+    assert "Which guest came from Ulm?" in text_of(second)
+    assert len(list(project.glob("runs/prepare-*"))) == 2
+
+
+def test_every_setting_that_names_a_function_is_found_and_named_anew(tmp_path: Path) -> None:
+    (tmp_path / "a.py").touch()
+    values = {
+        "grpo": {"reward": "./a.py:f", "sampling": {"rule": "a.py:g"}},
+        "data": {"map": "pkg.module.f", "name": "b.py:f"},
+    }
+    files = found(values, [tmp_path / "nowhere", tmp_path])
+    assert files_of(values) == ["a.py"]
+    assert moved(values, files) == {
+        "grpo": {"reward": "own/a.py:f", "sampling": {"rule": "own/a.py:g"}},
+        "data": {"map": "pkg.module.f", "name": "b.py:f"},
+    }
+    with pytest.raises(ConfigError, match=r"'\./c\.py:f': there is no file \./c\.py in "):
+        found({"map": "./c.py:f"}, [tmp_path])
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.py").touch()
+    with pytest.raises(ConfigError, match=r"two files of one's own are called a\.py"):
+        found([{"map": "a.py:f"}, {"map": "sub/a.py:f"}], [tmp_path])
+
+
+def test_a_reward_is_an_input_of_its_stage_and_dvc_has_to_know_it(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    params = {"stages": ["grpo"], "grpo": {"init_from": "sft", "reward": "./my_reward.py:brief"}}
+    assert "my_reward.py" in load_stage(Project(tmp_path), "grpo", params).inputs
+    spec = read_yaml(tmp_path / "dvc.yaml")
+    with pytest.raises(ConfigError, match=r"add `- my_reward.py` to deps of grpo there, or run .* as a profile"):
+        require_listed(spec, params)
+    spec["stages"]["grpo"]["deps"].append("my_reward.py")
+    require_listed(spec, params)
+
+
+def test_a_function_of_a_file_and_what_is_wrong_with_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_reward.py").write_text("def brief(task, text, answer):\n    return 1 / (1 + len(text))\n")
+    assert reward_named("./my_reward.py:brief")("any", "abc", {}) == 0.25
+    Path("my_reward.py").write_text("def brief(task, text, answer):\n    return 0.0\n")
+    assert reward_named("my_reward.py:brief")("any", "abc", {}) == 0.0
+    for path, says in {
+        "./my_reward.py:breif": "did you mean 'brief'",
+        "./nowhere.py:f": "there is no file nowhere.py",
+        "my_rewards.brief": "is written ./my_file.py:function",
+    }.items():
+        with pytest.raises(ConfigError, match=says):
+            function_at(path, "grpo.reward")
+    Path("broken.py").write_text("x = 1\ny = x / 0\n")
+    with pytest.raises(ConfigError, match=r"broken.py cannot be imported: ZeroDivisionError: division by zero \(line"):
+        function_at("broken.py:f", "grpo.reward")
