@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.guide import PUZZLES, kinds, seldom
+from app.guide import PUZZLES, kinds, offered, seldom
 from app.models import ModelIndex
 from app.render import escape, table
 from llada_core.evaluation import recipes
@@ -53,7 +53,7 @@ def describe(index: ModelIndex, name: str) -> list[Section]:
         Section("What it is", _what(name, version, folder)),
         Section("What it was trained on", _training(trained, tags, usage)),
         Section("How well it does", score_rows(index.scores(name))),
-        Section("How to use it", _use(name, usage)),
+        Section("How to use it", _use(name, usage, index.scores(name))),
         Section("Where it comes from", _origin(tags)),
         Section(IDS, _ids(trained, tags)),
     ]
@@ -115,7 +115,7 @@ def _published(benchmark: str) -> str:
     return "".join(f" · published by {each.source}: {100 * each.value:.1f} % ({each.model})" for each in found)
 
 
-def _use(name: str, usage: Usage) -> Rows:
+def _use(name: str, usage: Usage, scores: Mapping[str, Mapping[str, float]]) -> Rows:
     single = "one question at a time: the turns before are not shown to it"
     rows = [
         ("in a terminal", f"llada chat --model {name}"),
@@ -124,7 +124,7 @@ def _use(name: str, usage: Usage) -> Rows:
         ("settings", f"{_settings(usage)} {exactness(usage.sampling)}"),
     ]
     rows += [("system prompt", usage.system)] if usage.system else []
-    return rows + [("for example", question) for question in usage.examples[:3]]
+    return rows + [("for example", question) for question in offered(usage, scores)[:3]]
 
 
 def _settings(usage: Usage) -> str:

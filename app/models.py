@@ -23,7 +23,7 @@ from llada_core.sampling.requests import Request, to_answer, to_fill
 from llada_core.settings import Bits, ConfigError
 from llada_core.tokenizer import Tokenizer
 from llada_core.usage import Usage
-from tasks.folders import sqlite_file
+from tasks.folders import safe, sqlite_file
 from tasks.project import Project
 from tasks.record import registry
 from tasks.record.usage import GENERAL, usage_of
@@ -79,6 +79,16 @@ class ModelIndex:
         except ConfigError:
             return {}
         return {} if version is None else registry.scores_of(self.project, version.hash)
+
+    def measured(self, name: str, settings: str) -> dict[str, str]:
+        """Benchmark -> percent right with faster settings, and against exact, as `llada eval --speed` has kept it here."""
+        found = {}
+        for file in sorted((self.project.home / "reports" / "checkpoints" / safe(name)).glob("speed-*.md")):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+                if cells[0] == settings and len(cells) > 3:
+                    found[file.stem.removeprefix("speed-")] = f"{cells[1]} % right, {cells[3]} against exact"
+        return found
 
     def usage(self, name: str) -> Usage:
         """How a model is to be asked; one that the registry no longer names is asked as one from elsewhere."""

@@ -79,3 +79,24 @@ def test_a_choice_that_may_be_left_out_has_a_field_for_it():
     assert component.preprocess(component.value) == ""
     assert panel.params({**vars(BASE), "sampler": ""}).sampler is None
     assert panel.params({**vars(BASE), "sampler": "llada2.0", "threshold": "0.9"}).sampler == "llada2.0"
+
+
+def test_fast_says_what_was_measured_for_this_model_or_how_to_measure_it(tmp_path):
+    from app.models import ModelIndex
+    from app.panel import FAST, cost_of_fast
+    from llada_core.evaluation.speed import EXACT, Point, told
+    from llada_core.sampling.params import preset
+    from tasks.project import Project
+
+    index, name = ModelIndex(Project(tmp_path)), "models:/puzzles@champion"
+    assert f"llada eval BENCHMARK -m {name} --speed {FAST} does" in cost_of_fast(index, name)
+    points = {
+        EXACT: {"plain": Point((1.0,) * 100, 30, 30, 1)},
+        FAST: {"plain": Point((1.0,) * 97 + (0.0,) * 3, 30, 4, 9)},
+    }
+    folder = tmp_path / "reports/checkpoints/puzzles-at-champion"
+    folder.mkdir(parents=True)
+    (folder / "speed-sudoku.md").write_text(told("sudoku", points))
+    assert "Measured here for this model: sudoku 97.0 % right, -3.0 [" in cost_of_fast(index, name)
+    fast = preset("fast", SamplingParams(8, 8, 8))
+    assert f"cache={fast.cache},threshold={fast.threshold}" == FAST
