@@ -242,7 +242,9 @@ def test_where_others_reach_the_page_only_named_models_are_asked(model_folder, t
         with pytest.raises(UserError, match="names further models with --also"):
             next(state.bring(name, str))
     assert AppState(ModelCache(index), index, str(model_folder)).loaded(str(other))[0].folder == model_folder.resolve()
-    (show,) = [f.fn for f in build_page(state).fns.values() if f.name == "show" and len(f.inputs) == 1]
+    show = next(
+        f.fn for f in build_page(state).fns.values() if "build_model.<locals>.show" in getattr(f.fn, "__qualname__", "")
+    )
     assert "names further models with --also" in show(str(other))
     assert describe(index, str(other))[0].rows[0] == ("name", str(other))
 
