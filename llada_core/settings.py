@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -205,12 +205,21 @@ Bits = Literal[4, 8]  # of a quantised weight
 
 
 class NoiseParams(Block):
-    """The forward process (LLaDA, arXiv:2502.09992, eq. 3): t = epsilon + (1 - epsilon) u, mask probability 1 - alpha(t)."""
+    """The forward process (LLaDA, arXiv:2502.09992, eq. 3): t = epsilon + (highest - epsilon) u, mask probability 1 - alpha(t)."""
 
     schedule: Literal["linear", "cosine"] = "linear"
-    epsilon: float = Field(default=1e-3, gt=0, lt=1)
+    epsilon: float = Field(default=1e-3, gt=0, lt=1)  # the lowest time
+    # The highest. Settings that came after runs were made are left out where they have their default: so those keep
+    # their names and checkpoints.
+    highest: float = Field(default=1.0, gt=0, le=1, exclude_if=lambda value: value == 1.0)
     weight: Literal["elbo", "uniform"] = "elbo"  # elbo: -alpha'(t) / (1 - alpha(t)); uniform: 1
     stratified: bool = True  # spread the times of one global batch evenly (unbiased, less variance)
+
+    @model_validator(mode="after")
+    def _an_interval(self) -> Self:
+        if self.epsilon >= self.highest:
+            raise ValueError(f"noise.epsilon {self.epsilon} is the lowest time and highest {self.highest} the highest")
+        return self
 
 
 def require_package(name: str, extra: str, what: str) -> None:

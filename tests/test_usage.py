@@ -95,6 +95,17 @@ def test_fine_tuning_leaves_room_for_the_longest_reply_and_knows_dialogues(tmp_p
     assert learnt_usage(SFTParams(max_steps=1), tiny_tokenizer(), tmp_path).examples == ("When does it open?",)
 
 
+def test_a_model_by_blocks_is_asked_by_its_blocks(tmp_path):
+    longest = dialogues(tmp_path, several=False)
+    learnt = learnt_usage(SFTParams(max_steps=1), tiny_tokenizer(), tmp_path, 4)
+    usual = {"sampler": "llada2.0", "threshold": 0.95, "cache": "prefix", "stop_at_eos": True}
+    assert learnt.sampling == SamplingParams(longest, 4, 4, **usual)
+    edits = {**usual, "sampler": "llada2.1", "threshold": 0.7, "editing_threshold": 0.5}
+    Usage(sampling=SamplingParams(9, 32, 32, **edits)).save(tmp_path)
+    params = SFTParams(max_steps=1, init_from=str(tmp_path))
+    assert learnt_usage(params, tiny_tokenizer(), tmp_path, 8).sampling == SamplingParams(longest, 8, 8, **edits)
+
+
 def test_reinforcement_learning_is_asked_as_it_was_validated_and_keeps_the_system_prompt(tmp_path):
     OWN.save(tmp_path)
     ids = tiny_tokenizer().chat_ids([QUESTION])

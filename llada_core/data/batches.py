@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-Padding = Literal["longest", "micro_batch", "none"] | int
+Padding = Literal["longest", "micro_batch", "none", "block"] | int
 
 
 class Rows(Protocol):
@@ -88,19 +88,27 @@ class RowBatches:
     `padding` of unequal rows: "longest" fills with EOS up to the longest row of the whole batch, visible and trained
     on, as LLaDA does; "micro_batch" does so up to the longest row of the share that is asked for, as dllm's collator
     does (how many EOS are trained on then depends on ranks and micro-batches); a number adds that many such EOS and
-    hides the rest; "none" hides all padding. `random_length` is the share of batches cut to a length drawn from 1 to L
+    hides the rest; "block" adds as many as fill the row's last block of `block_length`; "none" hides all padding.
+    `random_length` is the share of batches cut to a length drawn from 1 to L
     (LLaDA pretraining: 0.01).
     """
 
     def __init__(
-        self, table: Rows, order: Order, *, eos_id: int, padding: Padding = "none", random_length: float = 0.0
+        self,
+        table: Rows,
+        order: Order,
+        *,
+        eos_id: int,
+        padding: Padding = "none",
+        random_length: float = 0.0,
+        block_length: int = 1,
     ) -> None:
         if isinstance(padding, int) and padding < 0:
             raise ValueError(
                 f"padding {padding}: use 'longest', 'micro_batch', 'none' or a number of EOS tokens from 0"
             )
         self.table, self.order, self.eos_id = table, order, eos_id
-        self.padding, self.random_length = padding, random_length
+        self.padding, self.random_length, self.block_length = padding, random_length, block_length
 
     def batch(self, step: int, *, part: int = 0, parts: int = 1) -> Batch:
         """The `part`-th of `parts` equal shares (ranks x micro-batches) of batch `step`; the shares join to the whole.
@@ -126,12 +134,12 @@ class RowBatches:
         ids = columns["input_ids"]
         lengths = np.array([len(row) for row in ids])
         if isinstance(self.padding, int):
-            extra = self.padding
-            width += extra
+            seen = lengths + self.padding
+        elif self.padding == "block":
+            seen = -(-lengths // self.block_length) * self.block_length
         else:
-            # As many as it takes to fill the width: `seen` is cut to it below.
-            extra = 0 if self.padding == "none" else width
-        seen = np.minimum(lengths + extra, width)
+            seen = lengths if self.padding == "none" else np.full_like(lengths, width)
+        width = max(width, int(seen.max()))
         tokens = np.full((len(ids), width), self.eos_id, dtype=np.int64)
         maskable = np.arange(width) < seen[:, None]
         documents = np.zeros_like(tokens) if "document_ids" in columns else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llada_core.modeling.adapters import add_lora, merge_adapter
-    from llada_core.modeling.architecture import LLaDA2Config, LLaDAConfig, LLaDAMoEConfig
+    from llada_core.modeling.configuration import LLaDA2Config, LLaDAConfig, LLaDAMoEConfig
     from llada_core.modeling.masked_lm import MaskedLM
     from llada_core.modeling.network import LLaDA2MoeModelLM, LLaDAModelLM, LLaDAMoEModelLM
     from llada_core.modeling.predictor import KVCache, MaskPredictor, Prediction
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "adapters": ("add_lora", "merge_adapter"),
-    "architecture": ("LLaDA2Config", "LLaDAConfig", "LLaDAMoEConfig"),
+    "configuration": ("LLaDA2Config", "LLaDAConfig", "LLaDAMoEConfig"),
     "masked_lm": ("MaskedLM",),
     "network": ("LLaDA2MoeModelLM", "LLaDAMoEModelLM", "LLaDAModelLM"),
     "predictor": ("KVCache", "MaskPredictor", "Prediction"),

@@ -1,20 +1,13 @@
-"""The shape of a network, read key by key from a config.json; and what transformers needs to read and write a LLaDA:
-configurations and the published names of weights.
+"""The shape of a network, read key by key from a config.json.
 
 A key that this package does not compute is refused by name: a checkpoint that loads is computed as it was trained.
 """
 
-import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
-
-from llada_core.modeling.families import FAMILIES, TOKEN_KEYS, Family, family_of
+from llada_core.modeling.families import FAMILIES, TOKEN_KEYS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +53,8 @@ class Architecture:
     """All that determines the modules and the arithmetic of a LLaDA model.
 
     A head has its share of the width, and all of it is rotated, where `own_head_width` and `own_rotary_width` are None;
-    `fused_qkv`: queries, keys and values are one projection.
+    `fused_qkv`: queries, keys and values are one projection. `block_length`: of the blocks by which it attends; None:
+    every position sees every other.
     """
 
     vocab_rows: int
@@ -79,6 +73,7 @@ class Architecture:
     own_head_width: int | None = None
     own_rotary_width: int | None = None
     fused_qkv: bool = False
+    block_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.own_head_width is None and self.width % (2 * self.n_heads):
@@ -307,130 +302,19 @@ def llada2_architecture(values: Mapping[str, Any]) -> Architecture:
         own_head_width=int(head_width),
         own_rotary_width=rotary,
         fused_qkv=True,
+        block_length=_block_length(read.maybe("block_length", FAMILIES["llada2"].block_length)),
     )
     read.finish()
     return architecture
 
 
-def published_shapes(own: Mapping[str, Tensor], family: Family) -> dict[str, tuple[int, ...]]:
-    """Published name and shape of every weight of a state dict of ours; experts, which lie in stacks here, one by one."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, weight in own.items():
-        stem, dot, stack = family.published_name(name).partition(".experts.")
-        if not dot:
-            shapes[stem] = tuple(weight.shape)
-            continue
-        n_experts, rows, columns = weight.shape
-        parts = {"down_proj": rows} if stack == "down" else {"gate_proj": rows // 2, "up_proj": rows // 2}
-        for part, height in parts.items():
-            shapes.update({f"{stem}.experts.{e}.{part}.weight": (height, columns) for e in range(n_experts)})
-    return shapes
+def blocks_architecture(values: Mapping[str, Any]) -> Architecture:
+    """What a dense config.json with a `block_length` describes; errors as `dense_architecture`."""
+    dense = dense_architecture({name: value for name, value in values.items() if name != "block_length"})
+    return replace(dense, block_length=_block_length(values.get("block_length")))
 
 
-def register_names(family: Family) -> None:
-    """Makes transformers load and save a family's network under the published names; experts are stacked on the way."""
-    experts = [
-        WeightConverter(
-            ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
-            "mlp.experts.gate_up",
-            [MergeModulelist(dim=0), Concatenate(dim=1)],
-        ),
-        WeightConverter("mlp.experts.*.down_proj.weight", "mlp.experts.down", [MergeModulelist(dim=0)]),
-    ]
-    renamings = [WeightRenaming(published, own) for published, own in family.renamed.items()]
-    network = family.network.rpartition(".")[2]
-    register_checkpoint_conversion_mapping(network, [*renamings, *experts], overwrite=True)
-
-
-@functools.cache
-def _register_models() -> None:
-    """Tells transformers' Auto classes which network a config stands for; with the first config, as it imports torch."""
-    for family in FAMILIES.values():
-        if family.claims is not None:
-            for chooser in (AutoModel, AutoModelForCausalLM):
-                chooser.register(family.config_class, family.network_class, exist_ok=True)
-
-
-class LLaDAConfig(PreTrainedConfig):
-    """config.json of the dense family (LLaDA 8B, 1.5, iLLaDA); `from_dict` gives the MoE one where the file is one."""
-
-    model_type = "llada"
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "d_model",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-        "num_key_value_heads": "n_kv_heads",
-        "max_position_embeddings": "max_sequence_length",
-        "intermediate_size": "mlp_hidden_size",
-    }
-
-    def __init__(self, **values: Any) -> None:
-        self._published = {k: v for k, v in values.items() if k != "name_or_path" and not k.startswith("_")}
-        _register_models()
-        # transformers keeps a RoPE standard of its own under this key; ours is read from what was published
-        super().__init__(**{k: v for k, v in values.items() if k != "rope_scaling"})
-        tied = values.get("weight_tying", values.get("tie_word_embeddings", False))
-        self.tie_word_embeddings = bool(tied)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
-        """The config of whichever family the file is one of: two of them call their `model_type` "llada"."""
-        chosen = family_of({**config_dict, "model_type": cls.model_type}).config_class
-        return super(LLaDAConfig, chosen).from_dict(config_dict, **kwargs)
-
-    @classmethod
-    def for_model(cls, **values: Any) -> Self:
-        """From the keys of a config.json, as transformers' `AutoConfig.for_model`."""
-        return cls(**values)
-
-    def architecture(self) -> Architecture:
-        """What to build; raises `ValueError` naming the first key that is missing, unknown or unsupported."""
-        return dense_architecture(self.published())
-
-    def published(self) -> dict[str, Any]:
-        """The published keys with their present values: those of the file read, or of the template."""
-        now = {k: self.__dict__.get(k, v) for k, v in self._published.items()}
-        tokens = {k: self.__dict__[k] for k in TOKEN_KEYS if self.__dict__.get(k) is not None}
-        return {**now, **tokens}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: the published layout of config.json and nothing else."""
-        written = {**self.published(), "model_type": self.model_type, "architectures": self.architectures}
-        for key in ("dtype", "torch_dtype"):
-            if key in written and self.dtype is not None:
-                written[key] = str(self.dtype).removeprefix("torch.")
-        return written
-
-    def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        values.pop("_published", None)
-        return values
-
-
-class LLaDAMoEConfig(LLaDAConfig):
-    """config.json of LLaDA-MoE, which also calls its `model_type` "llada"."""
-
-    attribute_map: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, **values: Any) -> None:  # transformers would replace an inherited one by a dataclass's
-        super().__init__(**values)
-
-    def architecture(self) -> Architecture:
-        return moe_architecture(self.published())
-
-
-class LLaDA2Config(LLaDAConfig):
-    """config.json of LLaDA2.0 and 2.1, which are the same; which sampler a model is for is a setting of its own."""
-
-    model_type = "llada2_moe"
-    attribute_map: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, **values: Any) -> None:  # as in LLaDAMoEConfig
-        super().__init__(**values)
-
-    def architecture(self) -> Architecture:
-        return llada2_architecture(self.published())
-
-
-AutoConfig.register("llada2_moe", LLaDA2Config, exist_ok=True)
-AutoConfig.register("llada", LLaDAConfig, exist_ok=True)  # importing this is enough for the Auto classes
+def _block_length(value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"config.json: block_length = {value!r} must be a number of tokens from 1")
+    return value

@@ -24,10 +24,12 @@ class BlockCausal:
 
     copies: a row is fed twice, a noisy copy and behind it the clean one. A noisy token sees its own block of the noisy
     copy and earlier blocks of the clean one; a clean token sees the clean copy, block-causally (BD3-LM, arXiv:2503.09573).
+    documents: the mask (B, W) numbers documents, and a token sees only those of its own number.
     """
 
     length: int
     copies: bool = False
+    documents: bool = False
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -39,7 +41,8 @@ class Spans:
     """Which keys each query of one forward sees. R is B, or 1 where all rows are alike.
 
     `query` (R, W) and `key` (R, T): their blocks; `visible` (B, T) bool or None where nothing is hidden; `ordered`:
-    whether queries and keys are the positions from 0 on, so that the host knows what every block sees.
+    whether queries and keys are the positions from 0 on, so that the host knows what every block sees; `documents` (B, W)
+    int64 or None: the number of each position's document.
     """
 
     pattern: BlockCausal
@@ -47,6 +50,7 @@ class Spans:
     key: Tensor
     visible: Tensor | None
     ordered: bool
+    documents: Tensor | None = None
 
     @classmethod
     def of(
@@ -60,15 +64,21 @@ class Spans:
     ) -> "Spans":
         """Of `width` tokens at positions `at` (B, W), or from 0 on; `keys`: of a cache, if there is one.
 
-        `mask` (B, T) is 1 at keys that may be seen.
+        `mask` (B, T) is 1 at keys that may be seen, or the number of each one's document.
         """
         if mask is not None and mask.dim() != 2:
             raise ValueError(f"attention by blocks takes a mask (B, T), not one of {mask.dim()} dimensions")
         if pattern.copies and (width % 2 or at is not None or keys is not None):
             raise ValueError("a noisy and a clean copy are of one length, from position 0 on and without a cache")
+        if pattern.documents and (mask is None or at is not None or keys is not None):
+            raise ValueError(
+                "documents are told apart by a mask of their numbers, from position 0 on and without a cache"
+            )
         half = torch.arange(width // 2 if pattern.copies else width, device=device)
         fed = half.repeat(2)[None] if pattern.copies else half[None] if at is None else at
         held = fed if keys is None else torch.arange(keys, device=device)[None]
+        if pattern.documents:
+            return cls(pattern, fed // pattern.length, held // pattern.length, None, True, mask)
         hidden = mask is not None and not (mask.device.type == "cpu" and bool(mask.all()))
         visible = mask.bool() if mask is not None and hidden else None
         return cls(pattern, fed // pattern.length, held // pattern.length, visible, ordered=at is None)
@@ -76,7 +86,8 @@ class Spans:
     def on(self, device: torch.device) -> "Spans":
         """These, moved."""
         visible = None if self.visible is None else self.visible.to(device)
-        return Spans(self.pattern, self.query.to(device), self.key.to(device), visible, self.ordered)
+        documents = None if self.documents is None else self.documents.to(device)
+        return Spans(self.pattern, self.query.to(device), self.key.to(device), visible, self.ordered, documents)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, N, W, H) of queries (B, N, W, H) over keys and values (B, N_kv, T, H)."""
@@ -124,7 +135,7 @@ class Spans:
         return bool((self.key.diff(dim=1) >= 0).all())
 
     def _bias(self, queries: slice, keys: list[slice], dtype: torch.dtype) -> Tensor | None:
-        """What hides keys of a piece, (B or 1, 1, queries or 1, keys); None where nothing is hidden.
+        """What hides keys of a piece, (B or 1, 1, queries or 1, keys); None where nothing is hidden. At most a block high.
 
         The dtype's minimum, not -inf: a query that sees nothing, which is padding, stays finite.
         """
@@ -132,6 +143,9 @@ class Spans:
         if not self.ordered:
             blocks = self.key[:, None, None, keys[0]] <= self.query[:, None, queries, None]
             seen = blocks if seen is None else seen & blocks
+        if self.documents is not None:
+            of_keys = torch.cat([self.documents[:, s] for s in keys], 1)
+            seen = self.documents[:, None, queries, None] == of_keys[:, None, None]
         if seen is None or (seen.device.type == "cpu" and bool(seen.all())):
             return None
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
@@ -158,6 +172,10 @@ class Spans:
         if self.visible is not None:
             whole = whole & _complete(self.visible)[:, None]
             some = some.expand(whole.shape)
+        if self.documents is not None:  # tiles of a number in common; whole where there is no other
+            low, high = _edges(self.documents, torch.ones_like(clean_q))
+            some = some & (low[:, None] <= high[..., None]) & (high[:, None] >= low[..., None])
+            whole = whole & some & (low[:, None] == high[..., None]) & (high[:, None] == low[..., None])
         partial = some & ~whole
         return BlockMask.from_kv_blocks(
             *_listed(partial[:, None]),
@@ -175,14 +193,17 @@ class Spans:
         return clean
 
     def _seen(self, limit: Tensor, clean_q: Tensor, clean_k: Tensor) -> Callable[..., Tensor]:
-        query, key, visible = self.query, self.key, self.visible
+        query, key, visible, documents = self.query, self.key, self.visible, self.documents
         query_rows, key_rows = len(query) > 1, len(key) > 1
 
         def seen(b: Tensor, _: Tensor, i: Tensor, j: Tensor) -> Tensor:
             of_q, of_k = (b if query_rows else 0), (b if key_rows else 0)
             below = clean_k[0, j] & (key[of_k, j] < limit[of_q, i])
             own = ~clean_k[0, j] & ~clean_q[0, i] & (key[of_k, j] == query[of_q, i])
-            return (below | own) if visible is None else (below | own) & visible[b, j]
+            near = below | own
+            if documents is not None:
+                return near & (documents[b, i] == documents[b, j])
+            return near if visible is None else near & visible[b, j]
 
         return seen
 

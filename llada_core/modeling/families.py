@@ -37,6 +37,8 @@ class ModelParams(Block):
     num_experts: int = Field(default=8, ge=2)
     experts_per_token: int = Field(default=2, ge=1)
     expert_hidden_size: int = Field(default=256, ge=8)
+    # families that attend by blocks; None: the family's own
+    block_length: int | None = Field(default=None, ge=1, exclude_if=lambda value: value is None)
     # any transformers masked-LM: its `model_type` and config keys
     backbone: dict[str, str | int | float | bool] = Field(default_factory=dict)
 
@@ -110,7 +112,9 @@ class Family:
     fresh: from settings and vocabulary rows to the keys of a fresh model's config.json, special tokens apart.
     renamed: published names of weights and their parts, to ours; empty where they are the same.
     stored_bytes: of a published weight whose config.json names no dtype.
-    block_length: of the blocks by which it attends, as it was trained; None: every position sees every other.
+    block_length: of the blocks by which it attends, where its config.json names no other; None: every position sees
+    every other.
+    by_blocks: the family that a model of this one becomes by being trained to attend by blocks, if there is one.
     recommended: settings of the sampler by their names, the first where nobody says which.
     named: how names of releases begin whose files do not tell them apart, to the name of what is recommended for them.
     needs: keys of `model.backbone` that a fresh one must be given, each with an example.
@@ -127,6 +131,7 @@ class Family:
     block_length: int | None = None
     recommended: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     named: Mapping[str, str] = field(default_factory=dict)
+    by_blocks: str | None = None
     needs: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -188,6 +193,16 @@ def _fresh_llada(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
     }
 
 
+def _is_llada_blocks(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "llada_blocks"
+
+
+def _fresh_llada_blocks(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
+    length = params.block_length or FAMILIES["llada_blocks"].block_length
+    dense = {k: v for k, v in _fresh_llada(params, vocab_rows).items() if k not in ("auto_map", "model_type")}
+    return {**dense, "architectures": ["LLaDABlocksModelLM"], "block_length": length}
+
+
 def _fresh_llada_moe(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
     return {
         **LLADA_MOE.template(),
@@ -237,6 +252,7 @@ def _fresh_llada2(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
         "rope_theta": params.rope_theta,
         "rms_norm_eps": params.rms_norm_eps,
         "tie_word_embeddings": params.weight_tying,
+        **({} if params.block_length is None else {"block_length": params.block_length}),
     }
 
 
@@ -289,15 +305,25 @@ _LLADA2_SETTINGS = {  # of the cards of 2.0-mini and 2.1-mini; their files do no
 _TABLE = (
     Family(
         kind="llada",
-        config="llada_core.modeling.architecture.LLaDAConfig",
+        config="llada_core.modeling.configuration.LLaDAConfig",
         network="llada_core.modeling.network.LLaDAModelLM",
         claims=_is_llada,
         fresh=_fresh_llada,
         published=LLADA,
+        by_blocks="llada_blocks",
+    ),
+    Family(
+        kind="llada_blocks",
+        config="llada_core.modeling.configuration.LLaDABlocksConfig",
+        network="llada_core.modeling.network.LLaDABlocksModelLM",
+        claims=_is_llada_blocks,
+        fresh=_fresh_llada_blocks,
+        block_length=32,
+        by_blocks="llada_blocks",
     ),
     Family(
         kind="llada_moe",
-        config="llada_core.modeling.architecture.LLaDAMoEConfig",
+        config="llada_core.modeling.configuration.LLaDAMoEConfig",
         network="llada_core.modeling.network.LLaDAMoEModelLM",
         claims=_is_llada_moe,
         fresh=_fresh_llada_moe,
@@ -306,7 +332,7 @@ _TABLE = (
     ),
     Family(
         kind="llada2",
-        config="llada_core.modeling.architecture.LLaDA2Config",
+        config="llada_core.modeling.configuration.LLaDA2Config",
         network="llada_core.modeling.network.LLaDA2MoeModelLM",
         claims=_is_llada2,
         fresh=_fresh_llada2,
@@ -315,6 +341,7 @@ _TABLE = (
         block_length=32,
         recommended=_LLADA2_SETTINGS,
         named={"LLaDA2.0": "llada2.0", "LLaDA2.1": "quality"},
+        by_blocks="llada2",
     ),
     Family(  # any other model that transformers knows as a masked-LM
         kind="masked_lm",

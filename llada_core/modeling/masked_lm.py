@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
-from llada_core.modeling.predictor import KVCache, MaskPredictor, Prediction, projected_nll
+from llada_core.modeling.predictor import KVCache, MaskPredictor, Prediction, projected_certainty, projected_nll
 from llada_core.tokenizer import SpecialTokens
 
 
@@ -101,6 +101,7 @@ class MaskedLM(MaskPredictor):
         slots: Tensor | None = None,
         output_hidden_states: bool = False,
         router_losses: bool = False,
+        certainty: bool = False,
     ) -> Prediction:
         """As `LLaDAModelLM.forward`; `cache`, `slots` and `router_losses` are refused by name."""
         if attention_mask is not None and attention_mask.dim() == 3:
@@ -119,6 +120,9 @@ class MaskedLM(MaskPredictor):
         states = out.hidden_states if output_hidden_states else None
         if positions is not None:
             x = x.flatten(0, 1)[positions]
+        if targets is not None and certainty:
+            nll, certain = projected_certainty(x, self._project, self.vocab_rows, targets)
+            return Prediction(nll=nll, hidden_states=states, certainty=certain)
         if targets is not None:
             return Prediction(nll=projected_nll(x, self._project, self.vocab_rows, targets), hidden_states=states)
         return Prediction(logits=self._project(x), hidden_states=states)

@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from llada_core.modeling.architecture import (
-    Architecture,
-    LLaDA2Config,
-    LLaDAConfig,
-    LLaDAMoEConfig,
-    published_shapes,
-    register_names,
-)
+from llada_core.modeling.architecture import Architecture
 from llada_core.modeling.attention import BlockCausal, Spans
 from llada_core.modeling.block import (
     Experts,
@@ -33,9 +26,25 @@ from llada_core.modeling.block import (
     key_bias,
     router_losses,
 )
+from llada_core.modeling.configuration import (
+    LLaDA2Config,
+    LLaDABlocksConfig,
+    LLaDAConfig,
+    LLaDAMoEConfig,
+    published_shapes,
+    register_names,
+)
 from llada_core.modeling.families import FAMILIES, TOKEN_KEYS
 from llada_core.modeling.folder import require_weights
-from llada_core.modeling.predictor import KVCache, MaskPredictor, Prediction, RouterLosses, device_of, projected_nll
+from llada_core.modeling.predictor import (
+    KVCache,
+    MaskPredictor,
+    Prediction,
+    RouterLosses,
+    device_of,
+    projected_certainty,
+    projected_nll,
+)
 from llada_core.tokenizer import SpecialTokens
 
 
@@ -128,6 +137,29 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         return self.model.transformer.blocks
 
     @property
+    def block_length(self) -> int | None:
+        return self.shape.block_length
+
+    def by_blocks(self, length: int) -> MaskPredictor:
+        kind = self.family.by_blocks
+        if kind is None:
+            return super().by_blocks(length)
+        config: LLaDAConfig = self.config  # type: ignore[assignment]
+        if kind == self.kind:
+            config.name_block_length(length)
+            self.shape = config.architecture()
+            return self
+        family = FAMILIES[kind]
+        values = {k: v for k, v in config.published().items() if k not in ("auto_map", "model_type")}
+        values |= {"architectures": [family.network_class.__name__], "block_length": length}
+        with torch.device("meta"):
+            made: LLaDAModelLM = family.network_class.of_config(
+                family.config_class.for_model(**values), self.special_tokens
+            )
+        made.load_state_dict(self.state_dict(), assign=True)
+        return made.train(self.training)
+
+    @property
     def widths(self) -> tuple[int, int]:
         moe = self.shape.moe
         return self.shape.width, self.shape.mlp_width if moe is None else moe.per_token * moe.width + moe.shared_width
@@ -171,6 +203,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         block_causal: BlockCausal | None = None,
         output_hidden_states: bool = False,
         router_losses: bool = False,
+        certainty: bool = False,
     ) -> Prediction:
         """Logits for `input_ids` (B, W) int64, or for `inputs_embeds` (B, W, D).
 
@@ -180,6 +213,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         cache, slots: the W tokens sit at canvas positions `slots` (B, W); they attend to all T cached positions.
         block_causal: they attend by blocks, of those positions only to their own and to earlier blocks.
         router_losses: also the balance loss (B,) and z-loss (B, W) of a mixture-of-experts model.
+        certainty: with targets, also the entropy of each prediction and whether it is right.
         """
         x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
         around = self._surroundings(x, attention_mask, cache, slots, block_causal)
@@ -198,6 +232,9 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         if output_hidden_states and positions is not None:
             x = x.flatten(0, 1)[positions.to(x.device)]
         losses = self._router_losses(routings, hidden[0], attention_mask) if router_losses else None
+        if targets is not None and certainty:
+            nll, certain = projected_certainty(x, self._project, self.vocab_rows, targets)
+            return Prediction(nll=nll, hidden_states=states, router_losses=losses, certainty=certain)
         if targets is not None:
             nll = projected_nll(x, self._project, self.vocab_rows, targets)
             return Prediction(nll=nll, hidden_states=states, router_losses=losses)
@@ -247,6 +284,13 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         if not sparse:
             raise ValueError("router_losses was asked of a model without sparse layers")
         return router_losses(sparse, embedded.shape[0], mask)
+
+
+class LLaDABlocksModelLM(LLaDAModelLM):
+    """The dense network, trained to attend by blocks: as `LLaDAModelLM.by_blocks` makes it, or from nothing."""
+
+    kind = "llada_blocks"
+    config_class = LLaDABlocksConfig
 
 
 class LLaDAMoEModelLM(LLaDAModelLM):

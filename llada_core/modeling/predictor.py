@@ -153,6 +153,29 @@ def projected_nll(x_PD: Tensor, head: Projection, vocab_rows: int, targets_P: Te
     return torch.cat([checkpoint(_nll, x, head, t, use_reentrant=False) for x, t in chunks])
 
 
+class Certainty(NamedTuple):
+    """Of each of P predictions: the entropy of its distribution, (P,) fp32, and whether its best token is the target."""
+
+    entropy: Tensor
+    right: Tensor
+
+
+def projected_certainty(x_PD: Tensor, head: Projection, vocab_rows: int, targets_P: Tensor) -> tuple[Tensor, Certainty]:
+    """As `projected_nll`, and how certain the predictions are; in smaller chunks, since more tables are kept of each."""
+    rows = max(1, CHUNK_ELEMENTS // (4 * vocab_rows))
+    chunks = [(x_PD, targets_P)] if len(x_PD) <= rows else zip(x_PD.split(rows), targets_P.split(rows), strict=True)
+    parts = [checkpoint(_certain, x, head, targets, use_reentrant=False) for x, targets in chunks]
+    nll, entropy, right = (torch.cat(part) for part in zip(*parts, strict=True))
+    return nll, Certainty(entropy, right)
+
+
+def _certain(x_PD: Tensor, head: Projection, targets_P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    log_p = head(x_PD).float().log_softmax(-1)
+    targets_P = targets_P.to(log_p.device)
+    nll = -log_p.gather(-1, targets_P[:, None])[:, 0]
+    return nll, -(log_p.exp() * log_p).sum(-1), log_p.argmax(-1) == targets_P
+
+
 class RouterLosses(NamedTuple):
     """Mean over sparse layers of the balance loss per row (B,), 1 when even, and of the z-loss per token (B, W)."""
 
@@ -164,13 +187,14 @@ class RouterLosses(NamedTuple):
 class Prediction(ModelOutput):
     """Result of one forward pass; `logits` are (B, W, V), or (P, V) where positions were asked for.
 
-    With `targets`, `nll` (P,) fp32 is given instead of logits.
+    With `targets`, `nll` (P,) fp32 is given instead of logits, and with `certainty` how certain each prediction is.
     """
 
     logits: Tensor | None = None
     nll: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     router_losses: RouterLosses | None = None
+    certainty: Certainty | None = None
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -188,7 +212,7 @@ class MaskPredictor(nn.Module):
     """Tokens with masks in, logits at every asked-for position out; bidirectional or by blocks, no time input.
 
     `forward(input_ids, attention_mask=None, *, positions=None, targets=None, inputs_embeds=None, cache=None,
-    slots=None, block_causal=None, output_hidden_states=False, router_losses=False) -> Prediction`
+    slots=None, block_causal=None, output_hidden_states=False, router_losses=False, certainty=False) -> Prediction`
     """
 
     kind: str = ""  # its family's; a model of somebody's own that is in no table has none
@@ -232,6 +256,15 @@ class MaskPredictor(nn.Module):
     def block_length(self) -> int | None:
         """Of the blocks by which it was trained to attend (`attention.BlockCausal`); None: each token sees all others."""
         return self.family.block_length if self.kind in FAMILIES else None
+
+    def by_blocks(self, length: int) -> "MaskPredictor":
+        """This model as one that attends by blocks of `length` and says so in its config.json, with the same weights.
+
+        It is changed where its family attends by blocks; `ValueError` where no family that does has its network.
+        """
+        raise ValueError(
+            f"a model of kind {self.kind} cannot attend by blocks; LLaDA 8B's layout becomes one that does, LLaDA2 is one"
+        )
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -317,6 +350,7 @@ def feed_from_cpu(model: MaskPredictor, device: torch.device) -> None:
             router_losses=None
             if found.router_losses is None
             else RouterLosses(*(x.cpu() for x in found.router_losses)),
+            certainty=None if found.certainty is None else Certainty(*(x.cpu() for x in found.certainty)),
         )
 
     model.register_forward_pre_hook(enter, with_kwargs=True)

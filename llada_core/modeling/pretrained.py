@@ -1,5 +1,6 @@
 """A model read strictly from a folder or a Hub name, made from nothing, or written: all of it or nothing."""
 
+import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -232,5 +233,14 @@ def save_model(
     """
     with written_whole(Path(folder)) as staging:
         model.network.save_pretrained(staging, max_shard_size=max_shard_size, state_dict=weights)
+        if weights:
+            _name_dtype(staging / "config.json", next(iter(weights.values())).dtype)
         if tokenizer is not None:
             tokenizer.save(staging)
+
+
+def _name_dtype(file: Path, dtype: torch.dtype) -> None:
+    """A config.json that names a dtype names that of the stored weights; transformers writes that of the model at hand."""
+    config = document(file)
+    named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in config}
+    file.write_text(json.dumps(config | named, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -141,6 +141,27 @@ def tied_table_last(model: MaskPredictor) -> Iterator[None]:
         del model.get_input_embeddings
 
 
+@contextmanager
+def buffers_apart(model: nn.Module) -> Iterator[None]:
+    """While a model is prepared: accelerate takes what FSDP stores for shards, and buffers, such as a router's bias, are none.
+
+    So they pass for what is not stored, which it keeps on every rank, and are stored again afterwards.
+    """
+    kept = [
+        (module, name)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+    for module, name in kept:
+        module._non_persistent_buffers_set.add(name)
+    try:
+        yield
+    finally:
+        for module, name in kept:
+            module._non_persistent_buffers_set.discard(name)
+
+
 def same_precision(model: nn.Module, params: TrainingParams, engine: Accelerator) -> None:
     """Let a prepared model compute under autocast however its ranks share the work; accelerate leaves FSDP2 without.
 

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from llada_core.data.batches import Batch
 from llada_core.modeling import MaskPredictor
+from llada_core.modeling.attention import BlockCausal
 from llada_core.modeling.predictor import Prediction
 from llada_core.training.engine import optimiser_for, precision_policy
 from llada_core.training.grpo import GRPO, PolicyData
@@ -132,7 +133,7 @@ class _Pretended(nn.Module):
         """Stays: pretended weights lie nowhere, and torch cannot exchange them in place."""
         return self
 
-    def __call__(  # not forward, whose hooks the tracker would follow
+    def __call__(  # noqa: PLR0913 - as the model; not forward, whose hooks the tracker would follow
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -140,8 +141,12 @@ class _Pretended(nn.Module):
         positions: Tensor | None = None,
         targets: Tensor | None = None,
         router_losses: bool = False,
+        block_causal: BlockCausal | None = None,
+        certainty: bool = False,
     ) -> Any:
         """As the model's; no mask, since rows of full length have no padding.
+
+        By blocks a GPU's FlexAttention keeps what its plain attention keeps of rows as wide; a CPU's way keeps more.
 
         A reference is not run: without gradients it holds less than the policy, before which it has gone.
         """
@@ -150,7 +155,9 @@ class _Pretended(nn.Module):
             return Prediction(nll=self._pretence.mode.from_tensor(torch.zeros(len(targets))))
         given = [None if x is None else self._pretence.mode.from_tensor(x) for x in (input_ids, positions, targets)]
         with self._pretence.shapes_only(), torch.autocast("cpu", torch.bfloat16, enabled=self._low):
-            return self.model(given[0], None, positions=given[1], targets=given[2], router_losses=router_losses)
+            return self.model(
+                given[0], None, positions=given[1], targets=given[2], router_losses=router_losses, certainty=certainty
+            )
 
 
 def _give_shapes(model: nn.Module) -> None:
@@ -207,7 +214,8 @@ def _loss(objective: Any, model: nn.Module, rows: int, length: int) -> Loss:
         return objective.loss(model, PairBatch(tokens, answers, tokens + 1, torch.arange(pairs), 0))
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), None, None, torch.arange(rows))
-    return objective.noisy_loss(model, batch, torch.ones(rows), torch.zeros(rows, length))
+    shortest = objective.blocks.shortest(objective.block_length)
+    return objective.loss(model, objective.hide(batch, torch.ones(rows), torch.zeros(rows, length), shortest))
 
 
 def _shard(model: MaskPredictor, params: TrainingParams, ranks: int) -> None:

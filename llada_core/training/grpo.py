@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llada_core.data.batches import Order
 from llada_core.diffusion import Noise
 from llada_core.modeling import MaskPredictor
+from llada_core.modeling.predictor import require_bidirectional
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.engine import Ranks
 from llada_core.training.objectives import Loss, StepWork, filled, stored_rows
@@ -320,6 +321,7 @@ def _by_row(values: Tensor, samples: int) -> Tensor:
 
 def objective(params: GRPOParams, model: MaskPredictor, tokenizer: Tokenizer, data: Path, *, seed: int) -> GRPO:
     """That of a stage on the prompts in `data`/train and validation; raises ValueError without any."""
+    require_bidirectional(model, "GRPO")
     train, validation = filled(stored_rows(data / "train")), stored_rows(data / "validation")
     reward = reward_named(params.reward, params.reward_weights)
     return GRPO(model, PolicyData(train, validation, tokenizer, reward), params, seed=seed)

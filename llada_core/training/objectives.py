@@ -14,11 +14,11 @@ from datasets import Dataset, load_from_disk
 from torch import Tensor, nn
 
 from llada_core.data.batches import Batch, Order, RowBatches
-from llada_core.diffusion import MaskedLoss, Noise, alpha, corrupt, loss_weight, masked_nll
+from llada_core.diffusion import MaskedLoss, Noise, alpha, fed_copies, hidden_at, loss_weight, masked_nll
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.engine import Ranks
-from llada_core.training.params import PretrainParams, SFTParams, TrainingParams
+from llada_core.training.params import BlockParams, PretrainParams, SFTParams, TrainingParams
 
 BUCKETS = 10
 _VALIDATION_STEP = -1
@@ -71,11 +71,18 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class NoisyBatch:
-    """A batch with the step its noise belongs to."""
+class Hidden:
+    """Rows and which of their tokens are hidden, (B, L) bool, at times (B,); in blocks of what length they are seen."""
 
-    batch: Batch
-    step: int
+    rows: Batch
+    masked: Tensor
+    times: Tensor
+    block_length: int | None
+
+    @property
+    def fed(self) -> int:
+        """Positions that go through a forward."""
+        return self.masked.numel() * fed_copies(self.block_length, self.masked.shape[1])
 
 
 class DiffusionObjective(Objective):
@@ -92,7 +99,12 @@ class DiffusionObjective(Objective):
     ) -> None:
         self.train, self.validation, self.params, self.seed = train, validation, params, seed
         self.mask_id = model.special_tokens.mask_id
-        self.routed = any("experts" in name for name, _ in model.named_parameters())
+        self.blocks = BlockParams() if params.blocks is None else params.blocks
+        self.block_length = self.blocks.length or model.block_length  # at the end; None: everybody sees everybody
+        self.complementary = isinstance(params, SFTParams) and params.complementary
+        self.confidence = params.confidence if isinstance(params, SFTParams) else 0.0
+        weighs = params.router_balance > 0 or params.router_z > 0
+        self.routed = weighs and any("experts" in name for name, _ in model.named_parameters())
 
     def steps_per_epoch(self) -> int:
         return self.train.order.batches_per_epoch
@@ -100,27 +112,51 @@ class DiffusionObjective(Objective):
     def work(self, model: nn.Module, step: int, rank: int, ranks: int) -> StepWork:
         micros = self.params.share(ranks)
         batches = [
-            NoisyBatch(self.train.batch(step, part=rank * micros + i, parts=ranks * micros), step)
+            self._hidden(self.train.batch(step, part=rank * micros + i, parts=ranks * micros), step)
             for i in range(micros)
         ]
-        counts = [self.count(item.batch) for item in batches]
-        return StepWork(batches, counts, sum(item.batch.tokens.numel() for item in batches))
+        return StepWork(batches, [self.count(hidden) for hidden in batches], sum(hidden.fed for hidden in batches))
 
-    def count(self, batch: Batch) -> float:
-        """What a batch adds to the divisor: its scored tokens, or its rows."""
-        return float(batch.maskable.sum()) if self.params.normalise == "token" else float(len(batch.tokens))
-
-    def loss(self, model: nn.Module, batch: NoisyBatch) -> Loss:
-        rows, step = batch.batch, batch.step
+    def _hidden(self, rows: Batch, step: int) -> Hidden:
         noise = Noise(self.seed, step, rows.numbers, self.params.batch_size)
-        return self.noisy_loss(model, rows, noise.times(self.params.noise), noise.uniforms(rows.tokens.shape[1]))
+        length = None if self.block_length is None else self.blocks.at(step, self.block_length)
+        return self.hide(rows, noise.times(self.params.noise), noise.uniforms(rows.tokens.shape[1]), length)
+
+    def hide(self, rows: Batch, t: Tensor, uniforms: Tensor, block_length: int | None) -> Hidden:
+        """Rows and what is hidden of them at times (B,) by uniforms (B, L); of a complementary pair, all rows twice."""
+        masked = hidden_at(1 - alpha(t, self.params.noise.schedule), uniforms, rows.maskable)
+        if not self.complementary:
+            return Hidden(rows, masked, t, block_length)
+        twice = {name: torch.cat([x, x]) for name, x in vars(rows).items() if x is not None}
+        both, times = torch.cat([masked, rows.maskable & ~masked]), torch.cat([t, 1 - t])
+        return Hidden(replace(rows, **twice), both, times, block_length)
+
+    def count(self, hidden: Hidden) -> float:
+        """What a batch adds to the divisor: its scored or its hidden tokens, or its rows."""
+        rows, by = hidden.rows, self.params.normalise
+        if by in ("token", "masked"):
+            return float((rows.maskable if by == "token" else hidden.masked).sum())
+        return float(len(rows.tokens))
 
     def noisy_loss(self, model: nn.Module, rows: Batch, t: Tensor, uniforms: Tensor) -> Loss:
-        """The sum for given times (B,) and uniforms (B, L)."""
-        params = self.params
-        noisy, masked = corrupt(rows.tokens, rows.maskable, 1 - alpha(t, params.noise.schedule), self.mask_id, uniforms)
+        """The loss for given times (B,) and uniforms (B, L), with the blocks of the finished model."""
+        return self.loss(model, self.hide(rows, t, uniforms, self.block_length))
+
+    def loss(self, model: nn.Module, batch: Hidden) -> Loss:
+        params, rows, masked, t = self.params, batch.rows, batch.masked, batch.times
+        noisy = torch.where(masked, self.mask_id, rows.tokens)
+        by_blocks = fed_copies(batch.block_length, noisy.shape[1]) > 1
         result = masked_nll(
-            model, noisy, rows.tokens, masked, visible(rows), right_shift=params.right_shift, router_losses=self.routed
+            model,
+            noisy,
+            rows.tokens,
+            masked,
+            visible(rows, numbered=by_blocks),
+            right_shift=params.right_shift,
+            router_losses=self.routed,
+            block_length=batch.block_length,
+            documents=by_blocks and rows.document_ids is not None,
+            certainty=self.confidence > 0,
         )
         # Not blocking: these copies would wait for the whole forward pass that was queued before them.
         device = result.nll.device
@@ -129,20 +165,34 @@ class DiffusionObjective(Objective):
         t = t.to(device, non_blocking=True)
         bound = result.per_row(len(t)) * weight
         total = (bound / lengths.clamp(min=1)).sum() if params.normalise == "sequence" else bound.sum()
-        parts = {"loss": sum_and_count(total.detach(), self.count(rows)), **bound_parts(bound.detach(), t, lengths)}
-        return Loss(total, parts, self._router(result, rows, parts))
+        parts = {"loss": sum_and_count(total.detach(), self.count(batch)), **bound_parts(bound.detach(), t, lengths)}
+        extra = [self._router(result, rows, parts), self._confidence(result, rows, parts)]
+        given = [term for term in extra if term is not None]
+        return Loss(total, parts, sum(given[1:], given[0]) if given else None)
+
+    def _confidence(self, result: MaskedLoss, rows: Batch, parts: dict[str, Tensor]) -> Tensor | None:
+        """The mean entropy of right predictions, of each micro-batch for itself: how many there are no one knows before."""
+        if result.certainty is None:
+            return None
+        entropy, right = result.certainty
+        total, count = torch.where(right, entropy, 0.0).sum(), right.sum()
+        parts["confidence"] = torch.stack([total.detach(), count.to(total.dtype)])
+        share = len(rows.tokens) / (self.params.batch_size * (1 + self.complementary))
+        return self.confidence * share * total / count.clamp(min=1)
 
     def _router(self, result: MaskedLoss, rows: Batch, parts: dict[str, Tensor]) -> Tensor | None:
         """Balance and z-loss as means over the step's rows: both add up over micro-batches and ranks."""
         if result.router_losses is None:
             return None
         balance, z_tokens = result.router_losses
+        copies = z_tokens.shape[1] // rows.tokens.shape[1]
         seen = rows.tokens.shape[1] if rows.attention_mask is None else rows.attention_mask.sum(1)
         if isinstance(seen, Tensor):
             seen = seen.to(z_tokens.device, non_blocking=True)
-        z = z_tokens.sum(1) / seen
+        z = z_tokens.sum(1) / (copies * seen)
         parts["router_balance"], parts["router_z"] = (sum_and_count(x.sum().detach(), len(x)) for x in (balance, z))
-        return (self.params.router_balance * balance + self.params.router_z * z).sum() / self.params.batch_size
+        step = self.params.batch_size * (1 + self.complementary)
+        return (self.params.router_balance * balance + self.params.router_z * z).sum() / step
 
     def validate(self, model: nn.Module, rank: int, ranks: int) -> dict[str, Tensor]:
         """The bound per token on held-out rows, at the same times and masks at every call; in micro-batches, as in training.
@@ -173,10 +223,13 @@ def _in_parts(rows: Batch, size: int | None) -> Iterator[Batch]:
         yield replace(rows, **{name: x[part] for name, x in vars(rows).items() if x is not None})
 
 
-def visible(rows: Batch) -> Tensor | None:
-    """The attention mask of a batch: (B, L), or (B, L, L) when documents must not see each other."""
+def visible(rows: Batch, *, numbered: bool = False) -> Tensor | None:
+    """The attention mask of a batch: (B, L), or where documents must not see each other (B, L, L) or their numbers (B, L)."""
     if rows.document_ids is None:
         return rows.attention_mask
+    if numbered:
+        numbers = rows.document_ids + 1
+        return numbers if rows.attention_mask is None else numbers * rows.attention_mask
     same = rows.document_ids[:, :, None] == rows.document_ids[:, None, :]
     return same if rows.attention_mask is None else same & rows.attention_mask[:, None, :].bool()
 
@@ -199,13 +252,7 @@ def objective(
 ) -> DiffusionObjective:
     """That of pretraining and fine-tuning on the rows in `data`/train and validation; raises ValueError for unfit ones."""
     train, held_out = (
-        _batches(
-            _fitting(_shown(data / part, params), model),
-            params,
-            model.special_tokens.eos_id,
-            seed=seed,
-            held_out=part != "train",
-        )
+        _batches(_fitting(_shown(data / part, params), model), params, model, seed=seed, held_out=part != "train")
         for part in ("train", "validation")
     )
     assert train is not None
@@ -250,7 +297,9 @@ def _lengths(table: Dataset) -> Any:
     return table.data["input_ids"].combine_chunks().value_lengths().to_numpy()
 
 
-def _batches(table: Dataset, params: TrainingParams, eos_id: int, *, seed: int, held_out: bool) -> RowBatches | None:
+def _batches(
+    table: Dataset, params: TrainingParams, model: MaskPredictor, *, seed: int, held_out: bool
+) -> RowBatches | None:
     table = table.select(range(min(len(table), params.validation_rows))) if held_out else filled(table)
     if not len(table):
         return None
@@ -259,6 +308,9 @@ def _batches(table: Dataset, params: TrainingParams, eos_id: int, *, seed: int, 
     if held_out:
         size = max(min(size, len(table)) // ranks, 1) * ranks
     order = Order(len(table), size, seed=seed, lengths=lengths)
+    eos_id, block_length = model.special_tokens.eos_id, model.block_length
     padding = params.eos_padding if isinstance(params, SFTParams) else "none"
+    if padding == "block" and block_length is None:
+        raise ValueError("eos_padding block fills the last block of a row, and this model has none: set blocks.length")
     cut = params.random_length_ratio if isinstance(params, PretrainParams) and not held_out else 0.0
-    return RowBatches(table, order, eos_id=eos_id, padding=padding, random_length=cut)
+    return RowBatches(table, order, eos_id=eos_id, padding=padding, random_length=cut, block_length=block_length or 1)

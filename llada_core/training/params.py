@@ -21,6 +21,36 @@ class Phase(Block):
     end: float = Field(ge=0)
 
 
+class BlockPhase(Block):
+    """So many steps with blocks of so many tokens."""
+
+    steps: int = Field(ge=1)
+    length: int = Field(ge=1)
+
+
+class BlockParams(Block):
+    """Attention by blocks (BD3-LM, arXiv:2503.09573; LLaDA2.0, arXiv:2512.15745): a noisy block sees clean ones before it.
+
+    Rows are fed twice, noisy and clean, but where a block is as long as its row: that is plain masked diffusion.
+    """
+
+    length: int | None = Field(default=None, ge=1)  # of the trained model; None: as it is
+    # What comes before, in order: lengths that grow from 1 and shrink again are warm-up, stable, decay (LLaDA2.0).
+    phases: tuple[BlockPhase, ...] = ()
+
+    def at(self, step: int, last: int) -> int:
+        """The block length of a step, from 0; `last` once the phases are over."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase.length
+            step -= phase.steps
+        return last
+
+    def shortest(self, last: int | None) -> int | None:
+        """The shortest block of all steps, `last` being the last one: which costs most, since rows have a clean copy."""
+        return None if last is None else min([last, *(phase.length for phase in self.phases)])
+
+
 class DistributionParams(Block):
     """How ranks share the work; what is asked for here is asserted at start."""
 
@@ -78,7 +108,8 @@ class TrainingParams(Block):
     # that were trained elsewhere and are trained on on a GPU, else fp32.
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     noise: NoiseParams = NoiseParams()
-    normalise: Literal["token", "sequence", "batch"] = "token"
+    normalise: Literal["token", "sequence", "batch", "masked"] = "token"  # masked: by the tokens that are hidden
+    blocks: BlockParams | None = Field(default=None, exclude_if=lambda value: value is None)
     right_shift: bool = False  # logits at i-1 predict token i (models converted from autoregressive ones)
     router_balance: float = Field(default=0.01, ge=0)  # mixture of experts: load balance, router z-loss
     router_z: float = Field(default=0.001, ge=0)
@@ -126,6 +157,12 @@ class TrainingParams(Block):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
         return self
 
+    @model_validator(mode="after")
+    def _blocks_are_learnt_from_text(self) -> Self:
+        if self.blocks is not None and not isinstance(self, PretrainParams | SFTParams):
+            raise ValueError("blocks are a setting of pretraining and fine-tuning; here they are those of init_from")
+        return self
+
     def settled(self, *, gpu: bool, published: bool) -> Self:
         """With the precision that `auto` stands for on this machine and for weights that were `published` elsewhere."""
         if self.precision != "auto":
@@ -155,11 +192,26 @@ class SFTParams(TrainingParams):
     """Supervised fine-tuning: prompts are never noised; the loss is per answer length, as in LLaDA's guideline."""
 
     ROWS = "sft"
-    normalise: Literal["token", "sequence", "batch"] = "sequence"
+    normalise: Literal["token", "sequence", "batch", "masked"] = "sequence"
+    # Each row also with what was hidden shown and what was shown hidden: every scored token is trained on once
+    # (LLaDA2.0). A forward then has twice as many rows.
+    complementary: bool = Field(default=False, exclude_if=lambda value: not value)
+    # Weight of the mean entropy where a hidden token is predicted right, which trains a model to be sure of several at once
+    # (dParallel, arXiv:2509.26488; LLaDA2.0-CAP). Published: 2.
+    confidence: float = Field(default=0.0, ge=0, exclude_if=lambda value: value == 0)
     # EOS behind the answer that is a visible target, up to the longest row of the batch; n: that many. micro_batch: to
-    # the longest row of a micro-batch, as dllm, so that the loss depends on ranks and on micro_batch_size.
-    eos_padding: Literal["longest", "micro_batch", "none"] | int = "longest"
+    # the longest row of a micro-batch, as dllm, so that the loss depends on ranks and on micro_batch_size. block: to the
+    # end of the row's last block, as LLaDA2.0: a sampler writes whole blocks.
+    eos_padding: Literal["longest", "micro_batch", "none", "block"] | int = "longest"
     group_by_length: bool = True  # batches of rows of similar length, which wastes less on padding
+
+    @model_validator(mode="after")
+    def _complementary_in_time(self) -> Self:
+        if self.complementary and self.noise.schedule != "linear":
+            raise ValueError(
+                "complementary hides at time 1 - t what t left, which is linear: set noise.schedule: linear"
+            )
+        return self
 
     @model_validator(mode="after")
     def _padded_by_what_is_said(self) -> Self:

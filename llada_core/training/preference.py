@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llada_core.data.batches import Order
-from llada_core.diffusion import Noise, alpha, corrupt, loss_weight, masked_nll
+from llada_core.diffusion import Noise, alpha, at_time, corrupt, fed_copies, loss_weight, masked_nll
 from llada_core.modeling import MaskPredictor
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.objectives import Loss, Objective, StepWork, filled, stored_rows
@@ -68,6 +68,7 @@ class Preference(Objective):
         self, model: MaskPredictor, train: PairTable, validation: PairTable, params: PreferenceParams, *, seed: int
     ) -> None:
         self.special, self.params, self.seed = model.special_tokens, params, seed
+        self.block_length = model.block_length
         self.train, self.validation = train, validation
         self.reference = Reference(model, params)
         self.order = Order(len(train), params.batch_size, seed=seed)
@@ -85,7 +86,8 @@ class Preference(Objective):
             batches.append(
                 pairs_of(self.train, rows[start : start + size].tolist(), numbers, self.special.eos_id, step)
             )
-        tokens = self.params.mask_samples * sum(batch.tokens.numel() for batch in batches)
+        fed = [batch.tokens.numel() * fed_copies(self.block_length, batch.tokens.shape[1]) for batch in batches]
+        tokens = self.params.mask_samples * sum(fed)
         return StepWork(batches, [float(size)] * micros, tokens, inference_tokens=tokens)
 
     def loss(self, model: nn.Module, batch: PairBatch) -> Loss:
@@ -112,13 +114,14 @@ class Preference(Objective):
         offset = Noise(self.seed, batch.step, keys, 1).uniforms(1, stream)[:, 0]
         # One uniform a row, and its samples spaced evenly behind it: each time alone is uniform, so the mean stays unbiased,
         # and together they cannot crowd at one end. Times begin at epsilon because the weight grows as 1 / t.
-        t = params.noise.epsilon + (1 - params.noise.epsilon) * ((offset + copies / samples) % 1.0)
+        t = at_time((offset + copies / samples) % 1.0, params.noise)
         noise = Noise(self.seed, batch.step, keys * samples + copies, 1)
         tokens, answer = batch.tokens.repeat(samples, 1), batch.answer.repeat(samples, 1)
         hidden = 1 - alpha(t, params.noise.schedule)
         uniforms = noise.uniforms(tokens.shape[1], stream + 1)
         noisy, masked = corrupt(tokens, answer, hidden, self.special.mask_id, uniforms)
-        nll = masked_nll(model, noisy, tokens, masked, batch.attention.repeat(samples, 1)).per_row(len(t))
+        attention = batch.attention.repeat(samples, 1)
+        nll = masked_nll(model, noisy, tokens, masked, attention, block_length=self.block_length).per_row(len(t))
         weight = loss_weight(t, params.noise).to(nll.device, non_blocking=True)
         # Averaged before the sigmoid, which is not linear: how far the loss is off in the mean, and how noisy it is, is
         # bounded by the variance of this mean (VRPO), hence the samples and their spacing.

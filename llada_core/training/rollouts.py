@@ -327,9 +327,13 @@ def write_samples(
     lines = []
     for specimen in specimens:
         length = min(max(len(specimen.expected), 1), 64)
-        params = settings or SamplingParams(
-            max_new_tokens=length, block_length=length, steps=min(length, 32), schedule="linear"
+        block = model.block_length
+        usual = (
+            SamplingParams(max_new_tokens=length, block_length=length, steps=min(length, 32), schedule="linear")
+            if block is None
+            else SamplingParams(length, block, block, sampler="llada2.0", threshold=0.95, cache="prefix")
         )
+        params = settings or usual
         answer = generate(model, [specimen.prompt], params).answers[0].tolist()
         texts = {"prompt": specimen.prompt, "answer": answer, "expected": specimen.expected}
         lines.append({name: tokenizer.decode(ids, skip_special=False) for name, ids in texts.items()})

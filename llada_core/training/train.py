@@ -15,10 +15,16 @@ from torch.distributed.tensor import DTensor
 
 from llada_core.modeling import MaskPredictor, merge_adapter, save_model
 from llada_core.modeling.adapters import add_lora, save_adapter
-from llada_core.modeling.predictor import require_bidirectional
 from llada_core.settings import function_at
 from llada_core.tokenizer import Tokenizer
-from llada_core.training.engine import Ranks, accelerator_for, optimiser_for, same_precision, tied_table_last
+from llada_core.training.engine import (
+    Ranks,
+    accelerator_for,
+    buffers_apart,
+    optimiser_for,
+    same_precision,
+    tied_table_last,
+)
 from llada_core.training.loop import Loop, TrainingState
 from llada_core.training.objectives import Objective, stored_rows
 from llada_core.training.params import GRPOParams, TrainingParams
@@ -39,6 +45,20 @@ class RunPaths:
         """Raises ValueError where an adapter could not be loaded again after training."""
         if self.export is not None and params.lora is not None and not params.lora.merge and not self.base:
             raise ValueError("an adapter alone is exported (lora.merge: false): say whose it is, Place(base=...)")
+
+
+def by_blocks(model: MaskPredictor, params: TrainingParams) -> MaskPredictor:
+    """The model that attends by the blocks that are asked for; ValueError where there is none, or nobody says how long."""
+    if params.blocks is None:
+        return model
+    if params.blocks.length is None and model.block_length is None:
+        raise ValueError(f"a model of kind {model.kind} has no blocks yet: say how long they shall be, blocks.length")
+    made = model if params.blocks.length is None else model.by_blocks(params.blocks.length)
+    if made is not model and params.lora is not None and not params.lora.merge:
+        raise ValueError(
+            "an adapter alone would be put on a model that does not attend by blocks: set lora.merge: true"
+        )
+    return made
 
 
 def prepare_weights(model: MaskPredictor, params: TrainingParams) -> None:
@@ -128,7 +148,9 @@ def whole_weights(
         with _gathered(tensor):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if ranks.first:
-                kind = dtype if dtype is not None and whole.is_floating_point() else whole.dtype
+                # A buffer, such as a router's bias, is not trained and stays as it came.
+                rounded = dtype is not None and isinstance(tensor, nn.Parameter) and whole.is_floating_point()
+                kind = dtype if rounded else whole.dtype
                 weights[name] = whole.detach().to("cpu", kind, copy=_split_by_zero(tensor))
     return weights
 
@@ -174,6 +196,7 @@ def train(
     `DivergedError` when the loss cannot be saved, OSError when the last checkpoint or the export cannot be written.
     """
     place.check(params)
+    model = by_blocks(model, params)
     place.run.mkdir(parents=True, exist_ok=True)
     cpu = not torch.cuda.is_available()
     params = params.settled(gpu=not cpu, published=params.init_from is not None)
@@ -185,7 +208,7 @@ def train(
     metrics = MetricsFile(place.run / "metrics.jsonl", ranks, follow)
     objective = objective_for(params, model, tokenizer, place.data, seed=seed)
     _speed(params, model)
-    with tied_table_last(model):
+    with tied_table_last(model), buffers_apart(model):
         prepared, optimiser = engine.prepare(model, optimiser_for(model, params))
     same_precision(prepared, params, engine)
     parts = TrainingState(engine, prepared, optimiser, objective, parameters, fingerprint_of(params, place.data, seed))
@@ -239,7 +262,6 @@ def objective_for(
     params: TrainingParams, model: MaskPredictor, tokenizer: Tokenizer, data: Path, *, seed: int
 ) -> Objective:
     """What a stage with these settings minimises, on the prepared data in `data`; raises `ConfigError` for a wrong path."""
-    require_bidirectional(model, "training")
     make = function_at(params.OBJECTIVE, "objective")
     objective: Objective = make(params, model, tokenizer, data / params.ROWS, seed=seed)
     return objective

@@ -14,7 +14,18 @@ from llada_core.settings import ConfigError
 from llada_core.training.params import GRPOParams, PreferenceParams, TrainingParams
 from tasks.folders import write_json
 from tasks.launch.launcher import launcher_for
-from tasks.launch.plan_memory import GIB, HERE, Asked, estimate, machine_memory, memory_of, peak_of, room, shape_of
+from tasks.launch.plan_memory import (
+    GIB,
+    HERE,
+    Asked,
+    copies_of,
+    estimate,
+    machine_memory,
+    memory_of,
+    peak_of,
+    room,
+    shape_of,
+)
 from tasks.project import Params, Project, visible_gpus
 from tasks.record.runs import RunFolder
 
@@ -55,12 +66,13 @@ def need(params: Params, stage: str, ranks: int, per_node: int = 1) -> Need:
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
     rows, length, inference = work_of(params, stage)
+    copies = copies_of(model, block, length)
     steps = steps_of(params, stage)
     flops = block.max_flops
     if block.flops_of is not None:
         flops = need(params, block.flops_of, ranks, per_node).flops
     elif steps is not None:
-        flops = steps * training_flops(active, rows * length, inference)
+        flops = steps * training_flops(active, copies * rows * length, copies * inference)
     memory, measured = memory_of(asked_of(params, stage, ranks))
     moments = trained * (4 if block.optimiser == "muon" else 8)
     best = isinstance(block, GRPOParams) and block.keep_best

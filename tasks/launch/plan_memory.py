@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_core.settings import ConfigError, nearest
-from llada_core.training.params import GRPOParams, PreferenceParams, PretrainParams, TrainingParams
+from llada_core.training.params import (
+    BlockParams,
+    GRPOParams,
+    PreferenceParams,
+    PretrainParams,
+    SFTParams,
+    TrainingParams,
+)
 from tasks.project import Params
 from tasks.stages import TRAINING_STAGES
 
@@ -49,7 +56,7 @@ def estimate(asked: Asked) -> float:
     """The same by formula and at once, to see which of several settings are worth measuring."""
     model, stored = trained_shape(asked.params, asked.stage)
     block = asked.params.settled(asked.stage, gpu=True)
-    return sum(counted(model, block, asked.ranks, asked.rows * asked.length, stored).values())
+    return sum(counted(model, block, asked.ranks, _fed(asked, model, block), stored).values())
 
 
 def memory_of(asked: Asked) -> tuple[dict[str, float], bool]:
@@ -57,8 +64,21 @@ def memory_of(asked: Asked) -> tuple[dict[str, float], bool]:
     block = asked.params.settled(asked.stage, gpu=True)
     if block.distribution.kind in ("zero2", "zero3") or (block.lora is not None and block.lora.four_bit):
         model, stored = trained_shape(asked.params, asked.stage)
-        return counted(model, block, asked.ranks, asked.rows * asked.length, stored), False
+        return counted(model, block, asked.ranks, _fed(asked, model, block), stored), False
     return dict(_measured(asked)), True
+
+
+def copies_of(model: "MaskPredictor", block: TrainingParams, length: int) -> int:
+    """How often each row goes through a forward, at most: also clean where it attends by blocks, also inverted."""
+    from llada_core.diffusion import fed_copies
+
+    blocks = block.blocks or BlockParams()
+    shortest = blocks.shortest(blocks.length or model.block_length)
+    return fed_copies(shortest, length) * (1 + (isinstance(block, SFTParams) and block.complementary))
+
+
+def _fed(asked: Asked, model: "MaskPredictor", block: TrainingParams) -> int:
+    return asked.rows * asked.length * copies_of(model, block, asked.length)
 
 
 @lru_cache(maxsize=64)
@@ -94,7 +114,10 @@ def _measured(asked: Asked) -> dict[str, float]:
         memory |= {"reference": 4.0 * (trained + frozen), "weights": memory["weights"] - 4.0 * (trained + frozen)}
     if ranks > 1 and block.distribution.kind in ("auto", "ddp"):
         memory["buckets (formula)"] = 4.0 * trained
-    if isinstance(block, PretrainParams) and block.document_mask:  # as bools, in fp32 and in what attention takes
+    by_blocks = copies_of(model, block, asked.length) > 1  # where documents are told by their numbers
+    if (
+        isinstance(block, PretrainParams) and block.document_mask and not by_blocks
+    ):  # as bools, in fp32 and in what attention takes
         memory["document mask (formula)"] = 7.0 * asked.rows * asked.length**2
     return memory
 
@@ -185,7 +208,7 @@ def shape_of(params: Params, stage: str) -> tuple["MaskPredictor", int]:
 def _stored_config(source: str, stage: str) -> Any:
     from transformers import AutoConfig
 
-    import llada_core.modeling.architecture  # noqa: F401 - so that AutoConfig knows ours
+    import llada_core.modeling.configuration  # noqa: F401 - so that AutoConfig knows ours
 
     try:
         return AutoConfig.from_pretrained(source)

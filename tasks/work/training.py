@@ -46,7 +46,8 @@ def train_stage(work: Work) -> float:
     if rank() == 0:
         try:
             _write_receipts(work, {"steps": receipt.steps, "tokens": receipt.tokens, "flops": receipt.flops})
-            if usage := learnt_usage(params, tokenizer, Path("data") / params.ROWS):
+            block_length = (params.blocks and params.blocks.length) or model.block_length
+            if usage := learnt_usage(params, tokenizer, Path("data") / params.ROWS, block_length):
                 usage.save(Path("models") / work.stage)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise StageError(
@@ -139,10 +140,13 @@ def _write_receipts(work: Work, spent: dict[str, Any]) -> None:
     draw_curves(lines, Path("reports/training") / f"{work.stage}.png")
 
 
-def learnt_usage(params: TrainingParams, tokenizer: "Tokenizer", data: Path) -> Usage | None:
+def learnt_usage(
+    params: TrainingParams, tokenizer: "Tokenizer", data: Path, block_length: int | None = None
+) -> Usage | None:
     """How a model that was trained on `data` is to be asked; None where it learnt no dialogues.
 
-    Reinforcement learning says how it sampled; else one block has room for the longest reply of the first `READ` rows.
+    Reinforcement learning says how it sampled; else one block has room for the longest reply of the first `READ` rows, or
+    blocks of `block_length` have, written by the sampler that the model had or by LLaDA2.0's.
     Turns are told by how often a row opens a reply. The system prompt is that of the model it starts from, as are its
     example questions where the data keep none.
     """
@@ -168,6 +172,12 @@ def learnt_usage(params: TrainingParams, tokenizer: "Tokenizer", data: Path) -> 
     room = min(max(replies), LONGEST_ANSWER)
     own = usage.sampling  # a sampler that its family has goes on with it, in the blocks that it learnt
     sampling = own.at_length(room) if own.sampler is not None else SamplingParams(room, room, room, stop_at_eos=True)
+    if block_length is not None and own.sampler is not None:
+        sampling = replace(sampling, block_length=block_length, steps=block_length)
+    elif block_length is not None:
+        sampling = SamplingParams(
+            room, block_length, block_length, sampler="llada2.0", threshold=0.95, cache="prefix", stop_at_eos=True
+        )
     return usage.model_copy(update={"sampling": sampling})
 
 

@@ -36,6 +36,11 @@ def ragged(length: int) -> Spans:
     return Spans.of(BlockCausal(length), 2 * length, CPU, padded(300), at, 300)
 
 
+def numbers(width: int) -> torch.Tensor:
+    """Documents of two rows: one after each other, and one that ends where a tile does."""
+    return torch.stack([1 + torch.arange(width) // 90, 1 + (torch.arange(width) >= TILE).long()])
+
+
 SPANS = {
     "by 1": Spans.of(BlockCausal(1), 40, CPU, None, None, None),
     "by 32": Spans.of(BlockCausal(32), 300, CPU, None, None, None),
@@ -43,6 +48,10 @@ SPANS = {
     "one block": Spans.of(BlockCausal(512), 300, CPU, None, None, None),
     "copies": Spans.of(BlockCausal(16, copies=True), 280, CPU, None, None, None),
     "copies, a last short block": Spans.of(BlockCausal(48, copies=True), 400, CPU, padded(400), None, None),
+    "documents": Spans.of(BlockCausal(24, documents=True), 300, CPU, numbers(300), None, None),
+    "copies of documents": Spans.of(
+        BlockCausal(16, copies=True, documents=True), 560, CPU, numbers(280).repeat(1, 2), None, None
+    ),
     "ragged": ragged(4),
     "ragged, wide": ragged(40),
     "positions of its own": Spans.of(BlockCausal(4), 9, CPU, None, (torch.arange(9) - 3).clamp(0).expand(2, -1), None),
@@ -58,7 +67,7 @@ def test_calls_by_block_equal_the_whole_table(case):
     assert table.any(-1).all()
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=table[:, None], enable_gqa=True)
     assert_close(spans.by_blocks(q, k, v), expected, atol=1e-5, rtol=1e-5)
-    if case in ("by 32", "copies"):  # each takes FlexAttention seconds of tracing
+    if case in ("by 32", "copies", "copies of documents"):  # each takes FlexAttention seconds of tracing
         assert_close(spans.by_tiles(q, k, v), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -143,6 +152,7 @@ def test_no_table_of_32k_by_32k_is_made_by_a_forward_or_for_the_tiles():
     [
         (lambda: BlockCausal(0), 8, None, "block length 0 is not 1 or more"),
         (lambda: BlockCausal(4), 8, torch.ones(1, 8, 8), r"takes a mask \(B, T\), not one of 3 dimensions"),
+        (lambda: BlockCausal(4, documents=True), 8, None, "documents are told apart by a mask of their numbers"),
         (lambda: BlockCausal(4, copies=True), 7, None, "a noisy and a clean copy are of one length"),
     ],
 )

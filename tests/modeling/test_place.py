@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llada_core.modeling import LLaDAModelLM, load_model, save_model
 from llada_core.modeling import pretrained as loading
-from llada_core.modeling.architecture import LLaDAConfig, published_shapes
+from llada_core.modeling.configuration import LLaDAConfig, published_shapes
 from llada_core.modeling.families import FAMILIES, LLADA
 from llada_core.modeling.place import (
     GB,

@@ -43,7 +43,8 @@ def shrunk(name: str, root: Path, processes: int = 2) -> Params:
         if block.get("lora"):
             block["lora"] = block["lora"] | {"r": 4, "four_bit": False}  # which needs a GPU
         if "distribution" in block:
-            block["distribution"] = block["distribution"] | {"processes": processes}
+            # Offloading pins memory, which needs a GPU.
+            block["distribution"] = block["distribution"] | {"processes": processes, "offload": False}
         values[stage] = block
     values["model"] = {"d_model": 32, "n_layers": 2, "n_heads": 4}
     values["launch"] = {"processes": processes}

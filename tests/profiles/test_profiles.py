@@ -32,7 +32,7 @@ from tests.profiles.shrink import PROFILES, shrunk, write_sources
 from tests.tiny import tiny_model
 
 ROOT = PROFILES.parent
-NAMES = sorted(path.stem for path in PROFILES.glob("llada-*.yaml"))
+NAMES = sorted(path.stem for path in PROFILES.glob("llada*.yaml"))
 
 
 def stage_of(params: Params) -> str:
@@ -73,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             with pytest.MonkeyPatch.context() as patch:
                 patch.delenv("LLADAFLOW_DATA_ROOT", raising=False)  # it would go before the profile's own root
                 prepare(params.data, seed=0, out=run / "data", home=folder)
-            model = "llada_moe" if "moe" in name else "llada"
+            model = "llada2" if name.startswith("llada2") else "llada_moe" if "moe" in name else "llada"
             block = params.training(stage).model_dump(mode="json")
             scenarios.append(
                 {"stage": stage, "data": str(run / "data"), "run": str(run), "model": model, "params": block}
@@ -168,7 +168,7 @@ def test_adapters_lie_where_peft_puts_those_of_the_original(name: str) -> None:
     assert len(trained[0]) == 2 * 2 * 4  # two matrices in each of four layers of two blocks
 
 
-@pytest.mark.parametrize("kind", ["llada", "llada_moe"])
+@pytest.mark.parametrize("kind", ["llada", "llada_moe", "llada2", "llada_blocks"])
 def test_the_fsdp_file_names_the_class_that_is_wrapped(kind: str) -> None:
     file = yaml.safe_load((ROOT / "tasks/accelerate/fsdp.yaml").read_text())
     assert file["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] == ",".join(block_classes(tiny_model(kind)))

@@ -42,6 +42,7 @@ CONFIG = {
         "data/params",
         "evaluation/params",
         "modeling/architecture",
+        "modeling/configuration",
         "sampling/params",
         "training/params",
         "usage",

@@ -42,7 +42,8 @@ def loss_of(model, rows, u_t, uniforms, normalise="token", right_shift=False, **
     params = PretrainParams(max_steps=1, normalise=normalise, right_shift=right_shift, noise=NoiseParams(**noise))
     objective = DiffusionObjective(model, None, None, params, seed=0)
     t = params.noise.epsilon + (1 - params.noise.epsilon) * u_t
-    return objective.noisy_loss(model, rows, t, uniforms).sum / objective.count(rows)
+    found = objective.noisy_loss(model, rows, t, uniforms)
+    return found.sum / found.parts["loss"][1]
 
 
 def guideline(model, kind, width=None):
