@@ -7,9 +7,17 @@ from llada_core.modeling.families import LoraParams, ModelParams
 from llada_core.modeling.pretrained import empty_model
 from llada_core.tokenizer import SpecialTokens
 from llada_core.training.footprint import footprint
-from llada_core.training.params import DistributionParams, GRPOParams, PreferenceParams, PretrainParams, SFTParams
+from llada_core.training.params import (
+    BlockParams,
+    BlockPhase,
+    DistributionParams,
+    GRPOParams,
+    PreferenceParams,
+    PretrainParams,
+    SFTParams,
+)
 from llada_core.training.train import prepare_weights
-from tasks.launch.plan_memory import cut
+from tasks.launch.plan_memory import copies_of, cut
 from tests.tiny import TINY_BACKBONES
 
 GIB = 2**30
@@ -109,3 +117,24 @@ def test_every_backbone(kind):
         model = shape(500, kind="masked_lm", backbone={"model_type": kind, **TINY_BACKBONES[kind]})
     found = tiny(model=model)
     assert found["forward"]["activations"] > 4 * 64 * 500 * 4  # at least its logits
+
+
+@pytest.mark.parametrize("kind", ["llada_blocks", "llada2"])
+def test_rows_by_blocks_are_fed_twice_and_complementary_ones_twice_again(kind):
+    """What is kept of a pass grows with what is fed; heads see hidden positions alone, which are no more than before."""
+    values = TINY | {"num_experts": 8, "expert_hidden_size": 32}
+    found, fed = {}, {}
+    for name, settings in {
+        "whole": {"blocks": BlockParams(length=64)},
+        "blocks": {"blocks": BlockParams(length=8)},
+        "phases": {"blocks": BlockParams(length=64, phases=(BlockPhase(steps=1, length=8),))},
+        "pairs": {"blocks": BlockParams(length=8), "complementary": True},
+    }.items():
+        params = SFTParams(max_steps=1, precision="bf16", router_balance=0, router_z=0, **settings)
+        model = shape(n_layers=4, kind=kind, **values)
+        fed[name] = copies_of(model, params, 64)
+        found[name] = step(model, params, 4, 64)["forward"]["activations"]
+    assert fed == {"whole": 1, "blocks": 2, "phases": 2, "pairs": 4}
+    assert found["phases"] == found["blocks"]
+    assert 1.6 < found["blocks"] / found["whole"] < 2.1
+    assert 1.6 < found["pairs"] / found["blocks"] < 2.1
