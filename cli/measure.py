@@ -168,7 +168,7 @@ def _sped(
 ) -> None:
     """Prints what faster settings cost on each benchmark, and keeps it as speed-NAME.md beside the results."""
     from llada_core.evaluation.benchmark import benchmark
-    from llada_core.evaluation.speed import study, told
+    from llada_core.evaluation.speed import picture, study, told
     from tasks.folders import write_text
     from tasks.record.registry import resolve
     from tasks.work.evaluate import answering, quiet_lm_eval
@@ -179,8 +179,10 @@ def _sped(
             put = benchmark(each, params, root=places.root, puzzles=places.puzzles)
             if put.recipe.kind != "generate":
                 raise ConfigError(f"--speed: {each} writes nothing; name benchmarks that are answered in words")
-            text = told(each, study(put, answerer, texts, params.limit))
+            points = study(put, answerer, texts, params.limit)
+            text = told(each, points)
             write_text(places.out / f"speed-{each}.md", text + "\n")
+            picture(each, points, places.out / f"speed-{each}.png")
             print(f"{text}\n")
 
 

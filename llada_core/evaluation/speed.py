@@ -187,6 +187,28 @@ def _row(name: str, own: Mapping[str, Point], exact: Mapping[str, Point], counte
     }
 
 
+def picture(name: str, points: Mapping[str, Mapping[str, Point]], path: Path) -> None:
+    """Accuracy over tokens a forward: every setting, its worst wording below it, those that no other beats in a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, rows = figure.add_subplot(), table(points)
+    best = sorted((row["tokens_per_forward"], 100 * row["mean"]) for row in rows if row["pareto"])
+    axes.plot([x for x, _ in best], [y for _, y in best], color="black", linewidth=1, label="no other is better")
+    for row in rows:
+        x, mean, worst = row["tokens_per_forward"], 100 * row["mean"], 100 * row["worst"]
+        axes.plot([x, x], [worst, mean], color="#1b6ca8", marker="o", markersize=4, linewidth=1)
+        axes.annotate(row["setting"], (x, mean), fontsize=7, xytext=(5, 3), textcoords="offset points")
+    axes.set_xlabel("tokens a forward")
+    axes.set_ylabel("% right: mean over wordings, worst below")
+    axes.set_title(name)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
 def told(name: str, points: Mapping[str, Mapping[str, Point]]) -> str:
     """The rows as Markdown, with accuracy under parallelism of the means, and of the worst wording of each setting."""
     counted = [w for w, point in points[EXACT].items() if point.accuracy >= HALF]

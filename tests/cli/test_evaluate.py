@@ -96,6 +96,7 @@ def test_speed_is_told_beside_exact_and_kept(call, tiny, monkeypatch):
     kept = Path("out/speed-seats.md").read_text()
     assert all(f"| {name}" in kept for name in ("exact", "threshold=0.01", "cache=dual"))
     assert kept.strip() in result.stdout
+    assert Path("out/speed-seats.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_with_json_stdout_is_one_object(call, tiny, monkeypatch):

@@ -9,7 +9,16 @@ from llada_core.evaluation.answering import Options, Responder
 from llada_core.evaluation.benchmark import Benchmark
 from llada_core.evaluation.params import Settings
 from llada_core.evaluation.recipes import Recipe
-from llada_core.evaluation.speed import EXACT, Point, accuracy_under_parallelism, settings_of, study, table, told
+from llada_core.evaluation.speed import (
+    EXACT,
+    Point,
+    accuracy_under_parallelism,
+    picture,
+    settings_of,
+    study,
+    table,
+    told,
+)
 from llada_core.settings import ConfigError
 from tests.tiny import tiny_pair
 
@@ -36,6 +45,18 @@ def test_area_as_d3llm_defines_it():
     assert accuracy_under_parallelism([(1.0, 0.0)]) == 0.0
     higher = accuracy_under_parallelism(points, best=0.9)
     assert higher < accuracy_under_parallelism(points)
+
+
+def test_the_picture_has_every_setting_and_the_line_of_the_best(tmp_path):
+    points = {
+        EXACT: {"a": point(18), "b": point(16)},
+        "fast": {"a": point(18, forwards=5.0), "b": point(8, forwards=5.0)},
+    }
+    picture("seats", points, tmp_path / "out" / "speed-seats.png")
+    picture("seats", points, tmp_path / "again.png")
+    assert (tmp_path / "out" / "speed-seats.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    picture("none", {EXACT: {"a": point(1)}}, tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").stat().st_size < (tmp_path / "again.png").stat().st_size
 
 
 def test_a_wording_counts_where_exact_solves_half_and_the_worst_is_named():

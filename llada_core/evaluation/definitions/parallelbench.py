@@ -1,4 +1,4 @@
-"""ParallelBench's tasks that can be generated (arXiv:2510.04767): ten on a waiting line, and Latin squares.
+"""ParallelBench's tasks that can be generated (arXiv:2510.04767): ten on a waiting line, Latin squares and 4x4 sudokus.
 
 Prompts, lengths and what is right are as published; the names, lists and squares are made here, from a seed.
 """
@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 from datasets import Dataset
+
+from llada_core.verifiers.answers import verify
 
 Document = Mapping[str, Any]
 FIRST = ("Ada", "Ben", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Iris", "Jonas", "Klara", "Leo", "Mira")
@@ -30,6 +32,7 @@ LAST = (
     "Lopez",
 )
 LENGTHS, EACH = (3, 4, 5, 6), 25  # people in a line, questions of each length
+HOLES = 8  # of a sudoku's sixteen cells
 SYMBOLS, SIZE = "ABCDEFGHKLMNPQRSTUVWXYZ123456789", 4
 
 
@@ -38,7 +41,7 @@ def questions(kind: str, **_: Any) -> dict[str, Dataset]:
     prompts = yaml.safe_load((Path(__file__).parent / "_parallelbench_prompts.yaml").read_text(encoding="utf-8"))
     generator = random.Random(kind)
     lengths = [4, *(length for length in LENGTHS for _ in range(EACH))]
-    made = _square if kind == "latin_square" else _line
+    made = {"latin_square": _square, "sudoku": _sudoku}.get(kind, _line)
     example, *rows = [made(kind, prompts[kind], length, generator) for length in lengths]
     return {"test": Dataset.from_list(rows), "example": Dataset.from_list([example])}
 
@@ -72,6 +75,21 @@ def _square(kind: str, prompt: str, length: int, generator: random.Random) -> di
     return {"prompt": asked, "answer": answer, "kind": kind, "given": symbols, "word": ""}
 
 
+def _sudoku(kind: str, prompt: str, length: int, generator: random.Random) -> dict[str, Any]:
+    """A full grid, rows and columns moved within and with their bands and digits renamed, and eight of its cells emptied."""
+    rows, columns = ([2 * band + i for band in _mixed(2, generator) for i in _mixed(2, generator)] for _ in range(2))
+    digits = generator.sample("1234", SIZE)
+    full = [digits[(2 * (row % 2) + row // 2 + column) % SIZE] for row in rows for column in columns]
+    empty = set(generator.sample(range(SIZE * SIZE), HOLES))
+    given = ["_" if n in empty else digit for n, digit in enumerate(full)]
+    asked, answer = ("\n".join("".join(c[i : i + SIZE]) for i in range(0, SIZE * SIZE, SIZE)) for c in (given, full))
+    return {"prompt": prompt.format(context=asked), "answer": answer, "kind": kind, "given": given, "word": ""}
+
+
+def _mixed(count: int, generator: random.Random) -> list[int]:
+    return generator.sample(range(count), count)
+
+
 def results(document: Document, replies: list[str]) -> dict[str, float]:
     """Whether a reply is one of the right answers: there are several where something is to be random."""
     return {"right": float(right(document, replies[0]))}
@@ -84,6 +102,8 @@ def right(document: Document, reply: str) -> bool:
         rows = [[cell.strip() for cell in line.split(",")] for line in reply.strip().splitlines()]
         square = len(rows) == SIZE and all(len(row) == SIZE for row in rows)
         return square and all(sorted(line) == sorted(given) for line in [*rows, *map(list, zip(*rows, strict=True))])
+    if kind == "sudoku":
+        return verify("sudoku", "".join(reply.split()), {"puzzle": "".join(given).replace("_", "0")})
     people = _list_in(reply)
     if people is None:
         return False
