@@ -14,6 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from cli.options import telling
 from cli.runs import COMMANDS
 from tasks.launch.program import summary
 from tasks.launch.status import state_of
@@ -25,7 +26,7 @@ from tests.waiting import PATIENCE, processes, says, wait_for
 
 app = typer.Typer()
 for command in COMMANDS:
-    app.command()(command)
+    app.command()(telling(command))
 
 
 def llada(*arguments: str, code: int = 0) -> str:
