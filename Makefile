@@ -37,7 +37,7 @@ run: setup  ## data to a registered model; PROFILE=real-text runs a file of prof
 	@$(BIN)/llada run $(PROFILE)
 
 test: setup  ## the default suite (under 10 minutes on 2 cores)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not browser and not gpu and not solutions"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not browser and not gpu and not solutions"
 
 test-faults: setup  ## kills, requeues, damaged files, a real Slurm cluster where its packages are installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m faults
