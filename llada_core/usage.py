@@ -9,7 +9,7 @@ from pydantic import Field
 
 from llada_core.files import document
 from llada_core.modeling.families import recommended
-from llada_core.sampling.params import PUBLISHED, SamplingParams
+from llada_core.sampling.params import PUBLISHED, RECOMMENDED, SamplingParams
 from llada_core.settings import Block
 
 FILE = "usage.json"
@@ -66,7 +66,7 @@ class Usage(Block):
         file = folder / FILE
         if not file.is_file():
             config = folder / "config.json"
-            found = recommended(folder.name, document(config)) if config.is_file() else {}
-            return cls(sampling=SamplingParams(**found)) if found else None
+            found = recommended(folder.name, document(config)) if config.is_file() else ""
+            return cls(sampling=RECOMMENDED[found]) if found else None
         usage = cls.parse(document(file), str(file))
         return usage.model_copy(update={"sampling": replace(usage.sampling, rule=None)})

@@ -60,6 +60,15 @@ def test_folders_of_old_are_asked_as_they_were(tmp_path):
     assert any("sudoku" in question for question in asked.examples)
 
 
+def test_a_name_on_the_hub_says_which_sampler_a_model_is_for(tmp_path):
+    """The files of LLaDA2.0 and 2.1 do not."""
+    found = {
+        name: usage_of(Project.at(tmp_path), f"inclusionAI/{name}").sampling.sampler
+        for name in ("LLaDA2.0-mini", "LLaDA2.0-flash@main", "LLaDA2.1-mini", "another")
+    }
+    assert [*found.values()] == ["llada2.0", "llada2.0", "llada2.1", None]
+
+
 def dialogues(folder, *, several):
     tokenizer = tiny_tokenizer()
     said = [

@@ -115,7 +115,7 @@ class Family:
     block_length: of the blocks by which it attends, where its config.json names no other; None: every position sees
     every other.
     by_blocks: the family that a model of this one becomes by being trained to attend by blocks, if there is one.
-    recommended: settings of the sampler by their names, the first where nobody says which.
+    recommended: names of settings of the sampler (`sampling.params.RECOMMENDED`), the first where nobody says which.
     named: how names of releases begin whose files do not tell them apart, to the name of what is recommended for them.
     needs: keys of `model.backbone` that a fresh one must be given, each with an example.
     """
@@ -129,7 +129,7 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)
     stored_bytes: int = 2
     block_length: int | None = None
-    recommended: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recommended: tuple[str, ...] = ()
     named: Mapping[str, str] = field(default_factory=dict)
     by_blocks: str | None = None
     needs: Mapping[str, str] = field(default_factory=dict)
@@ -295,12 +295,6 @@ _LLADA2_NAMES = {
     "mlp.gate.expert_bias": "mlp.expert_bias",
     "mlp.shared_experts": "shared_expert",
 }
-_LLADA2_ALWAYS = {"max_new_tokens": 512, "block_length": 32, "steps": 32, "stop_at_eos": True, "cache": "prefix"}
-_LLADA2_SETTINGS = {  # of the cards of 2.0-mini and 2.1-mini; their files do not tell which of the two a model is
-    "llada2.0": {**_LLADA2_ALWAYS, "sampler": "llada2.0", "threshold": 0.95},
-    "quality": {**_LLADA2_ALWAYS, "sampler": "llada2.1", "threshold": 0.7, "editing_threshold": 0.5},
-    "speed": {**_LLADA2_ALWAYS, "sampler": "llada2.1", "threshold": 0.5, "editing_threshold": 0.0},
-}
 
 _TABLE = (
     Family(
@@ -339,7 +333,7 @@ _TABLE = (
         published=LLADA2,
         renamed=_LLADA2_NAMES,
         block_length=32,
-        recommended=_LLADA2_SETTINGS,
+        recommended=("llada2.0", "quality", "speed"),
         named={"LLaDA2.0": "llada2.0", "LLaDA2.1": "quality"},
         by_blocks="llada2",
     ),
@@ -363,16 +357,14 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return claimed or next(family for family in families if family.claims is None)
 
 
-def recommended(name: str, config: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
-    """The settings of the sampler for a model that brings none, by the keys of its config.json, if it is at hand, and by
-    the name of its folder or repository; empty where its family recommends nothing.
+def recommended(name: str, config: Mapping[str, Any] | None = None) -> str:
+    """Which settings of the sampler are for a model that brings none, by the keys of its config.json, if it is at hand, and
+    by the name of its folder or repository; empty where its family recommends none.
     """
     families = FAMILIES.values() if config is None else [family_of(config)]
-    for family in families:
-        for start, which in family.named.items():
-            if Path(name).name.startswith(start):
-                return family.recommended[which]
-    return {} if config is None else next(iter(family_of(config).recommended.values()), {})
+    named = (named.items() for named in (family.named for family in families))
+    found = (which for each in named for start, which in each if Path(name).name.startswith(start))
+    return next(found, "" if config is None else next(iter(family_of(config).recommended), ""))
 
 
 def published_as(name: str) -> Family | None:

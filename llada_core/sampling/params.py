@@ -8,7 +8,6 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from llada_core.modeling.families import FAMILIES
 from llada_core.settings import ConfigError, explain
 
 EDITING: dict[str, Any] = {
@@ -270,9 +269,16 @@ SamplingParams.__init__ = _told_in_one_line(SamplingParams.__init__)  # type: ig
 
 
 PRESETS = ("exact", "fast", "creative")
-MODES = ("quality", "speed")  # that families with a sampler of their own recommend
 PUBLISHED = SamplingParams(max_new_tokens=128, block_length=32, steps=128, stop_at_eos=True)
 """Settings for a model that comes with none: those of LLaDA's own demo."""
+MODES = ("quality", "speed")
+_CARD = SamplingParams(512, 32, 32, stop_at_eos=True, cache="prefix", sampler="llada2.0", threshold=0.95)
+RECOMMENDED = {
+    "llada2.0": _CARD,
+    "quality": dataclasses.replace(_CARD, sampler="llada2.1", threshold=0.7, editing_threshold=0.5),
+    "speed": dataclasses.replace(_CARD, sampler="llada2.1", threshold=0.5, editing_threshold=0.0),
+}
+"""What the cards of LLaDA2.0-mini and, in two modes, of LLaDA2.1-mini say; their files do not tell the two apart."""
 
 
 def as_values(params: SamplingParams) -> dict[str, Any]:
@@ -295,8 +301,8 @@ def preset(name: str, base: SamplingParams) -> SamplingParams:
     if name in MODES:
         if base.sampler is None:
             raise ValueError(f"Preset {name!r} is for models with a sampler of their own, as LLaDA2; take fast.")
-        found = next(family.recommended[name] for family in FAMILIES.values() if name in family.recommended)
-        return changed(base, {**found, "max_new_tokens": base.max_new_tokens})
+        kept = {name: getattr(base, name) for name in ("max_new_tokens", "forbid_tokens", "defer_tokens", "seed")}
+        return dataclasses.replace(RECOMMENDED[name], **kept)
     exact = SamplingParams(
         max_new_tokens=base.max_new_tokens,
         block_length=min(base.block_length, base.max_new_tokens),

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from llada_core.data.puzzles import countdown, draw, seats, sudoku
 from llada_core.files import read
-from llada_core.sampling.params import PUBLISHED, SamplingParams
+from llada_core.modeling.families import recommended
+from llada_core.sampling.params import PUBLISHED, RECOMMENDED, SamplingParams
 from llada_core.settings import ConfigError
 from llada_core.usage import Usage
 from tasks.project import Project
@@ -54,7 +55,9 @@ def _saved(project: Project, name: str, version: Version | None) -> Usage | None
 
 
 def _sampling_of_old(project: Project, name: str, version: Version | None) -> SamplingParams:
-    """The settings of a version's receipt; for a folder that a run trained those of params.yaml."""
+    """The settings of a version's receipt; for a folder that a run trained those of params.yaml; for a Hub name those that
+    its family recommends.
+    """
     if version is not None:
         found = settings_of(project, version).get("sampling")
         return SamplingParams(**found) if found else PUBLISHED
@@ -64,7 +67,7 @@ def _sampling_of_old(project: Project, name: str, version: Version | None) -> Sa
         except ConfigError:
             return PUBLISHED
         return PUBLISHED if params.register_ is None else params.register_.sampling
-    return PUBLISHED
+    return RECOMMENDED.get(recommended(name), PUBLISHED)
 
 
 def _examples_of_old(project: Project, name: str, version: Version | None) -> tuple[str, ...]:

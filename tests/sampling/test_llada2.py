@@ -9,7 +9,7 @@ from llada_core.modeling import load_model
 from llada_core.modeling.families import FAMILIES
 from llada_core.sampling import generate, infill, stream
 from llada_core.sampling.engine import Engine
-from llada_core.sampling.params import SamplingParams, preset
+from llada_core.sampling.params import RECOMMENDED, SamplingParams, preset
 from llada_core.sampling.proposals import Confidence
 from llada_core.sampling.requests import to_answer
 from llada_core.sampling.unmask import edit, quota
@@ -309,7 +309,7 @@ def test_what_attention_by_blocks_cannot_do_is_one_line(values, told):
 
 
 def test_what_the_model_did_not_learn_is_allowed_and_said():
-    old, new = (Usage(sampling=SamplingParams(**FAMILIES["llada2"].recommended[n])) for n in ("llada2.0", "speed"))
+    old, new = (Usage(sampling=RECOMMENDED[n]) for n in ("llada2.0", "speed"))
     assert new.doubts(new.sampling, 32) == old.doubts(old.sampling, 32) == new.doubts(old.sampling, 32) == []
     assert old.doubts(new.sampling, 32) == [
         "sampler llada2.1 edits what is written, which this model does not say it was taught (LLaDA2.1)"
@@ -341,7 +341,7 @@ def test_a_folder_that_says_nothing_is_asked_as_its_family_recommends(tmp_path):
     """2.0 and 2.1 have the same files: 2.0 unless the folder's usage.json says otherwise."""
     found = Usage.load(GOLDEN / "llada2_tiny").sampling
     assert (found.sampler, found.threshold, found.cache, found.stop_at_eos) == ("llada2.0", 0.95, "prefix", True)
-    made = {name: SamplingParams(**settings) for name, settings in FAMILIES["llada2"].recommended.items()}
+    made = {name: RECOMMENDED[name] for name in FAMILIES["llada2"].recommended}
     assert {name: (p.sampler, p.threshold, p.editing_threshold) for name, p in made.items()} == {
         "llada2.0": ("llada2.0", 0.95, 0.9), "quality": ("llada2.1", 0.7, 0.5), "speed": ("llada2.1", 0.5, 0.0),
     }  # fmt: skip
