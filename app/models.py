@@ -10,17 +10,18 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from app.canvas import speller
 from llada_core.modeling import load_to_answer
 from llada_core.modeling.place import checked_bits, held_bytes, positions_that_fit
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import Step
+from llada_core.sampling.batch import Compiled
 from llada_core.sampling.engine import Engine
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.requests import Request, to_answer, to_fill
-from llada_core.settings import Bits, ConfigError
+from llada_core.settings import Bits, ConfigError, nearest
 from llada_core.tokenizer import Tokenizer
 from llada_core.usage import Usage
 from tasks.folders import safe, sqlite_file
@@ -138,6 +139,8 @@ class LoadedModel:
     tokenizer: Tokenizer
     max_context: int = MOST_CONTEXT  # tokens of a canvas that whoever shows it allows
     usage: Usage = field(default_factory=Usage)
+    compiled: Compiled = "off"  # as `Batch` has it
+    copies: tuple[MaskPredictor, ...] = ()  # of the model, on other devices, which write beside it
     # What writes for all who ask: 64 at once, or as many as are together as long as 32 whole contexts, or as keys and values
     # have room for (at 8 B a context of 4,096 takes 2 GB). Made with the model: of two threads that asked for it at the
     # same time, each could have got one of its own.
@@ -148,7 +151,10 @@ class LoadedModel:
         if self.model.supports_cache:
             one = self.model.new_cache(1, 1)
             positions = min(positions, positions_that_fit((*one.keys, *one.values)))
-        object.__setattr__(self, "engine", Engine(self.model, rows=AT_ONCE, positions=positions))
+        engine = Engine(self.model, rows=AT_ONCE, positions=positions, compiled=self.compiled)
+        for copy in self.copies:
+            Engine(copy, rows=AT_ONCE, positions=positions, compiled=self.compiled, beside=engine)
+        object.__setattr__(self, "engine", engine)
 
     @property
     def context(self) -> int:
@@ -198,25 +204,37 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the page's models lie, and with how many bits a weight; as `load_to_answer` takes them."""
+    """Where models lie, and with how many bits a weight, as `load_to_answer` takes them; whether their steps are compiled.
+
+    `more` devices have a copy each.
+    """
 
     device: str = "auto"
     bits: Bits | None = None
+    compiled: Compiled = "off"
+    more: tuple[str, ...] = ()
 
     @classmethod
-    def checked(cls, device: str, bits: int | None) -> "Setting":
-        """As a person gave it; `ValueError` in one line if this machine has no such thing."""
-        return cls(device, checked_bits(device, bits))
+    def checked(cls, device: str, bits: int | None, compiled: str = "off") -> "Setting":
+        """As a person gave it, devices with commas between; `ValueError` in one line if this machine has no such thing."""
+        ways: dict[str, Compiled] = {way: way for way in get_args(Compiled)}
+        if compiled not in ways:
+            raise ConfigError(f"compile {compiled!r}{nearest(compiled, list(ways))}")
+        first, *more = (each.strip() for each in device.split(","))
+        kept = [checked_bits(each, bits) for each in (first, *more)]
+        return cls(first, kept[0], ways[compiled], tuple(more))
 
 
 def load(name: str, source: ModelIndex, setting: Setting = Setting(), place: str = "") -> LoadedModel:
     """Resolves, checks memory and loads; raises UserError with one sentence when any of it fails."""
     try:
         folder, usage = source.resolve(name, place), source.usage(name)
-        model, tokenizer = load_to_answer(folder, device=setting.device, bits=setting.bits), Tokenizer.load(folder)
+        places = (setting.device, *setting.more)
+        model, *copies = (load_to_answer(folder, device=place, bits=setting.bits) for place in places)
+        tokenizer = Tokenizer.load(folder)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise UserError(f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return LoadedModel(name, folder, model, tokenizer, usage=usage)
+    return LoadedModel(name, folder, model, tokenizer, usage=usage, compiled=setting.compiled, copies=tuple(copies))
 
 
 class ModelCache:

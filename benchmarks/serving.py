@@ -140,10 +140,12 @@ def main() -> None:
             _wait(url, process)
             server, rows = psutil.Process(process.pid), []
             for clients in map(int, given.clients.split(",")):
-                began = time.monotonic()
+                began, spent = time.monotonic(), sum(server.cpu_times()[:2])
                 load = asyncio.run(cell(url, clients, given, server))
                 count, seconds = max(1, len(load.whole)), time.monotonic() - began
-                print(f"{clients} clients, {count} answers, memory in MB by tenths: {load.memory()}", flush=True)
+                spent = 1000 * (sum(server.cpu_times()[:2]) - spent) / count
+                told = f"{clients} clients, {count} answers, {spent:.1f} ms of the server's processor each"
+                print(f"{told}, memory in MB by tenths: {load.memory()}", flush=True)
                 rows.append(
                     [str(clients), str(len(load.whole)), str(load.refused), str(load.failed), percentiles(load.first),
                      percentiles(load.whole), f"{len(load.whole) / seconds:.1f}", f"{load.tokens / seconds:.0f}",

@@ -31,6 +31,15 @@ def serve(
     follow: Annotated[float, typer.Option(min=0.1, help="seconds between two looks at where an alias leads")] = 5.0,
     device: Device = "auto",
     bits: Bits = None,
+    compiled: Annotated[
+        str,
+        typer.Option(
+            "--compile", help="off, graph (a step is one captured function) or max (minutes, fastest kernels)"
+        ),
+    ] = "off",
+    devices: Annotated[
+        str, typer.Option(help="several, such as cuda:0,cuda:1: a copy on each, one queue for all")
+    ] = "",
 ) -> None:
     """Serve models to programs: /v1/chat/completions, /v1/completions, /v1/score, /health, /metrics. Set LLADAFLOW_API_KEY to ask for a key."""
     require_port(host, port, "--port")
@@ -44,11 +53,15 @@ def serve(
 
     if at_once > AT_ONCE:
         raise ConfigError(f"--at-once {at_once}: a model writes at most {AT_ONCE} answers together; more may wait")
-    cache = ModelCache(ModelIndex(Project.at()), most=len(names) + 1, setting=Setting.checked(device, bits))
+    cache = ModelCache(
+        ModelIndex(Project.at()), most=len(names) + 1, setting=Setting.checked(devices or device, bits, compiled)
+    )
     service = Service(cache, names, Limits(at_once=at_once, waiting=waiting, seconds=seconds))
     key = os.environ.get(KEY, "")
     if not key and host not in ("127.0.0.1", "localhost", "::1"):
         print(f"anyone who reaches {host}:{port} can use this model; set {KEY} to ask for a key", flush=True)
+    for name in names:
+        print(f"{name}: {service.loaded[name].engine.told()}", flush=True)
     print(f"{', '.join(names)} on http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
     # A stop lets requests end that are being written, but no longer than one may take.
     uvicorn.run(

@@ -17,7 +17,7 @@ from torch import Tensor, _dynamo
 from torch.nn import functional as F
 
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling.canvas import Blocks, Canvas, Step, columns, seats
+from llada_core.sampling.canvas import Blocks, Canvas, Step, columns, padded, seats, zero_where
 from llada_core.sampling.denoiser import Denoiser, Query, denoiser_of, on_device
 from llada_core.sampling.proposals import Confidence, Proposer, RowNoise
 from llada_core.sampling.requests import Request
@@ -42,6 +42,7 @@ class Answer:
     finished: bool = False
     cancelled: bool = False
     error: BaseException | None = None
+    at: int | None = None  # the number of the engine that writes it, where several share a queue
     shown: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -481,16 +482,6 @@ def without(answers: list[Answer], away: set[int]) -> list[Answer]:
     return found
 
 
-def padded(value: Tensor, more: int, fill: int = 0) -> Tensor:
-    """`value` (R, ...) followed by `more` rows of `fill`."""
-    return torch.cat([value, value.new_full((more, *value.shape[1:]), fill)]) if more else value
-
-
 def _laid_out(flags: Tensor, slots: Tensor, shape: torch.Size) -> Tensor:
     """(P,) bool at flat places of windows (R, W); False elsewhere."""
     return torch.zeros(shape, dtype=torch.bool, device=flags.device).view(-1).index_copy(0, slots, flags).view(shape)
-
-
-def zero_where(rows: Tensor, value: Tensor) -> Tensor:
-    """`value` (R, ...), zero in those `rows` (R,) bool."""
-    return value.masked_fill(rows.view(-1, *[1] * (value.dim() - 1)), 0)

@@ -151,7 +151,9 @@ class Canvas:
         index, sizes = on_device(order, self.tokens.device), [self.sizes[i] for i in order]
         more = max(0, width - self.tokens.shape[1])
         fills = (("tokens", self.special.pad_id), ("seen", False), ("known", True), ("given", True))
-        wide = {name: F.pad(getattr(self, name)[:, :width], (0, more), value=fill) for name, fill in fills}
+        wide = {name: getattr(self, name)[:, :width] for name, _ in fills}
+        if more:
+            wide = {name: F.pad(wide[name], (0, more), value=fill) for name, fill in fills}
         every = wide | {name: getattr(self, name) for name in ("start", "end", "origin", "block")}
         chosen = {name: value.index_select(0, index) for name, value in every.items()}
         holes = [self.holes[i] for i in order]
@@ -168,6 +170,16 @@ class Canvas:
             both[name] = torch.cat([getattr(self, name), getattr(other, name)])
         sizes, holes = self.sizes + other.sizes, self.holes + other.holes
         return replace(self, **both, sizes=sizes, holes=holes, ragged=any(holes) or min(sizes) < width)
+
+
+def padded(value: Tensor, more: int, fill: int = 0) -> Tensor:
+    """`value` (R, ...) followed by `more` rows of `fill`."""
+    return torch.cat([value, value.new_full((more, *value.shape[1:]), fill)]) if more else value
+
+
+def zero_where(rows: Tensor, value: Tensor) -> Tensor:
+    """`value` (R, ...), zero in those `rows` (R,) bool."""
+    return value.masked_fill(rows.view(-1, *[1] * (value.dim() - 1)), 0)
 
 
 def seats(rows: int) -> int:

@@ -24,7 +24,8 @@ class Engine:
 
     A request waits for no more than those that came before it: nobody overtakes, and each of them ends. With `waiting`
     requests in the queue, or a canvas larger than `positions`, a request is refused: `ValueError`, with the number. Who
-    holds `turn` has the model to himself. `compiled`: see `Batch`.
+    holds `turn` has the model to himself. `compiled`: see `Batch`. `beside`: another one whose queue it shares, with a copy of
+    the model on a device of its own: the next in line goes to whichever has room first. Any of them may be asked.
     """
 
     def __init__(
@@ -35,13 +36,18 @@ class Engine:
         positions: int | None = None,
         waiting: int = 1024,
         compiled: Compiled = "off",
+        beside: "Engine | None" = None,
     ) -> None:
         self.model, self.rows, self.waiting, self.compiled = model, rows, waiting, compiled
         self.positions = rows * model.max_length if positions is None else positions
         self.forwards = self.fed = 0  # of the model, and tokens in them, by all batches
-        self._queue: deque[Answer] = deque()
+        self.peers: list[Engine] = [] if beside is None else beside.peers
+        self.number, self.load = len(self.peers), 0  # among these; and answers that are written
+        self.peers.append(self)
+        self._queue: deque[Answer] = deque() if beside is None else beside._queue
+        self._door: threading.Lock = threading.Lock() if beside is None else beside._door
         self.batches: deque[Batch] = deque()
-        self.turn, self._door = threading.Lock(), threading.Lock()
+        self.turn = threading.Lock()
 
     @property
     def active(self) -> list[Answer]:
@@ -51,7 +57,24 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether anybody writes or waits."""
-        return bool(self._queue or self.batches)
+        return bool(self._queue) or any(peer.batches for peer in self.peers)
+
+    def told(self) -> str:
+        """What it may take, before it is taken: rows, positions, bytes of keys and values, functions to be compiled."""
+        parts = [f"{self.rows} answers at once over {self.positions:,} positions"]
+        if self.model.supports_cache:
+            one = self.model.new_cache(1, 1)
+            each = sum(kept.nbytes for kept in (*one.keys, *one.values))
+            parts.append(f"with a cache {each:,} bytes a position, {each * self.positions / 2**30:.2f} GB at most")
+        if self.compiled != "off":
+            most = min(self.positions, self.model.max_length)
+            wide = len({columns(width) for width in range(1, most + 1)})
+            rows = len({seats(count) for count in range(1, self.rows + 1)})
+            parts.append(
+                f"compile {self.compiled}: at most {rows} x {wide} shapes of rows and columns, with a cache twice as many, "
+                "each compiled when it is first met, while those who asked wait"
+            )
+        return "; ".join(parts)
 
     def submit(self, requests: Sequence[Request], *, watched: bool = False) -> list[Answer]:
         """An answer to come for each request; `watched` ones keep their steps until they are taken."""
@@ -72,39 +95,49 @@ class Engine:
         """Returns once all of these are written."""
         for answer in answers:
             while not answer.over:
-                with self.turn:
+                home = self._home(answer)
+                with home.turn:
                     if not answer.over:
-                        self._step()
+                        home._step()
             if answer.error is not None:
                 raise answer.error
 
     def follow(self, answer: Answer) -> Generator[Step, None, None]:
         """The steps of a watched answer as they come; who takes no more of them has the answer given up."""
         assert answer.steps is not None
+        ended = False
         try:
             while True:
                 if not answer.steps:
-                    with self.turn:  # also to be told of the end: the last step is there once the turn is over
+                    home = self._home(answer)
+                    with home.turn:  # also to be told of the end: the last step is there once the turn is over
                         if not (answer.steps or answer.over):  # another may have made it while this one waited
-                            self._step()
+                            home._step()
+                        # In this order: over, and not by an engine that has not told its last step yet.
+                        ended = answer.over and answer.at in (None, home.number)
                 if answer.steps:
                     yield answer.steps.popleft()
-                elif answer.error is not None:
+                elif ended and answer.error is not None:
                     raise answer.error
-                elif answer.over:
+                elif ended:
                     return
         finally:
             self.cancel(answer)
 
+    def _home(self, answer: Answer) -> "Engine":
+        """Who writes an answer; of one that waits, who writes least."""
+        return min(self.peers, key=lambda peer: peer.load) if answer.at is None else self.peers[answer.at]
+
     def cancel(self, answer: Answer) -> None:
         """Gives up an answer; its place is free before the next step."""
         answer.cancelled = True
+        home = self._home(answer)
         # Whoever has the turn sees to it. Not waited for: a generator may be closed by the collector, amid a step.
-        if self.turn.acquire(blocking=False):
+        if home.turn.acquire(blocking=False):
             try:
-                self._sweep()
+                home._sweep()
             finally:
-                self.turn.release()
+                home.turn.release()
 
     def step(self) -> None:
         """One step of the batch whose turn it is; of none, where nobody writes."""
@@ -140,11 +173,20 @@ class Engine:
             batch.leave([answer for answer in batch.answers if answer.cancelled])
             if not batch.answers:
                 self.batches.remove(batch)
+        self.load = len(self.active)
 
     def _admit(self) -> None:
         """Those at the head of the queue join while there is room; nobody overtakes one that has to wait."""
-        places = self.rows - len(self.active)
         joining: dict[Batch, list[Answer]] = {}
+        with self._door:
+            self._taken_in(joining)
+        for batch, answers in joining.items():
+            batch.join(answers)
+        self.load = len(self.active)
+
+    def _taken_in(self, joining: dict[Batch, list[Answer]]) -> None:
+        """Off the queue, into a batch each."""
+        places = self.rows - len(self.active)
         while self._queue:
             answer = self._queue[0]
             if not answer.cancelled:
@@ -155,10 +197,8 @@ class Engine:
                     batch = Batch(self.model, answer.request, self.compiled)
                     self.batches.append(batch)
                 joining.setdefault(batch, []).append(answer)
-                places -= 1
+                answer.at, places = self.number, places - 1
             self._queue.popleft()
-        for batch, answers in joining.items():
-            batch.join(answers)
 
     def _fits(self, request: Request, batch: Batch | None, joining: dict[Batch, list[Answer]]) -> bool:
         """Whether the canvases, each as wide as its longest row, have room for one row more."""

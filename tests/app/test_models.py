@@ -96,6 +96,21 @@ def test_the_pages_setting_says_where_models_lie(model_folder, monkeypatch):
     assert asked == [{"device": "cuda:1", "bits": 8}]
 
 
+def test_whether_steps_are_compiled_is_a_setting_of_what_is_loaded(model_folder):
+    with pytest.raises(ValueError, match="compile 'grap'; did you mean 'graph'"):
+        Setting.checked("auto", None, "grap")
+    setting = Setting.checked("auto", None, "graph")
+    assert ModelCache(Names(it=model_folder), setting=setting).get("it")[0].engine.compiled == "graph"
+
+
+def test_several_devices_have_a_copy_each_and_one_queue(model_folder):
+    loaded, _ = ModelCache(Names(it=model_folder), setting=Setting.checked("cpu, cpu", None)).get("it")
+    assert [peer.model for peer in loaded.engine.peers] == [loaded.model, *loaded.copies]
+    assert loaded.model is not loaded.copies[0]
+    with pytest.raises(ValueError, match="device 'gpu' is none of"):
+        Setting.checked("cpu,gpu", None)
+
+
 def test_a_folder_that_is_no_model_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
         load("it", Names(it=tmp_path))

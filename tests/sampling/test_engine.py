@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import threading
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 import torch
@@ -255,6 +256,35 @@ def test_threads_that_write_at_once_share_steps():
     assert all(torch.equal(results[n][-1].tokens, alone[n].tokens) for n in range(8))
     assert [len(results[n]) for n in range(8)] == [each.forwards for each in alone]
     assert engine.forwards == max(each.forwards for each in alone)
+
+
+def test_two_engines_behind_one_queue_write_what_one_writes():
+    model, params = golden_model("llada_tiny"), SamplingParams(**BASE)
+    first = Engine(model, rows=2)
+    second = Engine(deepcopy(model), rows=2, beside=first)
+    answers = first.submit(to_answer(model, [[n, 9] for n in range(6)], params)[0], watched=True)
+    first.step()
+    second.step()
+    assert (first.active, second.active) == (answers[:2], answers[2:4]), "the next in line goes to who has room"
+    first.cancel(answers[0])
+    first.step()
+    assert first.active == [answers[1], answers[4]]
+    found = {}
+
+    def read(number):
+        found[number] = list((first, second)[number % 2].follow(answers[number]))
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(1, 6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, steps in found.items():
+        alone = generate(model, [[number, 9]], params)
+        assert torch.equal(steps[-1].tokens, alone.tokens)
+        assert [step.forwards for step in steps] == list(range(1, alone.forwards + 1))
+    assert len(found) == 5
+    assert not first.busy
 
 
 class Asked:

@@ -93,6 +93,15 @@ def test_what_is_refused_counts_the_seats_of_a_compiled_step():
         engine.submit(to_answer(model, [[5]], params)[0])
 
 
+def test_what_an_engine_may_take_is_told_before():
+    model = golden_model("llada_tiny")
+    assert Engine(model, rows=4, positions=1000).told() == (
+        "4 answers at once over 1,000 positions; with a cache 1,024 bytes a position, 0.00 GB at most"
+    )
+    told = Engine(model, rows=64, positions=1000, compiled="graph").told()
+    assert "compile graph: at most 7 x 4 shapes of rows and columns, with a cache twice as many" in told
+
+
 def test_a_compiled_step_writes_what_the_plain_one_writes():
     model, params = golden_model("llada_tiny"), SamplingParams(**{**BASE, **MODES["temperature"]})
     model(torch.tensor([[5] * 64]))
