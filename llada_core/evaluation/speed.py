@@ -46,15 +46,17 @@ def wordings() -> dict[str, str]:
     return found
 
 
-def settings_of(asked: Benchmark, texts: Sequence[str]) -> dict[str, Sampling]:
+def settings_of(asked: Benchmark, texts: Sequence[str], *, by_blocks: bool = False) -> dict[str, Sampling]:
     """Name -> sampler settings: exact (a token a forward), then each text such as `threshold=0.9,cache=dual`.
 
-    `usual` stands for a common set; every one goes over exact's. Raises `ConfigError` for an unknown setting.
+    `usual` stands for a common set, without the dual cache for a model that attends `by_blocks` and has none; every one
+    goes over exact's. Raises `ConfigError` for an unknown setting.
     """
     sampling = asked.settings.sampling
     exact = {**SEQUENTIAL, "steps": sampling.get("max_new_tokens", DEFAULT_LENGTH)}
     found = {EXACT: exact}
-    named = [each for given in texts for each in (USUAL if given == "usual" else (given,))]
+    usual = tuple(each for each in USUAL if not (by_blocks and "dual" in each))
+    named = [each for given in texts for each in (usual if given == "usual" else (given,))]
     for text in dict.fromkeys(named):
         pairs = (part.partition("=") for part in text.split(","))
         given = {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
@@ -123,7 +125,7 @@ def study(
     asked: Benchmark, answerer: Responder, texts: Sequence[str], limit: int | None = None
 ) -> dict[str, dict[str, Point]]:
     """Setting -> wording -> point; a wording in which exact solves less than half is asked of exact alone."""
-    chosen = settings_of(asked, texts)
+    chosen = settings_of(asked, texts, by_blocks=answerer.model.block_length is not None)
     found: dict[str, dict[str, Point]] = {name: {} for name in chosen}
     for name, wording in wordings().items():
         for setting, sampling in chosen.items():

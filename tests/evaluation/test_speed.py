@@ -85,6 +85,8 @@ def test_exact_is_a_token_a_forward_whatever_the_recipe_says(asked):
     assert found[EXACT]["threshold"] is None
     assert (found["threshold=0.9,cache=dual"]["threshold"], found["threshold=0.9,cache=dual"]["cache"]) == (0.9, "dual")
     assert len(speed.wordings()) >= 3
+    assert "cache=dual" in found
+    assert not any("dual" in name for name in settings_of(asked, ["usual"], by_blocks=True))
     with pytest.raises(ConfigError, match="treshold"):
         settings_of(asked, ["treshold=0.9"])
 
