@@ -27,7 +27,7 @@ from llada_core.usage import Usage
 from tasks.folders import safe, sqlite_file
 from tasks.project import Project
 from tasks.record import registry
-from tasks.record.usage import GENERAL, usage_of
+from tasks.record.model_usage import GENERAL, usage_of
 
 
 class ModelIndex:

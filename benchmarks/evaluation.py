@@ -21,9 +21,9 @@ from benchmarks import oracle
 from benchmarks.champion import recipe
 from benchmarks.likelihood import SAMPLES, samples_as_good
 from benchmarks.timing import interleaved, table
-from llada_core.evaluation.answering import Options, Responder
+from llada_core.evaluation.answering import Responder, ResponderOptions
 from llada_core.evaluation.harness import LladaLM
-from llada_core.evaluation.params import Settings
+from llada_core.evaluation.params import BenchmarkSettings
 from llada_core.evaluation.requests import ChatText, prompt_ids
 from llada_core.files import read
 from llada_core.modeling import load_model
@@ -88,7 +88,9 @@ def likelihoods(model, reference, tokenizer: Tokenizer, rows: list[dict]) -> Non
         pairs = [(text, option) for text, options in items for option in options]
 
         def ours(pairs: list[tuple[str, str]] = pairs) -> None:
-            lm = LladaLM(Responder(model, tokenizer, Options(Settings(samples=num_samples), batch_size=32)))
+            lm = LladaLM(
+                Responder(model, tokenizer, ResponderOptions(BenchmarkSettings(samples=num_samples), batch_size=32))
+            )
             asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
             with contextlib.redirect_stderr(io.StringIO()):
                 lm.loglikelihood(asked)
@@ -110,12 +112,12 @@ def likelihoods(model, reference, tokenizer: Tokenizer, rows: list[dict]) -> Non
 
 def compared(model, reference, tokenizer: Tokenizer, texts: list[str], sampling: dict) -> list[str]:  # noqa: ANN001
     """Both rates, the ratio within rounds, and how many texts are the same."""
-    settings = Settings(sampling={**sampling, "stop_at_eos": True})
+    settings = BenchmarkSettings(sampling={**sampling, "stop_at_eos": True})
     length, block = sampling["max_new_tokens"], sampling["block_length"]
     answers: dict[str, list[str]] = {}
 
     def ours() -> None:
-        lm = LladaLM(Responder(model, tokenizer, Options(settings, batch_size=8)))
+        lm = LladaLM(Responder(model, tokenizer, ResponderOptions(settings, batch_size=8)))
         asked = [Instance("generate_until", {}, (text, {"until": []}), i) for i, text in enumerate(texts)]
         with contextlib.redirect_stderr(io.StringIO()):
             answers["ours"] = lm.generate_until(asked)

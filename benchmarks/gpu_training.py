@@ -21,7 +21,7 @@ from llada_core.modeling import load_model, save_model
 from llada_core.modeling.adapters import add_lora
 from llada_core.modeling.families import LoraParams, ModelParams
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.training.engine import optimiser_for
+from llada_core.training.accelerator import optimiser_for
 from llada_core.training.objectives import DiffusionObjective
 from llada_core.training.params import PretrainParams
 from llada_core.training.progress import active_parameters

@@ -20,7 +20,7 @@ from benchmarks.timing import table
 from llada_core.evaluation.answering import Responder, Response
 from llada_core.evaluation.benchmark import Benchmark, benchmark, run
 from llada_core.evaluation.harness import LladaLM
-from llada_core.evaluation.params import EvaluateParams, Settings
+from llada_core.evaluation.params import BenchmarkSettings, EvaluateParams
 from llada_core.evaluation.requests import GenerationRequest
 from tasks.project import below
 from tasks.work.evaluate import answering, quiet_lm_eval
@@ -33,7 +33,7 @@ RULES: dict[str, dict[str, Any]] = {
     "entropy bound 0.1": {"remasking": "entropy", "entropy_bound": 0.1},
 }
 CACHES = ("none", "prefix", "dual")
-PUZZLES = Settings(sampling=asdict(recipe()))
+PUZZLES = BenchmarkSettings(sampling=asdict(recipe()))
 COLOURS = {"none": "#1b6ca8", "prefix": "#d1761b", "dual": "#3d8b4f"}
 
 
@@ -102,7 +102,7 @@ def study(folder: Path, name: str, limit: int | None, params: EvaluateParams) ->
     with answering(folder, params) as answerer:
         measured(asked, answerer, 8)
         for (rule, block, cache), values in settings(length).items():
-            over = Settings(sampling=values).over(asked.settings)
+            over = BenchmarkSettings(sampling=values).over(asked.settings)
             result, speed, forwards = measured(replace(asked, settings=over), answerer, limit)
             low, high = result["low"], result["high"]
             points.append(Point(rule, block, cache, result["score"], low, high, speed, forwards))

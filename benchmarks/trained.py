@@ -13,7 +13,7 @@ from llada_core.modeling import load_model, new_model, save_model
 from llada_core.modeling.families import ModelParams
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.tokenizer import SpecialTokens
-from llada_core.training.engine import Muon
+from llada_core.training.accelerator import Muon
 
 FOLDER = Path(__file__).parents[1] / ".cache" / "benchmark-20m"
 SPECIAL = SpecialTokens(mask_id=8191, eos_id=0, pad_id=0, bos_id=1, eot_id=2)

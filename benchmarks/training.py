@@ -18,12 +18,12 @@ from torch import Tensor
 
 from benchmarks.oracle import Reference
 from benchmarks.timing import interleaved, matmul_rate, table
-from llada_core.data.batches import Batch, Order, RowBatches
+from llada_core.data.batches import Batch, BatchSampler, RowBatches
 from llada_core.diffusion import Noise, alpha, corrupt, loss_weight
 from llada_core.modeling import new_model
 from llada_core.modeling.families import ModelParams
 from llada_core.tokenizer import SpecialTokens
-from llada_core.training.engine import optimiser_for
+from llada_core.training.accelerator import optimiser_for
 from llada_core.training.objectives import DiffusionObjective
 from llada_core.training.params import PretrainParams, SFTParams, TrainingParams
 from llada_core.training.progress import active_parameters
@@ -125,7 +125,7 @@ def fine_tuning(steps: int, rounds: int) -> list[list[str]]:
             "maskable": [[int(i >= n // 3) for i in range(n)] for n in lengths]}  # fmt: skip
     found = {}
     for name, by_length in (("their body", None), ("our body", None), ("ours", lengths)):
-        order = Order(len(lengths), ROWS, seed=SEED, lengths=by_length)
+        order = BatchSampler(len(lengths), ROWS, seed=SEED, lengths=by_length)
         batches = RowBatches(Dataset.from_dict(rows), order, eos_id=0, padding="longest")
         step = iter(range(10**6))
         found[name] = entry(name, vocabulary, lambda b=batches, s=step: b.batch(next(s)), params)

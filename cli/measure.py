@@ -107,7 +107,7 @@ def _prepared(
 
     from tasks.folders import safe
     from tasks.project import Project
-    from tasks.record.usage import saved_usage
+    from tasks.record.model_usage import saved_usage
     from tasks.work.measure import sweep_places, with_own_questions
 
     project = Project.at()
@@ -153,13 +153,13 @@ def budget_hours(text: str) -> float:
 
 def with_settings(params: "EvaluateParams", asked: Sequence[str], given: dict[str, Any]) -> "EvaluateParams":
     """The parameters with settings that are given (others than None) for every benchmark."""
-    from llada_core.evaluation.params import Settings
+    from llada_core.evaluation.params import BenchmarkSettings
 
     values = {key: value for key, value in given.items() if value is not None}
     if not values:
         return params
-    over = Settings.parse(values, "llada eval")
-    own = {name: over.over(params.overrides.get(name, Settings())) for name in asked}
+    over = BenchmarkSettings.parse(values, "llada eval")
+    own = {name: over.over(params.overrides.get(name, BenchmarkSettings())) for name in asked}
     return params.model_copy(update={"overrides": {**params.overrides, **own}})
 
 

@@ -82,8 +82,8 @@ def export(
     """Copy a model into a self-contained folder: weights in the published layout, tokenizer, model card."""
     from llada_core.files import written_whole
     from tasks.project import Project
+    from tasks.record.model_usage import saved_usage
     from tasks.record.registry import resolve
-    from tasks.record.usage import saved_usage
 
     name = name_or_champion(model)
     source = resolve(name)

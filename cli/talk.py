@@ -27,7 +27,7 @@ def sample(
     llada sample "Solve the sudoku 1030340020030001" -v
     """
     from tasks.project import Project
-    from tasks.record.usage import usage_of
+    from tasks.record.model_usage import usage_of
 
     if infill and pin:
         raise ValueError("--pin pins words of the answer to a question; leave it out, or --infill")
@@ -64,7 +64,7 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal and watch it write; /help inside lists the commands, Ctrl-C stops an answer."""
     from tasks.project import Project
-    from tasks.record.usage import usage_of
+    from tasks.record.model_usage import usage_of
 
     name = name_or_champion(options.model)
     folder = model_folder(name)

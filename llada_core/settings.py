@@ -20,21 +20,21 @@ class ConfigError(ValueError):
 
 
 class _Free:
-    """What `FREE` is."""
+    """What `NOT_IN_FINGERPRINT` is."""
 
 
-# Marks a setting (`Annotated[int, FREE]`) that says how fast, where or how often, and never what is computed (beyond the
+# Marks a setting (`Annotated[int, NOT_IN_FINGERPRINT]`) that says how fast, where or how often, and never what is computed (beyond the
 # order of sums). A run may go on with another value, and a result does not have another name for it.
-FREE = _Free()
+NOT_IN_FINGERPRINT = _Free()
 
 
-class Block(BaseModel):
+class SettingsBlock(BaseModel):
     """A frozen set of named values; unknown keys are refused with the nearest valid one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def determining(self) -> dict[str, Any]:
-        """The values, as JSON, that a result depends on: defaults filled in, settings marked `FREE` left out."""
+        """The values, as JSON, that a result depends on: defaults filled in, settings marked `NOT_IN_FINGERPRINT` left out."""
         return self.model_dump(mode="json", by_alias=True, exclude=free_settings(type(self)))
 
     @classmethod
@@ -94,11 +94,11 @@ def describe(block: type[Any]) -> dict[str, SettingInfo]:
 
 
 def free_settings(block: type[BaseModel]) -> dict[str, Any]:
-    """The settings marked `FREE`, as pydantic's `exclude` names them: name -> True, or those of the block below."""
+    """The settings marked `NOT_IN_FINGERPRINT`, as pydantic's `exclude` names them: name -> True, or those of the block below."""
     found: dict[str, Any] = {}
     for name, field in block.__pydantic_fields__.items():
         inner = _block_in(field.annotation)
-        if FREE in field.metadata:
+        if NOT_IN_FINGERPRINT in field.metadata:
             found[name] = True
         elif isinstance(inner, type) and issubclass(inner, BaseModel) and (below := free_settings(inner)):
             found[name] = below
@@ -204,7 +204,7 @@ DEVICE_SETTING = "LLADAFLOW_DEVICE"  # what "auto" means in a process and its ch
 Bits = Literal[4, 8]  # of a quantised weight
 
 
-class NoiseParams(Block):
+class NoiseParams(SettingsBlock):
     """The forward process (LLaDA, arXiv:2502.09992, eq. 3): t = epsilon + (highest - epsilon) u, mask probability 1 - alpha(t)."""
 
     schedule: Literal["linear", "cosine"] = "linear"

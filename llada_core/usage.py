@@ -10,12 +10,12 @@ from pydantic import Field
 from llada_core.files import document
 from llada_core.modeling.families import recommended
 from llada_core.sampling.params import PUBLISHED, RECOMMENDED, SamplingParams
-from llada_core.settings import Block
+from llada_core.settings import SettingsBlock
 
 FILE = "usage.json"
 
 
-class Usage(Block):
+class Usage(SettingsBlock):
     """One value that is saved with a model and read by whoever asks it.
 
     The page, the terminal, `llada eval`, a version that MLflow serves, and the model card.

@@ -12,7 +12,7 @@ from llada_core.data.params import DataParams
 from llada_core.evaluation.params import EvaluateParams, ReportParams
 from llada_core.modeling.families import ModelParams
 from llada_core.sampling.params import SamplingParams
-from llada_core.settings import Bits, Block, nearest, read_yaml, with_overrides
+from llada_core.settings import Bits, SettingsBlock, nearest, read_yaml, with_overrides
 from tasks.folders import home, sqlite_uri
 from tasks.stages import STAGES, TRAINING_STAGES, TrainingBlocks
 
@@ -22,7 +22,7 @@ KINDS = ("inline", *LAUNCHERS)  # inline: in the process that asks, without a jo
 TIME = r"^(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})$"  # what sbatch --time takes
 
 
-class SlurmParams(Block):
+class SlurmParams(SettingsBlock):
     """What is asked of sbatch; `extra` are further `#SBATCH` options, verbatim."""
 
     nodes: int = Field(default=1, ge=1)
@@ -65,7 +65,7 @@ def _seconds(time: str) -> int:
     return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
-class LaunchParams(Block):
+class LaunchParams(SettingsBlock):
     """Where and how stages run. `stages` holds other settings for single stages, e.g. `{evaluate: {kind: local}}`."""
 
     kind: str = "local"  # one of KINDS
@@ -109,7 +109,7 @@ class LaunchParams(Block):
         return LaunchParams.parse(values, f"launch.stages.{stage}")
 
 
-class GateParams(Block):
+class GateParams(SettingsBlock):
     """A candidate becomes champion if it is better on `better` by more than noise, and worse on none of `not_worse`.
 
     A name is a benchmark of `reports/eval`. Scores are compared question by question, with a paired 95 % interval.
@@ -121,7 +121,7 @@ class GateParams(Block):
     at_least: dict[str, float] = Field(default_factory=dict)
 
 
-class RegisterParams(Block):
+class RegisterParams(SettingsBlock):
     """The model that a run registers."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

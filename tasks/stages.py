@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, create_model, model_validator
 
-from llada_core.settings import Block, ConfigError
+from llada_core.settings import ConfigError, SettingsBlock
 from llada_core.training.params import PUBLISHED_LEARNING_RATE, TRAINING_STAGES, TrainingParams
 
 
@@ -52,7 +52,7 @@ def program_of(name: str) -> str:
     return f"tasks.{name}" if find_spec(f"tasks.{name}") else f"tasks {name}"
 
 
-class StageBlocks(Block):
+class StageBlocks(SettingsBlock):
     """What all runs have: `stages` lists those of this one; each training stage of the table may have a block."""
 
     stages: tuple[str, ...] = Field(min_length=1)

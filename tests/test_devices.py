@@ -21,7 +21,7 @@ from llada_core.sampling.engine import Engine
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.requests import to_answer
 from llada_core.settings import ConfigError
-from llada_core.training.engine import Ranks
+from llada_core.training.accelerator import Ranks
 from llada_core.training.grpo import GRPO, Share
 from llada_core.training.loop import Loop, TrainingState
 from llada_core.training.params import GRPOParams, SFTParams

@@ -14,7 +14,7 @@ from llada_core.training.params import GRPOParams, SFTParams
 from llada_core.usage import FILE, Usage
 from tasks.folders import content_hash
 from tasks.project import Project
-from tasks.record.usage import GENERAL, saved_usage, usage_of, usage_to_register
+from tasks.record.model_usage import GENERAL, saved_usage, usage_of, usage_to_register
 from tasks.work.training import learnt_usage
 from tests.tiny import tiny_pair, tiny_tokenizer
 

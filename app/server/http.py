@@ -22,7 +22,7 @@ from starlette.types import Message as AsgiMessage
 
 from app.models import UserError, out_of_memory
 from app.server.answers import Draft
-from app.server.schema import BadRequestError, ChatRequest, CompletionRequest, Sampled, ScoreRequest
+from app.server.schema import BadRequestError, ChatRequest, CompletionRequest, SamplingFields, ScoreRequest
 from app.server.service import Service
 
 log = logging.getLogger("lladaflow.server")
@@ -140,7 +140,7 @@ class Format(ABC):
 
     kind, piece = "", ""
 
-    def __init__(self, asked: Sampled) -> None:
+    def __init__(self, asked: SamplingFields) -> None:
         self.asked = asked
         self.head = {"id": f"{self.kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
 
@@ -219,7 +219,7 @@ def usage_of(drafts: Sequence[Draft]) -> dict[str, Any]:
 
 
 async def _generated(
-    line: Line, request: Request, asked: Sampled, drafts_of: Callable[[], list[Draft]], form: Format
+    line: Line, request: Request, asked: SamplingFields, drafts_of: Callable[[], list[Draft]], form: Format
 ) -> Response:
     """A whole answer, or a stream that begins once the request is accepted."""
     drafts = await to_thread.run_sync(drafts_of, limiter=line.threads)
@@ -234,7 +234,7 @@ async def _generated(
 
 
 async def _events(
-    line: Line, request: Request, asked: Sampled, drafts: list[Draft], form: Format
+    line: Line, request: Request, asked: SamplingFields, drafts: list[Draft], form: Format
 ) -> AsyncIterator[str]:
     """Server-sent events; an error after the first of them is an event as well, for the status has been sent."""
     told = asked.stream_options

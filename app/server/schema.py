@@ -103,7 +103,7 @@ class StreamOptions(BaseModel):
     denoising: bool = False
 
 
-class Sampled(Request):
+class SamplingFields(Request):
     """What both kinds of generation share. Sampler settings that are not given are those the model comes with."""
 
     n: int = Field(default=1, ge=1, le=MOST_CHOICES)
@@ -159,7 +159,7 @@ class Sampled(Request):
             raise BadRequestError(str(error)) from None
 
 
-class ChatRequest(Sampled):
+class ChatRequest(SamplingFields):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
@@ -174,7 +174,7 @@ class ChatRequest(Sampled):
         return self
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(SamplingFields):
     """`POST /v1/completions`. With a `suffix`, or a `template` with gaps as `[[5]]`, what is missing is filled in."""
 
     prompt: str | list[str] | list[int] | list[list[int]] = ""

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from app.canvas import parse_template
 from app.models import LoadedModel, ModelCache, UserError
 from app.server.answers import Draft
-from app.server.schema import BadRequestError, ChatRequest, CompletionRequest, Message, Sampled, ScoreRequest
+from app.server.schema import BadRequestError, ChatRequest, CompletionRequest, Message, SamplingFields, ScoreRequest
 from llada_core.evaluation.requests import ChatText, pairs
 from llada_core.likelihood import Likelihood
 from llada_core.sampling.params import SamplingParams
@@ -130,7 +130,7 @@ class Service:
     def _drafts(
         self,
         loaded: LoadedModel,
-        asked: Sampled,
+        asked: SamplingFields,
         params: SamplingParams,
         prompts: list[list[int]],
         *,

@@ -42,7 +42,7 @@ class Batch:
     numbers: torch.Tensor
 
 
-class Order:
+class BatchSampler:
     """The rows of every batch: epoch after epoch in a new order, `size` rows a batch.
 
     With `lengths` (one per row) a batch holds rows of similar length: within every run of `bucket` batches the rows are
@@ -96,7 +96,7 @@ class RowBatches:
     def __init__(
         self,
         table: Rows,
-        order: Order,
+        order: BatchSampler,
         *,
         eos_id: int,
         padding: Padding = "none",

@@ -21,12 +21,12 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from llada_core.data.contamination import QUESTIONS, joined, values_in
 from llada_core.data.encode import Columns, asking, encode_ids, has_ids, row_hash, text_in, text_of
 from llada_core.data.formats import FORMATS, schema_of
 from llada_core.data.params import PartParams, PretrainData, SourceParams
 from llada_core.data.rows import PLAIN, RowFile, SourceStats, card_of, table_of
 from llada_core.data.sources import DataError, Numbered, ResolvedSource, Row, RowError, UnusableRow, read
-from llada_core.data.values import QUESTIONS, joined, values_in
 from llada_core.settings import function_at
 from llada_core.tokenizer import Tokenizer
 

@@ -5,10 +5,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.settings import FREE, Block
+from llada_core.settings import NOT_IN_FINGERPRINT, SettingsBlock
 
 
-class SourceParams(Block):
+class SourceParams(SettingsBlock):
     """One source of rows.
 
     `name` is a short name (alpaca, dolly, gutenberg, gsm8k, tulu-3-sft-mixture, ultrachat, opc-sft-stage1, smoltalk,
@@ -37,7 +37,7 @@ class SourceParams(Block):
         return self
 
 
-class PartParams(Block):
+class PartParams(SettingsBlock):
     """What the data of all training stages share. `validation` is the share of rows held out, decided by content."""
 
     sources: tuple[SourceParams, ...] = ()
@@ -80,7 +80,7 @@ class PreferenceData(PartParams):
     truncation: Literal["right", "filter"] = "right"
 
 
-class PuzzleCounts(Block):
+class PuzzleCounts(SettingsBlock):
     """How many puzzles of one task; a puzzle's value decides on which side it may occur."""
 
     pretrain: int = Field(default=0, ge=0)
@@ -117,7 +117,7 @@ class SeatsParams(PuzzleCounts):
     hasty: float = Field(default=0.0, ge=0.0, le=1.0)
 
 
-class PuzzlesParams(Block):
+class PuzzlesParams(SettingsBlock):
     """Generated puzzles, drawn from the run's seed.
 
     `dialogues` are the shares of dialogues with 1, 2, ... questions in fine-tuning and GRPO: a model that was only ever asked
@@ -137,7 +137,7 @@ class PuzzlesParams(Block):
         return self
 
 
-class TokenizerParams(Block):
+class TokenizerParams(SettingsBlock):
     """Which tokenizer: that of a folder or Hub name, or (None) one trained on this run's own training text."""
 
     name: str | None = None
@@ -145,16 +145,16 @@ class TokenizerParams(Block):
     documents: int = Field(default=20_000, ge=1)  # texts of each source that it is trained on
 
 
-class DataParams(Block):
+class DataParams(SettingsBlock):
     """Everything `prepare` reads. `root` is where relative names are looked up; the environment variable
     LLADAFLOW_DATA_ROOT goes before it."""
 
-    root: Annotated[str | None, FREE] = None
-    workers: Annotated[int, FREE] = Field(default=0, ge=0)  # processes; 0: one per core
+    root: Annotated[str | None, NOT_IN_FINGERPRINT] = None
+    workers: Annotated[int, NOT_IN_FINGERPRINT] = Field(default=0, ge=0)  # processes; 0: one per core
     # Rows of a source that cannot be used are left out and counted; more than this share of them (and than ten) are
     # refused, with `strict` any.
-    max_unusable: Annotated[float, FREE] = Field(default=0.01, ge=0, le=1)
-    strict: Annotated[bool, FREE] = False
+    max_unusable: Annotated[float, NOT_IN_FINGERPRINT] = Field(default=0.01, ge=0, le=1)
+    strict: Annotated[bool, NOT_IN_FINGERPRINT] = False
     tokenizer: TokenizerParams = TokenizerParams()
     puzzles: PuzzlesParams = PuzzlesParams()
     pretrain: PretrainData | None = None

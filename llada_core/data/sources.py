@@ -256,7 +256,7 @@ class PublishedDataset:
     maps: dict[str, str] = field(default_factory=dict)
 
 
-PUBLISHED: dict[str, PublishedDataset] = {
+DATASETS: dict[str, PublishedDataset] = {
     "alpaca": PublishedDataset("tatsu-lab/alpaca", maps={"sft": "alpaca"}),
     "dolly": PublishedDataset("databricks/databricks-dolly-15k", maps={"sft": "dolly"}),
     "tulu-3-sft-mixture": PublishedDataset("allenai/tulu-3-sft-mixture"),
@@ -326,8 +326,8 @@ def find(source: SourceParams, stage: str, roots: list[Path]) -> ResolvedSource:
 
 def _found(source: SourceParams, stage: str, roots: list[Path]) -> ResolvedSource:
     given = _whole(source.map)
-    known = PUBLISHED.get(source.name) or next(
-        (k for k in PUBLISHED.values() if k.hub == source.name), PublishedDataset()
+    known = DATASETS.get(source.name) or next(
+        (k for k in DATASETS.values() if k.hub == source.name), PublishedDataset()
     )
     own_map = f"llada_core.data.maps.{known.maps[stage]}" if stage in known.maps else None
     split, config = source.split or known.split, source.config or known.config
@@ -338,12 +338,12 @@ def _found(source: SourceParams, stage: str, roots: list[Path]) -> ResolvedSourc
         path = place if place.is_file() else split_file(place, source.split or "train")
         if path is not None:
             return ResolvedSource(str(path), "file", split, config, given or own_map, files.file_hash(path))
-    hub = known.hub if source.name in PUBLISHED else source.name if _looks_like_hub(source.name) else None
+    hub = known.hub if source.name in DATASETS else source.name if _looks_like_hub(source.name) else None
     if hub is None:
         looked = ", ".join(map(str, roots))
         raise FileNotFoundError(
             f"data source {source.name!r}: no file, and no folder with {split}{'|'.join(SUFFIXES)}, below {looked}"
-            f"{'' if source.name in PUBLISHED else nearest(source.name, list(PUBLISHED))}"
+            f"{'' if source.name in DATASETS else nearest(source.name, list(DATASETS))}"
         )
     asked = json.dumps([hub, config, split, source.revision])
     return ResolvedSource(hub, "hub", split, config, given or own_map, hashlib.sha256(asked.encode()).hexdigest())

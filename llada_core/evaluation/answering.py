@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
-from llada_core.evaluation.params import SAMPLER_FIELDS, Settings
+from llada_core.evaluation.params import SAMPLER_FIELDS, BenchmarkSettings
 from llada_core.evaluation.requests import TOKEN_LISTS, GenerationRequest, renamed, token_list
 from llada_core.files import content_hash, hash_of, line_of, parsed
 from llada_core.likelihood import greedy_matches, log_likelihoods
@@ -236,10 +236,10 @@ Ids = list[int]
 
 
 @dataclass(frozen=True)
-class Options:
+class ResponderOptions:
     """How requests are answered; `max_length` None: as long as the model takes."""
 
-    settings: Settings = field(default_factory=Settings)
+    settings: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     batch_size: int = 32
     max_length: int | None = None
     check_greedy: bool = False  # also whether greedy decoding would give the continuation (no metric of ours needs it)
@@ -253,7 +253,7 @@ class Responder:
 
     model: MaskPredictor
     tokenizer: Tokenizer
-    options: Options
+    options: ResponderOptions
 
     @property
     def longest(self) -> int:
@@ -355,12 +355,14 @@ def from_arguments(given: Mapping[str, Any]) -> tuple[Responder, AnswerStore]:
         if key not in [*SAMPLER_FIELDS, "eos"]:
             raise ConfigError(f"model_args: unknown setting {key!r}{nearest(key, allowed)}")
     values |= {k: token_list(values[k]) for k in TOKEN_LISTS if k in values}
-    settings = Settings.parse(
+    settings = BenchmarkSettings.parse(
         {"sampling": values, "samples": samples, "cfg_scale": values.get("cfg_scale"), "estimator": estimator},
         "model_args",
     )
     size = AUTO_BATCH if batch.startswith("auto") else int(batch)
-    answerer = Responder(model, Tokenizer.load(str(name)), Options(settings, size, check_greedy=greedy, **options))
+    answerer = Responder(
+        model, Tokenizer.load(str(name)), ResponderOptions(settings, size, check_greedy=greedy, **options)
+    )
     if not answers:
         return answerer, AnswerStore()
     determining = {"dtype": dtype, "bits": bits, "settings": settings.model_dump(), "greedy": greedy}

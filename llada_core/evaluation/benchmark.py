@@ -16,7 +16,7 @@ from lm_eval.evaluator import evaluate
 from llada_core.evaluation import recipes, taskset
 from llada_core.evaluation.answering import Responder
 from llada_core.evaluation.harness import Cost, EstimatingLM, LladaLM
-from llada_core.evaluation.params import EvaluateParams, Settings
+from llada_core.evaluation.params import BenchmarkSettings, EvaluateParams
 from llada_core.evaluation.recipes import Recipe
 from llada_core.evaluation.statistics import estimate, mean_of_means
 from llada_core.settings import ConfigError, nearest
@@ -34,7 +34,7 @@ class Benchmark:
     name: str  # as it was asked for
     recipe: Recipe
     tasks: taskset.Tasks
-    settings: Settings  # the recipe's, with the caller's over them
+    settings: BenchmarkSettings  # the recipe's, with the caller's over them
     subset: str = ""
     absent: str = ""
 
@@ -56,7 +56,7 @@ def benchmark(name: str, params: EvaluateParams, *, root: Path | None, puzzles: 
 
     Raises `ConfigError` for an unknown name, unreadable files, or programs to run without the opt-in.
     """
-    own = params.overrides.get(name, Settings())
+    own = params.overrides.get(name, BenchmarkSettings())
     if (puzzles / f"{name}.jsonl").exists() or name.endswith(OPTIONAL):
         return _puzzle_benchmark(name, own.over(params.puzzles), puzzles / f"{name}.jsonl")
     if not recipes.exists(name):
@@ -70,7 +70,7 @@ def benchmark(name: str, params: EvaluateParams, *, root: Path | None, puzzles: 
     return Benchmark(name, recipe, tasks, own.over(recipe.settings), local.subset if local else "")
 
 
-def _puzzle_benchmark(name: str, settings: Settings, path: Path) -> Benchmark:
+def _puzzle_benchmark(name: str, settings: BenchmarkSettings, path: Path) -> Benchmark:
     pinned = {"definition": "puzzles", "version": 1.0, "kind": "generate", "metric": "correct,none", "shots": 0}
     recipe = Recipe.parse(
         {"name": name, "task": name, "chat": True, "chance": 0.0, "settings": settings, **pinned}, name
@@ -134,7 +134,7 @@ def run(
 ) -> tuple[Result, list[Result]]:
     """The result of a benchmark (JSON values, equal for equal inputs) and one record per question.
 
-    trained: values of the questions that the run trained on (llada_core.data.values); a question among them is marked.
+    trained: values of the questions that the run trained on (llada_core.data.contamination); a question among them is marked.
     """
     recipe = asked.recipe
     if asked.absent:

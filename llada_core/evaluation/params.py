@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llada_core.sampling.params import SamplingParams
-from llada_core.settings import FREE, Bits, Block, nearest
+from llada_core.settings import NOT_IN_FINGERPRINT, Bits, SettingsBlock, nearest
 
 SAMPLER_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 EOS_RULES = ("none", "defer", "forbid")
 
 
-class Settings(Block):
+class BenchmarkSettings(SettingsBlock):
     """How answers are obtained: fields of `SamplingParams` plus `eos`, and the Monte-Carlo samples of a likelihood.
 
     `eos`: none, defer (end tokens may be produced, committed last), forbid (the EOS token is never produced).
@@ -38,9 +38,9 @@ class Settings(Block):
             raise ValueError(f"eos is {self.sampling['eos']!r}; allowed: {', '.join(EOS_RULES)}")
         return self
 
-    def over(self, below: "Settings") -> "Settings":
+    def over(self, below: "BenchmarkSettings") -> "BenchmarkSettings":
         """These settings where given, else those of `below`."""
-        return Settings(
+        return BenchmarkSettings(
             sampling={**below.sampling, **self.sampling},
             samples=self.samples if self.samples is not None else below.samples,
             cfg_scale=self.cfg_scale if self.cfg_scale is not None else below.cfg_scale,
@@ -55,17 +55,21 @@ class Settings(Block):
         return sampling if kind == "generate" else values
 
 
-class EvaluateParams(Block):
+class EvaluateParams(SettingsBlock):
     """Every benchmark with every model. A model is the name of a stage, or whatever `load_model` takes."""
 
     benchmarks: tuple[str, ...] = ()
     models: tuple[str, ...] = ("sft", "sft_control", "grpo")
     # Folder with benchmark files; None: data.root; with neither, the Hub.
-    root: Annotated[str | None, FREE] = None
-    batch_size: Annotated[int | Literal["auto"], FREE] = 32
+    root: Annotated[str | None, NOT_IN_FINGERPRINT] = None
+    batch_size: Annotated[int | Literal["auto"], NOT_IN_FINGERPRINT] = 32
     limit: int | None = Field(default=None, ge=1)  # questions per task; a limited score is marked as a subset
-    puzzles: Settings = Settings(sampling={"max_new_tokens": 64, "block_length": 64, "steps": 64, "stop_at_eos": True})
-    overrides: dict[str, Settings] = Field(default_factory=dict)  # benchmark -> settings put over those of its recipe
+    puzzles: BenchmarkSettings = BenchmarkSettings(
+        sampling={"max_new_tokens": 64, "block_length": 64, "steps": 64, "stop_at_eos": True}
+    )
+    overrides: dict[str, BenchmarkSettings] = Field(
+        default_factory=dict
+    )  # benchmark -> settings put over those of its recipe
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     bits: Bits | None = None  # of quantised weights, on a CUDA GPU; None: as stored
     run_code: bool = False  # benchmarks that run generated programs do so only with this opt-in
@@ -79,14 +83,14 @@ class EvaluateParams(Block):
         return self
 
 
-class Comparison(Block):
+class Comparison(SettingsBlock):
     """A difference the report shows with its paired interval: `model` minus `baseline`."""
 
     model: str
     baseline: str
 
 
-class ReportParams(Block):
+class ReportParams(SettingsBlock):
     """What the report compares."""
 
     comparisons: tuple[Comparison, ...] = (

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from llada_core.evaluation.params import SAMPLER_FIELDS, Settings
+from llada_core.evaluation.params import SAMPLER_FIELDS, BenchmarkSettings
 from llada_core.sampling.params import SamplingParams
 from llada_core.settings import ConfigError, nearest
 from llada_core.tokenizer import Message, SpecialTokens, Tokenizer
@@ -90,7 +90,7 @@ def asked_for(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sampling_params(
-    settings: Settings, special: SpecialTokens, asked: Mapping[str, Any] | None = None
+    settings: BenchmarkSettings, special: SpecialTokens, asked: Mapping[str, Any] | None = None
 ) -> SamplingParams:
     """The sampler settings of a request.
 
@@ -125,7 +125,7 @@ def token_list(value: Any) -> tuple[int, ...]:
 
 
 def wanted(
-    requests: Sequence[tuple[str, Mapping[str, Any]]], settings: Settings, tokenizer: Tokenizer, longest: int
+    requests: Sequence[tuple[str, Mapping[str, Any]]], settings: BenchmarkSettings, tokenizer: Tokenizer, longest: int
 ) -> list[GenerationRequest]:
     """What is behind rendered prompts and their `gen_kwargs`.
 

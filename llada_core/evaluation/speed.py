@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 from llada_core.evaluation.answering import Responder
 from llada_core.evaluation.benchmark import Benchmark, run
 from llada_core.evaluation.harness import LladaLM
-from llada_core.evaluation.params import Settings
+from llada_core.evaluation.params import BenchmarkSettings
 from llada_core.evaluation.requests import DEFAULT_LENGTH, ChatText
 from llada_core.evaluation.statistics import Difference, paired
 from llada_core.sampling.params import EDITING
@@ -60,7 +60,7 @@ def settings_of(asked: Benchmark, texts: Sequence[str], *, by_blocks: bool = Fal
     for text in dict.fromkeys(named):
         pairs = (part.partition("=") for part in text.split(","))
         given = {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
-        found[text] = Settings.parse({"sampling": {**exact, **given}}, f"--speed {text}").sampling
+        found[text] = BenchmarkSettings.parse({"sampling": {**exact, **given}}, f"--speed {text}").sampling
     return found
 
 
@@ -112,7 +112,7 @@ def measured(
     asked: Benchmark, answerer: Responder, sampling: Sampling, wording: str, limit: int | None = None
 ) -> Point:
     """One setting under one wording, a question at a time as the published speeds; nothing is kept on disk."""
-    settings = Settings(sampling=sampling).over(asked.settings)
+    settings = BenchmarkSettings(sampling=sampling).over(asked.settings)
     options = replace(answerer.options, settings=settings, batch_size=1)
     lm = RewordedLM(replace(answerer, options=options), wording)
     _, records = run(replace(asked, settings=settings), lm, limit=limit)

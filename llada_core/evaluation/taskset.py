@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import env as templates
 
 from llada_core import files as json_lines
-from llada_core.data.values import question_in, value_of
+from llada_core.data.contamination import question_in, value_of
 from llada_core.evaluation.definitions import opencompass
 from llada_core.evaluation.recipes import Recipe
 from llada_core.files import FileError

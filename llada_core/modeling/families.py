@@ -14,12 +14,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llada_core.settings import Block, nearest
+from llada_core.settings import SettingsBlock, nearest
 
 TOKEN_KEYS = ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id", "eot_token_id")
 
 
-class ModelParams(Block):
+class ModelParams(SettingsBlock):
     """Shape of a fresh model; the first group means the same for dense and mixture-of-experts models."""
 
     kind: str = "llada"  # a family of the table
@@ -58,7 +58,7 @@ class ModelParams(Block):
         return self
 
 
-class LoraParams(Block):
+class LoraParams(SettingsBlock):
     """Low-rank adapters through peft; `targets` are names or a regular expression, `all-linear` excludes the head."""
 
     r: int = Field(default=32, ge=1)

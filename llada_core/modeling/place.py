@@ -19,7 +19,7 @@ SHARE = {4: 0.5 + 4 / 64, 8: 1.0}  # bytes of a quantised weight; nf4 has one fp
 
 
 @dataclass(frozen=True)
-class Need:
+class WeightBytes:
     """Bytes of the weights: as they will lie, and at 4 bits."""
 
     weights: int
@@ -31,7 +31,7 @@ class Need:
         stored: Mapping[str, tuple[tuple[int, ...], int]],
         dtype: torch.dtype | None = None,
         bits: int | None = None,
-    ) -> "Need":
+    ) -> "WeightBytes":
         """From each stored weight's shape and bytes a number.
 
         Quantised are the matrices of the blocks; experts, which lie in one table, and what is outside of the blocks are not.
@@ -91,7 +91,7 @@ class Place:
     """Where a model will lie: on `device`, or spread over GPUs of which each may be filled with `spread` bytes."""
 
     device: str
-    need: Need
+    need: WeightBytes
     free: int  # bytes, on all of its devices
     spread: Mapping[int, int] | None = None
 
@@ -142,7 +142,9 @@ def checked_bits(device: str, bits: int | None) -> Bits | None:
     return None if bits is None else 4 if bits == 4 else 8
 
 
-def place_for(need: Need, wanted: str = "auto", bits: int | None = None, machine: Machine | None = None) -> Place:
+def place_for(
+    need: WeightBytes, wanted: str = "auto", bits: int | None = None, machine: Machine | None = None
+) -> Place:
     """The place of a model. On a machine with GPUs: the one that was named, this rank's own, or the first with room;
     where no single one has it, all together. `ValueError` if there is none."""
     machine = Machine() if machine is None else machine
@@ -163,7 +165,7 @@ def place_for(need: Need, wanted: str = "auto", bits: int | None = None, machine
     raise ValueError(_no_room(need, free, places[0].device, alone=machine.rank is None, bits=bits))
 
 
-def _no_room(need: Need, free: list[int], device: str, *, alone: bool, bits: int | None) -> str:
+def _no_room(need: WeightBytes, free: list[int], device: str, *, alone: bool, bits: int | None) -> str:
     where = device if len(free) == 1 else f"{len(free)} GPUs together"
     ways = [] if bits is not None else [f"bits=4 (--bits 4), which needs {_gb(need.at_4_bits)} GB"]
     ways += [] if alone else ["a single process (launch.processes: 1), which spreads it over all GPUs"]
@@ -184,7 +186,7 @@ def positions_that_fit(one: Iterable[torch.Tensor], share: float = 0.5, machine:
 
 
 def processes_for(
-    needs: list[Need], wanted: str = "auto", bits: int | None = None, machine: Machine | None = None
+    needs: list[WeightBytes], wanted: str = "auto", bits: int | None = None, machine: Machine | None = None
 ) -> int:
     """How many processes answer requests best on this machine: one a GPU where each model fits on one, else one.
 

@@ -15,7 +15,7 @@ from llada_core.files import document, written_whole
 from llada_core.modeling.adapters import load_adapter, merge_adapter
 from llada_core.modeling.families import FAMILIES, TOKEN_KEYS, ModelParams, family_of, published_with
 from llada_core.modeling.folder import base_of, is_adapter, require_folder, require_loaded, stored_weights
-from llada_core.modeling.place import Need, Place, kind_of, place_for
+from llada_core.modeling.place import Place, WeightBytes, kind_of, place_for
 from llada_core.modeling.predictor import MaskPredictor, SavesItself, feed_from_cpu
 from llada_core.settings import Bits
 from llada_core.tokenizer import SpecialTokens, named_ids
@@ -96,7 +96,11 @@ def load_model(  # noqa: PLR0913 - the one way in; everything after the name is 
     if isinstance(device, dict) and bits is not None:
         kind_of("cuda", bits)
     stored = stored_weights(folder)  # an absent or damaged file is told in one line, for masked-LMs too
-    place = device if isinstance(device, dict | Place) else place_for(Need.of(stored, dtype, bits), str(device), bits)
+    place = (
+        device
+        if isinstance(device, dict | Place)
+        else place_for(WeightBytes.of(stored, dtype, bits), str(device), bits)
+    )
     how = {"dtype": "auto" if dtype is None else dtype, "quantization_config": _quantization(bits, dtype, double_quant)}
     predictor = _read(network, folder, config, special_tokens, place, how)
     if attn_implementation is not None:
@@ -146,13 +150,13 @@ def load_to_answer(
     return load_model(name_or_path, dtype=dtype, device=place, bits=bits)
 
 
-def need_of(name_or_path: str | Path, dtype: torch.dtype | None = None, bits: int | None = None) -> Need:
+def need_of(name_or_path: str | Path, dtype: torch.dtype | None = None, bits: int | None = None) -> WeightBytes:
     """What the weights of a folder or Hub name take in memory, from the headers of its files."""
     folder = _folder(name_or_path)
     while is_adapter(folder):
         folder = _folder(base_of(folder))
     require_folder(folder, "config.json")
-    return Need.of(stored_weights(folder), dtype, bits)
+    return WeightBytes.of(stored_weights(folder), dtype, bits)
 
 
 def _read(

@@ -54,11 +54,11 @@ class Answer:
         return self.finished or self.cancelled or self.error is not None
 
 
-class Part:
+class RowGroup:
     """Rows of a batch whose tokens are chosen by the same operations: consecutive ones, with tensors of numbers."""
 
     def __init__(self, model: MaskPredictor, request: Request) -> None:
-        self.choice, self.params, self.edits = request.choice, request.params, request.edits
+        self.rule_key, self.params, self.edits = request.rule_key, request.params, request.edits
         params = self.params
         self.device, self.answers = model.device, list[Answer]()
         self.proposer = Proposer.of(params, request.mask_id, model.device)
@@ -73,7 +73,7 @@ class Part:
 
     def takes(self, request: Request) -> bool:
         """Whether a new row belongs here: never beside rows whose own rule remembers something already."""
-        return request.choice == self.choice and not (self.own_width and self.state)
+        return request.rule_key == self.rule_key and not (self.own_width and self.state)
 
     def arrange(self, order: list[int], answers: list[Answer], *, spare: bool) -> None:
         """Its rows are these `answers` now: those that it had at `order`, -1 for new ones. `spare`: with room for more
@@ -151,7 +151,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Asked:
+class StepQuery:
     """What a step asks for: `counts` positions of each row's window, and `beyond` open ones outside of it; and what a cache
     has to know of the rows, see `Query`. Without that, every row counts as one that may be in a new block.
     """
@@ -163,7 +163,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Seen:
+class StepResult:
     """What a step did. A rows, T columns.
 
     `tokens` (A, T) after it; `first`, `last` (A,) columns of the blocks; `asked` (Q,) indices into the A*T flattened
@@ -185,11 +185,11 @@ class Outcome:
     canvas: Canvas
     blocks: Blocks
     tally: Tensor
-    seen: Seen
+    seen: StepResult
 
 
 @dataclass(frozen=True)
-class Moment(Seen):
+class BatchStep(StepResult):
     """One step of a batch, and the `answers` that took part, with `counts` and `beyond` of what was asked in each row.
 
     Where some answer is watched, `copied` holds on the CPU, flat: `tokens`, `first` and `last` in turn, `asked`,
@@ -211,7 +211,7 @@ class Batch:
     """
 
     def __init__(self, model: MaskPredictor, request: Request, compiled: Compiled = "off") -> None:
-        self.model, self.way, self.choice, self.graph = model, request.way, request.choice, None
+        self.model, self.forward_key, self.rule_key, self.graph = model, request.forward_key, request.rule_key, None
         self.compiled = compiled != "off"
         if compiled != "off" and request.params.rule is None:
             mode = {"graph": "reduce-overhead", "max": "max-autotune"}[compiled]
@@ -221,7 +221,7 @@ class Batch:
         blank = Request(torch.full((1,), model.special_tokens.pad_id), 0, 1, nothing, 0, request.mask_id)
         self.blank = Answer(blank, finished=True)
         self.denoiser: Denoiser = denoiser_of(model, request.params)
-        self.parts: list[Part] = []
+        self.parts: list[RowGroup] = []
         self.canvas: Canvas | None = None
         self.ends = on_device(sorted(model.special_tokens.end_ids), model.device)
         self.tally: list[list[int]] = [[], [], [], []]  # on the host, of each row: see `Blocks.tally`
@@ -244,9 +244,9 @@ class Batch:
 
     def takes(self, request: Request) -> bool:
         """Whether a request can join: it shares forwards, and a compiled step as well where there is one."""
-        if request.way != self.way or (self.graph is None) != (request.params.rule is not None or not self.compiled):
+        if request.forward_key != self.forward_key or (self.graph is None) != (request.params.rule is not None or not self.compiled):
             return False
-        return self.graph is None or request.choice == self.choice
+        return self.graph is None or request.rule_key == self.rule_key
 
     def join(self, answers: Iterable[Answer]) -> None:
         """New rows, from the next step on."""
@@ -257,7 +257,7 @@ class Batch:
         for answer in added:
             number = next((i for i, part in enumerate(self.parts) if part.takes(answer.request)), len(self.parts))
             if number == len(self.parts):
-                self.parts.append(Part(self.model, answer.request))
+                self.parts.append(RowGroup(self.model, answer.request))
             of_part.setdefault(number, []).append(answer)
         if self.graph is None:
             self._rearrange([part.answers + of_part.get(i, []) for i, part in enumerate(self.parts)], added)
@@ -332,7 +332,7 @@ class Batch:
         return replace(canvas.rows(order, max(columns(width), least)), ragged=True)
 
     @torch.no_grad()
-    def step(self) -> Moment:
+    def step(self) -> BatchStep:
         """Commits something in every row; those that are done leave, their answers finished."""
         assert self.canvas is not None
         if self.blocks is None:
@@ -343,16 +343,16 @@ class Batch:
         fixed = None if self.graph is None or any(beyond) else self.denoiser.fixed(fresh, self.canvas.tokens.shape)
         if fixed is not None and self.graph is not None:
             width = self.blocks.open.shape[1]
-            asked = Asked([width] * len(rows), beyond)
+            asked = StepQuery([width] * len(rows), beyond)
             with _dynamo.config.patch(recompile_limit=SHAPES):
                 outcome = self.graph(self.canvas, self.blocks, asked, fixed)
         else:
-            asked = Asked(counts, beyond, firsts, fresh)
+            asked = StepQuery(counts, beyond, firsts, fresh)
             outcome = self.advance(self.canvas, self.blocks, asked, self.denoiser.logits)
         told = self._told(outcome, rows)
-        return Moment(**vars(outcome.seen), answers=rows, counts=asked.counts, beyond=beyond, copied=told)
+        return BatchStep(**vars(outcome.seen), answers=rows, counts=asked.counts, beyond=beyond, copied=told)
 
-    def advance(self, canvas: Canvas, blocks: Blocks, asked: "Asked", ask: Callable[[Query], Tensor]) -> "Outcome":
+    def advance(self, canvas: Canvas, blocks: Blocks, asked: "StepQuery", ask: Callable[[Query], Tensor]) -> "Outcome":
         """One step on the device: `ask` for logits, propose, score, commit, and find the blocks of the next one.
 
         Where every position of the windows is asked for, shapes are those of rows, window and canvas alone: a function
@@ -384,7 +384,7 @@ class Batch:
             further, sure = self._guesses(logits[total:], asked.beyond)
             proposals, values = torch.cat([proposals, further]), torch.cat([values, sure])
         following = self._blocks(after, blocks.open.shape[1], blocks.number)
-        shown = Seen(after.tokens, blocks.first, blocks.last, wanted, proposals, values)
+        shown = StepResult(after.tokens, blocks.first, blocks.last, wanted, proposals, values)
         return Outcome(after, following, following.tally(after), shown)
 
     def _blocks(self, canvas: Canvas, width: int, before: Tensor) -> Blocks:
@@ -399,7 +399,7 @@ class Batch:
         others = (canvas.open & watched[:, None]).flatten().index_fill(0, mine, value=False)
         return torch.nonzero_static(others, size=sum(beyond))[:, 0]
 
-    def _spans(self, counts: list[int]) -> list[tuple[Part, slice, slice]]:
+    def _spans(self, counts: list[int]) -> list[tuple[RowGroup, slice, slice]]:
         """Each part with its rows, and with what is its own of a sequence in which row i has `counts[i]` entries."""
         found, row, at = [], 0, 0
         for part in self.parts:
@@ -409,7 +409,7 @@ class Batch:
             row, at = rows.stop, at + many
         return found
 
-    def _choose(self, logits: Tensor, slots: Tensor, present: Tensor, blocks: Blocks, asked: "Asked") -> Choice:
+    def _choose(self, logits: Tensor, slots: Tensor, present: Tensor, blocks: Blocks, asked: "StepQuery") -> Choice:
         """All parts' choices, row after row."""
         news = asked.fresh or [True] * len(asked.counts)
         if len(self.parts) == 1:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling.batch import Answer, Batch, Compiled, Moment
+from llada_core.sampling.batch import Answer, Batch, BatchStep, Compiled
 from llada_core.sampling.canvas import Step, columns, seats
 from llada_core.sampling.requests import Request
 
@@ -229,7 +229,7 @@ def evaluating(model: MaskPredictor) -> Iterator[None]:
         model.train()
 
 
-def _tell(moment: Moment) -> None:
+def _tell(moment: BatchStep) -> None:
     """Each watched answer gets its row of a step, on the CPU."""
     if moment.copied is None:
         return

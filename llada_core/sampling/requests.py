@@ -75,14 +75,14 @@ class Request:
         return -(-self.params.steps // -(-(self.end - self.start) // self.params.block_length))
 
     @cached_property
-    def way(self) -> tuple[Any, ...]:
+    def forward_key(self) -> tuple[Any, ...]:
         """What requests have in common that can share a forward."""
         p = self.params
         window = (p.block_length if p.cache == "dual" else 0, p.cache_window, p.cache_refresh)
         return p.cache, window, p.cfg_scale, p.right_shift_logits, p.block_length if self.by_blocks else 0
 
     @cached_property
-    def choice(self) -> tuple[Any, ...]:
+    def rule_key(self) -> tuple[Any, ...]:
         """What requests have in common whose tokens are chosen by the same operations; the numbers in it are each row's own."""
         p = self.params
         own: tuple[Any, ...] | None = None

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling.batch import Answer, Batch, Moment
+from llada_core.sampling.batch import Answer, Batch, BatchStep
 from llada_core.sampling.canvas import Step
 from llada_core.sampling.denoiser import on_device
 from llada_core.sampling.engine import Engine, evaluating
@@ -149,7 +149,7 @@ class Layout:
             row[first:] = answer.request.tokens[: self.width - first]
         return board.to(device)
 
-    def shown(self, moment: Moment, board: Tensor, forwards: int) -> Step:
+    def shown(self, moment: BatchStep, board: Tensor, forwards: int) -> Step:
         """A step of a batch in this layout, `board` (B, `width`) being the one before it."""
         device, columns, width = board.device, moment.tokens.shape[1], self.width + self.tail
         number = on_device([self.number[id(answer)] for answer in moment.answers], device)

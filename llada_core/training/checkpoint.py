@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from llada_core.files import file_hash
-from llada_core.training.engine import Ranks
+from llada_core.training.accelerator import Ranks
 from llada_core.training.objectives import Objective
 
 # Every rank writes the rows it holds (safetensors, sharded along the first dimension), so that a run resumes on any

@@ -26,7 +26,7 @@ from llada_core.data.batches import Batch
 from llada_core.modeling import MaskPredictor
 from llada_core.modeling.attention import BlockCausal
 from llada_core.modeling.predictor import Prediction
-from llada_core.training.engine import optimiser_for, precision_policy
+from llada_core.training.accelerator import optimiser_for, precision_policy
 from llada_core.training.grpo import GRPO, PolicyData
 from llada_core.training.objectives import DiffusionObjective, Loss
 from llada_core.training.params import GRPOParams, PreferenceParams, TrainingParams

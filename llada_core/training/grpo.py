@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llada_core.data.batches import Order
+from llada_core.data.batches import BatchSampler
 from llada_core.diffusion import Noise
 from llada_core.modeling import MaskPredictor
 from llada_core.modeling.predictor import require_bidirectional
 from llada_core.tokenizer import Tokenizer
-from llada_core.training.engine import Ranks
+from llada_core.training.accelerator import Ranks
 from llada_core.training.objectives import Loss, StepWork, filled, stored_rows
 from llada_core.training.params import GRPOParams
 from llada_core.training.reference import Reference
@@ -28,7 +28,7 @@ from llada_core.training.rollouts import (
     Prompt,
     PromptTable,
     Reward,
-    Sampled,
+    RolloutSample,
     group_advantages,
     judge,
     mask_samples,
@@ -69,7 +69,7 @@ class GRPO:
         self.predictor, self.problems, self.params, self.seed = model, problems, params, seed
         self.ranks = Ranks()
         self.reference = Reference(model, params)
-        self.order = Order(len(problems.train), params.prompts, seed=seed)
+        self.order = BatchSampler(len(problems.train), params.prompts, seed=seed)
         held_out = range(min(len(problems.validation), params.validation_rows))
         tasks = Counter(prompt.task for prompt in self._prompts(problems.validation, held_out))
         self.held: Mapping[str, int] = {
@@ -215,7 +215,7 @@ class GRPO:
     def _prompts(self, table: PromptTable, rows: Sequence[int]) -> list[Prompt]:
         return prompts_of(table, rows, self.params.max_prompt_length)
 
-    def _sample(self, prompts: list[Prompt], width: int, *, seed: int) -> Sampled:
+    def _sample(self, prompts: list[Prompt], width: int, *, seed: int) -> RolloutSample:
         settings, size = replace(self.params.sampling, seed=seed), self.params.rollout_batch
         size = max(size // self.params.generations, 1) * self.params.generations  # no fewer than a group
         return sample(self.predictor, self.problems.tokenizer, prompts, settings, width=width, at_once=size)

@@ -19,8 +19,8 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from llada_core.training.accelerator import Ranks, learning_rate
 from llada_core.training.checkpoint import Checkpoints, Snapshot
-from llada_core.training.engine import Ranks, learning_rate
 from llada_core.training.objectives import Objective, StepWork, sum_and_count
 from llada_core.training.params import TrainingParams
 from llada_core.training.progress import Meter, MetricsFile, Progress, Recovery, peak_flops, training_flops

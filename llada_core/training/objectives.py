@@ -13,11 +13,11 @@ import torch
 from datasets import Dataset, load_from_disk
 from torch import Tensor, nn
 
-from llada_core.data.batches import Batch, Order, RowBatches
+from llada_core.data.batches import Batch, BatchSampler, RowBatches
 from llada_core.diffusion import MaskedLoss, Noise, alpha, fed_copies, hidden_at, loss_weight, masked_nll
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.tokenizer import Tokenizer
-from llada_core.training.engine import Ranks
+from llada_core.training.accelerator import Ranks
 from llada_core.training.params import BlockParams, PretrainParams, SFTParams, TrainingParams
 
 BUCKETS = 10
@@ -307,7 +307,7 @@ def _batches(
     size, ranks = params.batch_size, Ranks().count
     if held_out:
         size = max(min(size, len(table)) // ranks, 1) * ranks
-    order = Order(len(table), size, seed=seed, lengths=lengths)
+    order = BatchSampler(len(table), size, seed=seed, lengths=lengths)
     eos_id, block_length = model.special_tokens.eos_id, model.block_length
     padding = params.eos_padding if isinstance(params, SFTParams) else "none"
     if padding == "block" and block_length is None:

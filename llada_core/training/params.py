@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 
 from llada_core.modeling.families import LoraParams
 from llada_core.sampling.params import SamplingParams
-from llada_core.settings import FREE, Block, NoiseParams
+from llada_core.settings import NOT_IN_FINGERPRINT, NoiseParams, SettingsBlock
 
 
-class Phase(Block):
+class Phase(SettingsBlock):
     """One straight piece of a learning-rate curve."""
 
     steps: int = Field(ge=1)
@@ -21,14 +21,14 @@ class Phase(Block):
     end: float = Field(ge=0)
 
 
-class BlockPhase(Block):
+class BlockPhase(SettingsBlock):
     """So many steps with blocks of so many tokens."""
 
     steps: int = Field(ge=1)
     length: int = Field(ge=1)
 
 
-class BlockParams(Block):
+class BlockParams(SettingsBlock):
     """Attention by blocks (BD3-LM, arXiv:2503.09573; LLaDA2.0, arXiv:2512.15745): a noisy block sees clean ones before it.
 
     Rows are fed twice, noisy and clean, but where a block is as long as its row: that is plain masked diffusion.
@@ -51,7 +51,7 @@ class BlockParams(Block):
         return None if last is None else min([last, *(phase.length for phase in self.phases)])
 
 
-class DistributionParams(Block):
+class DistributionParams(SettingsBlock):
     """How ranks share the work; what is asked for here is asserted at start."""
 
     kind: Literal["auto", "none", "ddp", "fsdp", "zero2", "zero3"] = "auto"  # auto: ddp when several processes run
@@ -60,7 +60,7 @@ class DistributionParams(Block):
     offload: bool = False
 
 
-class RecoveryParams(Block):
+class RecoveryParams(SettingsBlock):
     """What happens on a NaN, infinite or exploding loss (the paper's own recovery: 4e-4 to 1e-4)."""
 
     tries: int = Field(default=3, ge=0)
@@ -71,7 +71,7 @@ class RecoveryParams(Block):
 PUBLISHED_LEARNING_RATE = 2e-5  # at which trained weights are trained on; LLaDA's guideline and dllm: 1e-5 to 2.5e-5
 
 
-class TrainingParams(Block):
+class TrainingParams(SettingsBlock):
     """What all training stages share. Rows are sequences; a step is one optimiser update."""
 
     # What says how long a run is: the same run of another length goes on from its checkpoints (`extend`).
@@ -84,7 +84,7 @@ class TrainingParams(Block):
 
     # Nothing, a stage's name, a folder, a registry alias, a Hub name. The content of what it names determines the
     # result, and where that lies does not.
-    init_from: Annotated[str | None, FREE] = None
+    init_from: Annotated[str | None, NOT_IN_FINGERPRINT] = None
     max_steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
     max_flops: float | None = Field(default=None, gt=0)
@@ -92,7 +92,7 @@ class TrainingParams(Block):
     extend: bool = False  # go on with a run that was made for another length
     batch_size: int = Field(default=64, ge=1)  # rows per step, over all ranks
     # Rows per forward and rank; None: as many as fit the step.
-    micro_batch_size: Annotated[int | None, FREE] = Field(default=None, ge=1)
+    micro_batch_size: Annotated[int | None, NOT_IN_FINGERPRINT] = Field(default=None, ge=1)
     optimiser: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks, AdamW for the rest
     # What is not given follows the start (`Params`): weights that were trained elsewhere take PUBLISHED_LEARNING_RATE.
     learning_rate: float = Field(default=4e-4, gt=0)
@@ -116,20 +116,22 @@ class TrainingParams(Block):
     # Of a masked-LM from transformers; None: its own choice. LLaDA's networks know sdpa alone, which takes
     # FlashAttention where it can.
     attn_implementation: Annotated[
-        Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None, FREE
+        Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None, NOT_IN_FINGERPRINT
     ] = None
-    compile: Annotated[bool, FREE] = False
-    activation_checkpointing: Annotated[bool, FREE] = False
-    log_every: Annotated[int, FREE] = Field(default=10, ge=1)
+    compile: Annotated[bool, NOT_IN_FINGERPRINT] = False
+    activation_checkpointing: Annotated[bool, NOT_IN_FINGERPRINT] = False
+    log_every: Annotated[int, NOT_IN_FINGERPRINT] = Field(default=10, ge=1)
     validate_every: int = Field(default=0, ge=0)  # 0: only at the end
     validation_rows: int = Field(default=128, ge=1)
-    samples: Annotated[int, FREE] = Field(default=2, ge=0)  # texts written at every validation
-    save_every: Annotated[int, FREE] = Field(default=200, ge=1)
-    keep: Annotated[int, FREE] = Field(default=2, ge=1)
-    milestone_every: Annotated[int, FREE] = Field(default=0, ge=0)  # checkpoints at these steps are never removed
-    recovery: Annotated[RecoveryParams, FREE] = RecoveryParams()
+    samples: Annotated[int, NOT_IN_FINGERPRINT] = Field(default=2, ge=0)  # texts written at every validation
+    save_every: Annotated[int, NOT_IN_FINGERPRINT] = Field(default=200, ge=1)
+    keep: Annotated[int, NOT_IN_FINGERPRINT] = Field(default=2, ge=1)
+    milestone_every: Annotated[int, NOT_IN_FINGERPRINT] = Field(
+        default=0, ge=0
+    )  # checkpoints at these steps are never removed
+    recovery: Annotated[RecoveryParams, NOT_IN_FINGERPRINT] = RecoveryParams()
     lora: LoraParams | None = None
-    distribution: Annotated[DistributionParams, FREE] = DistributionParams()
+    distribution: Annotated[DistributionParams, NOT_IN_FINGERPRINT] = DistributionParams()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -244,7 +246,9 @@ class GRPOParams(TrainingParams):
     beta: float = Field(default=0.04, ge=0)  # weight of the KL to the reference; 0: no reference is kept
     scale_rewards: bool = False  # divide advantages by the group's standard deviation
     negative_weight: float = Field(default=1.0, ge=0)  # factor on negative advantages
-    rollout_batch: Annotated[int, FREE] = Field(default=256, ge=1)  # completions in one call of the sampler
+    rollout_batch: Annotated[int, NOT_IN_FINGERPRINT] = Field(
+        default=256, ge=1
+    )  # completions in one call of the sampler
     sync_every: int = Field(default=0, ge=0)  # mix the policy into the reference every so many steps
     sync_mix: float = Field(default=0.6, gt=0, le=1)
     reward: str = "default"  # a name in llada_core.training.rewards, ./my_reward.py:f or a dotted path to f(task, text, answer) -> float

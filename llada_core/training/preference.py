@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llada_core.data.batches import Order
+from llada_core.data.batches import BatchSampler
 from llada_core.diffusion import Noise, alpha, at_time, corrupt, fed_copies, loss_weight, masked_nll
 from llada_core.modeling import MaskPredictor
 from llada_core.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ class Preference(Objective):
         self.block_length = model.block_length
         self.train, self.validation = train, validation
         self.reference = Reference(model, params)
-        self.order = Order(len(train), params.batch_size, seed=seed)
+        self.order = BatchSampler(len(train), params.batch_size, seed=seed)
 
     def steps_per_epoch(self) -> int:
         return self.order.batches_per_epoch

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llada_core.files import complete, document, line_of, parsed
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.training.engine import Ranks
+from llada_core.training.accelerator import Ranks
 from llada_core.training.params import RecoveryParams, TrainingParams
 
 _PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by accelerator name

@@ -193,7 +193,7 @@ def _last(ids: Sequence[int], longest: int | None) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class RolloutSample:
     """What a batch of prompts was answered: tokens (R, P + N), each left-padded to the longest prompt; texts; cost.
 
     scored, written (R, P + N) bool: the completion up to its first end token; the whole completion. ended (R,) bool:
@@ -223,7 +223,7 @@ def sample(
     *,
     width: int | None = None,
     at_once: int | None = None,
-) -> Sampled:
+) -> RolloutSample:
     """Answer every prompt once, so many `at_once`; `width` pads prompts to more than the longest of these."""
     generation = generate(model, [prompt.ids for prompt in prompts], params, at_once=at_once)
     answers = torch.stack([answer.cpu() for answer in generation.answers])
@@ -242,7 +242,9 @@ def sample(
     scored = torch.cat([torch.zeros(len(prompts), longest, dtype=torch.bool), before], 1)
     # Judged as a reader would see it: what follows the first end is no part of the answer.
     texts = [tokenizer.answer_text(answer.tolist()) for answer in answers]
-    return Sampled(tokens, attention, scored, written.clone(), ends.any(1), texts, generation.forwards, generation.fed)
+    return RolloutSample(
+        tokens, attention, scored, written.clone(), ends.any(1), texts, generation.forwards, generation.fed
+    )
 
 
 @dataclass(frozen=True)

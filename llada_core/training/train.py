@@ -17,7 +17,7 @@ from llada_core.modeling import MaskPredictor, merge_adapter, save_model
 from llada_core.modeling.adapters import add_lora, save_adapter
 from llada_core.settings import function_at
 from llada_core.tokenizer import Tokenizer
-from llada_core.training.engine import (
+from llada_core.training.accelerator import (
     Ranks,
     accelerator_for,
     buffers_apart,

@@ -33,7 +33,7 @@ FSDP = "distribution.kind: fsdp"
 
 
 @dataclass(frozen=True)
-class Need:
+class StageNeeds:
     """What a stage takes: bytes on each GPU by purpose, bytes on disk and per node, and how long it goes on."""
 
     parameters: int
@@ -52,7 +52,7 @@ class Need:
         return sum(self.memory.values())
 
 
-def need(params: Params, stage: str, ranks: int, per_node: int = 1) -> Need:
+def need(params: Params, stage: str, ranks: int, per_node: int = 1) -> StageNeeds:
     """The needs of a training stage on `ranks` GPUs."""
     from llada_core.training.progress import active_parameters, training_flops
 
@@ -77,7 +77,7 @@ def need(params: Params, stage: str, ranks: int, per_node: int = 1) -> Need:
     moments = trained * (4 if block.optimiser == "muon" else 8)
     best = isinstance(block, GRPOParams) and block.keep_best
     kept = block.keep + 1 + best + (0 if not (block.milestone_every and steps) else steps // block.milestone_every)
-    return Need(
+    return StageNeeds(
         parameters=total,
         trained=trained,
         memory=memory,

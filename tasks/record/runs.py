@@ -34,7 +34,7 @@ def request_of(project: Project, stage: StageNode, params: dict[str, Any]) -> Re
     """What `stage` would make now: hashes of the code that runs and of the inputs, the settings, and their origin.
 
     `settings` determine the result. They are told with their defaults, so that one spelled out is the same one.
-    `free` are those that the configuration marks `FREE`; `params` are both, as a person wrote them.
+    `free` are those that the configuration marks `NOT_IN_FINGERPRINT`; `params` are both, as a person wrote them.
     """
     files = [file for path in stage.code for file in files_in(project.root / path)]
     parsed = Params.parse(params, "params.yaml")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from llada_core.data.values import saved_values
+from llada_core.data.contamination import saved_values
 from llada_core.evaluation.params import EvaluateParams
 from llada_core.files import line_of
 from llada_core.settings import ConfigError
@@ -165,12 +165,12 @@ def answering(folder: Path, params: EvaluateParams, device: str = "auto") -> Ite
     """A model and its tokenizer, loaded (device "meta": its shapes alone); their memory is given back at the end."""
     import torch
 
-    from llada_core.evaluation.answering import AUTO_BATCH, Options, Responder, load
+    from llada_core.evaluation.answering import AUTO_BATCH, Responder, ResponderOptions, load
     from llada_core.tokenizer import Tokenizer
 
     size = AUTO_BATCH if params.batch_size == "auto" else int(params.batch_size)
     model = load(str(folder), params.dtype, device, params.bits)
-    answerer = Responder(model, Tokenizer.load(folder), Options(batch_size=size))
+    answerer = Responder(model, Tokenizer.load(folder), ResponderOptions(batch_size=size))
     del model
     yield answerer
     del answerer

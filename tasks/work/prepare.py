@@ -21,12 +21,12 @@ import numpy as np
 
 import llada_core.data
 from llada_core.data.build import Chunk, Workers, build, chunks_of, generated, texts_in
+from llada_core.data.contamination import QUESTIONS, saved_values, value_of
 from llada_core.data.formats import FORMATS
 from llada_core.data.params import DataParams, TokenizerParams
 from llada_core.data.puzzle_rows import benchmarks, keys_of, training_puzzles
 from llada_core.data.rows import lines_of, require_usable
 from llada_core.data.sources import ResolvedSource, find, shared_with_test
-from llada_core.data.values import QUESTIONS, saved_values, value_of
 from llada_core.files import line_of
 from llada_core.settings import ConfigError, function_at
 from llada_core.tokenizer import Tokenizer, train_tokenizer

@@ -17,6 +17,7 @@ from llada_core.settings import ConfigError
 from tasks.errors import one_line_errors
 from tasks.folders import commit_of, content_hash, hash_of, read_json, write_json
 from tasks.project import GateParams, Params, Project, RegisterParams
+from tasks.record.model_usage import usage_to_register
 from tasks.record.registry import (
     Version,
     client,
@@ -32,7 +33,6 @@ from tasks.record.registry import (
     write_receipt,
 )
 from tasks.record.runs import RunFolder, stage_params
-from tasks.record.usage import usage_to_register
 from tasks.record.versions import PACKAGES, make_version, point, register_lost
 from tasks.work.report import scores_of as answered
 

@@ -61,7 +61,7 @@ def _settled(work: Work) -> TrainingParams:
     """The stage's block without a question left: `flops_of` is the number that the other stage's receipt gives, and what
     depends on the machine is as the run's first job was submitted, also where a later one runs on another machine.
     """
-    from llada_core.training.engine import rank_device
+    from llada_core.training.accelerator import rank_device
 
     params = work.params.settled(work.stage, gpu=rank_device().type != "cpu")
     if work.params.training(work.stage).precision == "auto":
@@ -93,7 +93,7 @@ def _taken(work: Work, params: TrainingParams) -> str:
 
 def _model(work: Work, params: TrainingParams, tokenizer: Any) -> Any:
     from llada_core.modeling import load_model, new_model
-    from llada_core.training.engine import loading_device
+    from llada_core.training.accelerator import loading_device
 
     if params.init_from is not None:
         quantised = params.lora is not None and params.lora.four_bit

@@ -9,7 +9,7 @@ from app import render
 from app.canvas import DONE, FRESH, OPEN, REPLACED, Trace, find_runners_up
 from app.conversation import Conversation
 from app.server.answers import Draft
-from app.server.schema import SAMPLER, Sampled
+from app.server.schema import SAMPLER, SamplingFields
 from llada_core.sampling import stream
 from llada_core.sampling.params import SamplingParams
 from tests.reference import arrays, block_cases, golden_model
@@ -78,11 +78,11 @@ def test_a_server_tells_no_text_that_may_still_be_edited(loaded):
 
 def test_a_request_may_name_every_setting_and_an_older_sampler():
     """What a model's settings say of editing goes with its sampler."""
-    assert set(SAMPLER) - {"max_new_tokens"} <= Sampled.model_fields.keys()
+    assert set(SAMPLER) - {"max_new_tokens"} <= SamplingFields.model_fields.keys()
     base = SamplingParams(64, 32, 32, sampler="llada2.1", threshold=0.7, editing_threshold=0.5)
-    asked = Sampled(model="tiny", sampler="llada2.0", max_tokens=40)
+    asked = SamplingFields(model="tiny", sampler="llada2.0", max_tokens=40)
     assert asked.settings(base) == SamplingParams(40, 32, 32, sampler="llada2.0", threshold=0.7)
-    assert Sampled(model="tiny", editing_threshold=0.0).settings(base).editing_threshold == 0
+    assert SamplingFields(model="tiny", editing_threshold=0.0).settings(base).editing_threshold == 0
 
 
 def test_a_conversation_says_what_its_model_did_not_learn(loaded):

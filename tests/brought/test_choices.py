@@ -5,9 +5,9 @@ A new case from a bug report is a line of the table. The tokenizer is that of `t
 
 import pytest
 
-from llada_core.evaluation.answering import Options, Responder
+from llada_core.evaluation.answering import Responder, ResponderOptions
 from llada_core.evaluation.harness import LladaLM
-from llada_core.evaluation.params import Settings
+from llada_core.evaluation.params import BenchmarkSettings
 from llada_core.evaluation.requests import ChatText, pairs
 from tests.tiny import tiny_pair, tiny_tokenizer
 
@@ -48,6 +48,6 @@ def test_a_choice_is_scored_by_tokens_of_its_own(context: str, choice: str, scor
 
 
 def test_a_choice_without_a_token_does_not_win_for_nothing() -> None:
-    lm = LladaLM(Responder(*tiny_pair(), Options(Settings(samples=2))))
+    lm = LladaLM(Responder(*tiny_pair(), ResponderOptions(BenchmarkSettings(samples=2))))
     asked = [type("Request", (), {"args": (context, choice)}) for context, choice, _ in CHOICES]
     assert all(value < 0 for value, _ in lm.loglikelihood(asked))

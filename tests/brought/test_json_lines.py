@@ -13,7 +13,7 @@ from llada_core.files import FileError
 from llada_core.modeling import load_model, save_model
 from llada_core.settings import ConfigError
 from llada_core.tokenizer import Tokenizer
-from llada_core.training.engine import Ranks
+from llada_core.training.accelerator import Ranks
 from llada_core.training.progress import MetricsFile, read_metrics
 from tasks.project import Project
 from tasks.record.registry import receipts, write_receipt

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.measure import budget_hours, with_settings
-from llada_core.evaluation.params import EvaluateParams, Settings
+from llada_core.evaluation.params import BenchmarkSettings, EvaluateParams
 from llada_core.sampling.params import SamplingParams
 from llada_core.usage import Usage
 
@@ -78,9 +78,12 @@ def test_times_and_settings_for_all_benchmarks():
     assert (budget_hours("4h"), budget_hours("90m"), budget_hours("1.5 h")) == (4.0, 1.5, 1.5)
     with pytest.raises(ValueError, match="such as 4h"):
         budget_hours("4 days")
-    params = EvaluateParams(overrides={"a": Settings(samples=3)})
+    params = EvaluateParams(overrides={"a": BenchmarkSettings(samples=3)})
     changed = with_settings(params, ["a", "b"], {"estimator": "stock", "share": None})
-    assert changed.overrides == {"a": Settings(samples=3, estimator="stock"), "b": Settings(estimator="stock")}
+    assert changed.overrides == {
+        "a": BenchmarkSettings(samples=3, estimator="stock"),
+        "b": BenchmarkSettings(estimator="stock"),
+    }
     assert with_settings(params, ["a"], {"estimator": None}) is params
 
 

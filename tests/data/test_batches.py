@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llada_core.data.batches import Order, RowBatches
+from llada_core.data.batches import BatchSampler, RowBatches
 from llada_core.training.params import SFTParams
 
 EOS = 9
@@ -28,24 +28,24 @@ class Table:
 
 
 def test_order_is_a_function_of_seed_and_step():
-    one, other = Order(100, 8, seed=1), Order(100, 8, seed=1)
+    one, other = BatchSampler(100, 8, seed=1), BatchSampler(100, 8, seed=1)
     steps = [other.rows(step) for step in range(40)]
     assert all((one.rows(step) == steps[step]).all() for step in reversed(range(40)))
-    assert not (Order(100, 8, seed=2).rows(0) == steps[0]).all()
+    assert not (BatchSampler(100, 8, seed=2).rows(0) == steps[0]).all()
     epoch = np.concatenate(steps[:12])
     assert len(set(epoch)) == 96
     assert not (np.concatenate(steps[12:24]) == epoch).all()
 
 
 def test_fewer_rows_than_a_batch_are_repeated():
-    order = Order(3, 8, seed=0)
+    order = BatchSampler(3, 8, seed=0)
     assert len(order.rows(5)) == 8
     assert set(order.rows(5)) == {0, 1, 2}
 
 
 def test_bucketing_keeps_every_row_once_and_lengths_close():
     lengths = np.random.default_rng(0).integers(5, 200, 512)
-    plain, bucketed = Order(512, 8, seed=0), Order(512, 8, seed=0, lengths=lengths, bucket=16)
+    plain, bucketed = BatchSampler(512, 8, seed=0), BatchSampler(512, 8, seed=0, lengths=lengths, bucket=16)
     assert sorted(np.concatenate([bucketed.rows(s) for s in range(64)])) == list(range(512))
 
     def waste(order):
@@ -59,7 +59,7 @@ def test_bucketing_keeps_every_row_once_and_lengths_close():
 @pytest.mark.parametrize("parts", [2, 4])
 def test_parts_join_to_the_whole_batch(padding, parts):
     table = Table([3, 8, 5, 2, 7, 4, 6, 3], documents=True)
-    batches = RowBatches(table, Order(8, 4, seed=3), eos_id=EOS, padding=padding)
+    batches = RowBatches(table, BatchSampler(8, 4, seed=3), eos_id=EOS, padding=padding)
     whole = batches.batch(5)
     for part in range(parts):
         share = batches.batch(5, part=part, parts=parts)
@@ -74,14 +74,14 @@ def test_parts_join_to_the_whole_batch(padding, parts):
 
 
 def test_padding_longest_is_visible_and_trained_on():
-    batch = RowBatches(Table([3, 6]), Order(2, 2, seed=0), eos_id=EOS, padding="longest").batch(0)
+    batch = RowBatches(Table([3, 6]), BatchSampler(2, 2, seed=0), eos_id=EOS, padding="longest").batch(0)
     short = batch.tokens[:, 3:].eq(EOS).all(1).int().argmax()
     assert batch.attention_mask is None
     assert batch.maskable[short].tolist() == [False, True, True, True, True, True]
 
 
 def test_padding_by_micro_batch_is_visible_and_trained_on_up_to_its_own_longest_row():
-    table, order = Table([3, 8, 5, 2, 7, 4, 6, 3]), Order(8, 4, seed=3)
+    table, order = Table([3, 8, 5, 2, 7, 4, 6, 3]), BatchSampler(8, 4, seed=3)
     batches = RowBatches(table, order, eos_id=EOS, padding="micro_batch")
     widths = []
     for part in range(2):
@@ -99,7 +99,7 @@ def test_padding_by_micro_batch_is_visible_and_trained_on_up_to_its_own_longest_
 
 
 def test_padding_none_and_a_number_hide_the_rest():
-    order = Order(2, 2, seed=0)
+    order = BatchSampler(2, 2, seed=0)
     none = RowBatches(Table([3, 6]), order, eos_id=EOS).batch(0)
     short = none.attention_mask.sum(1).argmin()
     assert none.attention_mask[short].tolist() == [1, 1, 1, 0, 0, 0]
@@ -111,7 +111,7 @@ def test_padding_none_and_a_number_hide_the_rest():
 
 
 def test_a_share_of_batches_is_cut_to_a_random_length():
-    batches = RowBatches(Table([16] * 8), Order(8, 4, seed=0), eos_id=EOS, random_length=0.3)
+    batches = RowBatches(Table([16] * 8), BatchSampler(8, 4, seed=0), eos_id=EOS, random_length=0.3)
     widths = [batches.batch(step).tokens.shape[1] for step in range(200)]
     assert 30 < sum(width < 16 for width in widths) < 90
     assert widths == [batches.batch(step, part=1, parts=2).tokens.shape[1] for step in range(200)]
@@ -120,8 +120,8 @@ def test_a_share_of_batches_is_cut_to_a_random_length():
 
 def test_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match="does not divide into 3 parts"):
-        RowBatches(Table([2] * 4), Order(4, 4, seed=0), eos_id=EOS).batch(0, parts=3)
+        RowBatches(Table([2] * 4), BatchSampler(4, 4, seed=0), eos_id=EOS).batch(0, parts=3)
     with pytest.raises(ValueError, match="at least 1"):
-        Order(0, 4, seed=0)
+        BatchSampler(0, 4, seed=0)
     with pytest.raises(ValueError, match="padding -1"):
-        RowBatches(Table([2]), Order(1, 1, seed=0), eos_id=EOS, padding=-1)
+        RowBatches(Table([2]), BatchSampler(1, 1, seed=0), eos_id=EOS, padding=-1)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from llada_core.data import maps
+from llada_core.data.contamination import QUESTIONS, question_in, saved_values, value_of, values_in
 from llada_core.data.params import DataParams
-from llada_core.data.values import QUESTIONS, question_in, saved_values, value_of, values_in
 from tasks.work.prepare import Measured, prepare, summary
 
 GSM8K = {"question": "Tom has 2 pens.\nHe buys 3. How many?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}

@@ -168,7 +168,7 @@ def test_a_test_set_is_refused_for_training_unless_one_insists(tmp_path, asked, 
 
 def test_training_splits_are_no_test_sets(tmp_path):
     assert find(SourceParams(name="math500"), "grpo", [tmp_path]).split == "train"
-    for known in set(sources.PUBLISHED) - {"gutenberg", "sudoku4x4"}:
+    for known in set(sources.DATASETS) - {"gutenberg", "sudoku4x4"}:
         assert not find(SourceParams(name=known), "sft", [tmp_path]).is_test_set
     for name in ("latest.jsonl", "attested.txt", "contest/train.jsonl", "train.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -182,7 +182,7 @@ def test_a_stream_needs_an_end():
 
 
 def test_every_known_data_set_has_its_map_function():
-    for known in sources.PUBLISHED.values():
+    for known in sources.DATASETS.values():
         assert all(callable(getattr(maps, name)) for name in known.maps.values())
 
 
@@ -196,7 +196,7 @@ def test_published_prompts_are_those_of_d1_and_dllm_character_by_character(task)
             assert vars(maps)[f"{task}_terse"](case["row"])["prompt"] != row["prompt"]
             assert vars(maps)[f"{task}_terse"](case["row"])["answer"] == row["answer"]
     assert (
-        sources.PUBLISHED[{"sudoku": "sudoku4x4", "code": "kodcode", "math": "math500"}.get(task, task)].maps["grpo"]
+        sources.DATASETS[{"sudoku": "sudoku4x4", "code": "kodcode", "math": "math500"}.get(task, task)].maps["grpo"]
         == task
     )
 

@@ -9,9 +9,9 @@ import torch
 from jinja2 import Environment, StrictUndefined
 from torch import nn
 
-from llada_core.evaluation.answering import Options, Responder
+from llada_core.evaluation.answering import Responder, ResponderOptions
 from llada_core.evaluation.harness import LladaLM
-from llada_core.evaluation.params import Settings
+from llada_core.evaluation.params import BenchmarkSettings
 from llada_core.evaluation.requests import pairs, wanted
 from llada_core.modeling.predictor import MaskPredictor, Prediction
 
@@ -75,7 +75,7 @@ class GoldLM(LladaLM):
 
     def __init__(self, tokenizer, recipe, tasks, *, batch_size=32, shift=0, steps=1) -> None:
         model = Scripted(tokenizer)
-        super().__init__(Responder(model, tokenizer, Options(recipe.settings, batch_size)))
+        super().__init__(Responder(model, tokenizer, ResponderOptions(recipe.settings, batch_size)))
         self.recipe, self.tasks, self.shift, self.steps = recipe, tasks["tasks"], shift, steps
 
     def generate_until(self, requests, disable_tqdm=False):
@@ -85,7 +85,9 @@ class GoldLM(LladaLM):
         ids = list(self.tokenizer_.encode_batch(shifted))
         length = max(map(len, ids)) + 1
         sizes = {"max_new_tokens": length, "block_length": length, "steps": self.steps}
-        over = Settings(sampling={**sizes, "eos": "none", "cache": "none"})  # there is no network with keys to be kept
+        over = BenchmarkSettings(
+            sampling={**sizes, "eos": "none", "cache": "none"}
+        )  # there is no network with keys to be kept
         options = replace(self.options, settings=over.over(self.recipe.settings))
         self.options, self.answerer = options, replace(self.answerer, options=options)
         asked = wanted([r.args for r in requests], options.settings, self.tokenizer_, self.answerer.longest)

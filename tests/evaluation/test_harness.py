@@ -7,16 +7,18 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from llada_core.evaluation.answering import AnswerStore, Options, Responder, Shard
+from llada_core.evaluation.answering import AnswerStore, Responder, ResponderOptions, Shard
 from llada_core.evaluation.harness import EstimatingLM, LladaLM
-from llada_core.evaluation.params import Settings
+from llada_core.evaluation.params import BenchmarkSettings
 from llada_core.likelihood import log_likelihood
 from llada_core.modeling import load_model, save_model
 from llada_core.sampling.sampler import generate
 from llada_core.settings import ConfigError
 from tests.tiny import tiny_pair
 
-SETTINGS = Settings(sampling={"max_new_tokens": 12, "block_length": 4, "steps": 12, "stop_at_eos": True}, samples=4)
+SETTINGS = BenchmarkSettings(
+    sampling={"max_new_tokens": 12, "block_length": 4, "steps": 12, "stop_at_eos": True}, samples=4
+)
 PROMPTS = [
     "What is 7 + 5?",
     "Q",
@@ -33,7 +35,7 @@ KINDS = ["llada", "llada_moe", "llada2", "bert"]
 
 def lm_of(kind="llada", batch_size=8, store=None, settings=SETTINGS, **options):
     model, tokenizer = tiny_pair(kind)
-    return LladaLM(Responder(model, tokenizer, Options(settings, batch_size, **options)), store)
+    return LladaLM(Responder(model, tokenizer, ResponderOptions(settings, batch_size, **options)), store)
 
 
 def generating(prompts=PROMPTS, **asked):
@@ -58,14 +60,16 @@ def test_batches_of_eight_answer_as_batches_of_one(kind):
 
 def test_a_model_that_attends_by_blocks_answers_infills_and_is_told_what_it_did_not_learn(caplog):
     """Four samples of each block that a continuation lies in are what it costs at most."""
-    lm = lm_of("llada2", settings=Settings(sampling={**SETTINGS.sampling, "sampler": "llada2.1", "threshold": 0.9}))
+    lm = lm_of(
+        "llada2", settings=BenchmarkSettings(sampling={**SETTINGS.sampling, "sampler": "llada2.1", "threshold": 0.9})
+    )
     lm.generate_until(generating())
     assert "block_length 4: this model was trained with blocks of 32" in caplog.text
     assert all(1 <= n <= 12 for n in lm.new_tokens if n)
     (filled,) = lm.generate_until([Instance("generate_until", {}, ("1 + [M]2[M] = 3", {"infill": "[M]"}), 0)])
     assert isinstance(filled, str)
     model, tokenizer = tiny_pair("llada2")
-    cost = EstimatingLM(Responder(model, tokenizer, Options(SETTINGS, 8)), rate=1.0)
+    cost = EstimatingLM(Responder(model, tokenizer, ResponderOptions(SETTINGS, 8)), rate=1.0)
     cost.loglikelihood(scoring([("a" * 30, "b" * 40)]))
     length = len(tokenizer.encode("a" * 30 + "b" * 40))
     assert cost.cost.forwards == 4 * (-(-length // 32))
@@ -117,7 +121,7 @@ def test_a_blank_is_filled_between_what_surrounds_it():
 
 
 def test_an_answer_that_never_stops_ends_at_its_length():
-    settings = Settings(sampling={**SETTINGS.sampling, "eos": "forbid"})
+    settings = BenchmarkSettings(sampling={**SETTINGS.sampling, "eos": "forbid"})
     lm = lm_of(settings=settings)
     lm.generate_until(generating())
     assert lm.new_tokens == [12] * len(PROMPTS)

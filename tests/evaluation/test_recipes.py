@@ -10,7 +10,7 @@ import pytest
 
 from llada_core.evaluation import recipes, taskset
 from llada_core.evaluation.benchmark import Benchmark, benchmark, chosen, requests_of, run
-from llada_core.evaluation.params import EvaluateParams, Settings
+from llada_core.evaluation.params import BenchmarkSettings, EvaluateParams
 from llada_core.evaluation.requests import sampling_params
 from llada_core.evaluation.statistics import mean_of_means
 from llada_core.settings import ConfigError
@@ -279,7 +279,7 @@ def test_local_files_are_marked_where_they_are_not_the_whole_benchmark(data_root
     asked = benchmark("instruct_math", EvaluateParams(), root=data_root, puzzles=Path("none"))
     assert asked.subset == "MATH-500 of 5000"
     assert asked.as_pinned
-    changed = EvaluateParams(overrides={"instruct_math": Settings(sampling={"steps": 64})})
+    changed = EvaluateParams(overrides={"instruct_math": BenchmarkSettings(sampling={"steps": 64})})
     assert not benchmark("instruct_math", changed, root=data_root, puzzles=Path("none")).as_pinned
 
 
@@ -318,7 +318,7 @@ def test_drift_of_subtasks_is_told(data_root):
 def test_a_share_asks_the_same_questions_every_time_and_is_marked(data_root):
     recipe = small("instruct_gsm8k")
     tasks = taskset.tasks_of(recipe, data_root)
-    asked = Benchmark("instruct_gsm8k", recipe, tasks, Settings(share=0.01).over(recipe.settings))
+    asked = Benchmark("instruct_gsm8k", recipe, tasks, BenchmarkSettings(share=0.01).over(recipe.settings))
     numbers = chosen(asked)["gsm8k_cot"]
     assert (len(numbers), numbers == list(range(13))) == (13, False)
     assert len(chosen(asked, 5)["gsm8k_cot"]) == 5

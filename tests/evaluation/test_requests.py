@@ -5,13 +5,13 @@ import pickle
 
 import pytest
 
-from llada_core.evaluation.params import Settings
+from llada_core.evaluation.params import BenchmarkSettings
 from llada_core.evaluation.requests import ChatText, batches, cut, pairs, sampling_params, wanted
 from llada_core.settings import ConfigError
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-FULL = Settings(sampling={"max_new_tokens": 64, "block_length": 64, "steps": 64})
+FULL = BenchmarkSettings(sampling={"max_new_tokens": 64, "block_length": 64, "steps": 64})
 
 
 def test_the_recipe_wins_over_generic_names_and_loses_to_the_samplers_own():
@@ -25,21 +25,21 @@ def test_the_recipe_wins_over_generic_names_and_loses_to_the_samplers_own():
 
 
 def test_a_length_given_alone_keeps_blocks_and_tokens_per_step():
-    semi = Settings(sampling={"max_new_tokens": 256, "block_length": 8, "steps": 128})
+    semi = BenchmarkSettings(sampling={"max_new_tokens": 256, "block_length": 8, "steps": 128})
     params = sampling_params(semi, TOKENIZER.special, {"max_new_tokens": 64})
     assert (params.max_new_tokens, params.block_length, params.steps) == (64, 8, 32)
 
 
 def test_without_settings_the_tasks_length_counts():
-    params = sampling_params(Settings(), TOKENIZER.special, {"max_gen_toks": 12})
+    params = sampling_params(BenchmarkSettings(), TOKENIZER.special, {"max_gen_toks": 12})
     assert (params.max_new_tokens, params.block_length, params.steps) == (12, 12, 12)
 
 
 def test_end_tokens_are_deferred_or_forbidden_by_the_models_own_ids():
     special = TOKENIZER.special
-    defer = sampling_params(Settings(sampling={**FULL.sampling, "eos": "defer"}), special)
+    defer = sampling_params(BenchmarkSettings(sampling={**FULL.sampling, "eos": "defer"}), special)
     assert set(defer.defer_tokens) == {special.eos_id, special.eot_id}
-    forbid = sampling_params(Settings(sampling={**FULL.sampling, "eos": "forbid"}), special)
+    forbid = sampling_params(BenchmarkSettings(sampling={**FULL.sampling, "eos": "forbid"}), special)
     assert forbid.forbid_tokens == (special.eos_id,)
     given = sampling_params(FULL, special, {"begin_suppress_tokens": "[1;5]", "suppress_tokens": []})
     assert (given.defer_tokens, given.forbid_tokens) == ((1, 5), ())

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from llada_core.evaluation import speed, taskset
-from llada_core.evaluation.answering import Options, Responder
+from llada_core.evaluation.answering import Responder, ResponderOptions
 from llada_core.evaluation.benchmark import Benchmark
-from llada_core.evaluation.params import Settings
+from llada_core.evaluation.params import BenchmarkSettings
 from llada_core.evaluation.recipes import Recipe
 from llada_core.evaluation.speed import (
     EXACT,
@@ -22,7 +22,7 @@ from llada_core.evaluation.speed import (
 from llada_core.settings import ConfigError
 from tests.tiny import tiny_pair
 
-QUICK = Settings(sampling={"max_new_tokens": 8, "block_length": 8, "steps": 4, "threshold": 0.999})
+QUICK = BenchmarkSettings(sampling={"max_new_tokens": 8, "block_length": 8, "steps": 4, "threshold": 0.999})
 
 
 def point(right, n=20, tokens=10.0, forwards=10.0):
@@ -97,7 +97,7 @@ def test_every_wording_reaches_the_model_and_forwards_are_counted(asked, monkeyp
     reworded = speed.RewordedLM._reworded
     monkeypatch.setattr(speed.RewordedLM, "_reworded", lambda lm, p: seen.append(reworded(lm, p)) or seen[-1])
     monkeypatch.setattr(speed, "HALF", 0.0)
-    found = study(asked, Responder(model, tokenizer, Options()), ["threshold=0.01"], limit=2)
+    found = study(asked, Responder(model, tokenizer, ResponderOptions()), ["threshold=0.01"], limit=2)
     contents = {prompt.messages[-1]["content"] for prompt in seen}
     assert contents == {text.replace("{question}", "seats 12") for text in speed.wordings().values()}
     assert {point.forwards for point in found[EXACT].values()} == {8.0}

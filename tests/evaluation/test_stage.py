@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llada_core.data.values import QUESTIONS, value_of
+from llada_core.data.contamination import QUESTIONS, value_of
 from llada_core.evaluation.answering import Responder
-from llada_core.evaluation.params import EvaluateParams, ReportParams, Settings
+from llada_core.evaluation.params import BenchmarkSettings, EvaluateParams, ReportParams
 from llada_core.modeling import save_model
 from llada_core.settings import ConfigError
 from tasks.folders import safe
@@ -21,7 +21,7 @@ from tasks.work.report import write_report
 from tests.tiny import tiny_pair
 
 QUICK = {"max_new_tokens": 8, "block_length": 8, "steps": 8}
-PARAMS = EvaluateParams(puzzles=Settings(sampling=QUICK), batch_size=3, models=("sft", "grpo"))
+PARAMS = EvaluateParams(puzzles=BenchmarkSettings(sampling=QUICK), batch_size=3, models=("sft", "grpo"))
 HERE = Path(__file__).parents[2]
 
 
@@ -127,7 +127,7 @@ def test_a_damaged_puzzle_file_is_told_with_its_line(places, text, message):
 
 def test_a_sweep_goes_on_after_a_failure_and_tells_costs_first(places, data_root, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    quick = {"piqa": Settings(samples=1)}
+    quick = {"piqa": BenchmarkSettings(samples=1)}
     params = PARAMS.model_copy(update={"limit": 3, "overrides": quick})
     said = []
     model = str(places.out.parents[1] / "models" / "sft")
@@ -183,7 +183,7 @@ def test_a_model_without_a_chat_template_is_measured_where_none_is_needed(places
     settings = json.loads((model / "tokenizer_config.json").read_text())
     del settings["chat_template"]
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    params = PARAMS.model_copy(update={"limit": 2, "overrides": {"piqa": Settings(samples=1)}})
+    params = PARAMS.model_copy(update={"limit": 2, "overrides": {"piqa": BenchmarkSettings(samples=1)}})
     here = Places(data_root, places.puzzles, places.out, places.answers)
     found = sweep(str(model), ["sudoku", "piqa"], params, here, tell=lambda _: None)
     assert "no chat template" in found["sudoku"]["error"]
@@ -193,7 +193,7 @@ def test_a_model_without_a_chat_template_is_measured_where_none_is_needed(places
 def test_questions_that_the_run_trained_on_are_marked_and_told(places, data_root, tmp_path):
     rows = [json.loads(line) for line in (data_root / "piqa/validation.jsonl").open()][:3]
     np.save(tmp_path / QUESTIONS, np.array([value_of(f" {rows[1]['goal'].upper()}"), 7], np.uint64))
-    params = PARAMS.model_copy(update={"limit": 3, "overrides": {"piqa": Settings(samples=1)}})
+    params = PARAMS.model_copy(update={"limit": 3, "overrides": {"piqa": BenchmarkSettings(samples=1)}})
     here = Places(data_root, places.puzzles, places.out, places.answers, trained=tmp_path)
     with answering(places.out.parents[1] / "models" / "sft", params) as answerer:
         measure("piqa", "sft", answerer, params, here)

@@ -22,8 +22,8 @@ from llada_core.modeling.place import (
     GB,
     ROOM,
     Machine,
-    Need,
     Place,
+    WeightBytes,
     checked_bits,
     kind_of,
     place_for,
@@ -53,8 +53,8 @@ def eight_billion() -> dict[str, tuple[tuple[int, ...], int]]:
     return {name: (tuple(shape), 2) for name, shape in published_shapes(weights, FAMILIES["llada"]).items()}
 
 
-def small(gigabytes: float = 1) -> Need:
-    return Need(int(gigabytes * GB), int(gigabytes * GB / 4))
+def small(gigabytes: float = 1) -> WeightBytes:
+    return WeightBytes(int(gigabytes * GB), int(gigabytes * GB / 4))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_gpu_is_asked_for_its_memory_only_when_it_matters():
 
 
 def test_an_8b_model_lies_on_one_24_gb_card_or_two_smaller_ones(eight_billion):
-    need = Need.of(eight_billion)
+    need = WeightBytes.of(eight_billion)
     assert need.weights == pytest.approx(16.03e9, rel=1e-3)
     assert place_for(need, "cuda", machine=machine(23.5)).spread is None
     two = place_for(need, "cuda", machine=machine(12, 12))
@@ -132,7 +132,7 @@ def test_whole_blocks_find_room_on_gpus_that_are_only_just_enough(eight_billion)
 
     with torch.device("meta"):
         model = LLaDAModelLM(LLaDAConfig.from_dict(LLADA.config)).to(torch.bfloat16)
-    need = Need.of(eight_billion)
+    need = WeightBytes.of(eight_billion)
     for count in (2, 3, 4):
         each = ROOM * need.weights / GB / count + 0.01
         spread = place_for(need, "cuda", machine=machine(*[each] * count)).spread
@@ -142,7 +142,7 @@ def test_whole_blocks_find_room_on_gpus_that_are_only_just_enough(eight_billion)
 
 def test_four_bits_fit_an_8b_model_on_an_8_gb_card(eight_billion, monkeypatch):
     monkeypatch.setattr("llada_core.settings.find_spec", lambda _: True)
-    four, eight = (Need.of(eight_billion, bits=bits) for bits in (4, 8))
+    four, eight = (WeightBytes.of(eight_billion, bits=bits) for bits in (4, 8))
     # embedding and head, 2 x 126,464 x 4,096 numbers, stay bf16; the rest takes 0.5625 bytes or one
     assert four.weights == pytest.approx(2 * 2 * 126464 * 4096 + 0.5625 * 6.98e9, rel=2e-3)
     assert eight.weights == pytest.approx(2 * 2 * 126464 * 4096 + 6.98e9, rel=2e-3)
@@ -151,11 +151,11 @@ def test_four_bits_fit_an_8b_model_on_an_8_gb_card(eight_billion, monkeypatch):
 
 def test_experts_lie_in_one_table_that_is_not_quantised():
     stored = {"model.layers.0.mlp.experts.3.up_proj.weight": ((8, 8), 2), "model.layers.0.q.weight": ((8, 8), 2)}
-    assert Need.of(stored, bits=8).weights == 64 * 2 + 64
+    assert WeightBytes.of(stored, bits=8).weights == 64 * 2 + 64
 
 
 def test_main_memory_that_is_too_small_is_told_before_weights_are_read(eight_billion):
-    need = Need.of(eight_billion)
+    need = WeightBytes.of(eight_billion)
     place_for(need, "cpu", machine=machine(memory=24)).require_room()
     with pytest.raises(ValueError, match=r"needs about 19\.4 GB of memory; 12\.0 GB are free"):
         place_for(need, "cpu", machine=machine(memory=12)).require_room()

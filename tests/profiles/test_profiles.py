@@ -20,7 +20,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from llada_core import settings
 from llada_core.modeling import add_lora, load_model
-from llada_core.training.engine import accelerator_for
+from llada_core.training.accelerator import accelerator_for
 from llada_core.training.progress import read_metrics
 from llada_core.training.train import block_classes
 from tasks.launch.local import LocalLauncher
@@ -115,8 +115,8 @@ def test_a_zero_profile_is_right_up_to_the_launch(tmp_path: Path, name: str, mon
     assert (asked.use_deepspeed, asked.zero_stage, asked.num_processes, asked.module) == (True, 2, 8, True)
     assert asked.training_script == "tasks.grpo"
     made = {}
-    monkeypatch.setattr("llada_core.training.engine.Accelerator", lambda **values: made.update(values) or made)
-    monkeypatch.setattr("llada_core.training.engine._assert_distribution", lambda params, engine: None)
+    monkeypatch.setattr("llada_core.training.accelerator.Accelerator", lambda **values: made.update(values) or made)
+    monkeypatch.setattr("llada_core.training.accelerator._assert_distribution", lambda params, engine: None)
     block = params.training("grpo")
     accelerator_for(block, cpu=True, block_classes=())
     config = made["deepspeed_plugin"].deepspeed_config

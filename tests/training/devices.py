@@ -22,7 +22,7 @@ def main(kind: str) -> None:
         make("gloo", **kwargs)
 
     dist.init_process_group = noted
-    from llada_core.training.engine import Ranks, accelerator_for, rank_device
+    from llada_core.training.accelerator import Ranks, accelerator_for, rank_device
     from llada_core.training.params import SFTParams
 
     params = SFTParams.model_validate({"max_steps": 1, "distribution": {"kind": kind}})

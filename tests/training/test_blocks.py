@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llada_core.data.batches import Batch, Order, RowBatches
+from llada_core.data.batches import Batch, BatchSampler, RowBatches
 from llada_core.modeling import load_model, save_model
 from llada_core.modeling.attention import BlockCausal
 from llada_core.modeling.families import LoraParams
@@ -271,7 +271,7 @@ def test_a_row_ends_with_its_last_block():
         def __getitem__(self, rows):
             return {name: [column[i] for i in rows] for name, column in table.items()}
 
-    order = Order(2, 2, seed=0)
+    order = BatchSampler(2, 2, seed=0)
     batch = RowBatches(Table(table), order, eos_id=1, padding="block", block_length=4).batch(0)
     by_length = {int(row.ne(1).sum()): i for i, row in enumerate(batch.tokens)}
     assert batch.tokens.shape == (2, 12)

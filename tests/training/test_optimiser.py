@@ -9,7 +9,7 @@ import torch.distributed as dist
 from llada_core.modeling import add_lora
 from llada_core.modeling.families import LoraParams
 from llada_core.settings import ConfigError
-from llada_core.training.engine import Muon, learning_rate, optimiser_for
+from llada_core.training.accelerator import Muon, learning_rate, optimiser_for
 from llada_core.training.params import Phase, TrainingParams
 from tests.tiny import tiny_model
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 import llada_core.training.checkpoint as checkpoint_module
+from llada_core.training.accelerator import Ranks
 from llada_core.training.checkpoint import Checkpoints, Snapshot
-from llada_core.training.engine import Ranks
 
 
 class Splitting(nn.Linear):

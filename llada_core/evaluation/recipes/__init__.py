@@ -11,8 +11,8 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from llada_core.evaluation.params import Settings
-from llada_core.settings import Block, ConfigError, nearest, read_yaml
+from llada_core.evaluation.params import BenchmarkSettings
+from llada_core.settings import ConfigError, SettingsBlock, nearest, read_yaml
 
 FOLDER = Path(__file__).parent
 OFFICIAL = "official"
@@ -21,7 +21,7 @@ Part = Literal["prompt", "shots", "filter", "metric", "settings", "questions"]
 Departures = dict[Part, str]  # what of a measurement is not a figure's -> how
 
 
-class LocalFiles(Block):
+class LocalFiles(SettingsBlock):
     """The folder below the data root with this benchmark's files, and the task fields that they need changed."""
 
     folder: str
@@ -29,7 +29,7 @@ class LocalFiles(Block):
     subset: str = ""  # said beside every score when these files are not the whole benchmark
 
 
-class Measured(Block):
+class Measured(SettingsBlock):
     """The version of a task that figures were measured with, and what the installed one does otherwise."""
 
     by: str  # package and version
@@ -39,14 +39,14 @@ class Measured(Block):
     same: str = ""  # why another version scores alike nevertheless
 
 
-class Variant(Block):
+class Variant(SettingsBlock):
     """Where another source departs from a recipe: every field that is given goes over the recipe's.
 
     `like` takes what is asked and how it is scored from another recipe (`name.variant`), and leaves the sampler alone.
     """
 
     like: str = ""
-    settings: Settings = Settings()
+    settings: BenchmarkSettings = BenchmarkSettings()
     task: str | None = None
     definition: str | None = None
     version: float | None = None
@@ -68,7 +68,7 @@ class Variant(Block):
 ASKED = tuple(name for name in Variant.model_fields if name not in ("like", "settings", "note"))
 
 
-class Recipe(Block):
+class Recipe(SettingsBlock):
     """One benchmark column. `metric` is lm-eval's key `name,filter`; `chance` None: the mean of 1 / choices.
 
     `multiturn`: worked examples are turns of their own in a chat, not one message with the question. `average` "tasks":
@@ -88,7 +88,7 @@ class Recipe(Block):
     average: Literal["questions", "tasks"] = "questions"
     chance: float | None = None
     runs_code: bool = False
-    settings: Settings = Settings()
+    settings: BenchmarkSettings = BenchmarkSettings()
     change: Fields = Field(default_factory=dict)  # task fields that are ours and not lm-eval's
     variant: str = OFFICIAL  # whose figure these fields measure
     differs: Departures = Field(default_factory=dict)
@@ -181,7 +181,7 @@ def exists(name: str) -> bool:
     return stem in names() or f"base_{stem}" in names()
 
 
-class Column(Block):
+class Column(SettingsBlock):
     """One column of a published table and the figures given for it, in percent."""
 
     column: str
@@ -190,7 +190,7 @@ class Column(Block):
     tokens_per_forward: dict[str, float] = Field(default_factory=dict)  # variant -> as published beside it
 
 
-class Table(Block):
+class Table(SettingsBlock):
     """One published table: for which model, from which sources."""
 
     title: str
@@ -227,7 +227,7 @@ def table(name: str) -> Table:
     return whole.model_copy(update={"columns": columns})
 
 
-class Figure(Block):
+class Figure(SettingsBlock):
     """A published figure, as a fraction: of which model, where it stands."""
 
     source: str
