@@ -244,7 +244,9 @@ class Batch:
 
     def takes(self, request: Request) -> bool:
         """Whether a request can join: it shares forwards, and a compiled step as well where there is one."""
-        if request.forward_key != self.forward_key or (self.graph is None) != (request.params.rule is not None or not self.compiled):
+        if request.forward_key != self.forward_key or (self.graph is None) != (
+            request.params.rule is not None or not self.compiled
+        ):
             return False
         return self.graph is None or request.rule_key == self.rule_key
 
