@@ -23,7 +23,6 @@ FRAMEWORKS = {
     *(f"llada_core/{name}__init__.py" for name in ("", "sampling/", "modeling/", "training/rewards/")),
 }
 SMALL = {
-    "llada_core/usage.py",
     "llada_core/evaluation/command.py",
     "llada_core/data/contamination.py",
     "llada_core/training/reference.py",
