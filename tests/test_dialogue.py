@@ -20,7 +20,7 @@ from llada_core.evaluation.params import BenchmarkSettings
 from llada_core.evaluation.requests import pairs, wanted
 from llada_core.modeling.families import LLADA
 from llada_core.tokenizer import SPECIAL_STRINGS, ChatTemplate, SpecialTokens, Tokenizer
-from tests.tiny import TEXTS, tiny_tokenizer
+from tests.tiny import TEXTS, tiny_model, tiny_tokenizer
 
 SPECIALS = {
     "bos_token": "<|startoftext|>",
@@ -253,7 +253,7 @@ def test_the_published_ids_are_asked_everywhere():
     row = {"prompt": USER["content"], "task": "x", "answer": 1}
     grpo = tokenise.prompts([row], tokenizer, GRPOData(length=999), Counter())
     assert grpo["prompt_ids"] == [prompt]
-    lm = LladaLM(Responder(None, tokenizer, ResponderOptions(BenchmarkSettings())))
+    lm = LladaLM(Responder(tiny_model(), tokenizer, ResponderOptions(BenchmarkSettings())))
     asked, begun = lm.apply_chat_template([USER]), lm.apply_chat_template([USER, REPLY], add_generation_prompt=False)
     first, second = wanted([(asked, {}), (begun, {})], BenchmarkSettings(), tokenizer, 999)
     assert list(first.prompt) == prompt
@@ -290,7 +290,7 @@ QUESTIONS = [{"q": f"{i} + {i}?<|eot_id|>", "a": str(2 * i), "options": ["1", st
 
 def requests_of(kind: str, *, multiturn: bool, **changes):
     """The requests that lm-eval makes of a task with two shots, a system message and the published template."""
-    lm = LladaLM(Responder(None, published(), ResponderOptions(BenchmarkSettings())))
+    lm = LladaLM(Responder(tiny_model(), published(), ResponderOptions(BenchmarkSettings())))
     config = {
         "task": "sums", "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(QUESTIONS)},
         "output_type": kind, "test_split": "test", "fewshot_split": "test", "doc_to_text": "{{q}}",
@@ -329,7 +329,7 @@ def test_lm_evals_options_continue_a_dialogue(begun):
 
 def test_two_dialogues_with_one_text_are_two():
     """What somebody wrote looks like turns of a conversation; the ids say that it is none."""
-    lm = LladaLM(Responder(None, published(), ResponderOptions(BenchmarkSettings())))
+    lm = LladaLM(Responder(tiny_model(), published(), ResponderOptions(BenchmarkSettings())))
     inside = "hi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n12<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nand?"
     talks = [
         [{"role": "user", "content": inside}],

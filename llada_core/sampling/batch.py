@@ -87,6 +87,7 @@ class RowGroup:
         self.noise = RowNoise(keys, padded(self.noise.drawn, 1)[index])
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         numbers = [(p.temperature, number_of(p)) for p in settings]
+        # In float64 where the device has it: a threshold is compared as it was written, and 0.9 in float32 is another number.
         warmth, limit = torch.tensor(numbers, dtype=wide).to(self.device, non_blocking=True).T
         self.warmth = warmth[:, None]
         self.rule = rule_of(self.params, limit[:, None])
@@ -109,9 +110,11 @@ class RowGroup:
         """
         is_open, counts = blocks.open, blocks.asked.sum(1)
         rows = slots // is_open.shape[1]
+        # A position draws by its rank among those asked about, not by its column: a window is as wide as the widest row's.
         ranks = (blocks.asked.cumsum(1) - 1).flatten()
         draw = self.noise.draw(rows, ranks[slots], counts)
         proposals, confidence = self.proposer.propose(logits, draw, self.warmth[rows])
+        # Draws are counted by the row, so that its next numbers are those that it would draw alone.
         self.noise = self.noise.after(self.proposer.draws * counts)
         if entered:
             self._enter(blocks, ranks, counts)
@@ -440,6 +443,7 @@ class Batch:
         """
         if self.stops is None:
             return tokens
+        # An end token with masks before it ends nothing yet: text may still come between.
         nothing_open = (tokens == canvas.mask_id).cumsum(1) == 0
         reached = torch.isin(tokens, self.ends) & canvas.answer & nothing_open
         after = canvas.answer & (reached.cumsum(1) > reached.long()) & self.stops[:, None]

@@ -228,6 +228,7 @@ class Blocks:
         `held` (A,) bool stay in theirs, `edits` (A,) bool may write over what was written; None where no row does.
         """
         is_open = canvas.open
+        # argmax of equal values is the first of them: the first open position. Of a row without any it is 0; that row is done.
         number = (is_open.to(torch.uint8).argmax(1) - canvas.origin).div(canvas.block, rounding_mode="floor")
         number = number if held is None else torch.where(held, before, number)
         first = canvas.origin + number * canvas.block
@@ -252,6 +253,7 @@ class Blocks:
 
     def on_canvas(self, chosen: Tensor, canvas: Canvas) -> Tensor:
         """(A, T) bool: the positions of the windows that are `chosen` (A, W) bool."""
+        # Added up, not assigned: the repeated edge of a window would write over a choice with what is no choice.
         count = torch.zeros(canvas.tokens.numel(), dtype=torch.int32, device=chosen.device)
         count = count.index_add(0, self.places.flatten(), (chosen & self.inside).flatten().int())
         return count.view_as(canvas.tokens) > 0

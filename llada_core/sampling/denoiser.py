@@ -239,6 +239,7 @@ class CachedDenoiser:
         if self.cache is None:
             self.cache = self.model.new_cache(*shape)
         stale = self._stale(fresh)
+        # A refresh is itself the first step on what it filled.
         self.age = [1 if old else age + 1 for old, age in zip(stale, self.age or [0] * len(fresh), strict=True)]
         return stale
 

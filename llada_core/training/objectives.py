@@ -21,6 +21,7 @@ from llada_core.training.accelerator import Ranks
 from llada_core.training.params import BlockParams, PretrainParams, SFTParams, TrainingParams
 
 BUCKETS = 10
+# No training step has this number: held-out rows share no noise with any of them, and have the same at every call.
 _VALIDATION_STEP = -1
 
 
@@ -164,6 +165,7 @@ class DiffusionObjective(Objective):
         weight = loss_weight(t, params.noise).to(device, non_blocking=True)
         t = t.to(device, non_blocking=True)
         bound = result.per_row(len(t)) * weight
+        # By sequence every row counts alike, as in LLaDA's fine-tuning; by token long rows count for more.
         total = (bound / lengths.clamp(min=1)).sum() if params.normalise == "sequence" else bound.sum()
         parts = {"loss": sum_and_count(total.detach(), self.count(batch)), **bound_parts(bound.detach(), t, lengths)}
         extra = [self._router(result, rows, parts), self._confidence(result, rows, parts)]
