@@ -36,8 +36,9 @@ $(STAMP): constraints.txt pyproject.toml setup.py
 run: setup  ## data to a registered model; PROFILE=real-text runs a file of profiles/
 	@$(BIN)/llada run $(PROFILE)
 
+# Three at a time for two cores: a third of the tests' time is waiting for programs that they started.
 test: setup  ## the default suite (under 10 minutes on 2 cores)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not browser and not gpu and not solutions"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not faults and not browser and not gpu and not solutions"
 
 test-faults: setup  ## kills, requeues, damaged files, a real Slurm cluster where its packages are installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m faults
