@@ -12,6 +12,7 @@ from app.models import AppState, LoadedModel, ModelIndex, UserError
 from app.panel import SETTINGS
 from llada_core.sampling.params import SamplingParams
 from llada_core.usage import Usage
+from tasks.project import Project
 from tests.app.oracle import oracle
 from tests.ports import free_port
 
@@ -57,7 +58,7 @@ class Known(ModelIndex):
 
 @pytest.fixture(scope="module")
 def state(tmp_path_factory):
-    return AppState(Moving(), Known(tmp_path_factory.mktemp("project")), "champion", speeds=SPEEDS, speed="instant")
+    return AppState(Moving(), Known(Project(tmp_path_factory.mktemp("project"))), "champion", speeds=SPEEDS, speed="instant")
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +248,8 @@ def test_right_and_wrong_are_told_and_what_the_model_does_not_know(tab, state, m
 REFUSED = {
     "max_new_tokens": "-3", "block_length": "7", "steps": "5", "temperature": "-1", "cfg_scale": "-1", "threshold": "2",
     "factor": "-1", "forbid_tokens": "abc", "defer_tokens": "abc", "seed": "abc", "entropy_bound": "1",
-    "cfg_keep_tokens": "3", "cache_refresh": "2", "cache_window": "4",
+    "cfg_keep_tokens": "3", "cache_refresh": "2", "cache_window": "4", "editing_threshold": "2", "max_post_steps": "-1",
+    "num_to_transfer": "0",
 }  # fmt: skip
 
 
@@ -533,7 +535,7 @@ def test_another_model_is_chosen_loaded_and_answers(tab):
 def test_the_panel_says_what_is_approximate_and_what_is_out_of_range(tab):
     tab.get_by_role("radio", name="fast").check()
     tab.wait_for_selector("#exactness :text('Approximate: the prefix cache')")
-    assert "is not kept with it" in tab.inner_text("#exactness"), "a figure is the model's own, or there is none"
+    assert "was not measured here" in tab.inner_text("#exactness"), "a figure is the model's own, or there is none"
     tab.get_by_role("radio", name="creative").check()
     tab.wait_for_selector("#exactness :text('Drawn at random (temperature 0.8)')")
     tab.get_by_role("radio", name="exact").check()
