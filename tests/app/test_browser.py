@@ -58,7 +58,9 @@ class Known(ModelIndex):
 
 @pytest.fixture(scope="module")
 def state(tmp_path_factory):
-    return AppState(Moving(), Known(Project(tmp_path_factory.mktemp("project"))), "champion", speeds=SPEEDS, speed="instant")
+    return AppState(
+        Moving(), Known(Project(tmp_path_factory.mktemp("project"))), "champion", speeds=SPEEDS, speed="instant"
+    )
 
 
 @pytest.fixture(scope="module")
