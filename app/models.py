@@ -148,9 +148,10 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         positions = 32 * self.context
-        if self.model.supports_cache:
-            one = self.model.new_cache(1, 1)
-            positions = min(positions, positions_that_fit((*one.keys, *one.values)))
+        for each in (self.model, *self.copies):  # one queue for all: a canvas must fit the smallest of their devices
+            if each.supports_cache:
+                one = each.new_cache(1, 1)
+                positions = min(positions, positions_that_fit((*one.keys, *one.values)))
         engine = Engine(self.model, rows=AT_ONCE, positions=positions, compiled=self.compiled)
         for copy in self.copies:
             Engine(copy, rows=AT_ONCE, positions=positions, compiled=self.compiled, beside=engine)

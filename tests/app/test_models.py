@@ -3,6 +3,7 @@
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from app.models import (
 from llada_core.sampling.params import SamplingParams
 from llada_core.usage import Usage
 from tasks.project import Project
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 class Names:
@@ -276,3 +278,11 @@ def test_the_operator_names_models_with_the_command(host, share, named, monkeypa
     with pytest.raises(ZeroDivisionError):
         command.launch(("nowhere", "b"), ("cpu", None), at_once=1, seconds=1.0, where=(host, 0, share), auth=None)
     assert made == [named]
+
+
+def test_copies_on_several_devices_take_what_the_smallest_of_them_holds(monkeypatch):
+    room = iter([4000, 700])  # of the first device, then of the copy's
+    monkeypatch.setattr("app.models.positions_that_fit", lambda one: next(room))
+    model = tiny_model()
+    loaded = LoadedModel("tiny", None, model, tiny_tokenizer(), copies=(deepcopy(model),))
+    assert loaded.engine.positions == 700
