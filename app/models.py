@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from app.canvas import speller
+from llada_core.files import read_json
 from llada_core.modeling import load_to_answer
 from llada_core.modeling.place import checked_bits, held_bytes, positions_that_fit
 from llada_core.modeling.predictor import MaskPredictor
@@ -84,11 +85,13 @@ class ModelIndex:
     def measured(self, name: str, settings: str) -> dict[str, str]:
         """Benchmark -> percent right with faster settings, and against exact, as `llada eval --speed` has kept it here."""
         found = {}
-        for file in sorted((self.project.home / "reports" / "checkpoints" / safe(name)).glob("speed-*.md")):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
-                if cells[0] == settings and len(cells) > 3:
-                    found[file.stem.removeprefix("speed-")] = f"{cells[1]} % right, {cells[3]} against exact"
+        for file in sorted((self.project.home / "reports" / "checkpoints" / safe(name)).glob("speed-*.json")):
+            kept = read_json(file)
+            for row in kept["rows"]:
+                if row["setting"] == settings:
+                    mean, *gap = (100 * row[key] for key in ("mean", "difference", "low", "high"))
+                    against = "{:+.1f} [{:+.1f}, {:+.1f}] against exact".format(*gap)
+                    found[kept["benchmark"]] = f"{mean:.1f} % right, {against}"
         return found
 
     def usage(self, name: str) -> Usage:

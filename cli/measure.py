@@ -166,10 +166,10 @@ def with_settings(params: "EvaluateParams", asked: Sequence[str], given: dict[st
 def _sped(
     name: str, asked: list[str], params: "EvaluateParams", places: "Places", device: str, texts: Sequence[str]
 ) -> None:
-    """Prints what faster settings cost on each benchmark, and keeps it as speed-NAME.md beside the results."""
+    """Prints what faster settings cost on each benchmark, and keeps it beside the results: speed-NAME.json, and .md and .png of it."""
     from llada_core.evaluation.benchmark import benchmark
-    from llada_core.evaluation.speed import picture, study, told
-    from tasks.folders import write_text
+    from llada_core.evaluation.speed import as_values, picture, settings_of, study, told
+    from tasks.folders import write_json, write_text
     from tasks.record.registry import resolve
     from tasks.work.evaluate import answering, quiet_lm_eval
 
@@ -181,6 +181,8 @@ def _sped(
                 raise ConfigError(f"--speed: {each} writes nothing; name benchmarks that are answered in words")
             points = study(put, answerer, texts, params.limit)
             text = told(each, points)
+            used = settings_of(put, texts, by_blocks=answerer.model.block_length is not None)
+            write_json(places.out / f"speed-{each}.json", {"model": name, **as_values(each, points, used)})
             write_text(places.out / f"speed-{each}.md", text + "\n")
             picture(each, points, places.out / f"speed-{each}.png")
             print(f"{text}\n")

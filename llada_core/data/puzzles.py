@@ -7,10 +7,10 @@ validation, evaluation) is decided by a hash of its value alone, so no wording, 
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 PuzzleSplit = Literal["train", "grpo", "validation", "evaluate"]
 Task = Literal["sudoku", "countdown", "seats"]
@@ -157,12 +157,22 @@ def seats(rng: random.Random, *, people: int = 8, hasty: float = 0.0) -> Puzzle:
     return Puzzle(
         task="seats",
         key=before,
-        prompt=rng.choice(_SEATS_PROMPTS).format(before=before),
+        prompt=rng.choice(_SEATS_PROMPTS).format(order=before),
         solution=after,
         text=rng.choice(_SEATS_TEXTS).format(before=before, after=after),
         answer={"order": before},
         shown=shown,
     )
+
+
+def wordings(task: str) -> tuple[str, ...]:
+    """Every wording in which a task's puzzles are asked, as `worded` takes it; none for a task that is not made here."""
+    return _PROMPTS.get(task, ())
+
+
+def worded(wording: str, answer: Mapping[str, Any]) -> str:
+    """The puzzle whose `Puzzle.answer` this is, asked in a wording of its task."""
+    return wording.format(*answer.get("numbers", ()), **answer)
 
 
 def draw(
@@ -213,10 +223,15 @@ _COUNTDOWN_TEXTS = (
     "{target} = {expression}.",
 )
 _SEATS_PROMPTS = (
-    "Give everyone a new seat: {before}",
-    "Nobody may keep a seat: {before}",
-    "Seat these people anew: {before}",
+    "Give everyone a new seat: {order}",
+    "Nobody may keep a seat: {order}",
+    "Seat these people anew: {order}",
 )
+_PROMPTS: dict[str, tuple[str, ...]] = {
+    "sudoku": _SUDOKU_PROMPTS,
+    "countdown": _COUNTDOWN_PROMPTS,
+    "seats": _SEATS_PROMPTS,
+}
 _SEATS_TEXTS = (
     "From {before} everyone moves to {after}.",
     "The seats {before} become {after}.",

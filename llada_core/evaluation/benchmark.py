@@ -3,8 +3,8 @@
 import logging
 import math
 import random
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,10 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is asked, and how answers are scored; `absent` says why there is nothing to ask."""
+    """What is asked, and how answers are scored; `absent` says why there is nothing to ask.
+
+    wordings: name -> a question's row to its text, where the benchmark has wordings of its own.
+    """
 
     name: str  # as it was asked for
     recipe: Recipe
@@ -37,6 +40,7 @@ class Benchmark:
     settings: BenchmarkSettings  # the recipe's, with the caller's over them
     subset: str = ""
     absent: str = ""
+    wordings: Mapping[str, Callable[[Mapping[str, Any]], str]] = field(default_factory=dict)
 
     @property
     def as_pinned(self) -> bool:
@@ -78,7 +82,8 @@ def _puzzle_benchmark(name: str, settings: BenchmarkSettings, path: Path) -> Ben
     if not path.exists():
         absent = f"{path.name} was not made: no data root holds the published set"
         return Benchmark(name, recipe, {}, settings, absent=absent)
-    return Benchmark(name, recipe, taskset.puzzles(name, taskset.read_puzzles(path)), settings)
+    rows = taskset.read_puzzles(path)
+    return Benchmark(name, recipe, taskset.puzzles(name, rows), settings, wordings=taskset.puzzle_wordings(rows))
 
 
 def chosen(asked: Benchmark, limit: int | None = None) -> dict[str, list[int]] | None:

@@ -5,9 +5,9 @@ Rankings of decoders flip with the prompt (arXiv:2606.29228), so the worst wordi
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,23 @@ USUAL = ("threshold=0.99", "threshold=0.9", "factor=0.5", "cache=prefix", "cache
 HALF = 0.5  # a wording counts where exact solves so much
 ALPHA, FLOOR = 3.0, 0.05  # of accuracy under parallelism: how fast a lost point loses weight, and what is left out
 Sampling = dict[str, Any]
+Wording = Callable[[Mapping[str, Any], str], str]  # a question's row and its text, to the text that is asked
 
 
-@cache
-def wordings() -> dict[str, str]:
-    """Name -> text around a question, with `{question}` in its place."""
-    found: dict[str, str] = yaml.safe_load(Path(__file__).with_name("speed_prompts.yaml").read_text(encoding="utf-8"))
-    return found
+def wordings(asked: Benchmark) -> dict[str, Wording]:
+    """Name -> wording: the benchmark's own, which its rows are asked in; else texts around its questions."""
+    if asked.wordings:
+        return {name: partial(_own, text_of) for name, text_of in asked.wordings.items()}
+    around: dict[str, str] = yaml.safe_load(Path(__file__).with_name("speed_prompts.yaml").read_text(encoding="utf-8"))
+    return {name: partial(_around, text) for name, text in around.items()}
+
+
+def _own(text_of: Callable[[Mapping[str, Any]], str], row: Mapping[str, Any], question: str) -> str:
+    return text_of(row)
+
+
+def _around(text: str, row: Mapping[str, Any], question: str) -> str:
+    return text.replace("{question}", question)
 
 
 def settings_of(asked: Benchmark, texts: Sequence[str], *, by_blocks: bool = False) -> dict[str, Sampling]:
@@ -67,24 +77,24 @@ def settings_of(asked: Benchmark, texts: Sequence[str], *, by_blocks: bool = Fal
 class RewordedLM(LladaLM):
     """Asks every question in another wording: that of the last message of a dialogue, or of the whole text."""
 
-    def __init__(self, answerer: Responder, wording: str) -> None:
+    def __init__(self, answerer: Responder, wording: Wording) -> None:
         super().__init__(answerer)
         self.wording, self.seconds = wording, 0.0
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         for request in requests:
             prompt, *rest = request.args
-            request.arguments = (self._reworded(prompt), *rest)
+            request.arguments = (self._reworded(prompt, request.doc), *rest)
         started = time.monotonic()
         answers = super().generate_until(requests)
         self.seconds += time.monotonic() - started
         return answers
 
-    def _reworded(self, prompt: str) -> str:
+    def _reworded(self, prompt: str, row: Mapping[str, Any]) -> str:
         if not isinstance(prompt, ChatText):
-            return self.wording.replace("{question}", prompt)
+            return self.wording(row, prompt)
         *before, last = prompt.messages
-        said = {**last, "content": self.wording.replace("{question}", last["content"])}
+        said = {**last, "content": self.wording(row, last["content"])}
         return self.apply_chat_template([*before, said]) + prompt.begun
 
 
@@ -109,7 +119,7 @@ class Point:
 
 
 def measured(
-    asked: Benchmark, answerer: Responder, sampling: Sampling, wording: str, limit: int | None = None
+    asked: Benchmark, answerer: Responder, sampling: Sampling, wording: Wording, limit: int | None = None
 ) -> Point:
     """One setting under one wording, a question at a time as the published speeds; nothing is kept on disk."""
     settings = BenchmarkSettings(sampling=sampling).over(asked.settings)
@@ -127,7 +137,7 @@ def study(
     """Setting -> wording -> point; a wording in which exact solves less than half is asked of exact alone."""
     chosen = settings_of(asked, texts, by_blocks=answerer.model.block_length is not None)
     found: dict[str, dict[str, Point]] = {name: {} for name in chosen}
-    for name, wording in wordings().items():
+    for name, wording in wordings(asked).items():
         for setting, sampling in chosen.items():
             found[setting][name] = measured(asked, answerer, sampling, wording, limit)
             if found[EXACT][name].accuracy < HALF:
@@ -211,6 +221,27 @@ def picture(name: str, points: Mapping[str, Mapping[str, Point]], path: Path) ->
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def as_values(
+    name: str, points: Mapping[str, Mapping[str, Point]], settings: Mapping[str, Sampling] | None = None
+) -> dict[str, Any]:
+    """All that was measured, as JSON holds it: each wording with exact's share of right answers and whether it counts, the
+    rows of `table` with their sampler settings where those are given, AUP, and every point with its scores."""
+    rows = table(points)
+    return {
+        "benchmark": name,
+        "wordings": {w: {"exact": p.accuracy, "counts": p.accuracy >= HALF} for w, p in points[EXACT].items()},
+        "rows": [{**row, "sampling": (settings or {}).get(row["setting"])} for row in rows],
+        "aup": _areas(rows),
+        "points": {setting: {w: asdict(p) for w, p in own.items()} for setting, own in points.items()},
+    }
+
+
+def _areas(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Accuracy under parallelism of the means, and of the worst wording of each setting; nothing of no rows."""
+    kinds = ("mean", "worst") if rows else ()
+    return {key: accuracy_under_parallelism([(r["tokens_per_forward"], r[key]) for r in rows]) for key in kinds}
+
+
 def told(name: str, points: Mapping[str, Mapping[str, Point]]) -> str:
     """The rows as Markdown, with accuracy under parallelism of the means, and of the worst wording of each setting."""
     counted = [w for w, point in points[EXACT].items() if point.accuracy >= HALF]
@@ -227,9 +258,9 @@ def told(name: str, points: Mapping[str, Mapping[str, Point]]) -> str:
         cells = [f"{r['setting']}{' *' if r['pareto'] else ''}", f"{100 * r['mean']:.1f}"]
         cells += [f"{100 * r['worst']:.1f} ({r['worst_wording']})", against, f"{r['tokens_per_forward']:.2f}"]
         lines.append("| " + " | ".join([*cells, f"{r['forwards']:.1f}", f"{r['tokens_per_second']:.0f}"]) + " |")
-    areas = [accuracy_under_parallelism([(r["tokens_per_forward"], r[key]) for r in rows]) for key in ("mean", "worst")]
+    areas = _areas(rows)
     lines += [
         "",
-        f"* no other is better in accuracy or tokens a forward and as good in the other. AUP {areas[0]:.1f} of the means, {areas[1]:.1f} of the worst.",
+        f"* no other is better in accuracy or tokens a forward and as good in the other. AUP {areas['mean']:.1f} of the means, {areas['worst']:.1f} of the worst.",
     ]
     return "\n".join(lines)

@@ -7,10 +7,10 @@ import hashlib
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import env as templates
 
 from llada_core import files as json_lines
+from llada_core.data import puzzles as generated
 from llada_core.data.contamination import question_in, value_of
 from llada_core.evaluation.definitions import opencompass
 from llada_core.evaluation.recipes import Recipe
@@ -155,6 +156,16 @@ def read_puzzles(path: Path) -> list[dict[str, str | bool]]:
             expected = ", ".join(PUZZLE_FIELDS)
             raise ConfigError(f"{path}, line {number}: expected a JSON object with {expected}") from None
     return rows
+
+
+def puzzle_wordings(rows: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """Wording -> a row's puzzle asked in it: those that training uses; none where the rows are of several tasks."""
+    tasks = {row["task"] for row in rows}
+    return {each: partial(_worded, each) for each in generated.wordings(tasks.pop())} if len(tasks) == 1 else {}
+
+
+def _worded(wording: str, row: Mapping[str, Any]) -> str:
+    return generated.worded(wording, json.loads(row["answer"]))
 
 
 def _prepared(loaded: Tasks, shots: int) -> Tasks:

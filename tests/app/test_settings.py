@@ -84,8 +84,9 @@ def test_a_choice_that_may_be_left_out_has_a_field_for_it():
 def test_fast_says_what_was_measured_for_this_model_or_how_to_measure_it(tmp_path):
     from app.models import ModelIndex
     from app.panel import FAST, cost_of_fast
-    from llada_core.evaluation.speed import EXACT, Point, told
+    from llada_core.evaluation.speed import EXACT, Point, as_values
     from llada_core.sampling.params import preset
+    from tasks.folders import write_json
     from tasks.project import Project
 
     index, name = ModelIndex(Project(tmp_path)), "models:/puzzles@champion"
@@ -96,7 +97,7 @@ def test_fast_says_what_was_measured_for_this_model_or_how_to_measure_it(tmp_pat
     }
     folder = tmp_path / "reports/checkpoints/puzzles-at-champion"
     folder.mkdir(parents=True)
-    (folder / "speed-sudoku.md").write_text(told("sudoku", points))
+    write_json(folder / "speed-sudoku.json", as_values("sudoku", points))
     assert "Measured here for this model: sudoku 97.0 % right, -3.0 [" in cost_of_fast(index, name)
     fast = preset("fast", SamplingParams(8, 8, 8))
     assert f"cache={fast.cache},threshold={fast.threshold}" == FAST

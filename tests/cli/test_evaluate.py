@@ -99,6 +99,11 @@ def test_speed_is_told_beside_exact_and_kept(call, tiny, monkeypatch):
     kept = Path("out/speed-seats.md").read_text()
     assert all(f"| {name}" in kept for name in ("exact", "threshold=0.01", "cache=dual"))
     assert kept.strip() in result.stdout
+    values = json.loads(Path("out/speed-seats.json").read_text())
+    assert (values["model"], values["benchmark"]) == (str(tiny), "seats")
+    assert [row["setting"] for row in values["rows"]] == ["exact", "threshold=0.01", "cache=dual"]
+    assert values["rows"][2]["sampling"]["cache"] == "dual"
+    assert not list(Path("out").glob(".speed*")), "nothing half written is left"
     assert Path("out/speed-seats.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,24 +1,29 @@
 """Speed-ups under several wordings: which count, the worst beside the mean, and accuracy under parallelism."""
 
+import json
 import math
 
 import pytest
 
+from llada_core.data import puzzle_rows
+from llada_core.data.params import PuzzlesParams
 from llada_core.evaluation import speed, taskset
 from llada_core.evaluation.answering import Responder, ResponderOptions
-from llada_core.evaluation.benchmark import Benchmark
-from llada_core.evaluation.params import BenchmarkSettings
+from llada_core.evaluation.benchmark import Benchmark, benchmark
+from llada_core.evaluation.params import BenchmarkSettings, EvaluateParams
 from llada_core.evaluation.recipes import Recipe
 from llada_core.evaluation.speed import (
     EXACT,
     Point,
     accuracy_under_parallelism,
+    as_values,
     picture,
     settings_of,
     study,
     table,
     told,
 )
+from llada_core.files import line_of
 from llada_core.settings import ConfigError
 from tests.tiny import tiny_pair
 
@@ -84,7 +89,7 @@ def test_exact_is_a_token_a_forward_whatever_the_recipe_says(asked):
     assert found[EXACT]["steps"] == 8
     assert found[EXACT]["threshold"] is None
     assert (found["threshold=0.9,cache=dual"]["threshold"], found["threshold=0.9,cache=dual"]["cache"]) == (0.9, "dual")
-    assert len(speed.wordings()) >= 3
+    assert len(speed.wordings(asked)) >= 3
     assert "cache=dual" in found
     assert not any("dual" in name for name in settings_of(asked, ["usual"], by_blocks=True))
     with pytest.raises(ConfigError, match="treshold"):
@@ -95,11 +100,59 @@ def test_every_wording_reaches_the_model_and_forwards_are_counted(asked, monkeyp
     model, tokenizer = tiny_pair()
     seen = []
     reworded = speed.RewordedLM._reworded
-    monkeypatch.setattr(speed.RewordedLM, "_reworded", lambda lm, p: seen.append(reworded(lm, p)) or seen[-1])
+    monkeypatch.setattr(speed.RewordedLM, "_reworded", lambda lm, *p: seen.append(reworded(lm, *p)) or seen[-1])
     monkeypatch.setattr(speed, "HALF", 0.0)
     found = study(asked, Responder(model, tokenizer, ResponderOptions()), ["threshold=0.01"], limit=2)
     contents = {prompt.messages[-1]["content"] for prompt in seen}
-    assert contents == {text.replace("{question}", "seats 12") for text in speed.wordings().values()}
+    assert contents == {wording({}, "seats 12") for wording in speed.wordings(asked).values()}
+    assert contents >= {"seats 12", "Question: seats 12\nAnswer:"}
     assert {point.forwards for point in found[EXACT].values()} == {8.0}
     assert max(point.forwards for point in found["threshold=0.01"].values()) < 8.0
     assert all(len(point.scores) == 2 for point in found[EXACT].values())
+
+
+def test_puzzles_are_asked_in_the_wordings_of_their_training(tmp_path, monkeypatch):
+    counts = {name: {"evaluate": 3} for name in ("sudoku", "countdown", "seats")}
+    made = puzzle_rows.benchmarks(PuzzlesParams.model_validate(counts), 0, [])
+    for each in made:
+        (tmp_path / f"{each.name}.jsonl").write_text("".join(line_of(row) for row in each.rows))
+    for each in made:
+        put = benchmark(each.name, EvaluateParams(), root=None, puzzles=tmp_path)
+        worded = speed.wordings(put)
+        assert len(worded) == 3
+        for row in taskset.read_puzzles(tmp_path / f"{each.name}.jsonl"):
+            texts = {wording(row, "not used") for wording in worded.values()}
+            assert len(texts) == 3
+            assert row["prompt"] in texts, "the wording in which it is asked is one of them"
+    (tmp_path / "mixed.jsonl").write_text("".join(line_of(each.rows[0]) for each in made))
+    mixed = benchmark("mixed", EvaluateParams(), root=None, puzzles=tmp_path)
+    assert "as_asked" in speed.wordings(mixed), "rows of several tasks have no wordings in common"
+
+    model, tokenizer = tiny_pair()
+    seen = []
+    reworded = speed.RewordedLM._reworded
+    monkeypatch.setattr(speed.RewordedLM, "_reworded", lambda lm, *p: seen.append(reworded(lm, *p)) or seen[-1])
+    put = benchmark("seats", EvaluateParams(puzzles=QUICK), root=None, puzzles=tmp_path)
+    study(put, Responder(model, tokenizer, ResponderOptions()), [], limit=1)
+    order = json.loads(taskset.read_puzzles(tmp_path / "seats.jsonl")[0]["answer"])["order"]
+    assert {prompt.messages[-1]["content"] for prompt in seen} >= {
+        f"Give everyone a new seat: {order}",
+        f"Nobody may keep a seat: {order}",
+        f"Seat these people anew: {order}",
+    }
+
+
+def test_what_was_measured_is_kept_as_json():
+    points = {
+        EXACT: {"a": point(18), "b": point(4)},
+        "threshold=0.9": {"a": point(17, forwards=5.0)},
+    }
+    sampling = {"threshold=0.9": {"threshold": 0.9}}
+    kept = json.loads(json.dumps(as_values("seats", points, sampling)))
+    assert kept["wordings"] == {"a": {"exact": 0.9, "counts": True}, "b": {"exact": 0.2, "counts": False}}
+    exact, fast = kept["rows"]
+    assert (exact["sampling"], fast["sampling"]) == (None, {"threshold": 0.9})
+    assert (fast["mean"], fast["tokens_per_forward"], fast["wordings"]) == (0.85, 2.0, ["a"])
+    assert kept["points"]["threshold=0.9"]["a"]["scores"] == [1.0] * 17 + [0.0] * 3
+    assert f"AUP {kept['aup']['mean']:.1f} of the means" in told("seats", points)
+    assert as_values("seats", {EXACT: {"a": point(1)}})["rows"] == []
