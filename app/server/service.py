@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from app.server.answers import Draft
 from app.server.schema import BadRequestError, ChatRequest, CompletionRequest, Message, SamplingFields, ScoreRequest
 from llada_core.evaluation.requests import ChatText, pairs
 from llada_core.likelihood import Likelihood
+from llada_core.sampling.engine import Engine
 from llada_core.sampling.params import SamplingParams
 
 SCORED_AT_ONCE = 8  # pairs between which answers take their steps
@@ -163,7 +165,7 @@ class Service:
 
     def score(self, asked: ScoreRequest) -> dict[str, object]:
         """Log-likelihoods in nats, of labels their shares too. One request at a time, and between its parts answers go on:
-        who scores has the model to himself, so that a device holds one forward.
+        who scores has a device's model to himself, so that a device holds one forward.
         """
         loaded = self.model(asked.model)
         special = loaded.model.special_tokens
@@ -171,14 +173,10 @@ class Service:
         with self._scoring:
             try:
                 encoded = pairs([(_context(p, loaded), a) for p, a in asked.texts], loaded.tokenizer, prefix)
-                likelihood = Likelihood(loaded.model, asked.samples, asked.cfg_scale, asked.seed, asked.estimator)
-                scores: list[float] = []
-                for first in range(0, len(encoded), SCORED_AT_ONCE):
-                    with loaded.turn:
-                        scores += likelihood.scores(encoded[first : first + SCORED_AT_ONCE])
+                scores, forwards = _scored(loaded, encoded, asked)
             except ValueError as error:
                 raise BadRequestError(str(error)) from None
-        self.metrics.forwards.inc(likelihood.forwards)
+        self.metrics.forwards.inc(forwards)
         data: list[dict[str, object]] = [
             {"index": i, "log_likelihood": score, "tokens": len(answer)}
             for i, (score, (_, answer)) in enumerate(zip(scores, encoded, strict=True))
@@ -192,8 +190,32 @@ class Service:
             "object": "list",
             "model": asked.model,
             "data": data,
-            "usage": counts | {"forwards": likelihood.forwards},
+            "usage": counts | {"forwards": forwards},
         }
+
+
+def _scored(
+    loaded: LoadedModel, encoded: list[tuple[list[int], list[int]]], asked: ScoreRequest
+) -> tuple[list[float], int]:
+    """The scores of all pairs, and the forwards that they took. A part goes to whichever device is free next, at first to
+    the one that writes least; a pair's score does not depend on which.
+    """
+    firsts = range(0, len(encoded), SCORED_AT_ONCE)
+    engines = sorted(loaded.engine.peers, key=lambda engine: engine.load)[: len(firsts)]
+    scores, parts = [0.0] * len(encoded), iter(firsts)  # which all threads take from
+
+    def share(engine: Engine) -> int:
+        likelihood = Likelihood(engine.model, asked.samples, asked.cfg_scale, asked.seed, asked.estimator)
+        for first in parts:
+            part = slice(first, first + SCORED_AT_ONCE)
+            with engine.turn:
+                scores[part] = likelihood.scores(encoded[part])
+        return likelihood.forwards
+
+    with ThreadPoolExecutor(len(engines)) as threads:
+        others = [threads.submit(share, engine) for engine in engines[1:]]
+        forwards = share(engines[0])  # here: one device needs no thread of its own
+    return scores, forwards + sum(other.result() for other in others)
 
 
 def _context(prompt: str | list[Message], loaded: LoadedModel) -> str:

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +16,11 @@ from app.models import LoadedModel, UserError
 from app.server import answers
 from app.server.answers import Draft, first_of, held_back
 from app.server.http import create_app
-from app.server.service import Limits, Service
+from app.server.service import SCORED_AT_ONCE, Limits, Service
 from llada_core.likelihood import log_likelihoods
 from llada_core.sampling.params import SamplingParams
 from llada_core.usage import Usage
+from tests.waiting import wait_for
 
 OWN = SamplingParams(max_new_tokens=16, block_length=8, steps=16)
 QUESTION = [{"role": "user", "content": "What is one and one?"}]
@@ -196,6 +199,26 @@ def test_scores_are_the_librarys(client: TestClient, tiny: LoadedModel) -> None:
     labels = ask(client, SCORE, prompt=QUESTION, labels=["yes", "no"])["data"]
     assert sum(entry["probability"] for entry in labels) == pytest.approx(1.0)
     assert [entry["label"] for entry in labels] == ["yes", "no"]
+
+
+def test_scores_are_spread_over_the_devices(loaded: LoadedModel) -> None:
+    copy = deepcopy(loaded.model)
+    several = replace(loaded, copies=(copy,))
+    first, _ = several.engine.peers
+    pairs = [{"prompt": f"number {i}", "answer": " two three"} for i in range(2 * SCORED_AT_ONCE + 1)]
+    with served(loaded) as alone, served(several) as client:
+        expected = ask(alone, SCORE, pairs=pairs, samples=4)
+        calls: list[int] = []
+        copy.register_forward_hook(lambda *_: calls.append(1))
+        with ThreadPoolExecutor(1) as thread:
+            with first.turn:  # while it writes, the other scores all parts but the one that waits for it
+                asked = thread.submit(ask, client, SCORE, pairs=pairs, samples=4)
+                wait_for("the other device", lambda: len(calls) >= expected["usage"]["forwards"] - 1)
+            assert asked.result() == expected
+        calls.clear()
+        first.load = 1
+        ask(client, SCORE, pairs=pairs[:1], samples=4)
+        assert calls  # a single part goes to whoever writes least
 
 
 REFUSED = [
