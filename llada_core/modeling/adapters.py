@@ -46,9 +46,12 @@ def add_lora(model: MaskPredictor, params: LoraParams, seed: int = 0) -> None:
         bias=params.bias,
         modules_to_save=_whole_modules(model, params) or None,
     )
+    shapes_alone = all(
+        parameter.is_meta for parameter in network.parameters()
+    )  # of a plan: adapters take no memory too
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, network)
+        inject_adapter_in_model(config, network, low_cpu_mem_usage=shapes_alone)
     network.peft_config = {"default": config}
     if params.bias != "none" and not any(
         p.requires_grad and n.endswith(".bias") for n, p in network.named_parameters()

@@ -93,7 +93,7 @@ def _measured(asked: Asked) -> dict[str, float]:
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
     def of(layers: int) -> dict[str, dict[str, float]]:
-        few = cut(trained_shape(asked.params, asked.stage)[0], layers)
+        few, _ = trained_shape(asked.params, asked.stage, layers)
         return footprint(few, block, asked.rows, asked.length, ranks=ranks, accumulates=asked.accumulates)
 
     few, more = (min(layers, depth) for layers in LAYERS)
@@ -122,13 +122,15 @@ def _measured(asked: Asked) -> dict[str, float]:
     return memory
 
 
-def trained_shape(params: Params, stage: str) -> tuple["MaskPredictor", int]:
-    """`shape_of`, with the adapters and in the dtypes that the stage trains."""
+def trained_shape(params: Params, stage: str, layers: int | None = None) -> tuple["MaskPredictor", int]:
+    """`shape_of`, with the adapters and in the dtypes that the stage trains; of a model with its last `layers` alone."""
     import torch
 
     from llada_core.training.train import prepare_weights
 
     model, stored = shape_of(params, stage)
+    if layers is not None:  # first: peft takes a second to give adapters to 32 blocks
+        cut(model, layers)
     if stored == 2:
         model.to(torch.bfloat16)
     prepare_weights(model, params.training(stage))
