@@ -13,7 +13,7 @@ from jinja2 import Environment
 from jinja2.exceptions import TemplateError
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Engine
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from llada_core.files import document
 
@@ -57,7 +57,7 @@ CHAT_TEMPLATE = (
 """LLaDA's chat format (LLaDA-8B-Instruct)."""
 
 MASK_STRINGS = (MASK, "<|mask|>", "[MASK]", "<mask>")
-EOT_STRINGS = (EOT, "<|role_end|>")
+EOT_STRINGS = (EOT, "<|role_end|>", "<|im_end|>")
 
 
 Message = dict[str, str]
@@ -208,6 +208,7 @@ def _strings_in(template: str) -> Iterator[str]:
 # special string inside a user's text is text, not a command. Threads may share one tokenizer.
 
 _FILES = ("tokenizer_config.json", "tokenizer.json")
+_PAIRS = frozenset(("vocab.json", "merges.txt"))  # Dream's, which has Qwen2's tokenizer under a name of its own
 _AT_ONCE = 128  # texts: an encoding takes a hundred bytes for each of its tokens
 
 
@@ -389,11 +390,14 @@ def named_ids(name_or_path: str | Path) -> dict[str, int]:
 def _stored(name_or_path: str | Path) -> Any | None:
     """The tokenizer of a folder or Hub name; None where a folder holds none."""
     folder = Path(name_or_path)
-    if folder.is_dir() and not (folder / "tokenizer.json").is_file() and not (folder / "vocab.txt").is_file():
+    held = {name for name in ("tokenizer.json", "vocab.txt", *_PAIRS) if (folder / name).is_file()}
+    if folder.is_dir() and not held & {"tokenizer.json", "vocab.txt"} and not held >= _PAIRS:
         return None
     for name in _FILES if folder.is_dir() else ():
         if (folder / name).is_file():
             document(folder / name)  # what the library says of a damaged one names no file
+    if held == _PAIRS:
+        return Qwen2Tokenizer.from_pretrained(str(folder))
     # An export's auto_map names code; unless told not to run it, transformers asks the terminal.
     return AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
 

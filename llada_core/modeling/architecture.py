@@ -53,7 +53,8 @@ class Architecture:
     """All that determines the modules and the arithmetic of a LLaDA model.
 
     A head has its share of the width, and all of it is rotated, where `own_head_width` and `own_rotary_width` are None;
-    `fused_qkv`: queries, keys and values are one projection. `block_length`: of the blocks by which it attends; None:
+    `fused_qkv`: queries, keys and values are one projection. `shifted`: what is predicted for a position stands at the one
+    before it (for the first, at itself). `block_length`: of the blocks by which it attends; None:
     every position sees every other.
     """
 
@@ -73,6 +74,7 @@ class Architecture:
     own_head_width: int | None = None
     own_rotary_width: int | None = None
     fused_qkv: bool = False
+    shifted: bool = False
     block_length: int | None = None
 
     def __post_init__(self) -> None:
@@ -145,12 +147,21 @@ _LLADA2_FIXED: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False, None),
     "using_split_qkv_in_self_attention": (False, None),
 }
+_DREAM_FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (True, None),
+    "attention_dropout": (0.0,),
+    "hidden_act": ("silu",),
+    "rope_scaling": (None,),
+    "use_mrope": (False, None),
+    "use_sliding_window": (False, None),
+}
 # Keys that say nothing about the arithmetic of a forward pass here.
 _DENSE_SILENT = frozenset(
     ["alibi_bias_max", "flash_attention", "init_cutoff_factor", "init_device", "init_fn", "init_std", "precision"]
 )
 _MOE_SILENT = frozenset(["initializer_range", "output_router_logits", "router_aux_loss_coef"])
 _LLADA2_SILENT = frozenset(["initializer_range", "max_window_layers", "output_router_logits", "sliding_window"])
+_DREAM_SILENT = frozenset(["initializer_range", "max_window_layers", "sliding_window"])
 _GENERAL = frozenset(
     ["architectures", "auto_map", "dtype", "model_type", "name_or_path", "quantization_config", "tie_word_embeddings"]
 ) | frozenset(["torch_dtype", "transformers_version", "use_cache", *TOKEN_KEYS])
@@ -303,6 +314,30 @@ def llada2_architecture(values: Mapping[str, Any]) -> Architecture:
         own_rotary_width=rotary,
         fused_qkv=True,
         block_length=_block_length(read.maybe("block_length", FAMILIES["llada2"].block_length)),
+    )
+    read.finish()
+    return architecture
+
+
+def dream_architecture(values: Mapping[str, Any]) -> Architecture:
+    """What a config.json of Dream-7B describes; errors as `dense_architecture`."""
+    read = _Reader(values, _DREAM_SILENT)
+    read.fixed(_DREAM_FIXED, {})
+    n_heads = int(read.need("num_attention_heads"))
+    architecture = Architecture(
+        vocab_rows=int(read.need("vocab_size")),
+        width=int(read.need("hidden_size")),
+        n_layers=int(read.need("num_hidden_layers")),
+        n_heads=n_heads,
+        n_kv_heads=int(read.maybe("num_key_value_heads", n_heads)),
+        mlp_width=int(read.need("intermediate_size")),
+        max_length=int(read.need("max_position_embeddings")),
+        rope_theta=float(read.need("rope_theta")),
+        norm_eps=float(read.need("rms_norm_eps")),
+        tied=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=True,
+        qk_norm="none",
+        shifted=True,
     )
     read.finish()
     return architecture

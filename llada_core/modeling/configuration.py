@@ -13,6 +13,7 @@ from llada_core.modeling.architecture import (
     Architecture,
     blocks_architecture,
     dense_architecture,
+    dream_architecture,
     llada2_architecture,
     moe_architecture,
 )
@@ -159,6 +160,20 @@ class LLaDA2Config(LLaDAConfig):
         return llada2_architecture(self.published())
 
 
+class DreamConfig(LLaDAConfig):
+    """config.json of Dream-7B: Qwen2's keys."""
+
+    model_type = "Dream"
+    attribute_map: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, **values: Any) -> None:  # as in LLaDAMoEConfig
+        super().__init__(**values)
+
+    def architecture(self) -> Architecture:
+        return dream_architecture(self.published())
+
+
+AutoConfig.register("Dream", DreamConfig, exist_ok=True)
 AutoConfig.register("llada2_moe", LLaDA2Config, exist_ok=True)
 AutoConfig.register("llada_blocks", LLaDABlocksConfig, exist_ok=True)
 AutoConfig.register("llada", LLaDAConfig, exist_ok=True)  # importing this is enough for the Auto classes

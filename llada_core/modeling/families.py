@@ -84,16 +84,20 @@ class LoraParams(SettingsBlock):
 class Published:
     """A family's published model: how its releases' names begin, its special ids (`mask_id`, ...), its config.json.
 
-    The ids hold where nothing nearer names them: no key of a config.json, no tokenizer beside it.
+    The ids hold where nothing nearer names them: no key of a config.json, no tokenizer beside it. `like`: of whose
+    config.json only the `changes` are known.
     """
 
     name: str
     special: Mapping[str, int]
+    like: str = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The published config.json, kept beside this file."""
-        return dict(json.loads((Path(__file__).parent / f"{self.name}.json").read_text(encoding="utf-8")))
+        file = Path(__file__).parent / f"{self.like or self.name}.json"
+        return {**json.loads(file.read_text(encoding="utf-8")), **self.changes}
 
     @property
     def vocab_size(self) -> int:
@@ -193,6 +197,16 @@ def _fresh_llada(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
     }
 
 
+def _is_illada(config: Mapping[str, Any]) -> bool:
+    """iLLaDA's files say that they are LLaDA's, and so does its network; what tells it is its vocabulary."""
+    return _is_llada(config) and config.get("vocab_size") == ILLADA.vocab_size
+
+
+def _fresh_illada(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
+    n_kv_heads = params.n_kv_heads or math.gcd(params.n_heads, max(1, params.n_heads // 4))
+    return {**_fresh_llada(params, vocab_rows), "n_kv_heads": n_kv_heads, "weight_tying": True}
+
+
 def _is_llada_blocks(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == "llada_blocks"
 
@@ -256,6 +270,26 @@ def _fresh_llada2(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
     }
 
 
+def _is_dream(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "Dream"
+
+
+def _fresh_dream(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
+    return {
+        **DREAM.template(),
+        "vocab_size": vocab_rows,
+        "hidden_size": params.d_model,
+        "num_hidden_layers": params.n_layers,
+        "num_attention_heads": params.n_heads,
+        "num_key_value_heads": params.n_kv_heads or params.n_heads,
+        "intermediate_size": params.mlp_hidden_size,
+        "max_position_embeddings": params.max_sequence_length,
+        "rope_theta": params.rope_theta,
+        "rms_norm_eps": params.rms_norm_eps,
+        "tie_word_embeddings": params.weight_tying,
+    }
+
+
 def _fresh_masked_lm(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
     return {**params.backbone, "vocab_size": vocab_rows}
 
@@ -265,6 +299,25 @@ LLADA = Published(
     {"mask_id": 126336, "eos_id": 126081, "pad_id": 126081, "bos_id": 126080, "eot_id": 126348},
 )
 LLADA_MOE = Published("LLaDA-MoE-7B-A1B", {"mask_id": 156895, "eos_id": 156892, "pad_id": 156892})
+ILLADA = (
+    Published(  # the mask: ML-GSAI/LLaDA, README.md; the shape: its card. Other tokens are its tokenizer's to name.
+        "iLLaDA-8B",
+        {"mask_id": 5},
+        like="LLaDA-8B",
+        changes={
+            "n_kv_heads": 8,
+            "mlp_hidden_size": 14336,
+            "max_sequence_length": 8192,
+            "weight_tying": True,
+            "vocab_size": 155136,
+            "embedding_size": 155136,
+        },
+    )
+)
+DREAM = Published(
+    "Dream-v0",
+    {"mask_id": 151666, "eos_id": 151643, "pad_id": 151643, "bos_id": 151665, "eot_id": 151645},
+)
 LLADA2 = Published("LLaDA2.0-mini", {"mask_id": 156895, "eos_id": 156892, "pad_id": 156892})
 
 _MOE_NAMES = {
@@ -281,6 +334,8 @@ _MOE_NAMES = {
     "self_attn.q_norm": "q_norm",
     "self_attn.k_norm": "k_norm",
 }
+# Qwen2's names. The parts of the feed-forward come first, which their `ff_out` is told from the head by.
+_DREAM_NAMES = {"mlp.gate_proj": "ff_proj", "mlp.up_proj": "up_proj", "mlp.down_proj": "ff_out", **_MOE_NAMES}
 _LLADA2_NAMES = {
     "model.word_embeddings": "model.transformer.wte",
     "model.norm": "model.transformer.ln_f",
@@ -297,6 +352,15 @@ _LLADA2_NAMES = {
 }
 
 _TABLE = (
+    Family(
+        kind="illada",
+        config="llada_core.modeling.configuration.LLaDAConfig",
+        network="llada_core.modeling.network.LLaDAModelLM",
+        claims=_is_illada,
+        fresh=_fresh_illada,
+        published=ILLADA,
+        by_blocks="llada_blocks",
+    ),
     Family(
         kind="llada",
         config="llada_core.modeling.configuration.LLaDAConfig",
@@ -336,6 +400,15 @@ _TABLE = (
         recommended=("llada2.0", "quality", "speed"),
         named={"LLaDA2.0": "llada2.0", "LLaDA2.1": "quality"},
         by_blocks="llada2",
+    ),
+    Family(
+        kind="dream",
+        config="llada_core.modeling.configuration.DreamConfig",
+        network="llada_core.modeling.network.DreamModel",
+        claims=_is_dream,
+        fresh=_fresh_dream,
+        published=DREAM,
+        renamed=_DREAM_NAMES,
     ),
     Family(  # any other model that transformers knows as a masked-LM
         kind="masked_lm",

@@ -27,6 +27,7 @@ from llada_core.modeling.block import (
     router_losses,
 )
 from llada_core.modeling.configuration import (
+    DreamConfig,
     LLaDA2Config,
     LLaDABlocksConfig,
     LLaDAConfig,
@@ -140,6 +141,10 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
     def block_length(self) -> int | None:
         return self.shape.block_length
 
+    @property
+    def shifted(self) -> bool:
+        return self.shape.shifted
+
     def by_blocks(self, length: int) -> MaskPredictor:
         kind = self.family.by_blocks
         if kind is None:
@@ -216,6 +221,8 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         certainty: with targets, also the entropy of each prediction and whether it is right.
         """
         x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.shape.shifted and positions is not None:  # where their predictions stand
+            positions = positions - (positions % x.shape[1] > 0).long()
         around = self._surroundings(x, attention_mask, cache, slots, block_causal)
         # Where nobody wants all positions of the last block, only the asked-for ones are finished there.
         early = None if output_hidden_states or router_losses else positions
@@ -231,6 +238,8 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         states = (*hidden[:-1], x) if output_hidden_states else None
         if output_hidden_states and positions is not None:
             x = x.flatten(0, 1)[positions.to(x.device)]
+        elif self.shape.shifted and positions is None:
+            x = torch.cat([x[:, :1], x[:, :-1]], dim=1)
         losses = self._router_losses(routings, hidden[0], attention_mask) if router_losses else None
         if targets is not None and certainty:
             nll, certain = projected_certainty(x, self._project, self.vocab_rows, targets)
@@ -306,6 +315,18 @@ class LLaDA2MoeModelLM(LLaDAModelLM):
     kind = "llada2"
     config_class = LLaDA2Config
     _keep_in_fp32_modules_strict = ["expert_bias"]  # noqa: RUF012 - as 2.1 stores it beside weights in bf16
+
+
+class DreamModel(LLaDAModelLM):
+    """Dream-7B (arXiv:2508.15487): Qwen2's layers, bidirectional, still predicting the token behind each position.
+
+    The shift is made here, so that whoever calls finds each prediction at its own position. What is read for a block's
+    first position stands before the block, which a cache does not feed again: it has none.
+    """
+
+    kind = "dream"
+    config_class = DreamConfig
+    supports_cache = False
 
 
 @torch.no_grad()

@@ -257,6 +257,11 @@ class MaskPredictor(nn.Module):
         """Of the blocks by which it was trained to attend (`attention.BlockCausal`); None: each token sees all others."""
         return self.family.block_length if self.kind in FAMILIES else None
 
+    @property
+    def shifted(self) -> bool:
+        """Whether its network predicts the token behind a position, which `forward` has moved to its own already."""
+        return False
+
     def by_blocks(self, length: int) -> "MaskPredictor":
         """This model as one that attends by blocks of `length` and says so in its config.json, with the same weights.
 

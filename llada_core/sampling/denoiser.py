@@ -413,6 +413,10 @@ def _arranged(model: MaskPredictor, old: KVCache | None, order: list[int], width
 def denoiser_of(model: MaskPredictor, params: SamplingParams) -> Denoiser:
     """The denoiser that `params` name."""
     denoiser: Denoiser
+    if params.right_shift_logits and model.shifted:
+        raise ValueError(
+            "right_shift_logits: this model moves its predictions to their own places itself; leave it out"
+        )
     if model.block_length is not None:
         _require_block_settings(params)
         denoiser = BlockDenoiser(model, params.block_length, cached=params.cache == "prefix")
