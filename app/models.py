@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from transformers.utils import logging as logging_of_transformers
+
 from app.canvas import speller
 from llada_core.files import read_json
 from llada_core.modeling import load_to_answer
@@ -137,7 +139,7 @@ class LoadedModel:
     """One model, ready to write: whoever writes at the same time shares the steps of its engine."""
 
     name: str
-    folder: Path | None  # None in a terminal, which has one model and compares no two
+    folder: Path | None  # None: of a model that no folder holds
     model: MaskPredictor
     tokenizer: Tokenizer
     max_context: int = MOST_CONTEXT  # tokens of a canvas that whoever shows it allows
@@ -219,6 +221,11 @@ class Setting:
     more: tuple[str, ...] = ()
 
     @classmethod
+    def one(cls, device: str, bits: int | None) -> "Setting":
+        """One device; `ValueError` in one line if this machine has no such thing."""
+        return cls(device, checked_bits(device, bits))
+
+    @classmethod
     def checked(cls, device: str, bits: int | None, compiled: str = "off") -> "Setting":
         """As a person gave it, devices with commas between; `ValueError` in one line if this machine has no such thing."""
         ways: dict[str, Compiled] = {way: way for way in get_args(Compiled)}
@@ -229,16 +236,26 @@ class Setting:
         return cls(first, kept[0], ways[compiled], tuple(more))
 
 
+def opened(
+    name: str, folder: Path, usage: Usage, setting: Setting = Setting(), *, max_context: int | None = MOST_CONTEXT
+) -> LoadedModel:
+    """The model of a folder with its tokenizer, wherever `setting` has it lie: what page, terminal and server ask.
+
+    Raises ValueError, OSError, KeyError or ImportError with one line. Without `max_context` the model's own length counts.
+    """
+    logging_of_transformers.disable_progress_bar()
+    places = (setting.device, *setting.more)
+    model, *copies = (load_to_answer(folder, device=place, bits=setting.bits) for place in places)
+    tokenizer, longest = Tokenizer.load(folder), model.max_length if max_context is None else max_context
+    return LoadedModel(name, folder, model, tokenizer, longest, usage, setting.compiled, tuple(copies))
+
+
 def load(name: str, source: ModelIndex, setting: Setting = Setting(), place: str = "") -> LoadedModel:
     """Resolves, checks memory and loads; raises UserError with one sentence when any of it fails."""
     try:
-        folder, usage = source.resolve(name, place), source.usage(name)
-        places = (setting.device, *setting.more)
-        model, *copies = (load_to_answer(folder, device=place, bits=setting.bits) for place in places)
-        tokenizer = Tokenizer.load(folder)
+        return opened(name, source.resolve(name, place), source.usage(name), setting)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise UserError(f"The model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return LoadedModel(name, folder, model, tokenizer, usage=usage, compiled=setting.compiled, copies=tuple(copies))
 
 
 class ModelCache:

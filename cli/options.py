@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import wraps
 from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -15,10 +15,6 @@ import yaml
 from llada_core.sampling.params import MODES, PRESETS, SamplingParams, changed, preset
 from llada_core.settings import DEVICE_SETTING, DEVICES, ConfigError, describe
 from tasks.errors import one_line_errors
-
-if TYPE_CHECKING:
-    from llada_core.modeling.predictor import MaskPredictor
-    from llada_core.tokenizer import Tokenizer
 
 MODEL_HELP = "a folder, models:/NAME@alias, or a Hub name; none: the champion of params.yaml"
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
@@ -132,19 +128,6 @@ def model_folder(name: str) -> Path:
     if not is_adapter(folder):
         require_folder(folder, "config.json")
     return folder
-
-
-def loaded(folder: Path, device: str = "auto", bits: int | None = None) -> "tuple[MaskPredictor, Tokenizer]":
-    """The model and its tokenizer, ready to write; raises `ConfigError`, ValueError or OSError with one line."""
-    from transformers.utils import logging
-
-    from llada_core.modeling import load_to_answer
-    from llada_core.modeling.place import checked_bits
-    from llada_core.tokenizer import Tokenizer
-
-    logging.disable_progress_bar()
-    as_wished = checked_bits(device, bits)
-    return load_to_answer(folder, device=device, bits=as_wished), Tokenizer.load(folder)
 
 
 def settings(base: SamplingParams, options: ModelOptions) -> SamplingParams:

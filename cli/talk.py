@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import ModelOptions, loaded, model_folder, name_or_champion, settings, with_model_options
+from cli.options import ModelOptions, model_folder, name_or_champion, settings, with_model_options
 from llada_core.files import line_of
 
 
@@ -37,10 +37,12 @@ def sample(
     params = settings(usage.sampling, options)
 
     from app.canvas import readable, typed  # these import torch: after all that can be wrong without it
+    from app.models import Setting, opened
     from cli.terminal import answers, follow, templates
 
     texts = [typed(line.rstrip("\n")) for p in prompts for line in (sys.stdin if p == "-" else [p])]
-    writer, tokenizer = loaded(folder, options.device, options.bits)
+    loaded = opened(name, folder, usage, Setting.one(options.device, options.bits))
+    writer, tokenizer = loaded.model, loaded.tokenizer
     for line in usage.doubts(params, writer.block_length):
         print(line, file=sys.stderr)
     started = (
@@ -72,9 +74,8 @@ def chat(
     params = settings(usage.sampling, options)
 
     from app.conversation import Conversation
-    from app.models import LoadedModel
+    from app.models import Setting, opened
     from cli.terminal import TerminalChat
 
-    writer, tokenizer = loaded(folder, options.device, options.bits)
-    spoken = LoadedModel(name, None, writer, tokenizer, max_context=writer.max_length, usage=usage)
+    spoken = opened(name, folder, usage, Setting.one(options.device, options.bits), max_context=None)
     TerminalChat(spoken, params, Conversation(system, bounded=False)).run()

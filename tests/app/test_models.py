@@ -11,6 +11,7 @@ import pytest
 
 from app import models as engines
 from app.models import (
+    MOST_CONTEXT,
     SPEEDS,
     AppState,
     Clock,
@@ -21,12 +22,14 @@ from app.models import (
     UserError,
     due,
     load,
+    opened,
     paced,
 )
+from llada_core.modeling import save_model
 from llada_core.sampling.params import SamplingParams
 from llada_core.usage import Usage
 from tasks.project import Project
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_pair, tiny_tokenizer
 
 
 class Names:
@@ -286,3 +289,10 @@ def test_copies_on_several_devices_take_what_the_smallest_of_them_holds(monkeypa
     model = tiny_model()
     loaded = LoadedModel("tiny", None, model, tiny_tokenizer(), copies=(deepcopy(model),))
     assert loaded.engine.positions == 700
+
+
+def test_a_terminal_is_bounded_by_the_models_own_length_and_a_page_by_its_own(tmp_path):
+    model, tokenizer = tiny_pair(max_sequence_length=5000)
+    save_model(model, tmp_path / "long", tokenizer)
+    assert opened("long", tmp_path / "long", Usage()).context == MOST_CONTEXT
+    assert opened("long", tmp_path / "long", Usage(), max_context=None).context == 5000

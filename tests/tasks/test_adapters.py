@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cli.options import loaded, model_folder
+from app.models import opened
+from cli.options import model_folder
 from llada_core.modeling import load_model, save_model
 from llada_core.modeling.folder import base_name
 from llada_core.settings import ConfigError
 from llada_core.training.objectives import DiffusionObjective
+from llada_core.usage import Usage
 from tasks.errors import StageError
 from tasks.folders import content_hash
 from tasks.launch import status
@@ -79,7 +81,7 @@ def test_an_adapter_is_found_a_base_by_every_later_stage_and_wherever_it_is_move
     moved = tmp_path / "moved"
     shutil.move(root, moved)
     monkeypatch.chdir(moved)
-    torch.testing.assert_close(logits(loaded(model_folder("models/sft_control"))[0]), last)
+    torch.testing.assert_close(logits(opened("", model_folder("models/sft_control"), Usage()).model), last)
     monkeypatch.chdir(tmp_path)
     assert torch.equal(logits(load_model(moved / "store" / digest)), last)
 
