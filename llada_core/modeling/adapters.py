@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llada_core.files import written_whole
 from llada_core.modeling.families import LoraParams
+from llada_core.modeling.fused import unfuse_projections
 from llada_core.modeling.predictor import MaskPredictor, SavesItself
 from llada_core.settings import require_package
 
@@ -265,7 +266,8 @@ def _replaced(network: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _require_bare(network: nn.Module) -> None:
-    """peft would put a second adapter in the place of the first."""
+    """Refuses a network with an adapter, as peft would put a second one in its place; lets its layers be exchanged."""
+    unfuse_projections(network)
     if _adapted(network):
         raise ValueError(
             "the model has an adapter already, which four or eight bits cannot take in; make a model of both with "

@@ -103,10 +103,12 @@ class Spans:
             )
             bias = self._bias(queries, keys, q.dtype)
             grouped = q.shape[1] != k.shape[1]
-            parts.append(
-                F.scaled_dot_product_attention(q[:, :, queries], near_k, near_v, attn_mask=bias, enable_gqa=grouped)
+            y_BNQH = F.scaled_dot_product_attention(
+                q[:, :, queries], near_k, near_v, attn_mask=bias, enable_gqa=grouped
             )
-        return torch.cat(parts, dim=2)
+            parts.append(y_BNQH.transpose(1, 2))
+        # Joined as (B, W, N, H): what comes next wants a token's heads beside each other, and would copy once more.
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).transpose(1, 2)
 
     def _pieces(self, device: torch.device) -> Iterator[tuple[slice, list[slice]]]:
         """A block of queries and the stretches of keys that hold all it sees, in turn."""

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llada_core.modeling.architecture import Architecture, ExpertGroups, ExpertShape
 from llada_core.modeling.attention import Spans
+from llada_core.modeling.fused import FusableModule
 from llada_core.modeling.predictor import KVCache, RouterLosses
 
 
@@ -75,8 +76,10 @@ class Routing(NamedTuple):
     weights: Tensor
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(FusableModule):
     """SwiGLU feed-forward with the published names of LLaDA-MoE's dense layers and shared experts."""
+
+    fusable = (("gate_proj", "up_proj"),)
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -85,7 +88,8 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.projected(x, "gate_proj", "up_proj")
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Experts(nn.Module):
@@ -266,8 +270,10 @@ class RMSNorm(nn.Module):
         return F.rms_norm(wide(x), weight.shape, eps=self.eps).type_as(x) * weight
 
 
-class LLaDABlock(GradientCheckpointingLayer):
+class LLaDABlock(FusableModule, GradientCheckpointingLayer):
     """x + attention(norm(x)), then + feed-forward(norm(x)); every position sees every other that the bias allows."""
+
+    fusable = (("q_proj", "k_proj", "v_proj"), ("ff_proj", "up_proj"))  # those that a family's block has
 
     def __init__(self, shape: Architecture, layer: int) -> None:
         super().__init__()
@@ -320,7 +326,7 @@ class LLaDABlock(GradientCheckpointingLayer):
 
     def _attend(self, x_BWD: Tensor, around: Surroundings) -> Tensor:
         if self.fused is None:
-            q, k, v = self.q_proj(x_BWD), self.k_proj(x_BWD), self.v_proj(x_BWD)
+            q, k, v = self.projected(x_BWD, "q_proj", "k_proj", "v_proj")
         else:
             q, k, v = self.qkv_proj(x_BWD).split(self.fused, dim=-1)
         if self.qk_norm == "projection":
@@ -341,7 +347,8 @@ class LLaDABlock(GradientCheckpointingLayer):
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
         if self.mlp is None:
-            return self.ff_out(F.silu(self.ff_proj(x)) * self.up_proj(x)), None
+            gate, up = self.projected(x, "ff_proj", "up_proj")
+            return self.ff_out(F.silu(gate) * up), None
         if isinstance(self.mlp, GatedMLP):
             return self.mlp(x), None
         y, routing = self.mlp(x)

@@ -15,6 +15,7 @@ from llada_core.files import document, written_whole
 from llada_core.modeling.adapters import load_adapter, merge_adapter
 from llada_core.modeling.families import FAMILIES, TOKEN_KEYS, ModelParams, family_of, published_with
 from llada_core.modeling.folder import base_of, is_adapter, require_folder, require_loaded, stored_weights
+from llada_core.modeling.fused import fuse_projections
 from llada_core.modeling.place import Place, WeightBytes, kind_of, place_for
 from llada_core.modeling.predictor import MaskPredictor, SavesItself, feed_from_cpu
 from llada_core.settings import Bits
@@ -141,13 +142,15 @@ def _ids(config: Mapping[str, Any]) -> dict[str, int | None]:
 def load_to_answer(
     name_or_path: str | Path, *, dtype: torch.dtype | None = None, device: str = "auto", bits: Bits | None = None
 ) -> MaskPredictor:
-    """`load_model` for whatever asks a model: chats, the page, a served version, an evaluation.
+    """`load_model` for whatever asks a model: chats, the page, a served version, an evaluation. Its projections are fused.
 
     Also `ValueError` where main memory is too small (elsewhere the system's to decide, which may swap).
     """
     place = place_for(need_of(name_or_path, dtype, bits), device, bits)
     place.require_room()
-    return load_model(name_or_path, dtype=dtype, device=place, bits=bits)
+    model = load_model(name_or_path, dtype=dtype, device=place, bits=bits)
+    fuse_projections(model)
+    return model
 
 
 def need_of(name_or_path: str | Path, dtype: torch.dtype | None = None, bits: int | None = None) -> WeightBytes:
