@@ -108,38 +108,41 @@ class RowGroup:
 
         `entered`: some row is in a new block.
         """
-        is_open, counts = blocks.open, blocks.asked.sum(1)
-        rows = slots // is_open.shape[1]
-        # A position draws by its rank among those asked about, not by its column: a window is as wide as the widest row's.
-        ranks = (blocks.asked.cumsum(1) - 1).flatten()
-        draw = self.noise.draw(rows, ranks[slots], counts)
-        proposals, confidence = self.proposer.propose(logits, draw, self.warmth[rows])
-        # Draws are counted by the row, so that its next numbers are those that it would draw alone.
-        self.noise = self.noise.after(self.proposer.draws * counts)
+        is_open, width, draw, warmth = blocks.open, blocks.open.shape[1], None, None
+        if self.proposer.draws:
+            rows = slots // width
+            draw, warmth = self.noise.draw(rows, _ranks(blocks).take(slots), blocks.count), self.warmth[rows]
+            # Draws are counted by the row, so that its next numbers are those that it would draw alone.
+            self.noise = self.noise.after(self.proposer.draws * blocks.count)
+        proposals, confidence = self.proposer.propose(logits, draw, warmth)
         if entered:
-            self._enter(blocks, ranks, counts)
+            self._enter(blocks)
         scores = confidence.laid_out(blocks.asked, slots)
         if self.edits:  # what stands there already is no proposal
             scores = scores.nothing_where(_laid_out(proposals == present, slots, is_open.shape))
-        narrow = self.width
-        scores = Confidence(scores.value[:, :narrow], scores.key[:, :narrow])
-        commit, back, self.state = self.rule(scores, is_open[:, :narrow], self.state)
-        beyond = (0, is_open.shape[1] - narrow)
-        return Choice(proposals, confidence, F.pad(commit, beyond), None if back is None else F.pad(back, beyond))
+        # Windows are as wide as the widest group needs them; a rule is shown those of its own group.
+        beyond = width - self.width
+        if not beyond:
+            commit, back, self.state = self.rule(scores, is_open, self.state)
+            return Choice(proposals, confidence, commit, back)
+        scores = Confidence(scores.value[:, : self.width], scores.key[:, : self.width])
+        commit, back, self.state = self.rule(scores, is_open[:, : self.width], self.state)
+        wide = [None if chosen is None else F.pad(chosen, (0, beyond)) for chosen in (commit, back)]
+        return Choice(proposals, confidence, *wide)
 
-    def _enter(self, blocks: Blocks, ranks: Tensor, counts: Tensor) -> None:
+    def _enter(self, blocks: Blocks) -> None:
         """Rows in a new block remember nothing, and those of a schedule are told their quotas."""
         fresh = blocks.fresh
         self.state = {name: zero_where(fresh, value) for name, value in self.state.items()}
         if self.schedule is None:
             return
-        material = counts
+        material = blocks.count
         if self.schedule.draw:  # only rows that enter a block draw, so that a row's numbers do not depend on the others
             rows, width = blocks.open.shape
-            every = torch.arange(rows, device=ranks.device).repeat_interleave(width, output_size=rows * width)
-            uniforms = self.noise.draw(every, ranks, counts).uniforms(1).view(rows, width)
+            every = torch.arange(rows, device=fresh.device).repeat_interleave(width, output_size=rows * width)
+            uniforms = self.noise.draw(every, _ranks(blocks).flatten(), blocks.count).uniforms(1).view(rows, width)
             material = torch.where(blocks.open & fresh[:, None], uniforms, torch.nan)
-            self.noise = self.noise.after(counts * fresh)
+            self.noise = self.noise.after(blocks.count * fresh)
         self.state = self.schedule.begin(self.state, material, self.steps, fresh)
 
 
@@ -229,21 +232,15 @@ class Batch:
         self.ends = on_device(sorted(model.special_tokens.end_ids), model.device)
         self.tally: list[list[int]] = [[], [], [], []]  # on the host, of each row: see `Blocks.tally`
         self.blocks: Blocks | None = None
-        # (A,) bool, if any row does: those that end at an end token, those that edit, those that finish their blocks first.
-        self.stops: Tensor | None = None
+        self.answers: list[Answer] = []  # those that are being written
+        self.rows: list[Answer] = []  # and all, in their order: of a compiled step also those in which nothing is written
+        # If any row ends at an end token: (A, T) bool, where that may stand; and the columns (T,).
+        self.ending: Tensor | None = None
+        self.columns = on_device([], model.device)
+        # (A,) bool, if any row does: those that edit, those that finish their blocks before they end.
         self.edits: Tensor | None = None
         self.waits: Tensor | None = None
         self.numbers = on_device([], model.device)  # of the block that each row was in, -1 before its first
-
-    @property
-    def rows(self) -> list[Answer]:
-        """All, in their order, of a compiled step also those in which nothing is written."""
-        return [answer for part in self.parts for answer in part.answers]
-
-    @property
-    def answers(self) -> list[Answer]:
-        """Those that are being written."""
-        return [answer for answer in self.rows if answer is not self.blank]
 
     def takes(self, request: Request) -> bool:
         """Whether a request can join: it shares forwards, and a compiled step as well where there is one."""
@@ -276,7 +273,7 @@ class Batch:
         if len(staying) == len(self.answers):
             return
         if not staying:
-            self.parts = []
+            self.parts, self.rows, self.answers = [], [], []
         elif self.graph is None:
             self._rearrange([without(part.answers, away) for part in self.parts], [])
         else:
@@ -296,7 +293,8 @@ class Batch:
         place = {id(answer): i for i, answer in enumerate(old + added)}
         order = [place[id(answer)] for own in rows for answer in own]
         both = [(part, own) for part, own in zip(self.parts, rows, strict=True) if own]
-        self.parts = [part for part, _ in both]
+        self.parts, self.rows = [part for part, _ in both], [answer for _, own in both for answer in own]
+        self.answers = [answer for answer in self.rows if answer is not self.blank]
         for part, own in both:
             mine = {id(answer): i for i, answer in enumerate(part.answers)}
             part.arrange([mine.get(id(answer), -1) for answer in own], own, spare=self.graph is not None)
@@ -317,7 +315,9 @@ class Batch:
         ]
         self.denoiser.arrange(kept_at, self.canvas.tokens.shape[1])
         requests = [answer.request for answer in self.rows]
-        self.stops = self._if_any([request.params.stop_at_eos for request in requests])
+        stops = self._if_any([request.params.stop_at_eos for request in requests])
+        self.ending = None if stops is None else self.canvas.answer & stops[:, None]
+        self.columns = torch.arange(self.canvas.tokens.shape[1], device=self.canvas.tokens.device)
         self.edits = self._if_any([request.edits for request in requests])
         self.waits = self._if_any([request.edits or request.params.finish_block for request in requests])
         self.blocks = None
@@ -341,7 +341,8 @@ class Batch:
         """Commits something in every row; those that are done leave, their answers finished."""
         assert self.canvas is not None
         if self.blocks is None:
-            self.blocks = self._blocks(self.canvas, max(part.width for part in self.parts), self.numbers)
+            width = max(part.width for part in self.parts)
+            self.blocks = Blocks.of(self.canvas, width, self.numbers, self._held(), self.edits)
         rows, (counts, entered, firsts, left) = self.rows, self.tally
         beyond = [n - m if a.request.ahead else 0 for n, m, a in zip(left, counts, rows, strict=True)]
         fresh = [None if a is self.blank else bool(new) for a, new in zip(rows, entered, strict=True)]
@@ -365,37 +366,36 @@ class Batch:
         """
         # Indices into the flattened windows and the flattened canvas, in the same order. Their number is known to the
         # host, so that the device need not be waited for.
-        total, everything = sum(asked.counts), blocks.open.numel()
+        total, everything, beyond = sum(asked.counts), blocks.open.numel(), any(asked.beyond)
         if total == everything:
             slots = torch.arange(everything, device=canvas.tokens.device)
         else:
             slots = torch.nonzero_static(blocks.asked.flatten(), size=total)[:, 0]
-        mine = wanted = blocks.places.flatten()[slots]
-        present = canvas.tokens.flatten()[mine]
-        if any(asked.beyond):
+        mine = wanted = blocks.places.take(slots)
+        present = canvas.tokens.take(mine)
+        if beyond:
             wanted = torch.cat([mine, self._beyond(canvas, mine, asked.beyond)])
         seen = canvas.tokens, canvas.visible, canvas.known
         logits = ask(Query(*seen, wanted, canvas.mask_id, blocks.first, asked.firsts, asked.fresh, asked.counts))
-        choice = self._choose(logits[:total], slots, present, blocks, asked)
+        choice = self._choose(logits[:total] if beyond else logits, slots, present, blocks, asked)
 
         # A window past the canvas repeats its edge, so that what is not committed is left by adding 0.
-        written = torch.where(choice.commit.view(-1)[slots], choice.proposals - present, 0)
+        written = (choice.proposals - present) * choice.commit.take(slots)
         tokens = canvas.tokens.view(-1).index_add(0, mine, written).view_as(canvas.tokens)
         if choice.back is not None:
             tokens = tokens.masked_fill(blocks.on_canvas(choice.back, canvas), canvas.mask_id)
         after = replace(canvas, tokens=self._closed(tokens, canvas, blocks))
         proposals, values = choice.proposals, choice.confidence.value
-        if any(asked.beyond):
+        if beyond:
             further, sure = self._guesses(logits[total:], asked.beyond)
             proposals, values = torch.cat([proposals, further]), torch.cat([values, sure])
-        following = self._blocks(after, blocks.open.shape[1], blocks.number)
+        following = blocks.following(after, self._held(), self.edits)
         shown = StepResult(after.tokens, blocks.first, blocks.last, wanted, proposals, values)
-        return Outcome(after, following, following.tally(after), shown)
+        return Outcome(after, following, following.tally, shown)
 
-    def _blocks(self, canvas: Canvas, width: int, before: Tensor) -> Blocks:
-        """Where the rows are now, those that a rule holds in the block of `before` (A,)."""
-        held = None if self.edits is None else torch.cat([part.held for part in self.parts])
-        return Blocks.of(canvas, width, before, held, self.edits)
+    def _held(self) -> Tensor | None:
+        """(A,) bool: rows that a rule holds in their block; None where no rule does."""
+        return None if self.edits is None else torch.cat([part.held for part in self.parts])
 
     @staticmethod
     def _beyond(canvas: Canvas, mine: Tensor, beyond: list[int]) -> Tensor:
@@ -421,9 +421,8 @@ class Batch:
             return self.parts[0].step(logits, slots, present, blocks, entered=any(news))
         found, width = [], blocks.open.shape[1]
         for part, rows, mine in self._spans(asked.counts):
-            own = Blocks(*(value[rows] for value in vars(blocks).values()))
             at = slots[mine] - rows.start * width
-            found.append(part.step(logits[mine], at, present[mine], own, entered=any(news[rows])))
+            found.append(part.step(logits[mine], at, present[mine], blocks.part(rows), entered=any(news[rows])))
         sure = (torch.cat(x) for x in zip(*((c.confidence.value, c.confidence.key) for c in found), strict=True))
         back = None
         if any(c.back is not None for c in found):
@@ -441,17 +440,18 @@ class Batch:
 
         Rows that edit, and those that finish their blocks, end where the block is whole and left.
         """
-        if self.stops is None:
+        if self.ending is None:
             return tokens
-        # An end token with masks before it ends nothing yet: text may still come between.
-        nothing_open = (tokens == canvas.mask_id).cumsum(1) == 0
-        reached = torch.isin(tokens, self.ends) & canvas.answer & nothing_open
-        after = canvas.answer & (reached.cumsum(1) > reached.long()) & self.stops[:, None]
+        is_open, ends = tokens == canvas.mask_id, torch.isin(tokens, self.ends) & self.ending
+        # An end token with masks before it ends nothing yet: text may still come between. So a row has ended where the
+        # first of both, which argmax finds, is an end token.
+        first = (is_open | ends).view(torch.uint8).argmax(1, keepdim=True)
+        over = ends.gather(1, first)
         if self.waits is not None:
-            going = (blocks.inside & (tokens == canvas.mask_id).flatten()[blocks.places]).any(1)
+            going = (blocks.inside & is_open.take(blocks.places)).any(1)
             going = going | torch.cat([part.held for part in self.parts])
-            after = after & ~(going & self.waits)[:, None]
-        return tokens.masked_fill(after, self.model.special_tokens.eos_id)
+            over = over & ~(going & self.waits)[:, None]
+        return tokens.masked_fill(over & self.ending & (self.columns > first), self.model.special_tokens.eos_id)
 
     def _told(self, outcome: "Outcome", answers: list[Answer]) -> Tensor | None:
         """The step is taken: the host learns where the rows are and what watched ones are shown, its one wait for the
@@ -475,7 +475,8 @@ class Batch:
             if not left:
                 answer.tokens, answer.finished = self.canvas.tokens[i, : answer.request.told], True
                 done.append(answer)
-        self.leave(done)
+        if done:
+            self.leave(done)
         return copied
 
 
@@ -486,6 +487,14 @@ def without(answers: list[Answer], away: set[int]) -> list[Answer]:
         found[i] = found[-1]
         found.pop()
     return found
+
+
+def _ranks(blocks: Blocks) -> Tensor:
+    """(R, W): the number of each position among those of its row that are asked about.
+
+    By this a position draws, and not by its column: a window is as wide as the widest row's.
+    """
+    return blocks.asked.cumsum(1) - 1
 
 
 def _laid_out(flags: Tensor, slots: Tensor, shape: torch.Size) -> Tensor:

@@ -84,9 +84,9 @@ class Canvas:
     """Rows of any lengths, A of them over T columns.
 
     `tokens` (A, T) int64, `mask_id` where open; `seen` (A, T) bool: neither padding nor a hole; `known` (A, T) bool: what
-    an unguided forward must not see; `given` (A, T) bool: what stood there from the start; `start`, `end` (A,) int64: the
-    columns between which is written, `end` excluded; `origin`, `block` (A,): where blocks are counted from, and their
-    length. On the host: the `sizes` of the rows, which have `holes`, and whether anything is hidden, so that the canvas
+    an unguided forward must not see; `given` (A, T) bool: what stood there from the start; `answer` (A, T) bool: the columns
+    in which is written; `end` (A,) int64: the one past the last of them; `origin`, `block` (A,): where blocks are counted
+    from, and their length. On the host: the `sizes` of the rows, which have `holes`, and whether anything is hidden, so that the canvas
     is `ragged`.
     """
 
@@ -94,7 +94,7 @@ class Canvas:
     seen: Tensor
     known: Tensor
     given: Tensor
-    start: Tensor
+    answer: Tensor
     end: Tensor
     origin: Tensor
     block: Tensor
@@ -107,7 +107,9 @@ class Canvas:
     def of(cls, requests: Sequence[Request], special: SpecialTokens, device: torch.device) -> "Canvas":
         """The canvas of some requests, in one copy to the device."""
         sizes = [len(request.tokens) for request in requests]
-        seen = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+        column, start, end = torch.arange(max(sizes)), [r.start for r in requests], [r.end for r in requests]
+        seen = column < torch.tensor(sizes)[:, None]
+        answer = (column >= torch.tensor(start)[:, None]) & (column < torch.tensor(end)[:, None])
         tokens = torch.full(seen.shape, special.pad_id, dtype=torch.long)
         known = torch.ones_like(seen)
         for i, request in enumerate(requests):
@@ -117,13 +119,12 @@ class Canvas:
             if request.params.cfg_keep_tokens:
                 known[i] = ~torch.isin(tokens[i], torch.tensor(request.params.cfg_keep_tokens))
         given = tokens != special.mask_id
-        bounds = torch.tensor([(r.start, r.end, r.origin, r.block) for r in requests]).T
-        tokens, seen, known, given, (start, end, origin, block) = (
-            x.to(device, non_blocking=True) for x in (tokens, seen, known & given, given, bounds)
-        )
+        blocks = torch.tensor([end, [r.origin for r in requests], [r.block for r in requests]])
+        tables = (tokens, seen, known & given, given, answer, blocks)
+        *tables, (ends, origins, lengths) = (x.to(device, non_blocking=True) for x in tables)
         holes = [request.visible is not None for request in requests]
         ragged = any(holes) or min(sizes) < seen.shape[1]
-        return cls(tokens, seen, known, given, start, end, origin, block, sizes, holes, ragged, special)
+        return cls(*tables, ends, origins, lengths, sizes, holes, ragged, special)
 
     @property
     def mask_id(self) -> int:
@@ -141,20 +142,19 @@ class Canvas:
         return self.seen if self.ragged else None
 
     @property
-    def answer(self) -> Tensor:
-        """(A, T) bool: the columns in which is written."""
-        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        return (columns >= self.start[:, None]) & (columns < self.end[:, None])
+    def _fills(self) -> tuple[tuple[str, int | bool], ...]:
+        """The tables (A, T) by name, and what stands in them past a row's last column."""
+        pad = self.special.pad_id
+        return ("tokens", pad), ("seen", False), ("known", True), ("given", True), ("answer", False)
 
     def rows(self, order: list[int], width: int) -> "Canvas":
         """Some of the rows, in this order, over `width` columns, which hold them."""
         index, sizes = on_device(order, self.tokens.device), [self.sizes[i] for i in order]
         more = max(0, width - self.tokens.shape[1])
-        fills = (("tokens", self.special.pad_id), ("seen", False), ("known", True), ("given", True))
-        wide = {name: getattr(self, name)[:, :width] for name, _ in fills}
+        wide = {name: getattr(self, name)[:, :width] for name, _ in self._fills}
         if more:
-            wide = {name: F.pad(wide[name], (0, more), value=fill) for name, fill in fills}
-        every = wide | {name: getattr(self, name) for name in ("start", "end", "origin", "block")}
+            wide = {name: F.pad(wide[name], (0, more), value=fill) for name, fill in self._fills}
+        every = wide | {name: getattr(self, name) for name in ("end", "origin", "block")}
         chosen = {name: value.index_select(0, index) for name, value in every.items()}
         holes = [self.holes[i] for i in order]
         return replace(self, **chosen, sizes=sizes, holes=holes, ragged=any(holes) or min(sizes) < width)
@@ -163,10 +163,10 @@ class Canvas:
         """These rows, then those of `other`."""
         width = max(self.tokens.shape[1], other.tokens.shape[1])
         both: dict[str, Any] = {}
-        for name, fill in (("tokens", self.special.pad_id), ("seen", False), ("known", True), ("given", True)):
+        for name, fill in self._fills:
             parts = (getattr(canvas, name) for canvas in (self, other))
             both[name] = torch.cat([F.pad(x, (0, width - x.shape[1]), value=fill) for x in parts])
-        for name in ("start", "end", "origin", "block"):
+        for name in ("end", "origin", "block"):
             both[name] = torch.cat([getattr(self, name), getattr(other, name)])
         sizes, holes = self.sizes + other.sizes, self.holes + other.holes
         return replace(self, **both, sizes=sizes, holes=holes, ragged=any(holes) or min(sizes) < width)
@@ -200,8 +200,9 @@ class Blocks:
     `number` (A,) counts from the row's origin; `first`, `last` (A,) are its columns, `last` excluded. W positions from
     `first` on are the window that a rule judges: `places` (A, W) indices into the A*T flattened positions, `inside` (A, W)
     bool where they belong to the block, `open` (A, W) bool where they are still masked, `asked` (A, W) bool where something
-    may be written: these, and of a row that edits all that was not given. `held` (A,) as it was given; `fresh` (A,) bool:
-    the row was in another block before.
+    may be written: these, and of a row that edits all that was not given; `count` (A,) of them. `left` (A,): open positions
+    of the whole row, one more where it is held. `fresh` (A,) bool: the row was in another block before. As long as rows and
+    window stay: `reach` (W,), the columns from a block's first one on, and `start` (A, 1), where each row's positions begin.
     """
 
     number: Tensor
@@ -211,8 +212,11 @@ class Blocks:
     inside: Tensor
     open: Tensor
     asked: Tensor
-    held: Tensor
+    count: Tensor
+    left: Tensor
     fresh: Tensor
+    reach: Tensor
+    start: Tensor
 
     @classmethod
     def of(
@@ -227,29 +231,52 @@ class Blocks:
 
         `held` (A,) bool stay in theirs, `edits` (A,) bool may write over what was written; None where no row does.
         """
+        (rows, columns), device = canvas.tokens.shape, canvas.tokens.device
+        start = columns * torch.arange(rows, device=device)[:, None]
+        return cls._at(canvas, torch.arange(width, device=device), start, before, held, edits)
+
+    def following(self, canvas: Canvas, held: Tensor | None = None, edits: Tensor | None = None) -> "Blocks":
+        """Where the same rows are on their `canvas` after a step."""
+        return self._at(canvas, self.reach, self.start, self.number, held, edits)
+
+    @classmethod
+    def _at(  # noqa: PLR0913 - what stays, and what a step changes
+        cls,
+        canvas: Canvas,
+        reach: Tensor,
+        start: Tensor,
+        before: Tensor,
+        held: Tensor | None,
+        edits: Tensor | None,
+    ) -> "Blocks":
         is_open = canvas.open
+        left = is_open.sum(1)
         # argmax of equal values is the first of them: the first open position. Of a row without any it is 0; that row is done.
-        number = (is_open.to(torch.uint8).argmax(1) - canvas.origin).div(canvas.block, rounding_mode="floor")
-        number = number if held is None else torch.where(held, before, number)
+        number = (is_open.view(torch.uint8).argmax(1) - canvas.origin).div(canvas.block, rounding_mode="floor")
+        if held is not None:
+            number, left = torch.where(held, before, number), left + held
         first = canvas.origin + number * canvas.block
         last = torch.minimum(first + canvas.block, canvas.end)
-        columns = first[:, None] + torch.arange(width, device=first.device)
+        columns = first[:, None] + reach
         inside = columns < last[:, None]
         # A window past the canvas repeats the canvas's edge, which `inside` leaves out.
-        rows, canvas_width = canvas.tokens.shape
-        places = columns.clamp(0, canvas_width - 1) + canvas_width * torch.arange(rows, device=first.device)[:, None]
-        here = asked = inside & is_open.flatten()[places]
-        held = torch.zeros_like(number, dtype=torch.bool) if held is None else held
+        places = columns.clamp(0, canvas.tokens.shape[1] - 1) + start
+        here = asked = inside & is_open.take(places)
         if edits is not None:
-            writing = edits & (is_open.any(1) | held)
-            asked = here | (inside & ~canvas.given.flatten()[places] & writing[:, None])
-        return cls(number, first, last, places, inside, here, asked, held, number != before)
+            asked = here | (inside & ~canvas.given.take(places) & (edits & (left > 0))[:, None])
+        return cls(number, first, last, places, inside, here, asked, asked.sum(1), left, number != before, reach, start)
 
-    def tally(self, canvas: Canvas) -> Tensor:
+    @property
+    def tally(self) -> Tensor:
         """(4, A) int64, what the host has to know: positions of the block that are asked about, whether it is fresh, its
-        first column, and open positions of the row, one more where it is held.
+        first column, and what is left of the row.
         """
-        return torch.stack([self.asked.sum(1), self.fresh.long(), self.first, canvas.open.sum(1) + self.held])
+        return torch.stack([self.count, self.fresh.long(), self.first, self.left])
+
+    def part(self, rows: slice) -> "Blocks":
+        """Those of some rows."""
+        own = {name: value[rows] for name, value in vars(self).items() if name != "reach"}
+        return Blocks(**own, reach=self.reach)
 
     def on_canvas(self, chosen: Tensor, canvas: Canvas) -> Tensor:
         """(A, T) bool: the positions of the windows that are `chosen` (A, W) bool."""

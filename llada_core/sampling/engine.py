@@ -170,13 +170,16 @@ class Engine:
     def _sweep(self) -> None:
         """Answers that nobody wants any more leave, and batches without rows."""
         for batch in list(self.batches):
-            batch.leave([answer for answer in batch.answers if answer.cancelled])
+            if gone := [answer for answer in batch.answers if answer.cancelled]:
+                batch.leave(gone)
             if not batch.answers:
                 self.batches.remove(batch)
         self.load = len(self.active)
 
     def _admit(self) -> None:
         """Those at the head of the queue join while there is room; nobody overtakes one that has to wait."""
+        if not self._queue:  # who comes in between waits for one step
+            return
         joining: dict[Batch, list[Answer]] = {}
         with self._door:
             self._taken_in(joining)

@@ -232,13 +232,13 @@ class Proposer:
         in the references.
         """
         rows = max(1, CHUNK // logits.shape[1])
-        if draw is None or len(logits) <= rows:
+        if len(logits) <= rows:
             return self._propose(logits, draw, temperature)
         parts = []
         for at in range(0, len(logits), rows):
             some = slice(at, at + rows)
             warmth = None if temperature is None else temperature[some]
-            parts.append(self._propose(logits[some], draw.part(some), warmth))
+            parts.append(self._propose(logits[some], None if draw is None else draw.part(some), warmth))
         tokens, found = zip(*parts, strict=True)
         return torch.cat(tokens), Confidence(torch.cat([c.value for c in found]), torch.cat([c.key for c in found]))
 
