@@ -31,8 +31,10 @@ from llada_core.modeling.predictor import (
     require_length,
     require_no_mask,
 )
-from llada_core.sampling.denoiser import BlockDenoiser, GuidedDenoiser, PlainDenoiser, Query
+from llada_core.sampling.cached import BlockDenoiser
+from llada_core.sampling.denoiser import GuidedDenoiser, PlainDenoiser
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.query import Query
 from llada_core.sampling.sampler import stream_infill
 
 Estimator = Literal["auto", "stock", "antithetic", "exact"]

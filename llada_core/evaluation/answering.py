@@ -24,9 +24,9 @@ from llada_core.modeling import MaskPredictor, load_model, load_to_answer
 from llada_core.modeling.folder import base_of, is_adapter
 from llada_core.modeling.place import checked_bits, processes_for
 from llada_core.modeling.pretrained import need_of
-from llada_core.sampling.batch import Answer
 from llada_core.sampling.engine import Engine
 from llada_core.sampling.requests import Request, to_answer, to_fill
+from llada_core.sampling.row_group import Answer
 from llada_core.settings import ConfigError, nearest
 from llada_core.tokenizer import Tokenizer
 

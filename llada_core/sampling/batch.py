@@ -4,156 +4,26 @@ A step asks for logits of all rows, proposes and scores, commits, and tells the 
 have finished, and where the others are. What a row gets does not depend on its neighbours: a sequence starts at column 0,
 its random numbers are keyed by its request, and its numbers (thresholds, quotas, temperature) are its own.
 
-Shapes: A active rows, T columns, W positions of a block's window, P proposals; R rows of one part.
+Shapes: A active rows, T columns, W positions of a block's window, P proposals; R rows of one group.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, _dynamo
-from torch.nn import functional as F
 
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling.canvas import Blocks, Canvas, Step, columns, padded, seats, zero_where
-from llada_core.sampling.denoiser import Denoiser, Query, denoiser_of, on_device
-from llada_core.sampling.proposals import Confidence, Proposer, RowNoise
+from llada_core.sampling.canvas import Blocks, Canvas, columns, padded, seats
+from llada_core.sampling.denoiser import denoiser_of
+from llada_core.sampling.proposals import Confidence
+from llada_core.sampling.query import Denoiser, Query, on_device
 from llada_core.sampling.requests import Request
-from llada_core.sampling.unmask import HELD, Rule, State, TransferSchedule, number_of, rule_of, schedule_of
+from llada_core.sampling.row_group import Answer, Choice, RowGroup
 
 Compiled = Literal["off", "graph", "max"]
 SHAPES = 256  # that may be compiled, of rows, window and canvas
-
-
-@dataclass(eq=False)
-class Answer:
-    """What comes of a request. `tokens` (L,) int64 once it is finished, on the model's device; `forwards` it took part in.
-
-    `steps`, if somebody watches it, those not taken yet; `shown` (1, L), the canvas after the last of them. `error`: why it
-    will never be finished.
-    """
-
-    request: Request
-    steps: deque[Step] | None = None
-    tokens: Tensor | None = None
-    forwards: int = 0
-    finished: bool = False
-    cancelled: bool = False
-    error: BaseException | None = None
-    at: int | None = None  # the number of the engine that writes it, where several share a queue
-    shown: Tensor = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self.shown = self.request.tokens[None, : self.request.told]
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more will come."""
-        return self.finished or self.cancelled or self.error is not None
-
-
-class RowGroup:
-    """Rows of a batch whose tokens are chosen by the same operations: consecutive ones, with tensors of numbers."""
-
-    def __init__(self, model: MaskPredictor, request: Request) -> None:
-        self.rule_key, self.params, self.edits = request.rule_key, request.params, request.edits
-        params = self.params
-        self.device, self.answers = model.device, list[Answer]()
-        self.proposer = Proposer.of(params, request.mask_id, model.device)
-        self.schedule: TransferSchedule | None = schedule_of(params)
-        self.noise = RowNoise(*on_device([], model.device).new_empty(2, 0))
-        self.state: State = {}
-        # A rule of one's own sees windows of one width from the first step to the last, whoever is beside it.
-        self.own_width = min(params.block_length, model.max_length) if params.rule is not None else None
-        self.rule: Rule = rule_of(params)
-        self.warmth = self.steps = torch.empty(0)
-        self.width = self.span = 0  # positions of its windows, and the most steps of a block
-
-    def takes(self, request: Request) -> bool:
-        """Whether a new row belongs here: never beside rows whose own rule remembers something already."""
-        return request.rule_key == self.rule_key and not (self.own_width and self.state)
-
-    def arrange(self, order: list[int], answers: list[Answer], *, spare: bool) -> None:
-        """Its rows are these `answers` now: those that it had at `order`, -1 for new ones. `spare`: with room for more
-        steps of a block, so that shapes seldom change.
-        """
-        self.answers = answers
-        index = on_device(order, self.device)
-        self.state = {name: padded(value, 1)[index] for name, value in self.state.items()}
-        settings = [answer.request.params for answer in self.answers]
-        keys = on_device([answer.request.key for answer in self.answers], self.device)
-        self.noise = RowNoise(keys, padded(self.noise.drawn, 1)[index])
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        numbers = [(p.temperature, number_of(p)) for p in settings]
-        # In float64 where the device has it: a threshold is compared as it was written, and 0.9 in float32 is another number.
-        warmth, limit = torch.tensor(numbers, dtype=wide).to(self.device, non_blocking=True).T
-        self.warmth = warmth[:, None]
-        self.rule = rule_of(self.params, limit[:, None])
-        steps = [answer.request.steps for answer in self.answers]
-        self.steps, self.span = on_device(steps, self.device), seats(max(steps)) if spare else max(steps)
-        self.width = self.own_width or max(answer.request.block for answer in self.answers)
-        if self.schedule is not None:
-            self.state = self.schedule.room(self.state, self.steps, self.span)
-
-    @property
-    def held(self) -> Tensor:
-        """(R,) bool: rows that stay in their block though nothing is open in it."""
-        rows = len(self.answers)
-        return self.state[HELD] if HELD in self.state else torch.zeros(rows, dtype=torch.bool, device=self.device)
-
-    def step(self, logits: Tensor, slots: Tensor, present: Tensor, blocks: Blocks, *, entered: bool) -> "Choice":
-        """What `logits` (P, V) at `slots` (P,) of its windows (R, W) come to, where `present` (P,) stand now.
-
-        `entered`: some row is in a new block.
-        """
-        is_open, width, draw, warmth = blocks.open, blocks.open.shape[1], None, None
-        if self.proposer.draws:
-            rows = slots // width
-            draw, warmth = self.noise.draw(rows, _ranks(blocks).take(slots), blocks.count), self.warmth[rows]
-            # Draws are counted by the row, so that its next numbers are those that it would draw alone.
-            self.noise = self.noise.after(self.proposer.draws * blocks.count)
-        proposals, confidence = self.proposer.propose(logits, draw, warmth)
-        if entered:
-            self._enter(blocks)
-        scores = confidence.laid_out(blocks.asked, slots)
-        if self.edits:  # what stands there already is no proposal
-            scores = scores.nothing_where(_laid_out(proposals == present, slots, is_open.shape))
-        # Windows are as wide as the widest group needs them; a rule is shown those of its own group.
-        beyond = width - self.width
-        if not beyond:
-            commit, back, self.state = self.rule(scores, is_open, self.state)
-            return Choice(proposals, confidence, commit, back)
-        scores = Confidence(scores.value[:, : self.width], scores.key[:, : self.width])
-        commit, back, self.state = self.rule(scores, is_open[:, : self.width], self.state)
-        wide = [None if chosen is None else F.pad(chosen, (0, beyond)) for chosen in (commit, back)]
-        return Choice(proposals, confidence, *wide)
-
-    def _enter(self, blocks: Blocks) -> None:
-        """Rows in a new block remember nothing, and those of a schedule are told their quotas."""
-        fresh = blocks.fresh
-        self.state = {name: zero_where(fresh, value) for name, value in self.state.items()}
-        if self.schedule is None:
-            return
-        material = blocks.count
-        if self.schedule.draw:  # only rows that enter a block draw, so that a row's numbers do not depend on the others
-            rows, width = blocks.open.shape
-            every = torch.arange(rows, device=fresh.device).repeat_interleave(width, output_size=rows * width)
-            uniforms = self.noise.draw(every, _ranks(blocks).flatten(), blocks.count).uniforms(1).view(rows, width)
-            material = torch.where(blocks.open & fresh[:, None], uniforms, torch.nan)
-            self.noise = self.noise.after(blocks.count * fresh)
-        self.state = self.schedule.begin(self.state, material, self.steps, fresh)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a part proposes (P,) and how sure it is, and what of it is committed and taken back, (R, W) bool."""
-
-    proposals: Tensor
-    confidence: Confidence
-    commit: Tensor
-    back: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -220,6 +90,7 @@ class Batch:
         self.model, self.forward_key, self.rule_key, self.graph = model, request.forward_key, request.rule_key, None
         self.compiled = compiled != "off"
         if compiled != "off" and request.params.rule is None:
+            # Static shapes: a dynamic one would be compiled once, and captured as a graph anew for each size anyway.
             mode = {"graph": "reduce-overhead", "max": "max-autotune"}[compiled]
             self.graph = torch.compile(self.advance, fullgraph=True, dynamic=False, mode=mode)
         # Of a compiled step, rows in which nothing is written: shapes change with the number of seats alone.
@@ -233,7 +104,9 @@ class Batch:
         self.tally: list[list[int]] = [[], [], [], []]  # on the host, of each row: see `Blocks.tally`
         self.blocks: Blocks | None = None
         self.answers: list[Answer] = []  # those that are being written
-        self.rows: list[Answer] = []  # and all, in their order: of a compiled step also those in which nothing is written
+        self.rows: list[
+            Answer
+        ] = []  # and all, in their order: of a compiled step also those in which nothing is written
         # If any row ends at an end token: (A, T) bool, where that may stand; and the columns (T,).
         self.ending: Tensor | None = None
         self.columns = on_device([], model.device)
@@ -248,6 +121,7 @@ class Batch:
             request.params.rule is not None or not self.compiled
         ):
             return False
+        # One group in a compiled step: several would make a function for each mixture of rules.
         return self.graph is None or request.rule_key == self.rule_key
 
     def join(self, answers: Iterable[Answer]) -> None:
@@ -257,6 +131,7 @@ class Batch:
             return
         of_part: dict[int, list[Answer]] = {}
         for answer in added:
+            # Rows of one group stand together, so that each group's choice is a slice and not a gather.
             number = next((i for i, part in enumerate(self.parts) if part.takes(answer.request)), len(self.parts))
             if number == len(self.parts):
                 self.parts.append(RowGroup(self.model, answer.request))
@@ -282,6 +157,8 @@ class Batch:
     def _seated(self, staying: list[Answer], added: list[Answer]) -> list[Answer]:
         """The rows of a compiled step: who stays keeps the place, unless there are four times as many as are wanted."""
         old, wanted, ids = self.rows, seats(len(staying) + len(added)), {id(answer) for answer in staying}
+        # Who stays keeps the place, since a move costs a copy of the row's cache; and not sooner than at a quarter, or each
+        # row that comes and goes at a power of two would move all others.
         if 4 * wanted <= len(old):
             old = staying
         vacant, coming = [self.blank] * (max(wanted, len(old)) - len(old)), iter(added)
@@ -291,6 +168,7 @@ class Batch:
         """These are each part's rows now: some that it had, and `added` ones."""
         old = self.rows
         place = {id(answer): i for i, answer in enumerate(old + added)}
+        # By identity: equal requests are answers of their own.
         order = [place[id(answer)] for own in rows for answer in own]
         both = [(part, own) for part, own in zip(self.parts, rows, strict=True) if own]
         self.parts, self.rows = [part for part, _ in both], [answer for _, own in both for answer in own]
@@ -310,12 +188,15 @@ class Batch:
         self.canvas = self._laid_out(canvas, order, len(old))
         self.tally = [[values[i] for i in order] for values in self.tally]
         self.numbers = self.numbers[on_device(order, self.numbers.device)]
+        # A cache keeps nothing of a row in which nothing is written.
         kept_at = [
             i if i < len(old) and answer is not self.blank else -1 for i, answer in zip(order, self.rows, strict=True)
         ]
         self.denoiser.arrange(kept_at, self.canvas.tokens.shape[1])
         requests = [answer.request for answer in self.rows]
         stops = self._if_any([request.params.stop_at_eos for request in requests])
+        # What stays as long as the rows do is made here, not in each step: at one row and a small model operators of
+        # torch, however small, are a good part of a step.
         self.ending = None if stops is None else self.canvas.answer & stops[:, None]
         self.columns = torch.arange(self.canvas.tokens.shape[1], device=self.canvas.tokens.device)
         self.edits = self._if_any([request.edits for request in requests])
@@ -331,6 +212,7 @@ class Batch:
         """
         width = max(canvas.sizes[i] for i in order)
         if self.graph is None:
+            # Rows that have just come into an empty batch lie so already: nothing is copied.
             same = width == canvas.tokens.shape[1] and order == list(range(len(canvas.sizes)))
             return canvas if same else canvas.rows(order, width)
         least = 0 if self.canvas is None or len(order) < before else self.canvas.tokens.shape[1]
@@ -389,6 +271,7 @@ class Batch:
         if beyond:
             further, sure = self._guesses(logits[total:], asked.beyond)
             proposals, values = torch.cat([proposals, further]), torch.cat([values, sure])
+        # Before the host has heard of this step: so it asks once for all that it has to know of the next one.
         following = blocks.following(after, self._held(), self.edits)
         shown = StepResult(after.tokens, blocks.first, blocks.last, wanted, proposals, values)
         return Outcome(after, following, following.tally, shown)
@@ -466,6 +349,7 @@ class Batch:
             parts = (tally, seen.tokens, bounds, seen.asked, seen.proposals, bits)
             flat = torch.cat([x.flatten() for x in parts]).cpu()
             tally, copied = flat[: tally.numel()].view(tally.shape), flat[tally.numel() :]
+        # The one wait: everything above has only been queued.
         self.tally = tally.tolist()
         done = []
         for i, (answer, left) in enumerate(zip(answers, self.tally[3], strict=True)):
@@ -482,21 +366,9 @@ class Batch:
 
 def without(answers: list[Answer], away: set[int]) -> list[Answer]:
     """The answers whose ids are not `away`; the last ones take the places that get free, and none moves besides."""
+    # The order within a group is nobody's: so a row that leaves costs one move, and not one of each row behind it.
     found = list(answers)
     for i in reversed([i for i, answer in enumerate(answers) if id(answer) in away]):
         found[i] = found[-1]
         found.pop()
     return found
-
-
-def _ranks(blocks: Blocks) -> Tensor:
-    """(R, W): the number of each position among those of its row that are asked about.
-
-    By this a position draws, and not by its column: a window is as wide as the widest row's.
-    """
-    return blocks.asked.cumsum(1) - 1
-
-
-def _laid_out(flags: Tensor, slots: Tensor, shape: torch.Size) -> Tensor:
-    """(P,) bool at flat places of windows (R, W); False elsewhere."""
-    return torch.zeros(shape, dtype=torch.bool, device=flags.device).view(-1).index_copy(0, slots, flags).view(shape)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llada_core.sampling.denoiser import on_device
+from llada_core.sampling.query import on_device
 from llada_core.sampling.requests import Request
 from llada_core.tokenizer import SpecialTokens
 
@@ -70,6 +70,7 @@ class Step:
 
     def _spread(self, values: Tensor, otherwise: float) -> Tensor:
         """`values` (Q,) where they were asked for, (B, T)."""
+        # One place more than the canvas has, cut off again: what is not shown goes there, and nobody has to count it first.
         places = values.new_full((self.tokens.numel() + 1,), otherwise)
         return places.index_copy(0, self.asked, values)[:-1].view_as(self.tokens)
 
@@ -107,24 +108,28 @@ class Canvas:
     def of(cls, requests: Sequence[Request], special: SpecialTokens, device: torch.device) -> "Canvas":
         """The canvas of some requests, in one copy to the device."""
         sizes = [len(request.tokens) for request in requests]
-        column, start, end = torch.arange(max(sizes)), [r.start for r in requests], [r.end for r in requests]
-        seen = column < torch.tensor(sizes)[:, None]
-        answer = (column >= torch.tensor(start)[:, None]) & (column < torch.tensor(end)[:, None])
+        # All is laid out on the host, where requests lie: a copy for each table, however many rows come.
+        numbers = torch.tensor([(len(r.tokens), r.start, r.end, r.origin, r.block) for r in requests]).T
+        column, (size, start, end, *_) = torch.arange(max(sizes)), numbers[:, :, None]
+        seen, answer = column < size, (column >= start) & (column < end)
         tokens = torch.full(seen.shape, special.pad_id, dtype=torch.long)
         known = torch.ones_like(seen)
         for i, request in enumerate(requests):
             tokens[i, : sizes[i]] = request.tokens
             if request.visible is not None:
                 seen[i, : len(request.visible)] = request.visible
+            # What guidance hides is a matter of the prompt alone; what is written is never hidden, as LLaDA's code has it.
             if request.params.cfg_keep_tokens:
                 known[i] = ~torch.isin(tokens[i], torch.tensor(request.params.cfg_keep_tokens))
         given = tokens != special.mask_id
-        blocks = torch.tensor([end, [r.origin for r in requests], [r.block for r in requests]])
-        tables = (tokens, seen, known & given, given, answer, blocks)
-        *tables, (ends, origins, lengths) = (x.to(device, non_blocking=True) for x in tables)
+        tokens, seen, known, given, answer, (ends, origins, blocks) = (
+            x.to(device, non_blocking=True) for x in (tokens, seen, known & given, given, answer, numbers[2:])
+        )
         holes = [request.visible is not None for request in requests]
+        # Known here, because a device could say whether all is seen only by being waited for; and without a mask attention
+        # has its fastest kernels.
         ragged = any(holes) or min(sizes) < seen.shape[1]
-        return cls(*tables, ends, origins, lengths, sizes, holes, ragged, special)
+        return cls(tokens, seen, known, given, answer, ends, origins, blocks, sizes, holes, ragged, special)
 
     @property
     def mask_id(self) -> int:
@@ -151,6 +156,7 @@ class Canvas:
         """Some of the rows, in this order, over `width` columns, which hold them."""
         index, sizes = on_device(order, self.tokens.device), [self.sizes[i] for i in order]
         more = max(0, width - self.tokens.shape[1])
+        # Narrow first: what falls away is not gathered.
         wide = {name: getattr(self, name)[:, :width] for name, _ in self._fills}
         if more:
             wide = {name: F.pad(wide[name], (0, more), value=fill) for name, fill in self._fills}
@@ -161,6 +167,7 @@ class Canvas:
 
     def joined(self, other: "Canvas") -> "Canvas":
         """These rows, then those of `other`."""
+        # Padded on the right: columns, and with them positions and rounding, of who is there already stay as they are.
         width = max(self.tokens.shape[1], other.tokens.shape[1])
         both: dict[str, Any] = {}
         for name, fill in self._fills:
@@ -184,11 +191,13 @@ def zero_where(rows: Tensor, value: Tensor) -> Tensor:
 
 def seats(rows: int) -> int:
     """How many rows a compiled step has for so many answers: 1, 2, 4, 8, 16, 32, 64, then multiples of 64."""
+    # Doubling wastes less than half of the rows, and seven functions serve all batches up to 64.
     return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
 
 
 def columns(width: int) -> int:
     """How wide the canvas of a compiled step is: multiples of 64 up to 512, then four widths to each doubling."""
+    # An eighth of the next power of two: at most a quarter of the columns is for nothing, at 20 widths up to 4,096.
     step = max(64, 1 << max(0, (width - 1).bit_length() - 3))
     return -(-width // step) * step
 
@@ -240,7 +249,7 @@ class Blocks:
         return self._at(canvas, self.reach, self.start, self.number, held, edits)
 
     @classmethod
-    def _at(  # noqa: PLR0913 - what stays, and what a step changes
+    def _at(
         cls,
         canvas: Canvas,
         reach: Tensor,
@@ -250,17 +259,20 @@ class Blocks:
         edits: Tensor | None,
     ) -> "Blocks":
         is_open = canvas.open
+        # Asked of the whole canvas once; all that follows is of rows and windows.
         left = is_open.sum(1)
         # argmax of equal values is the first of them: the first open position. Of a row without any it is 0; that row is done.
         number = (is_open.view(torch.uint8).argmax(1) - canvas.origin).div(canvas.block, rounding_mode="floor")
         if held is not None:
             number, left = torch.where(held, before, number), left + held
+        # From the number and not from the open position itself, so that a block stays where it began.
         first = canvas.origin + number * canvas.block
         last = torch.minimum(first + canvas.block, canvas.end)
         columns = first[:, None] + reach
         inside = columns < last[:, None]
         # A window past the canvas repeats the canvas's edge, which `inside` leaves out.
         places = columns.clamp(0, canvas.tokens.shape[1] - 1) + start
+        # `take` over flat places: one operator where an index of rows and columns would be several.
         here = asked = inside & is_open.take(places)
         if edits is not None:
             asked = here | (inside & ~canvas.given.take(places) & (edits & (left > 0))[:, None])
@@ -271,6 +283,7 @@ class Blocks:
         """(4, A) int64, what the host has to know: positions of the block that are asked about, whether it is fresh, its
         first column, and what is left of the row.
         """
+        # One tensor, because each copy to the host is one more wait for the device.
         return torch.stack([self.count, self.fresh.long(), self.first, self.left])
 
     def part(self, rows: slice) -> "Blocks":

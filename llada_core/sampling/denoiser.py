@@ -1,75 +1,18 @@
-"""How logits are got: plain, guided, shifted, or from a cache.
+"""How logits are got: plainly, guided, shifted, or from a cache.
 
-Shapes: B rows, L canvas positions, W positions fed, V vocabulary.
+Shapes: A active rows, T columns, P asked-for positions, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from llada_core.modeling.attention import BlockCausal
-from llada_core.modeling.predictor import KVCache, MaskPredictor
+from llada_core.modeling.predictor import MaskPredictor
+from llada_core.sampling.cached import BlockDenoiser, CachedDenoiser, CacheWindow
 from llada_core.sampling.params import SamplingParams
-
-
-def on_device(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
-    """(n,) of numbers that the host knows; the host waits for no device."""
-    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
-
-
-@dataclass(frozen=True)
-class Query:
-    """What one step asks. A active rows, T columns, P asked-for positions.
-
-    `tokens` (A, T); `visible` (A, T) bool or None; `known` (A, T) bool, hidden from an unguided forward; `wanted` (P,)
-    indices into the A*T flattened positions; `first` (A,) column of each row's block, also on the host; `fresh`: has
-    the row just entered it (None: it writes nothing)? A cache asks how many of `wanted` each row has, row after row:
-    `counts`.
-    """
-
-    tokens: Tensor
-    visible: Tensor | None
-    known: Tensor
-    wanted: Tensor
-    mask_id: int
-    first: Tensor
-    firsts: list[int]
-    fresh: Sequence[bool | None]
-    counts: list[int] = field(default_factory=list)
-
-    def subset(self, rows: Tensor, wanted: Tensor) -> "Query":
-        """The query of some rows (R,), with `wanted` counted in them."""
-        return replace(
-            self,
-            tokens=self.tokens[rows],
-            visible=None if self.visible is None else self.visible[rows],
-            known=self.known[rows],
-            wanted=wanted,
-        )
-
-
-class Denoiser(Protocol):
-    """Canvas -> logits where asked."""
-
-    @property
-    def forwards(self) -> int:
-        """Calls of the model so far."""
-
-    @property
-    def fed(self) -> int:
-        """Tokens that went through the model so far."""
-
-    def logits(self, query: Query) -> Tensor:
-        """(P, V) logits of `query.wanted`."""
-
-    def fixed(self, fresh: Sequence[bool | None], shape: torch.Size) -> Callable[[Query], Tensor] | None:
-        """The next look, counted, as a function of tensors alone, over (A, T) tokens; None where it is more than one."""
-
-    def arrange(self, order: list[int], width: int) -> None:
-        """The active rows are now these of the ones before, in this order (-1: a new one), over `width` columns."""
+from llada_core.sampling.query import Denoiser, Query
 
 
 @dataclass
@@ -134,6 +77,7 @@ class GuidedDenoiser(Wrapper):
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
         self.count = len(query.tokens)
+        # Only what was known from the start is hidden: the blind half too goes on from what has been written.
         blind = query.tokens.masked_fill(query.known, query.mask_id)
         # Seeing and blind rows share one forward: half the calls, and a cache within keeps the two apart by row.
         doubled = replace(
@@ -153,6 +97,7 @@ class GuidedDenoiser(Wrapper):
 
     def arrange(self, order: list[int], width: int) -> None:
         """Both halves alike."""
+        # The blind half lies behind the seeing one, and a row's two halves move together.
         self.inner.arrange(order + [row if row < 0 else row + self.count for row in order], width)
         self.count = len(order)
 
@@ -166,248 +111,6 @@ class ShiftedDenoiser(Wrapper):
         # The first position has nothing to its left and is read from itself, as the training loss does.
         has_left = query.wanted % query.tokens.shape[1] > 0
         return self.inner.logits(replace(query, wanted=query.wanted - has_left.long()))
-
-
-@dataclass(frozen=True)
-class CacheWindow:
-    """Which positions a step feeds: the block and all that follows ("prefix", Fast-dLLM's prefix cache), or the block
-    with `margin` positions each side ("dual", its dual cache; dInfer's vicinity refresh). A refresh feeds all, on
-    entering a block and after `every` steps.
-    """
-
-    kind: Literal["prefix", "dual"]
-    block_length: int
-    margin: int = 0
-    every: int | None = None
-
-    def width(self, columns: int, firsts: list[int]) -> int:
-        """How many of `columns` positions a step feeds of each row; rows are at blocks of their own, at `firsts`."""
-        if self.kind == "prefix":  # one width for all, as the earliest one needs it
-            return columns - min(firsts)
-        return min(self.block_length, columns) + 2 * self.margin
-
-    def slots(self, query: Query) -> tuple[Tensor, Tensor]:
-        """(A, W) canvas positions and (A,) the first of them; a window past the canvas repeats the canvas's edge."""
-        columns = query.tokens.shape[1]
-        start = query.first - (self.margin if self.kind == "dual" else 0)
-        slots = start[:, None] + torch.arange(self.width(columns, query.firsts), device=start.device)
-        return slots.clamp(0, columns - 1), start
-
-
-@dataclass
-class CachedDenoiser:
-    """Feeds a window and attends to cached keys and values elsewhere: approximate, as every position of LLaDA sees every
-    other, while what is cached was computed on an older canvas.
-
-    A row's keys and values are made anew when it enters a block, whatever the other rows of its batch are doing: where
-    rows are at different points, one forward feeds the windows and a second one refreshes the rows that need it.
-    """
-
-    model: MaskPredictor
-    window: CacheWindow
-    forwards: int = field(default=0, init=False)
-    fed: int = field(default=0, init=False)
-    cache: KVCache | None = field(default=None, init=False)
-    age: list[int] = field(default_factory=list, init=False)
-
-    def logits(self, query: Query) -> Tensor:
-        """(P, V)."""
-        stale = self._grown_older(query.fresh, query.tokens.shape)
-        if any(stale) and not all(stale):
-            return self.forward_mixed(query, stale)
-        return self._counted(stale[0], query.tokens.shape, query.firsts)(query)
-
-    def fixed(self, fresh: Sequence[bool | None], shape: torch.Size) -> Callable[[Query], Tensor] | None:
-        """A refresh of all rows, or the windows of a dual cache; a prefix cache's have many widths."""
-        stale = self._stale(fresh)
-        if not all(stale) and (any(stale) or self.window.kind == "prefix"):
-            return None
-        return self._counted(self._grown_older(fresh, shape)[0], shape, [])
-
-    def _stale(self, fresh: Sequence[bool | None]) -> list[bool]:
-        """Which rows are fed whole: known to the host, so that choosing the kind of forward waits for no device.
-
-        Rows that write nothing are fed as most suits the others.
-        """
-        ages = self.age or [0] * len(fresh)
-        found = [None if new is None else new or age == self.window.every for new, age in zip(fresh, ages, strict=True)]
-        idle = False not in found
-        return [idle if stale is None else stale for stale in found]
-
-    def _grown_older(self, fresh: Sequence[bool | None], shape: torch.Size) -> list[bool]:
-        """Which rows are stale in the step that is taken now."""
-        if self.cache is None:
-            self.cache = self.model.new_cache(*shape)
-        stale = self._stale(fresh)
-        # A refresh is itself the first step on what it filled.
-        self.age = [1 if old else age + 1 for old, age in zip(stale, self.age or [0] * len(fresh), strict=True)]
-        return stale
-
-    def _counted(self, whole: bool, shape: torch.Size, firsts: list[int]) -> Callable[[Query], Tensor]:
-        """A forward over whole canvases, or over windows."""
-        self.forwards += 1
-        self.fed += shape.numel() if whole else shape[0] * self.window.width(shape[1], firsts)
-        return self.ask_all if whole else self.ask_windows
-
-    def ask_all(self, query: Query, cache: KVCache | None = None) -> Tensor:
-        """(P, V) from one forward over whole canvases, which fills `cache`: exact. Uncounted."""
-        kept = self.cache if cache is None else cache
-        return self.model(query.tokens, query.visible, positions=query.wanted, cache=kept).logits
-
-    def ask_windows(self, query: Query) -> Tensor:
-        """(P, V) from one forward over the windows of all rows, which attends to the cache everywhere else. Uncounted."""
-        slots, start = self.window.slots(query)
-        # From positions on the flattened canvas (A, T) to positions in the flattened windows (A, W).
-        row, column = query.wanted // query.tokens.shape[1], query.wanted % query.tokens.shape[1]
-        positions = row * slots.shape[1] + column - start[row]
-        tokens = query.tokens.gather(1, slots)
-        return self.model(tokens, query.visible, positions=positions, cache=self.cache, slots=slots).logits
-
-    def forward_mixed(self, query: Query, stale: list[bool]) -> Tensor:
-        """(P, V) where some rows are `stale` (A,): two forwards.
-
-        The first feeds the windows of all rows (those of the stale ones for nothing, as to leave them out would copy the
-        cache); the second feeds the stale rows whole and into a cache of their own, which then takes their place.
-        """
-        width, count = query.tokens.shape[1], sum(stale)
-        anew = self.model.new_cache(count, width)
-        windows = self._counted(False, query.tokens.shape, query.firsts)
-        self._counted(True, torch.Size((count, width)), [])
-        result, rows = _in_two(query, stale, windows, lambda some: self.ask_all(some, anew))
-        assert self.cache is not None
-        self.cache.replace(rows, anew)
-        return result
-
-    def arrange(self, order: list[int], width: int) -> None:
-        """Rows that keep their place stay where they are, the others move, and new ones are stale: until such a row is
-        first fed, which is whole, any other's keys may stand in its place.
-        """
-        self.age = [0 if row < 0 else self.age[row] for row in order]
-        self.cache = _arranged(self.model, self.cache, order, width)  # a new row is first fed whole
-
-
-@dataclass
-class BlockDenoiser:
-    """For a model that attends by blocks: what follows the block is not fed, and the blocks before it stay as they are.
-
-    `cached`: each of these is fed once more, together with the block after it, and from then on only its keys and values
-    are looked at. Exact either way.
-    """
-
-    model: MaskPredictor
-    length: int
-    cached: bool
-    forwards: int = field(default=0, init=False)
-    fed: int = field(default=0, init=False)
-    cache: KVCache | None = field(default=None, init=False)
-    kept: list[int] = field(default_factory=list, init=False)  # of each row, positions whose keys are final
-
-    def logits(self, query: Query) -> Tensor:
-        """(P, V)."""
-        rows, columns = query.tokens.shape
-        ends = [min(first + self.length, columns) for first in query.firsts]
-        if not self.cached:
-            return self._uncached(query, max(ends))
-        self.kept = self.kept or [0] * rows
-        if self.cache is None:
-            self.cache = self.model.new_cache(rows, columns)
-        widths = [end - kept for end, kept in zip(ends, self.kept, strict=True)]
-        far = [width > 2 * self.length for width in widths]  # new rows with a long prompt
-        if any(far) and not all(far):
-            near = max(width for width, apart in zip(widths, far, strict=True) if not apart)
-            result = self._with_far(query, far, near, max(widths))
-        else:
-            result = self._window(query, self.kept, max(widths), self.cache)
-        self.kept = list(query.firsts)
-        return result
-
-    def _uncached(self, query: Query, width: int) -> Tensor:
-        """(P, V) from one forward over the first `width` positions."""
-        self.forwards += 1
-        self.fed += len(query.tokens) * width
-        row, column = query.wanted // query.tokens.shape[1], query.wanted % query.tokens.shape[1]
-        visible = None if query.visible is None else query.visible[:, :width]
-        how = BlockCausal(self.length)
-        return self.model(query.tokens[:, :width], visible, positions=row * width + column, block_causal=how).logits
-
-    def _window(self, query: Query, kept: list[int], width: int, cache: KVCache) -> Tensor:
-        """(P, V) from one forward over `width` positions of each row from `kept` on, which attends to `cache` before them."""
-        rows, columns = query.tokens.shape
-        self.forwards += 1
-        self.fed += rows * width
-        start = on_device(kept, query.tokens.device)
-        # Past the canvas a window repeats its edge; past its block it feeds what nobody sees before it is fed again.
-        slots = (start[:, None] + torch.arange(width, device=start.device)).clamp(max=columns - 1)
-        # From positions on the flattened canvas (A, T) to positions in the flattened windows (A, W).
-        row, column = query.wanted // columns, query.wanted % columns
-        return self.model(
-            query.tokens.gather(1, slots),
-            query.visible,
-            positions=row * width + column - start[row],
-            cache=cache,
-            slots=slots,
-            block_causal=BlockCausal(self.length),
-        ).logits
-
-    def _with_far(self, query: Query, far: list[bool], near: int, width: int) -> Tensor:
-        """(P, V) where some rows, `far` (A,), have just come with a long prompt: the others are not fed windows as long."""
-        assert self.cache is not None
-        kept, cache, anew = self.kept, self.cache, self.model.new_cache(sum(far), query.tokens.shape[1])
-        nothing = [0] * sum(far)
-        result, rows = _in_two(
-            query,
-            far,
-            lambda every: self._window(every, kept, near, cache),
-            lambda some: self._window(some, nothing, width, anew),
-        )
-        cache.replace(rows, anew)
-        return result
-
-    def fixed(self, fresh: Sequence[bool | None], shape: torch.Size) -> Callable[[Query], Tensor] | None:
-        """None: what is fed grows from block to block."""
-        return None
-
-    def arrange(self, order: list[int], width: int) -> None:
-        """The cached rows that go on; of new ones nothing is kept."""
-        self.kept = [0 if row < 0 or not self.kept else self.kept[row] for row in order]
-        self.cache = _arranged(self.model, self.cache, order, width)
-
-
-def _in_two(
-    query: Query, apart: list[bool], first: Callable[[Query], Tensor], second: Callable[[Query], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """(P, V) from two forwards, and the numbers of the rows that are `apart` (A,), which are read from the `second`.
-
-    Each row is read from the forward that it would have had alone, so that an answer does not depend on its neighbours.
-    """
-    columns, device = query.tokens.shape[1], query.tokens.device
-    row_of = [row for row, count in enumerate(query.counts) for _ in range(count)]
-    mine, others = (on_device([i for i, r in enumerate(row_of) if apart[r] is kind], device) for kind in (True, False))
-    result = first(replace(query, wanted=query.wanted[others]))
-
-    numbers = [row for row, each in enumerate(apart) if each]
-    rows, rank = on_device(numbers, device), {row: i for i, row in enumerate(numbers)}
-    # The number of each such row among them, where its positions are asked for in the smaller batch.
-    ranks = on_device([rank[row] for row in row_of if apart[row]], device)
-    from_second = second(query.subset(rows, ranks * columns + query.wanted[mine] % columns))
-    whole = from_second.new_empty(len(row_of), from_second.shape[-1])
-    return whole.index_copy_(0, mine, from_second).index_copy_(0, others, result), rows
-
-
-def _arranged(model: MaskPredictor, old: KVCache | None, order: list[int], width: int) -> KVCache | None:
-    """The rows of a cache in this order over `width` columns: those that keep their place stay where they are, the others
-    move, and any row's keys stand in the place of a new one's (-1).
-    """
-    if old is None:
-        return None
-    stays = old.fits(len(order), width)
-    moved = [(new, row) for new, row in enumerate(order) if row >= 0 and not (stays and new == row)]
-    index = on_device([row for _, row in moved], old.keys[0].device)
-    taken = old.rows(index, min(width, old.length)) if moved else None
-    cache = old.part(len(order), width) if stays else model.new_cache(len(order), width)
-    if taken is not None:
-        cache.replace(on_device([new for new, _ in moved], index.device), taken)
-    return cache
 
 
 def denoiser_of(model: MaskPredictor, params: SamplingParams) -> Denoiser:
@@ -430,6 +133,7 @@ def denoiser_of(model: MaskPredictor, params: SamplingParams) -> Denoiser:
             f"{type(model).__name__} keeps no keys and values for cache {params.cache!r}; set cache 'none'"
         )
     if params.cfg_scale:
+        # Guidance inside of the shift: both halves are read from the same neighbour.
         denoiser = GuidedDenoiser(denoiser, params.cfg_scale)
     return ShiftedDenoiser(denoiser) if params.right_shift_logits else denoiser
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling.batch import Answer, Batch, BatchStep, Compiled
+from llada_core.sampling.batch import Batch, BatchStep, Compiled
 from llada_core.sampling.canvas import Step, columns, seats
 from llada_core.sampling.requests import Request
+from llada_core.sampling.row_group import Answer
 
 
 class Engine:
@@ -47,6 +48,7 @@ class Engine:
         self._queue: deque[Answer] = deque() if beside is None else beside._queue
         self._door: threading.Lock = threading.Lock() if beside is None else beside._door
         self.batches: deque[Batch] = deque()
+        # Two locks: who asks takes the door alone, and need not wait for a step to end.
         self.turn = threading.Lock()
 
     @property
@@ -85,6 +87,7 @@ class Engine:
                     "shorten the prompt or max_new_tokens"
                 )
         answers = [Answer(request, steps=deque() if watched else None) for request in requests]
+        # All of a call or none: half of it would be of no use to who asked.
         with self._door:
             if len(self._queue) + len(answers) > self.waiting:
                 raise ValueError(f"{len(self._queue)} requests are waiting, and {self.waiting} may; try again later")
@@ -96,6 +99,7 @@ class Engine:
         for answer in answers:
             while not answer.over:
                 home = self._home(answer)
+                # Asked again once the turn is had: another waiter may have made this answer's last step meanwhile.
                 with home.turn:
                     if not answer.over:
                         home._step()
@@ -126,6 +130,7 @@ class Engine:
 
     def _home(self, answer: Answer) -> "Engine":
         """Who writes an answer; of one that waits, who writes least."""
+        # Without a lock: a count that is a step old chooses a peer hardly worse.
         return min(self.peers, key=lambda peer: peer.load) if answer.at is None else self.peers[answer.at]
 
     def cancel(self, answer: Answer) -> None:
@@ -150,6 +155,7 @@ class Engine:
         if not self.batches:
             return
         batch = self.batches[0]
+        # The next one's turn, also if this step fails: a batch that cannot be computed must not hold up the others.
         self.batches.rotate(-1)
         forwards, fed = batch.denoiser.forwards, batch.denoiser.fed
         try:
@@ -159,6 +165,7 @@ class Engine:
             self.batches.remove(batch)
             for answer in batch.answers:
                 answer.error = error
+            # An interrupt belongs to who made the step; an error to those whose answers are lost, and only to them.
             if not isinstance(error, Exception):
                 raise
             return
@@ -191,6 +198,7 @@ class Engine:
         """Off the queue, into a batch each."""
         places = self.rows - len(self.active)
         while self._queue:
+            # Only ever the first one: a smaller request behind it could fit for ever, and the first would starve.
             answer = self._queue[0]
             if not answer.cancelled:
                 batch = next((batch for batch in self.batches if batch.takes(answer.request)), None)
@@ -206,6 +214,7 @@ class Engine:
     def _fits(self, request: Request, batch: Batch | None, joining: dict[Batch, list[Answer]]) -> bool:
         """Whether the canvases, each as wide as its longest row, have room for one row more."""
         total, others = 0, list(self.batches)
+        # Not the sum of lengths: a canvas is as wide as its longest row, and one long row widens all of its batch.
         for each in [*others, *([None] if batch is None else [])]:
             sizes = [] if each is None else [len(a.request.tokens) for a in each.answers + joining.get(each, [])]
             sizes += [len(request.tokens)] if each is batch else []
@@ -249,6 +258,7 @@ def _tell(moment: BatchStep) -> None:
         def own(values: Tensor, spans: tuple[slice, slice] = spans) -> Tensor:
             return values[spans[0]] if spans[1].start == spans[1].stop else torch.cat([values[s] for s in spans])
 
+        # Views of the one copy: nothing here asks the device again.
         shown = answer.request.told
         after, asked_here = tokens[row : row + 1, :shown], own(places) - row * columns
         real = asked_here < shown

@@ -79,6 +79,7 @@ class Request:
         """What requests have in common that can share a forward."""
         p = self.params
         window = (p.block_length if p.cache == "dual" else 0, p.cache_window, p.cache_refresh)
+        # Only a dual cache's windows are as wide as a block; other rows with blocks of any lengths share forwards.
         return p.cache, window, p.cfg_scale, p.right_shift_logits, p.block_length if self.by_blocks else 0
 
     @cached_property
@@ -89,8 +90,10 @@ class Request:
         rule = [value is not None for value in (p.threshold, p.factor, p.entropy_bound)]
         schedule = None if p.parallel else (p.schedule, p.stochastic_transfer)
         if p.rule is not None:
+            # A function of one's own may count positions: it sees blocks of one length.
             own = p.rule, p.block_length
         elif p.sampler is not None:
+            # These rules take their numbers as numbers, not as tensors of the rows.
             own = p.sampler, p.threshold, p.steps, p.block_length, *(getattr(p, name) for name in EDITING)
         return p.remasking, p.forbid_tokens, p.defer_tokens, p.temperature > 0, *rule, own, schedule
 
@@ -100,6 +103,7 @@ class Request:
         places = (self.tokens == self.mask_id).nonzero()[:, 0]
         if not len(places):
             return 0, self.start, 0
+        # The host counts what `Blocks` counts on the device, so that the first step need not wait for it.
         first = self.origin + (int(places[0]) - self.origin) // self.block * self.block
         return int((places < min(first + self.block, self.end)).sum()), first, len(places)
 
@@ -127,6 +131,7 @@ def to_answer(  # noqa: PLR0913 - as `generate`; everything after the settings i
     if model.block_length is None:
         _answer_settings(params)
     special, new = model.special_tokens, params.max_new_tokens
+    # Words that are pinned stand there from the start, so that nothing later has to tell them from what was written.
     blank = torch.full((new,), special.mask_id)
     for position, token in _pinned(model, pinned or {}, new).items():
         blank[position] = token
@@ -134,6 +139,7 @@ def to_answer(  # noqa: PLR0913 - as `generate`; everything after the settings i
     closing = torch.tensor([special.eos_id] * model.ends_with_eos, dtype=torch.long)
     rows: list[Row] = []
     for prompt, visible in prompts:
+        # A text without a prompt begins as training rows do; the network cannot be fed nothing.
         ids = prompt if len(prompt) else opening
         behind = _behind(model, len(ids) + new, params)
         end = len(ids) + new + len(behind)
@@ -157,6 +163,7 @@ def to_fill(
 
 def _behind(model: MaskPredictor, asked: int, params: SamplingParams) -> Tensor:
     """Masks behind a row of `asked` tokens: a model that attends by blocks is shown whole ones, counted from its beginning."""
+    # Its published samplers write whole blocks too: what is behind the answer is written with it and shown to nobody.
     room = 0 if model.block_length is None else max(0, model.max_length - asked)
     return torch.full((min(-asked % params.block_length, room),), model.special_tokens.mask_id)
 
@@ -173,10 +180,12 @@ def _requests(
     seen: dict[bytes, int] = {}
     found = []
     for (tokens, start, end, visible, tail), prompt in zip(rows, prompts, strict=True):
+        # Told apart by their number among equal prompts, not by their row: an answer is the same in any order of a call.
         text = prompt.numpy().tobytes()
         number = seen[text] = seen.get(text, copy - 1) + 1
         key = noise_key(prompt, seed, number)
         mask_id, ahead = model.special_tokens.mask_id, ahead and params.cache == "none" and not by_blocks
+        # A model that attends by blocks was trained with blocks that begin at the text's first token.
         origin = 0 if by_blocks else start
         found.append(Request(tokens, start, end, params, key, mask_id, visible, ahead, origin, tail, by_blocks))
     return found
@@ -224,6 +233,7 @@ def _rows_of_tensor(
 ) -> list[tuple[Tensor, Tensor | None]]:
     if ids.dim() != 2 or ids.dtype != torch.long or not len(ids):
         raise ValueError(f"prompts must be (B, P) int64 with B of 1 or more, got {tuple(ids.shape)} {ids.dtype}")
+    # Requests lie on the host: which row shares a forward with which is decided there, from their lengths.
     ids = ids.cpu()
     if attention_mask is None:
         return [(row, None) for row in ids]
@@ -234,6 +244,7 @@ def _rows_of_tensor(
     found: list[tuple[Tensor, Tensor | None]] = []
     for row, seen in zip(ids, attention_mask.cpu().bool(), strict=True):
         left = int((seen.cumsum(0) == 0).sum())
+        # Padding on the left goes, so that a prompt has the positions that it has alone; a hole further on stays a hole.
         row, seen = row[left:], seen[left:]
         hidden = torch.where(seen, row, model.special_tokens.pad_id)
         found.append((hidden, None if bool(seen.all()) else seen))
@@ -255,6 +266,7 @@ def _pinned(model: MaskPredictor, words: Mapping[int, int], new_tokens: int) -> 
     for position, token in words.items():
         if not 0 <= position < new_tokens:
             raise ValueError(f"pinned position {position} is outside the answer 0..{new_tokens - 1}")
+        # The same checks, and so the same sentences, as for prompts.
         word, what = torch.tensor([token]), f"the word pinned at {position}"
         require_in_vocabulary(model, word, what)
         require_no_mask(model, word, what, "leave it out to have it written")
@@ -269,6 +281,7 @@ def _answer_settings(params: SamplingParams) -> None:
     if params.parallel or params.schedule != "even":
         return
     if new % block:
+        # Offered are the divisors just below and above, so that the block stays about what was meant.
         near = [b for b in range(1, new + 1) if new % b == 0]
         near = [max(b for b in near if b < block), *[b for b in near if b > block][:1]]
         raise ValueError(
@@ -287,5 +300,6 @@ def _token_settings(model: MaskPredictor, params: SamplingParams) -> None:
     """Are the tokens that `params` name in the vocabulary, and is anything left to say?"""
     for name in ("forbid_tokens", "defer_tokens", "cfg_keep_tokens"):
         require_in_vocabulary(model, torch.tensor(getattr(params, name), dtype=torch.long), name)
+    # MASK is never proposed, whether it is forbidden or not.
     if len({*params.forbid_tokens, model.special_tokens.mask_id}) >= model.vocab_rows:
         raise ValueError("forbid_tokens leaves no token that could be produced")

@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling.batch import Answer, Batch, BatchStep
+from llada_core.sampling.batch import Batch, BatchStep
 from llada_core.sampling.canvas import Step
-from llada_core.sampling.denoiser import on_device
 from llada_core.sampling.engine import Engine, evaluating
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.query import on_device
 from llada_core.sampling.requests import Prompts, Request, to_answer, to_fill
+from llada_core.sampling.row_group import Answer
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def generate(
     new = params.max_new_tokens
     found = _written(model, requests, width + new, [new] * len(requests), at_once)
     if isinstance(prompt_ids, Tensor):
+        # A canvas has no padding on the left; who gave a tensor finds it as it was.
         found.tokens[:, :width] = prompt_ids  # padding as it was given
     return found
 
@@ -79,12 +81,14 @@ def _written(
     model: MaskPredictor, requests: list[Request], width: int, lengths: list[int], at_once: int | None
 ) -> Generation:
     """All requests, `width` columns of each, without what follows its end."""
+    # A queue for this call alone, as long as the call needs it: it refuses nobody.
     engine = Engine(model, rows=at_once or len(requests), waiting=len(requests))
     answers = engine.submit(requests)
     engine.finish(answers)
     tokens = torch.full((len(answers), width), model.special_tokens.pad_id, device=model.device)
     for row, answer in zip(tokens, answers, strict=True):
         assert answer.tokens is not None
+        # A row may hold more than was asked for (an end token of BERT's, a tail for nobody), and less than is shown.
         body = answer.tokens[: answer.request.end][-width:]
         row[width - len(body) :] = body
     each = tuple(answer.forwards for answer in answers)
@@ -117,6 +121,7 @@ def stream_infill(
 
 
 def _stream(model: MaskPredictor, requests: list[Request], width: int) -> Iterator[Step]:
+    # Without an engine: all rows begin in the same step, so that one board shows them all.
     batch, answers = Batch(model, requests[0]), [Answer(request) for request in requests]
     layout = Layout(answers, max(width, *(request.told for request in requests)))
     with evaluating(model):
@@ -152,11 +157,13 @@ class Layout:
     def shown(self, moment: BatchStep, board: Tensor, forwards: int) -> Step:
         """A step of a batch in this layout, `board` (B, `width`) being the one before it."""
         device, columns, width = board.device, moment.tokens.shape[1], self.width + self.tail
+        # Rows leave when they are done: whose they are is looked up anew in each step.
         number = on_device([self.number[id(answer)] for answer in moment.answers], device)
         shift = on_device([self.shift(answer.request) for answer in moment.answers], device)
         # Columns past a row's end come round to the padding on its left, which they have the token of.
         column = (torch.arange(columns, device=device) + shift[:, None]) % width
         places = (number[:, None] * width + column).flatten()
+        # Of the board only these rows change; those that have finished keep what they had.
         whole = F.pad(board, (0, self.tail)).view(-1).index_copy(0, places, moment.tokens.flatten())
         asked = places[moment.asked]
         if self.tail:  # which of them are shown the host does not know, and need not wait for

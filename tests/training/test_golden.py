@@ -9,7 +9,8 @@ import torch
 
 from llada_core.data.batches import Batch
 from llada_core.modeling import load_model
-from llada_core.sampling.denoiser import GuidedDenoiser, PlainDenoiser, Query
+from llada_core.sampling.denoiser import GuidedDenoiser, PlainDenoiser
+from llada_core.sampling.query import Query
 from llada_core.settings import NoiseParams
 from llada_core.tokenizer import SpecialTokens
 from llada_core.training.objectives import DiffusionObjective
