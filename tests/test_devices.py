@@ -90,7 +90,7 @@ def test_a_preference_never_waits():
 
 # Each mode waits once a step, also where rows enter blocks at different steps: for what the host has to know of them.
 REMASK = {"rule": "tests.sampling.test_own_rules.remask"}
-EACH = [{}, {"cache": "prefix"}, {"cache": "dual"}, {"threshold": 0.9}, REMASK, {"temperature": 1.0}, {"cfg_scale": 0.5},
+EACH = [{}, {"cache": "prefix"}, {"cache": "dual"}, {"threshold": 0.9}, REMASK, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 9, "top_p": 0.9}, {"cfg_scale": 0.5},
         {"schedule": "cosine", "stochastic_transfer": True}, {"stop_at_eos": True}, {"cache": "dual", "factor": 0.02}]  # fmt: skip
 
 

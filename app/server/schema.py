@@ -1,6 +1,6 @@
 """What may be asked of the server and what it says, in the names of OpenAI's API; settings of the sampler are extra fields.
 
-What a masked-diffusion model cannot do (tools, penalties, top_p) is refused by name and not passed over; what says nothing
+What a masked-diffusion model cannot do (tools, penalties) is refused by name and not passed over; what says nothing
 about the answer (`user`, `metadata`) is.
 """
 
@@ -17,8 +17,6 @@ PASSED_OVER = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "best_of"}
 )
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "top_p": (None, 1, 1.0),
-    "top_k": (None, -1, 0),
     "frequency_penalty": (None, 0, 0.0),
     "presence_penalty": (None, 0, 0.0),
     "logit_bias": (None, {}),
@@ -134,7 +132,14 @@ class SamplingFields(Request):
     editing_threshold: float | None = None
     max_post_steps: int | None = None
     num_to_transfer: int | None = None
+    top_k: int | None = None
+    top_p: float | None = None
     finish_block: bool | None = None
+
+    @field_validator("top_k", mode="after")
+    @classmethod
+    def _off(cls, value: int | None) -> int | None:
+        return None if value in (-1, 0) else value  # how clients of other servers say that they ask for none
 
     @field_validator("stop", mode="before")
     @classmethod

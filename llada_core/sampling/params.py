@@ -35,7 +35,8 @@ class SamplingParams:
       schedule and leave `steps` unused.
     Which positions come first is said by `remasking`: the probability of the proposed token, its margin over the next
     one, the entropy of the whole distribution, or nothing ("random"). `forbid_tokens` are never produced,
-    `defer_tokens` are committed last. `cfg_scale` guides away from the answer to no prompt, in which
+    `defer_tokens` are committed last. At a `temperature`, `top_k` and then `top_p` say among which tokens is drawn (equals
+    of the last one stay too); how sure the model is counts the whole distribution, as without them. `cfg_scale` guides away from the answer to no prompt, in which
     `cfg_keep_tokens` stay visible. `cache` is approximate: "prefix" keeps keys and values of what precedes the block,
     "dual" of all but the block and `cache_window` positions each side; they are made anew when a row enters a block
     and, if set, every `cache_refresh` steps. `right_shift_logits` is for models whose logits predict the next token.
@@ -154,6 +155,19 @@ class SamplingParams:
         ge=1,
         exclude_if=lambda value: value == EDITING["num_to_transfer"],
         description="LLaDA2.1: tokens that a step writes at least, however unsure.",
+    )
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        exclude_if=lambda value: value is None,
+        description="Draw among the so many likeliest tokens alone; at temperature 0 it changes nothing.",
+    )
+    top_p: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1.0,
+        exclude_if=lambda value: value is None,
+        description="Draw among the likeliest tokens that add up to this probability; at temperature 0 it changes nothing.",
     )
     finish_block: bool = Field(
         default=False,

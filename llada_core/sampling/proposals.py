@@ -32,6 +32,22 @@ def gumbel_argmax(logits_PV: Tensor, temperature: float | Tensor, uniforms_PV: T
     return (logits_PV.to(noise.dtype) - noise).argmax(-1)
 
 
+def likeliest(logits_PV: Tensor, temperature: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Logits (P, V) with -inf for what is not drawn: all but the `top_k` largest, then all behind those whose
+    probabilities at `temperature` (P, 1) first add up to more than `top_p`. Equals of the last that stays, stay too, so
+    no order among them matters.
+    """
+    if top_k is not None and top_k < logits_PV.shape[1]:
+        last = logits_PV.topk(top_k, dim=-1).values[:, -1:]
+        logits_PV = logits_PV.masked_fill(logits_PV < last, -torch.inf)
+    if top_p is None or top_p == 1:
+        return logits_PV
+    p = (logits_PV.to(temperature.dtype) / temperature).softmax(-1)
+    ordered = p.sort(dim=-1, descending=True).values
+    last = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, torch.inf).amin(-1, keepdim=True)
+    return logits_PV.masked_fill(p < last, -torch.inf)
+
+
 def noise_key(prompt: Tensor, seed: int, copy: int) -> int:
     """The key, int64, of the numbers of the `copy`-th answer to a prompt (P,) int64 on the CPU."""
     digest = hashlib.blake2b(f"{seed} {copy} ".encode() + prompt.numpy().tobytes(), digest_size=8).digest()
@@ -201,6 +217,8 @@ class Proposer:
     deferred: Tensor
     hot: bool
     at_random: bool
+    top_k: int | None = None
+    top_p: float | None = None
 
     @classmethod
     def of(cls, params: SamplingParams, mask_id: int, device: torch.device) -> "Proposer":
@@ -216,6 +234,8 @@ class Proposer:
             deferred=ids(params.defer_tokens),
             hot=params.temperature > 0,
             at_random=params.remasking == "random",
+            top_k=params.top_k,
+            top_p=params.top_p,
         )
 
     @property
@@ -250,6 +270,7 @@ class Proposer:
         if draw is None or temperature is None or not self.hot:
             tokens = possible.argmax(-1)
         else:
+            possible = likeliest(possible, temperature, self.top_k, self.top_p)
             tokens = gumbel_argmax(possible, temperature, draw.uniforms(logits.shape[-1]))
             draw = draw.next()
         # Positions beyond the block have no noise of their own: they are shown to people and not chosen among.

@@ -95,7 +95,8 @@ class Request:
         elif p.sampler is not None:
             # These rules take their numbers as numbers, not as tensors of the rows.
             own = p.sampler, p.threshold, p.steps, p.block_length, *(getattr(p, name) for name in EDITING)
-        return p.remasking, p.forbid_tokens, p.defer_tokens, p.temperature > 0, *rule, own, schedule
+        drawn = (p.top_k, p.top_p) if p.temperature > 0 else None
+        return p.remasking, p.forbid_tokens, p.defer_tokens, drawn, *rule, own, schedule
 
     @cached_property
     def opening(self) -> tuple[int, int, int]:

@@ -262,7 +262,14 @@ def test_what_cannot_be_is_refused_by_name(
 
 
 def test_what_says_nothing_of_the_answer_is_passed_over(client: TestClient) -> None:
-    neutral = {"top_p": 1, "frequency_penalty": 0, "user": "me", "tools": [], "response_format": {"type": "text"}}
+    neutral = {
+        "top_p": 1,
+        "top_k": -1,
+        "frequency_penalty": 0,
+        "user": "me",
+        "tools": [],
+        "response_format": {"type": "text"},
+    }
     assert ask(client, CHAT, messages=QUESTION, **neutral)["choices"] == ask(client, CHAT, messages=QUESTION)["choices"]
 
 

@@ -21,6 +21,8 @@ MODES = {
         "schedule": "cosine", "stochastic_transfer": True, "remasking": "random", "temperature": 1.0, "seed": 4,
     },
     "temperature": {"temperature": 0.8, "seed": 1},
+    "top k and p": {"temperature": 1.3, "seed": 1, "top_k": 20, "top_p": 0.7},
+    "top p, threshold": {"temperature": 0.7, "seed": 1, "top_p": 0.9, "threshold": 0.2},
     "random": {"remasking": "random", "seed": 2},
     "margin": {"remasking": "margin"},
     "entropy": {"remasking": "entropy"},
