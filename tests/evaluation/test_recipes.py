@@ -26,6 +26,10 @@ NOT_HERE = {
     "instruct_ifeval",
     "llada15_ifeval",
     "llada2_ifeval",
+    "llada2_aime24",
+    "llada2_aime25",
+    "dream_mmlu_pro",
+    "dream_ifeval",
 }
 # One member stands for a large group here; `python -m tests.evaluation.gold` proves them whole.
 MEMBER = {
@@ -80,7 +84,7 @@ def test_every_column_has_a_recipe_for_each_of_its_sources_that_one_can_repeat()
     columns = {name: [c.column for c in recipes.table(name).columns] for name in ("base", "instruct")}
     assert len(columns["base"]) == 14
     assert len(columns["instruct"]) == 10
-    figures_alone = {"base": {"opencompass"}, "illada": {"illada"}}
+    figures_alone = {"base": {"opencompass"}, "illada": {"illada"}, "dream_base": {"dream", "dllm_dream"}}
     # Fast-dLLM has no script for these two.
     no_script = {"fastdllm_math", "fastdllm_mbpp"}
     for name, table in recipes.tables().items():
@@ -95,7 +99,7 @@ def test_every_column_has_a_recipe_for_each_of_its_sources_that_one_can_repeat()
 def test_figures_of_all_sources():
     row = {f.source: f.value for f in recipes.figures("base_gsm8k")}
     expected = {"official": 0.703, "length_512": 0.708, "length_256": 0.7, "opencompass": 0.719, "dllm": 0.707}
-    assert row == pytest.approx({**expected, "illada": 0.819})
+    assert row == pytest.approx({**expected, "illada": 0.819, "dream": 0.772, "dllm_dream": 0.77})
     instruct = {f.source: f.value for f in recipes.figures("instruct_gsm8k")}
     assert instruct["semi_autoregressive"] == pytest.approx(0.786)
     assert instruct["opencompass_semi_autoregressive"] == pytest.approx(0.789)
@@ -153,6 +157,37 @@ def test_llada2_is_asked_with_the_settings_of_its_reports_and_of_its_reproductio
     assert [c.recipe for c in recipes.table("llada2").columns][:2] == ["llada2_mmlu", "llada2_mmlu_pro"]
     speed = next(f for f in recipes.figures("llada2_gpqa") if f.source == "speed")
     assert (speed.value, speed.tokens_per_forward, speed.model) == (pytest.approx(0.4836), 3.62, "LLaDA2.1-mini")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "answer"), [("aime24", "Problem", "Answer"), ("aime25", "problem", "answer")]
+)
+def test_aime_is_asked_in_the_words_of_its_reproduction_and_judged_by_the_box(tmp_path, name, asked, answer):
+    folder = tmp_path / name
+    folder.mkdir()
+    rows = [{asked: f"What is {n}?", answer: n} for n in (33, 204, 5)]
+    split = "train" if name == "aime24" else "test"
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result, records = scripted(f"llada2_{name}", tmp_path)
+    assert (result["score"], result["n"]) == (1.0, 3)
+    told = "What is 33?\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert told in records[0]["prompt"]
+    assert scripted(f"llada2_{name}", tmp_path, shift=1)[0]["score"] == 0.0
+    values = {f.source: (f.value, f.tokens_per_forward) for f in recipes.figures("llada2_aime25")}
+    assert values["quality"] == (pytest.approx(0.4333), 3.29)
+    assert values["dare"] == (pytest.approx(0.2333), None)
+
+
+def test_dream_is_asked_with_its_own_sampler():
+    special = tiny_tokenizer().special
+    for column in recipes.table("dream").columns:
+        recipe = recipes.find(column.recipe)
+        params = sampling_params(recipe.settings, special)
+        assert (params.temperature, params.top_p, params.remasking, params.cache) == (0.1, 0.9, "entropy", "none")
+        assert params.steps == params.max_new_tokens == params.block_length
+        assert "settings" in recipe.departures(recipe), "its confidence is not ours, and the report says so"
+        assert not recipe.turns
+    assert sampling_params(recipes.find("dream_ifeval").settings, special).max_new_tokens == 1280
 
 
 def test_a_variant_changes_only_what_it_names():

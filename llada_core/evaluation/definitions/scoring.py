@@ -106,6 +106,12 @@ def results(document: Mapping[str, Any], replies: list[str]) -> dict[str, float]
     return {"exact_match": float(exact), "math_verify": float(verified), "boxed": float(boxed)}
 
 
+def boxed_number(document: Mapping[str, Any], replies: list[str]) -> dict[str, float]:
+    """OpenCompass's rule for a question whose answer stands by itself, as AIME's do."""
+    answer = next(str(value) for key, value in document.items() if key.lower() == "answer")
+    return {"boxed": float(same_answer(replies[0], f"\\boxed{{{answer}}}"))}
+
+
 def _verified(reply: str, solution: str) -> bool:
     """math-verify's verdict; the same text in the last box also counts, for math-verify cannot read every reference."""
     boxed = normalised(last_boxed(reply))
