@@ -20,8 +20,8 @@ from llada_core.modeling import load_to_answer
 from llada_core.modeling.place import checked_bits, held_bytes, positions_that_fit
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import Step
-from llada_core.sampling.batch import Compiled
 from llada_core.sampling.engine import Engine
+from llada_core.sampling.graph import Compiled
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.requests import Request, to_answer, to_fill
 from llada_core.settings import Bits, ConfigError, nearest

@@ -9,21 +9,18 @@ Shapes: A active rows, T columns, W positions of a block's window, P proposals; 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
-from torch import Tensor, _dynamo
+from torch import Tensor
 
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling.canvas import Blocks, Canvas, columns, padded, seats
 from llada_core.sampling.denoiser import denoiser_of
+from llada_core.sampling.graph import Compiled, compiled, copied, keep_in_place
 from llada_core.sampling.proposals import Confidence
 from llada_core.sampling.query import Denoiser, Query, on_device
 from llada_core.sampling.requests import Request
 from llada_core.sampling.row_group import Answer, Choice, RowGroup
-
-Compiled = Literal["off", "graph", "max"]
-SHAPES = 256  # that may be compiled, of rows, window and canvas
 
 
 @dataclass(frozen=True)
@@ -81,18 +78,16 @@ class BatchStep(StepResult):
 class Batch:
     """Rows of one way to be asked. Between steps rows `join`, and those of answers that nobody wants `leave`.
 
-    One that has become empty is not used again. `compiled`: "off"; "graph", a step of equal shapes becomes one function,
+    One that has become empty is not used again. `how` it is compiled: "off"; "graph", a step of equal shapes becomes one function,
     on a GPU one captured graph; "max" looks for the fastest kernels too, which takes minutes. What compiles is the exact
     step, and refreshes and windows of a dual cache of rows that are at the same point; all else is as with "off".
     """
 
-    def __init__(self, model: MaskPredictor, request: Request, compiled: Compiled = "off") -> None:
+    def __init__(self, model: MaskPredictor, request: Request, how: Compiled = "off") -> None:
         self.model, self.forward_key, self.rule_key, self.graph = model, request.forward_key, request.rule_key, None
-        self.compiled = compiled != "off"
-        if compiled != "off" and request.params.rule is None:
-            # Static shapes: a dynamic one would be compiled once, and captured as a graph anew for each size anyway.
-            mode = {"graph": "reduce-overhead", "max": "max-autotune"}[compiled]
-            self.graph = torch.compile(self.advance, fullgraph=True, dynamic=False, mode=mode)
+        self.compiled = how != "off"
+        if how != "off" and request.params.rule is None:
+            self.graph = compiled(self.advance, how)
         # Of a compiled step, rows in which nothing is written: shapes change with the number of seats alone.
         nothing = replace(request.params, steps=1)
         blank = Request(torch.full((1,), model.special_tokens.pad_id), 0, 1, nothing, 0, request.mask_id)
@@ -232,8 +227,12 @@ class Batch:
         if fixed is not None and self.graph is not None:
             width = self.blocks.open.shape[1]
             asked = StepQuery([width] * len(rows), beyond)
-            with _dynamo.config.patch(recompile_limit=SHAPES):
-                outcome = self.graph(self.canvas, self.blocks, asked, fixed)
+            keep_in_place(self.denoiser.written)
+            found = self.graph(self.canvas, self.blocks, asked, fixed)
+            known = dict[int, Tensor]()
+            outcome = copied(found, known)
+            for part in self.parts:
+                part.state, part.noise = copied(part.state, known), copied(part.noise, known)
         else:
             asked = StepQuery(counts, beyond, firsts, fresh)
             outcome = self.advance(self.canvas, self.blocks, asked, self.denoiser.logits)

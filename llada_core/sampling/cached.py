@@ -59,6 +59,11 @@ class CachedDenoiser:
     cache: KVCache | None = field(default=None, init=False)
     age: list[int] = field(default_factory=list, init=False)
 
+    @property
+    def written(self) -> list[Tensor]:
+        """The cache."""
+        return [] if self.cache is None else self.cache.keys + self.cache.values
+
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
         stale = self._grown_older(query.fresh, query.tokens.shape)
@@ -152,6 +157,11 @@ class BlockDenoiser:
     fed: int = field(default=0, init=False)
     cache: KVCache | None = field(default=None, init=False)
     kept: list[int] = field(default_factory=list, init=False)  # of each row, positions whose keys are final
+
+    @property
+    def written(self) -> list[Tensor]:
+        """The cache."""
+        return [] if self.cache is None else self.cache.keys + self.cache.values
 
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""

@@ -23,6 +23,11 @@ class PlainDenoiser:
     forwards: int = field(default=0, init=False)
     fed: int = field(default=0, init=False)
 
+    @property
+    def written(self) -> list[Tensor]:
+        """Nothing."""
+        return []
+
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
         self.fixed(query.fresh, query.tokens.shape)
@@ -57,6 +62,11 @@ class Wrapper:
     def fed(self) -> int:
         """Positions fed to the denoiser within."""
         return self.inner.fed
+
+    @property
+    def written(self) -> list[Tensor]:
+        """That of the denoiser within."""
+        return self.inner.written
 
     def fixed(self, fresh: Sequence[bool | None], shape: torch.Size) -> Callable[[Query], Tensor] | None:
         """None: what is wrapped is looked at step by step."""

@@ -8,14 +8,16 @@ take steps in turn.
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling.batch import Batch, BatchStep, Compiled
+from llada_core.sampling.batch import Batch, BatchStep
 from llada_core.sampling.canvas import Step, columns, seats
+from llada_core.sampling.graph import Compiled
 from llada_core.sampling.requests import Request
 from llada_core.sampling.row_group import Answer
 
@@ -50,6 +52,8 @@ class Engine:
         self.batches: deque[Batch] = deque()
         # Two locks: who asks takes the door alone, and need not wait for a step to end.
         self.turn = threading.Lock()
+        # torch keeps captured graphs by the thread that captured them: whoever takes the turn, one thread replays them.
+        self._replayer = None if compiled == "off" else ThreadPoolExecutor(1, "graphs")
 
     @property
     def active(self) -> list[Answer]:
@@ -160,7 +164,7 @@ class Engine:
         forwards, fed = batch.denoiser.forwards, batch.denoiser.fed
         try:
             with evaluating(self.model):
-                moment = batch.step()
+                moment = batch.step() if self._replayer is None else self._replayer.submit(batch.step).result()
         except BaseException as error:
             self.batches.remove(batch)
             for answer in batch.answers:

@@ -58,6 +58,10 @@ class Denoiser(Protocol):
     def fed(self) -> int:
         """Tokens that went through the model so far."""
 
+    @property
+    def written(self) -> list[Tensor]:
+        """What a look writes into."""
+
     def logits(self, query: Query) -> Tensor:
         """(P, V) logits of `query.wanted`."""
 

@@ -1,10 +1,14 @@
 """A step as one function of fixed shapes: compiled without a break, once for each kind of step, and equal to the plain one."""
 
+import threading
+from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import _dynamo
+from torch import Tensor, _dynamo
 
 from llada_core.sampling import generate
 from llada_core.sampling.canvas import columns, seats
@@ -111,3 +115,90 @@ def test_a_compiled_step_writes_what_the_plain_one_writes():
         assert torch.equal(answer.tokens, generate(model, [prompt], params).tokens[0])
     assert graphs() == 1
     _dynamo.reset()
+
+
+class Captured:
+    """A step as torch keeps a captured graph: what it returned lies in memory that its next run writes over."""
+
+    threads: ClassVar[set[int]] = set()
+
+    def __init__(self, step: Callable[..., Any], **_: Any) -> None:
+        self.step, self.pool = step, []
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.threads.add(threading.get_ident())
+        batch = self.step.__self__
+        given = [*tensors(arguments), *(x for part in batch.parts for x in tensors([part.state, part.noise]))]
+        pool = {x.untyped_storage().data_ptr() for x in self.pool}
+        assert not pool & {x.untyped_storage().data_ptr() for x in given}, "fed from the graph's own memory"
+        for kept in self.pool:
+            kept.fill_(77)
+        result = self.step(*arguments)
+        mine = [x for part in batch.parts for x in tensors([part.state, part.noise])]
+        old = {x.untyped_storage().data_ptr() for x in given}
+        self.pool = [x for x in (*tensors([result]), *mine) if x.untyped_storage().data_ptr() not in old]
+        return result
+
+
+def tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return tensors(list(value.values()))
+    if isinstance(value, list | tuple):
+        return [x for each in value for x in tensors(each)]
+    return tensors(list(vars(value).values())) if is_dataclass(value) else []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_read_from_memory_that_a_captured_graph_writes_over(monkeypatch, mode):
+    monkeypatch.setattr(torch, "compile", Captured)
+    params = SamplingParams(**{**BASE, **MODES[mode]})
+    arriving(golden_model("llada_tiny_eos"), params, LENGTHS, rows=4, every=1)
+
+
+def test_one_thread_replays_the_graphs_of_an_engine(monkeypatch):
+    monkeypatch.setattr(torch, "compile", Captured)
+    Captured.threads.clear()
+    model, params = golden_model("llada_tiny"), SamplingParams(**BASE)
+    engine = Engine(model, compiled="graph")
+    for prompt in PROMPTS:
+        answers = engine.submit(to_answer(model, [prompt], params)[0])
+        thread = threading.Thread(target=engine.finish, args=(answers,))
+        thread.start()
+        thread.join()
+        assert answers[0].finished
+    assert len(Captured.threads) == 1
+
+
+def test_a_cache_that_a_captured_step_writes_into_is_said_to_stay(monkeypatch):
+    monkeypatch.setattr(torch, "compile", Captured)
+    model, params = golden_model("llada_tiny"), SamplingParams(**{**BASE, **MODES["dual"]})
+    engine = Engine(model, compiled="graph")
+    engine.submit(to_answer(model, PROMPTS, params)[0])
+    for _ in range(3):
+        engine.step()
+    (batch,) = engine.batches
+    kept = batch.denoiser.cache
+    assert all(hasattr(x, "_dynamo_static_input_type") for x in (*kept.keys, *kept.values))
+
+
+@pytest.mark.parametrize("mode", ["temperature", "dual", "stop, hot, dual", "threshold"])
+def test_a_step_makes_no_tensor_on_the_host(monkeypatch, mode):
+    seen = list[torch.fx.Node]()
+
+    def look(graph: torch.fx.GraphModule, _: Any, **__: Any) -> Any:
+        seen.extend(graph.graph.nodes)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=look))
+    _dynamo.reset()
+    written(golden_model("llada_tiny_eos"), SamplingParams(**{**BASE, **MODES[mode]}))
+    _dynamo.reset()
+    assert seen
+    # A graph with a tensor of the CPU's is not captured, and one that asks for a value ends.
+    assert not [node for node in seen if node.target in (torch.tensor, torch.as_tensor, "item", "tolist", "cpu")]
+    moved = [
+        n for n in seen if n.target == "to" and any(isinstance(x, torch.device) for x in (*n.args, *n.kwargs.values()))
+    ]
+    assert not moved
