@@ -385,15 +385,6 @@ def require_length(model: MaskPredictor, needed: int, remedy: str) -> None:
         raise ValueError(f"a sequence of {needed} tokens is longer than the model's {model.max_length}; {remedy}")
 
 
-def require_bidirectional(model: MaskPredictor, what: str) -> None:
-    """Every position sees every other. What was not written for attention by blocks would be wrong, not only worse."""
-    if model.block_length is not None:
-        raise ValueError(
-            f"{what} is not offered yet for a model that attends by blocks of {model.block_length} ({model.kind}); it loads, "
-            "saves and gives logits by `model(ids, block_causal=...)`"
-        )
-
-
 class SavesItself(Protocol):
     """A tokenizer, as far as saving goes."""
 

@@ -31,7 +31,6 @@ from llada_core.training.grpo import GRPO, PolicyData
 from llada_core.training.objectives import DiffusionObjective, Loss
 from llada_core.training.params import GRPOParams, PreferenceParams, TrainingParams
 from llada_core.training.preference import PairBatch, Preference
-from llada_core.training.rollouts import mask_samples
 
 _NAMES = {
     "weights": ("Parameter", "Buffer"),
@@ -189,8 +188,8 @@ def _no_reward(task: str, text: str, answer: Mapping[str, Any]) -> float:
 
 
 def _rollout(params: GRPOParams, rows: int, length: int) -> dict[str, Tensor]:
-    """What a checkpoint would hold: completions that are scored to their end, and old log-probabilities as they are kept."""
-    count = max(1, rows // mask_samples(params))
+    """What a checkpoint would hold: completions that are scored to their end, a token a step."""
+    count = max(1, rows // params.mask_copies)
     tokens, written = torch.zeros(count, length, dtype=torch.int64), torch.arange(length)
     late = (written >= length - params.sampling.max_new_tokens).expand(count, length)
     state = {
@@ -199,6 +198,7 @@ def _rollout(params: GRPOParams, rows: int, length: int) -> dict[str, Tensor]:
         "scored": late,
         "written": late,
         "advantages": torch.ones(count),
+        "when": torch.where(late, written, -1),
     }
     return {f"rollout.{name}": x for name, x in state.items()} | {"number": torch.tensor([0])}
 

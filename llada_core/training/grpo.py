@@ -1,21 +1,20 @@
 """Group-relative policy optimisation as an objective of the loop: rollouts, then updates on them, each with its own masks.
 
-diffu-GRPO of d1 (arXiv:2504.12216), with a choice of likelihood estimators.
+diffu-GRPO of d1 (arXiv:2504.12216), with a choice of likelihood estimators; for models that attend by blocks too.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from llada_core.data.batches import BatchSampler
-from llada_core.diffusion import Noise
+from llada_core.diffusion import Noise, fed_copies
 from llada_core.modeling import MaskPredictor
-from llada_core.modeling.predictor import require_bidirectional
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.accelerator import Ranks
 from llada_core.training.objectives import Loss, StepWork, filled, stored_rows
@@ -31,15 +30,17 @@ from llada_core.training.rollouts import (
     RolloutSample,
     group_advantages,
     judge,
-    mask_samples,
     masks_for,
     policy_loss,
     prompts_of,
     rewarded,
     sample,
+    sample_traced,
     token_log_probabilities,
+    trace_masks,
     verified,
 )
+from llada_core.training.trajectory import local_steps
 from llada_core.verifiers.answers import verifiable
 
 
@@ -55,11 +56,14 @@ class PolicyData:
 
 @dataclass(frozen=True)
 class Share:
-    """Completions of one micro-batch, their masks and their log-probabilities at rollout time (None: they are the present ones)."""
+    """Completions of one micro-batch, their masks and their log-probabilities at rollout time (None: they are the present
+    ones), in some of the rollout's columns.
+    """
 
     rows: Completions
     masks: Masks
-    old: Tensor | None
+    columns: slice
+    old: Tensor | None = None
 
 
 class GRPO:
@@ -68,6 +72,9 @@ class GRPO:
     def __init__(self, model: MaskPredictor, problems: PolicyData, params: GRPOParams, *, seed: int) -> None:
         self.predictor, self.problems, self.params, self.seed = model, problems, params, seed
         self.ranks = Ranks()
+        # Rows of a model that attends by blocks begin at column 0, from which its blocks are counted.
+        self.block_length = model.block_length
+        self.on_trajectory = params.likelihood == "trajectory"  # of such a model alone
         self.reference = Reference(model, params)
         self.order = BatchSampler(len(problems.train), params.prompts, seed=seed)
         held_out = range(min(len(problems.validation), params.validation_rows))
@@ -94,13 +101,15 @@ class GRPO:
         assert self._rollout is not None
         # A reference that moves takes the weights of the steps it is told, before anything of this step is scored by it.
         self.reference.sync(self.predictor, step)
-        kept, samples = self._kept(), mask_samples(self.params)
+        kept = self._kept()
         parts = self._micro_batches(rank, ranks)
         batches = [self._share(index, step, update) for index in parts]
-        tokens = sum(batch.rows.tokens.numel() for batch, index in zip(batches, parts, strict=True) if len(index))
+        tokens = sum(self._fed(batch) for batch, index in zip(batches, parts, strict=True) if len(index))
         inference += tokens if self.params.beta > 0 else 0
         scored = self._rollout.scored
         # By token every scored position of every mask sample counts once; by sequence every completion with any of them.
+        # On the trajectory a token is asked for in one of the samples alone.
+        samples = 1 if self.on_trajectory else self.params.mask_copies
         whole = scored.sum().item() * samples if self.params.ratio == "token" else scored.any(1).sum().item()
         # Every rank tells its part of the whole, so that rows which were left out still count.
         return StepWork(batches, [whole / ranks if len(kept) else 0.0], tokens, inference, notes)
@@ -110,14 +119,14 @@ class GRPO:
         reference = None
         if self.params.beta > 0:  # before the policy's activations are there
             with torch.no_grad(), self.reference.active(model) as frozen:
-                reference = token_log_probabilities(frozen, batch.rows, batch.masks, mask_id)
-        now = token_log_probabilities(model, batch.rows, batch.masks, mask_id)
+                reference = token_log_probabilities(frozen, batch.rows, batch.masks, mask_id, self.block_length)
+        now = token_log_probabilities(model, batch.rows, batch.masks, mask_id, self.block_length)
         # The first update after a rollout is made by the policy that sampled: its ratio is 1 and only the gradient matters.
         old = now.detach() if batch.old is None else batch.old.to(now.device, non_blocking=True)
         result = policy_loss(self.params, now, old, reference, batch.rows, batch.masks)
         counted = result.counted
         # Minus log p of the sampled tokens is an estimate of the entropy under the masks; a fall to zero tells of collapse.
-        chosen = (batch.rows.scored & batch.masks.masked).sum().to(now.device, non_blocking=True)
+        chosen = (batch.rows.scored & batch.masks.asked).sum().to(now.device, non_blocking=True)
         parts = {
             "loss": torch.stack([result.sum.detach(), counted]),
             "clipped": torch.stack([result.clipped, counted]),
@@ -158,7 +167,7 @@ class GRPO:
     def state(self) -> dict[str, Tensor]:
         tensors = self.reference.state()
         if self._rollout is not None:
-            tensors |= {f"rollout.{name}": tensor for name, tensor in vars(self._rollout).items()}
+            tensors |= {f"rollout.{name}": tensor for name, tensor in self._rollout.tensors().items()}
             tensors["number"] = torch.tensor([self._number])
             if self._old is not None:
                 tensors["old"] = self._old
@@ -168,8 +177,9 @@ class GRPO:
         self._rollout, self._old, self._number = None, tensors.get("old"), -1
         self.reference.load_state(tensors)
         if "number" in tensors:
-            names = ("tokens", "attention", "scored", "written", "advantages")
-            self._rollout = Completions(*(tensors[f"rollout.{name}"] for name in names))
+            # Older checkpoints know no steps (`when`), and are of likelihoods that need none.
+            named = {field.name: f"rollout.{field.name}" for field in fields(Completions)}
+            self._rollout = Completions(**{name: tensors[key] for name, key in named.items() if key in tensors})
             self._number = int(tensors["number"])
 
     def _collect(self, model: nn.Module, number: int) -> tuple[dict[str, float], int]:
@@ -183,7 +193,7 @@ class GRPO:
         sampled = self._sample(mine, width, seed=hash((self.seed, number)) % 2**31)
         verdicts = judge(self.problems.reward, mine, sampled.texts)
         start, total = ranks.index * len(mine), len(everyone) * params.generations
-        tokens, attention, scored, written, ended, rewards, right = (
+        tokens, attention, scored, written, when, ended, rewards, right = (
             ranks.join(x, start, total) for x in (*sampled.tensors(), *vars(verdicts).values())
         )
         # A reward that failed says nothing about its completion: the group's mean is taken over the others.
@@ -193,7 +203,7 @@ class GRPO:
         lengths = scored.sum(1).double()
         if params.mask_truncated_completions:  # judged with its group, as TRL does, but nothing is learnt from it
             scored, advantages = scored & ended[:, None], torch.where(ended, advantages, 0.0)
-        self._rollout, self._number = Completions(tokens, attention, scored, written, advantages), number
+        self._rollout, self._number = Completions(tokens, attention, scored, written, advantages, when), number
         inference = sampled.fed + self._remember_old(model, number * params.iterations)
         groups = torch.where(valid, rewards, 0.0).view(shape)
         notes = {
@@ -218,7 +228,10 @@ class GRPO:
     def _sample(self, prompts: list[Prompt], width: int, *, seed: int) -> RolloutSample:
         settings, size = replace(self.params.sampling, seed=seed), self.params.rollout_batch
         size = max(size // self.params.generations, 1) * self.params.generations  # no fewer than a group
-        return sample(self.predictor, self.problems.tokenizer, prompts, settings, width=width, at_once=size)
+        asked = self.predictor, self.problems.tokenizer, prompts, settings
+        if self.block_length is not None:
+            return sample_traced(*asked, width=width, at_once=size, as_chosen=self.on_trajectory)
+        return sample(*asked, width=width, at_once=size)
 
     def _remember_old(self, model: nn.Module, first: int) -> int:
         """Log-probabilities of the rollout's policy under the masks of the later updates; the first needs none.
@@ -227,8 +240,9 @@ class GRPO:
         which lets a run go on with another number of ranks. Returns the positions that this rank fed.
         """
         self._old = None
-        kept, ranks, samples = self._kept(), self.ranks, mask_samples(self.params)
-        updates = self.params.iterations - 1
+        kept, ranks, samples = self._kept(), self.ranks, self._samples()
+        # On the trajectory all updates have the same masks.
+        updates = min(self.params.iterations - 1, 1) if self.on_trajectory else self.params.iterations - 1
         if updates == 0 or not len(kept):
             return 0
         assert self._rollout is not None
@@ -240,13 +254,12 @@ class GRPO:
             for index in self._micro_batches(ranks.index, ranks.count):
                 share = self._share(index, first + update + 1, 0)
                 with torch.no_grad():
-                    values = token_log_probabilities(
-                        model, share.rows, share.masks, self.predictor.special_tokens.mask_id
-                    )
-                fed += share.rows.tokens.numel()
+                    mask_id = self.predictor.special_tokens.mask_id
+                    values = token_log_probabilities(model, share.rows, share.masks, mask_id, self.block_length)
+                fed += self._fed(share)
                 # An empty micro-batch was one row that counts nothing.
                 values = _by_row(values.cpu(), samples)[: len(index)]
-                own[done : done + len(index), update, :, width - values.shape[-1] :] = values
+                own[done : done + len(index), update, :, share.columns] = values
                 done += len(index)
         start = sum(len(share) for share in shares[: ranks.index])
         joined = ranks.join(own, start, len(kept)).transpose(0, 1)
@@ -277,30 +290,35 @@ class GRPO:
     def _share(self, index: Tensor, step: int, update: int) -> Share:
         if not len(index):
             return self._nothing(step)
-        rows, masks = self._masked(index, step)
+        share = self._masked(index, step)
         if update == 0 or self._old is None:
-            return Share(rows, masks, None)
-        old = self._old[update - 1, index][..., -rows.tokens.shape[1] :]  # (R, samples, T)
-        return Share(rows, masks, old.transpose(0, 1).flatten(0, 1))
+            return share
+        old = self._old[min(update, len(self._old)) - 1, index][..., share.columns]  # (R, samples, T)
+        return replace(share, old=old.transpose(0, 1).flatten(0, 1))
 
     def _nothing(self, step: int) -> Share:
         """In place of an empty micro-batch: one row that counts nothing.
 
         Ranks that share their gradients run equally many forwards, and a GPU's attention takes no empty batch.
         """
-        rows, masks = self._masked(torch.tensor([0]), step)
-        rows = replace(rows, scored=torch.zeros_like(rows.scored), advantages=torch.zeros_like(rows.advantages))
-        return Share(rows, masks, None)
+        share = self._masked(torch.tensor([0]), step)
+        rows = share.rows
+        nothing = {name: torch.zeros_like(getattr(rows, name)) for name in ("scored", "advantages")}
+        return replace(share, rows=replace(rows, **nothing))
 
-    def _masked(self, index: Tensor, step: int) -> tuple[Completions, Masks]:
+    def _masked(self, index: Tensor, step: int) -> Share:
         """Rows repeated once per mask sample, and the masks of one update; numbers depend on row and step alone.
 
-        Without the columns on the left that are padding in all of these rows.
+        Without the columns that are padding in all of these rows, and blocks behind all that is scored.
         """
         assert self._rollout is not None
-        samples = mask_samples(self.params)
+        samples = self._samples()
         rows = self._rollout.rows(index.repeat(samples))
         sample_number = torch.arange(samples).repeat_interleave(len(index))
+        columns = self._columns(rows)
+        if self.on_trajectory and self.block_length is not None:
+            masks = trace_masks(self.params, rows, self.block_length, sample_number, samples)
+            return _cut(rows, masks, columns)
         keys = index.repeat(samples) * samples + sample_number
         # Rank and micro-batch are not part of the key: any division of the rows draws the same masks.
         noise = Noise(self.seed, step, keys, 1)
@@ -309,9 +327,38 @@ class GRPO:
         # As for preferences: one offset a completion, its samples spread evenly, each of them uniform by itself.
         ratio = low + (high - low) * ((offset + sample_number / samples) % 1.0)
         masks = masks_for(self.params, rows, noise.uniforms(rows.tokens.shape[1], stream=2), ratio)
-        # Prompts are padded on the left to the longest of the rollout; what no row of this part has is not computed.
-        first = int(rows.attention.any(0).to(torch.uint8).argmax())
-        return rows.columns_from(first), replace(masks, masked=masks.masked[:, first:])
+        return _cut(rows, masks, columns)
+
+    def _columns(self, rows: Completions) -> slice:
+        """What some of these rows have: prompts are padded to the longest of the rollout.
+
+        By blocks nothing that is scored sees the blocks behind it, which are left out.
+        """
+        seen = rows.attention.any(0).nonzero()[:, 0]
+        first, last = int(seen[0]), int(seen[-1]) + 1
+        if self.block_length is not None:
+            scored = rows.scored.any(0).nonzero()[:, 0]
+            needed = int(scored[-1]) + 1 if len(scored) else 1
+            last = min(last, -(-needed // self.block_length) * self.block_length)
+        return slice(first, last)
+
+    def _samples(self) -> int:
+        """Masks per completion and update; on the trajectory the most steps that any block of this rollout took."""
+        if not self.on_trajectory or self.block_length is None:
+            return self.params.mask_copies
+        assert self._rollout is not None
+        assert self._rollout.when is not None
+        steps = local_steps(self._rollout.when, self.block_length)[self._rollout.scored]
+        return int(steps.max()) // self.params.merge_steps + 1 if len(steps) else 1
+
+    def _fed(self, share: Share) -> int:
+        """Positions that go through a forward."""
+        return share.rows.tokens.numel() * fed_copies(self.block_length, share.rows.tokens.shape[1])
+
+
+def _cut(rows: Completions, masks: Masks, columns: slice) -> Share:
+    hidden = {name: getattr(masks, name)[:, columns] for name in ("masked", "asked")}
+    return Share(rows.columns(columns), replace(masks, **hidden), columns)
 
 
 def _by_row(values: Tensor, samples: int) -> Tensor:
@@ -319,9 +366,30 @@ def _by_row(values: Tensor, samples: int) -> Tensor:
     return values.view(samples, -1, values.shape[1]).transpose(0, 1)
 
 
+def _require_its_blocks(params: GRPOParams, model: MaskPredictor) -> None:
+    """A model that attends by blocks is sampled in its own, and by ranks that need not run equally many forwards."""
+    if model.block_length is None:
+        if params.likelihood == "trajectory":
+            raise ValueError(
+                f"likelihood trajectory is for models that attend by blocks; {model.kind} sees every position and would take "
+                "a forward for each step of the answer: set likelihood: elbo or one_forward"
+            )
+        return
+    if params.sampling.block_length != model.block_length:
+        raise ValueError(
+            f"sampling.block_length {params.sampling.block_length}: this model attends by blocks of {model.block_length}, "
+            "in which its log-probabilities are taken; set that"
+        )
+    if params.distribution.kind in ("fsdp", "zero3"):
+        raise ValueError(
+            f"sharded ranks must run equally many forwards, and prompts that end inside of a block take a block more: use ddp "
+            f"or zero2, not distribution {params.distribution.kind}"
+        )
+
+
 def objective(params: GRPOParams, model: MaskPredictor, tokenizer: Tokenizer, data: Path, *, seed: int) -> GRPO:
     """That of a stage on the prompts in `data`/train and validation; raises ValueError without any."""
-    require_bidirectional(model, "GRPO")
+    _require_its_blocks(params, model)
     train, validation = filled(stored_rows(data / "train")), stored_rows(data / "validation")
     reward = reward_named(params.reward, params.reward_weights)
     return GRPO(model, PolicyData(train, validation, tokenizer, reward), params, seed=seed)

@@ -237,7 +237,12 @@ class GRPOParams(TrainingParams):
     generations: int = Field(default=6, ge=2)  # completions per prompt
     iterations: int = Field(default=1, ge=1)  # updates per rollout, each with masks of its own
     sampling: SamplingParams = SamplingParams(max_new_tokens=256, block_length=32, steps=128, temperature=0.9)
-    likelihood: Literal["one_forward", "elbo"] = "one_forward"
+    # trajectory: each token on the canvas on which it was chosen (TraceRL, arXiv:2509.06949), for models that attend by
+    # blocks: one forward for the n-th steps of all of them.
+    likelihood: Literal["one_forward", "elbo", "trajectory"] = "one_forward"
+    merge_steps: int = Field(
+        default=1, ge=1, exclude_if=lambda value: value == 1
+    )  # trajectory: neighbours taken as one
     mask_prompt: float = Field(default=0.15, ge=0, lt=1)  # one_forward: share of prompt tokens hidden
     mask_samples: int = Field(default=1, ge=1)  # elbo: masks per completion and update, at evenly spread ratios
     mask_ratios: tuple[float, float] = (0.1, 1.0)  # elbo: between which ratios; low ones add variance
@@ -270,6 +275,19 @@ class GRPOParams(TrainingParams):
         return self
 
     @model_validator(mode="after")
+    def _written_once(self) -> Self:
+        asked = self.sampling
+        if self.likelihood == "trajectory" and (asked.rule is not None or asked.sampler == "llada2.1"):
+            what = f"rule {asked.rule}" if asked.rule is not None else "sampler llada2.1"
+            raise ValueError(
+                f"likelihood trajectory knows one step for each token, and sampling.{what} may replace what is written: "
+                "set likelihood: elbo, or another sampler"
+            )
+        if self.merge_steps > 1 and self.likelihood != "trajectory":
+            raise ValueError(f"merge_steps is of likelihood trajectory, not of {self.likelihood}")
+        return self
+
+    @model_validator(mode="after")
     def _waits_for_the_best(self) -> Self:
         if self.patience and not self.keep_best:
             raise ValueError("patience waits for a better step and would then drop the best: set keep_best: true")
@@ -297,6 +315,15 @@ class GRPOParams(TrainingParams):
                 )
         _no_sharded_copy(self, self.beta)
         return self
+
+    @property
+    def mask_copies(self) -> int:
+        """Masks per completion and update; on the trajectory at most so many."""
+        if self.likelihood == "trajectory":
+            asked = self.sampling
+            longest = min(asked.block_length, asked.max_new_tokens)  # each step writes something
+            return -(-min(longest, asked.most_steps) // self.merge_steps)
+        return self.mask_samples if self.likelihood == "elbo" else 1
 
     def share(self, ranks: int) -> int:
         """Prompts of one rank in a rollout; raises ValueError when they do not divide."""

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from llada_core.settings import ConfigError
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.params import GRPOParams
 from llada_core.training.rewards import Reward, correct
+from llada_core.training.trajectory import local_steps, row_width, traced
 from llada_core.verifiers.answers import verifiable, verify_each
 
 # What follows are pure functions of tensors: token log-probabilities under chosen masks, advantages, clipped losses.
@@ -29,7 +30,8 @@ from llada_core.verifiers.answers import verifiable, verify_each
 @dataclass(frozen=True)
 class Completions:
     """Sampled sequences: tokens (R, T) int64, attention (R, T) 1/0, scored (R, T) bool (completion up to its first end
-    token, which is included), written (R, T) bool (the whole completion), advantages (R,) float32.
+    token, which is included), written (R, T) bool (the whole completion), advantages (R,) float32; `when` (R, T) int64, the
+    step at which each position was written, where that is known (see `trajectory`).
     """
 
     tokens: Tensor
@@ -37,22 +39,31 @@ class Completions:
     scored: Tensor
     written: Tensor
     advantages: Tensor
+    when: Tensor | None = None
 
     def rows(self, index: Tensor | slice) -> "Completions":
         """Some of the rows."""
-        return Completions(*(x[index] for x in vars(self).values()))
+        return replace(self, **{name: x[index] for name, x in self.tensors().items()})
 
-    def columns_from(self, first: int) -> "Completions":
-        """Without the first columns."""
-        return Completions(*(x[:, first:] if x.ndim == 2 else x for x in vars(self).values()))
+    def columns(self, kept: slice) -> "Completions":
+        """Some of the columns."""
+        return replace(self, **{name: x[:, kept] for name, x in self.tensors().items() if x.ndim == 2})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is known, by name."""
+        return {name: x for name, x in vars(self).items() if x is not None}
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Which positions of each row the log-probabilities are taken under: masked (R, T) bool, and each row's weight (R,)."""
+    """What the log-probabilities are taken under: `masked` (R, T) bool, hidden; `asked` (R, T) bool, those hidden positions
+    whose tokens are scored; each row's `weight` (R,). Rows hold `samples` copies of every completion, one after another.
+    """
 
     masked: Tensor
+    asked: Tensor
     weight: Tensor
+    samples: int
 
 
 def masks_for(params: GRPOParams, rows: Completions, uniforms: Tensor, ratio: Tensor) -> Masks:
@@ -64,17 +75,39 @@ def masks_for(params: GRPOParams, rows: Completions, uniforms: Tensor, ratio: Te
     if params.likelihood == "one_forward":
         # Hiding a share of the prompt varies what one forward sees, so that updates on one rollout do not repeat each other.
         prompt = ~rows.written & rows.attention.bool()
-        return Masks(rows.written | (prompt & (uniforms < params.mask_prompt)), torch.ones_like(ratio))
-    return Masks(rows.written & (uniforms < ratio[:, None]), 1 / ratio)
+        hidden = rows.written | (prompt & (uniforms < params.mask_prompt))
+        return Masks(hidden, hidden, torch.ones_like(ratio), 1)
+    hidden = rows.written & (uniforms < ratio[:, None])
+    return Masks(hidden, hidden, 1 / ratio, params.mask_samples)
 
 
-def token_log_probabilities(model: nn.Module, rows: Completions, masks: Masks, mask_id: int) -> Tensor:
-    """log p(token) under the masks at scored and masked positions, (R, T) float32; zero elsewhere."""
+def trace_masks(params: GRPOParams, rows: Completions, block_length: int, number: Tensor, samples: int) -> Masks:
+    """The canvases on which tokens were chosen: row i's is that of step `number`[i] (R,) of each block, of `samples` steps.
+
+    Every scored token is asked for in one of the copies. With `merge_steps` so many neighbouring steps are one, on the
+    canvas of the first (TraceRL's shrinkage).
+    """
+    assert rows.when is not None
+    steps = local_steps(rows.when, block_length) // params.merge_steps
+    hidden = rows.written & (steps >= number[:, None])
+    # By sequence copies are averaged, and here they are parts of one sum.
+    weight = samples if params.ratio == "sequence" else 1
+    asked = rows.written & (steps == number[:, None])
+    return Masks(hidden, asked, torch.full((len(steps),), float(weight)), samples)
+
+
+def token_log_probabilities(
+    model: nn.Module, rows: Completions, masks: Masks, mask_id: int, block_length: int | None = None
+) -> Tensor:
+    """log p(token) under the masks at scored and asked positions, (R, T) float32; zero elsewhere.
+
+    `block_length`: of a model that attends by blocks; each then sees those before it as they were written.
+    """
     noisy = torch.where(masks.masked, mask_id, rows.tokens)
     # A visible token has probability 1 under its own canvas and would only dilute the loss.
-    chosen = rows.scored & masks.masked
+    chosen = rows.scored & masks.asked
     # The vocabulary is asked only where a token is scored: at 126,464 entries the head costs more than a layer.
-    nll = masked_nll(model, noisy, rows.tokens, chosen, rows.attention).nll
+    nll = masked_nll(model, noisy, rows.tokens, chosen, rows.attention, block_length=block_length).nll
     index = chosen.flatten().nonzero()[:, 0].to(nll.device, non_blocking=True)
     empty = torch.zeros(chosen.numel(), dtype=nll.dtype, device=nll.device)
     return empty.index_copy(0, index, -nll).view(chosen.shape)
@@ -113,18 +146,18 @@ def policy_loss(
     """The clipped objective: -min(r A, clip(r) A) + beta KL, summed over scored tokens (ratio token) or rows (sequence).
 
     now, old, reference: (R, T) log-probabilities under the same masks. With ratio "sequence" r is the exponential of the
-    mean difference of a row's likelihood bounds per token (ESPO); rows then holds `mask_samples` copies of every
-    completion, one after another, whose bounds are averaged first. KL: `divergence`.
+    mean difference of a row's likelihood bounds per token (ESPO), those of the copies of a completion averaged first.
+    KL: `divergence`.
     """
     device = now.device
-    weight = (masks.weight[:, None] * (rows.scored & masks.masked)).to(device, non_blocking=True)
+    weight = (masks.weight[:, None] * (rows.scored & masks.asked)).to(device, non_blocking=True)
     advantages = rows.advantages.to(device, non_blocking=True)[:, None]
     # log p(reference) - log p(policy): the sign that the k3 estimate below wants.
     gap = None if reference is None else reference - now
     kl = torch.zeros_like(now) if gap is None else divergence(gap) * weight
     difference = now - old
     if params.ratio == "sequence":
-        samples = mask_samples(params)
+        samples = masks.samples
         # Per token before the exponential: a ratio of whole sequences overflows or vanishes with their length.
         lengths = rows.scored.sum(1, keepdim=True).clamp(min=1).to(device, non_blocking=True)
         difference, kl, advantages = (
@@ -151,11 +184,6 @@ def divergence(gap: Tensor) -> Tensor:
     """
     near = gap.clamp(max=1.0)
     return near.exp() * (1 + gap - near) - gap - 1
-
-
-def mask_samples(params: GRPOParams) -> int:
-    """Masks per completion and update."""
-    return params.mask_samples if params.likelihood == "elbo" else 1
 
 
 _log = logging.getLogger(__name__)
@@ -194,10 +222,11 @@ def _last(ids: Sequence[int], longest: int | None) -> list[int]:
 
 @dataclass(frozen=True)
 class RolloutSample:
-    """What a batch of prompts was answered: tokens (R, P + N), each left-padded to the longest prompt; texts; cost.
+    """What a batch of prompts was answered: tokens (R, T), each left-padded to the longest prompt, of a trajectory padded on
+    the right alone; texts; cost.
 
-    scored, written (R, P + N) bool: the completion up to its first end token; the whole completion. ended (R,) bool:
-    whether it has an end token.
+    scored, written (R, T) bool: the completion up to its first end token; the whole completion. ended (R,) bool: whether it
+    has an end token. when (R, T) int64: see `Completions`; -1 everywhere where nobody noted it.
     """
 
     tokens: Tensor
@@ -208,10 +237,11 @@ class RolloutSample:
     texts: list[str]
     forwards: int
     fed: int  # positions that went through the model, over all forwards
+    when: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What has a row for each completion."""
-        return self.tokens, self.attention, self.scored, self.written, self.ended
+        return self.tokens, self.attention, self.scored, self.written, self.when, self.ended
 
 
 @torch.no_grad()
@@ -236,15 +266,54 @@ def sample(
         attention[i, longest - len(prompt.ids) :] = 1
     tokens[:, longest:] = answers
     written = (torch.arange(longest + new) >= longest).expand(tokens.shape)
-    ends = torch.isin(answers, torch.tensor(sorted(tokenizer.end_ids)))
-    # Counted up to and with itself, less itself: zero up to the first end token and at it.
-    before = ends.cumsum(1) - ends.long() == 0
+    before, ended = _up_to_the_end(answers, tokenizer)
     scored = torch.cat([torch.zeros(len(prompts), longest, dtype=torch.bool), before], 1)
     # Judged as a reader would see it: what follows the first end is no part of the answer.
     texts = [tokenizer.answer_text(answer.tolist()) for answer in answers]
-    return RolloutSample(
-        tokens, attention, scored, written.clone(), ends.any(1), texts, generation.forwards, generation.fed
+    cost = generation.forwards, generation.fed
+    return RolloutSample(tokens, attention, scored, written.clone(), ended, texts, *cost, torch.full_like(tokens, -1))
+
+
+def _up_to_the_end(answers: Tensor, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """(R, N) bool, true up to the first end token of each answer and at it; (R,) bool, whether there is one."""
+    ends = torch.isin(answers, torch.tensor(sorted(tokenizer.end_ids)))
+    # Counted up to and with itself, less itself: zero up to the first end token and at it.
+    return ends.cumsum(1) - ends.long() == 0, ends.any(1)
+
+
+def sample_traced(  # noqa: PLR0913 - as `sample`
+    model: MaskPredictor,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    *,
+    width: int,
+    at_once: int | None = None,
+    as_chosen: bool = True,
+) -> RolloutSample:
+    """As `sample`, with the steps at which tokens were written; rows begin at column 0, from which blocks are counted.
+
+    `as_chosen`: tokens behind an end that a stop overwrote stay as they were while others were chosen beside them.
+    """
+    new, columns = params.max_new_tokens, row_width(width, params, model)
+    trace = traced(model, [prompt.ids for prompt in prompts], params, width=columns, at_once=at_once)
+    places, tokens = torch.arange(columns), trace.chosen.clone()
+    lengths = torch.tensor(
+        [[len(prompt.ids), len(answer.request.tokens)] for prompt, answer in zip(prompts, trace.answers, strict=True)]
     )
+    finals = []
+    for row, answer in zip(tokens, trace.answers, strict=True):
+        assert answer.tokens is not None
+        if not as_chosen:
+            row[: len(answer.tokens)] = answer.tokens.cpu()
+        start = answer.request.start
+        finals.append(answer.tokens[start : start + new].cpu())
+    attention = places < lengths[:, 1:]
+    written = attention & (places >= lengths[:, :1])
+    before, ended = _up_to_the_end(torch.stack(finals), tokenizer)
+    scored = written & (places < lengths[:, :1] + before.sum(1, keepdim=True))
+    texts = [tokenizer.answer_text(final.tolist()) for final in finals]
+    return RolloutSample(tokens, attention.long(), scored, written, ended, texts, trace.forwards, trace.fed, trace.when)
 
 
 @dataclass(frozen=True)

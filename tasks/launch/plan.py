@@ -137,9 +137,8 @@ def work_of(params: Params, stage: str) -> tuple[int, int, float]:
     if part is None:
         raise ConfigError(f"{stage} reads data.{block.ROWS}, which this run does not describe: no length to plan with")
     if isinstance(block, GRPOParams):
-        samples = block.mask_samples if block.likelihood == "elbo" else 1
         rows, asked = (
-            block.prompts * block.generations * samples,
+            block.prompts * block.generations * block.mask_copies,
             min(part.length, block.max_prompt_length or part.length),
         )
         length = asked + block.sampling.max_new_tokens
@@ -161,8 +160,8 @@ def _rows_of(params: Params, stage: str) -> Any:
 def rows_at_once(block: TrainingParams, rows: int, ranks: int) -> int:
     """Rows in one forward and backward pass of a rank."""
     copies = block.mask_samples if isinstance(block, PreferenceParams) else 1
-    if isinstance(block, GRPOParams) and block.likelihood == "elbo":
-        copies = block.mask_samples
+    if isinstance(block, GRPOParams):
+        copies = block.mask_copies
     pairs = 2 if isinstance(block, PreferenceParams) else 1
     return min(block.micro_batch_size * copies * pairs, rows) if block.micro_batch_size else -(-rows // ranks)
 

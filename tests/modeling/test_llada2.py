@@ -7,8 +7,6 @@ from torch.testing import assert_close
 from llada_core.modeling import load_model
 from llada_core.modeling.attention import BlockCausal
 from llada_core.modeling.block import RotaryTables, rotate
-from llada_core.training.params import GRPOParams
-from llada_core.training.train import objective_for
 from tests.reference import BLOCKS, GOLDEN, arrays, golden_model
 from tests.tiny import tiny_model
 
@@ -185,10 +183,3 @@ def test_a_fresh_model_of_any_size(experts, per_token):
     model = tiny_model("llada2", num_experts=experts, experts_per_token=per_token)
     assert (model.block_length, model.shape.moe.sparse) == (32, (False, True))
     assert model(torch.arange(12)[None], **by_blocks(4)).logits.shape == (1, 12, 136)
-
-
-def test_what_was_not_written_for_blocks_refuses_such_a_model(tmp_path):
-    model = golden_model("llada2_tiny")
-    one_line = "is not offered yet for a model that attends by blocks of 32"
-    with pytest.raises(ValueError, match=f"GRPO {one_line}"):
-        objective_for(GRPOParams(max_steps=1), model, None, tmp_path, seed=0)
