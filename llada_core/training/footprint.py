@@ -7,8 +7,9 @@ the allocator's fragments, CUDA's context.
 The pretended tensors lie on the CPU, since a build of torch without CUDA cannot even slice pretended CUDA tensors.
 """
 
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,11 @@ from llada_core.data.batches import Batch
 from llada_core.modeling import MaskPredictor
 from llada_core.modeling.attention import BlockCausal
 from llada_core.modeling.predictor import Prediction
+from llada_core.settings import function_at
 from llada_core.training.accelerator import optimiser_for, precision_policy
 from llada_core.training.grpo import GRPO, PolicyData
 from llada_core.training.objectives import DiffusionObjective, Loss
-from llada_core.training.params import GRPOParams, PreferenceParams, TrainingParams
+from llada_core.training.params import GRPOParams, PreferenceParams, SFTParams, TrainingParams
 from llada_core.training.preference import PairBatch, Preference
 
 _NAMES = {
@@ -41,6 +43,25 @@ _NAMES = {
 }
 
 
+Case = tuple[Any, Any]  # an objective, and a micro-batch that its `loss` takes
+Step = Callable[[Any, MaskPredictor, int, int], Case]
+
+
+def case_of(params: TrainingParams) -> Step | None:
+    """What makes the step to be run, of (params, model, rows, length); None where the objective does not say.
+
+    An objective of one's own says it by a function `fullest_step` beside the one that `OBJECTIVE` names.
+    """
+    known: dict[str, Step] = {
+        SFTParams.OBJECTIVE: _diffusion,
+        GRPOParams.OBJECTIVE: _policy,
+        PreferenceParams.OBJECTIVE: _preference,
+    }
+    if params.OBJECTIVE in known:
+        return known[params.OBJECTIVE]
+    return getattr(sys.modules[function_at(params.OBJECTIVE, "objective").__module__], "fullest_step", None)
+
+
 def footprint(
     model: MaskPredictor, params: TrainingParams, rows: int, length: int, *, ranks: int = 1, accumulates: bool = False
 ) -> dict[str, dict[str, float]]:
@@ -49,15 +70,18 @@ def footprint(
     model: on the meta device, weights in the dtypes and with the adapters that they train with; it is changed. rows x
     length tokens go through a forward, every one of them hidden that can be. `ranks` share the model where
     `params.distribution` is fsdp. `accumulates`: gradients of an earlier micro-batch are there. Made for the kinds none,
-    ddp (whose buckets are not counted) and fsdp (whose offload is not).
+    ddp (whose buckets are not counted) and fsdp (whose offload is not). Raises `ValueError` for an objective that does not
+    say what its step is (`case_of`).
     """
+    if (case := case_of(params)) is None:
+        raise ValueError(f"objective {params.OBJECTIVE} does not say what a step of it holds: give it a fullest_step")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     sharded = params.distribution.kind == "fsdp"
     with _pretended_ranks(ranks if sharded else 1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # copies of pretended tensors, and transformers' next names for what it has
         with mode:
             _give_shapes(model)
-        objective = _objective(model, params, rows, length)
+        objective, batch = case(params, model, rows, length)
         pretence = _Pretence(mode, _Tracker())
         wrapped = _Pretended(model, pretence, low=params.precision == "bf16")
         frozen = getattr(getattr(objective, "reference", None), "copied", None)
@@ -80,7 +104,7 @@ def footprint(
         with pretence.shapes_only():
             # The objective counts and picks hidden positions on the CPU, which takes their values.
             with _disable_current_modes():
-                loss = _loss(objective, wrapped, rows, length)
+                loss: Loss = objective.loss(wrapped, batch)
             found["forward"] = _fullest(pretence.tracker)
             (loss.sum if loss.extra is None else loss.sum + loss.extra).backward()
             found["backward"] = _fullest(pretence.tracker)
@@ -173,14 +197,28 @@ def _give_shapes(model: nn.Module) -> None:
             module.register_buffer(name, torch.empty_like(buffer, device="cpu"))
 
 
-def _objective(model: MaskPredictor, params: TrainingParams, rows: int, length: int) -> Any:
-    if isinstance(params, GRPOParams):
-        policy = GRPO(model, PolicyData([0] * params.prompts, [], None, _no_reward), params, seed=0)  # type: ignore[arg-type]
-        policy.load_state(_rollout(params, rows, length))
-        return policy
-    if isinstance(params, PreferenceParams):
-        return Preference(model, [0] * params.batch_size, [], params, seed=0)  # type: ignore[arg-type]
-    return DiffusionObjective(model, None, None, params, seed=0)  # type: ignore[arg-type]
+def _diffusion(params: TrainingParams, model: MaskPredictor, rows: int, length: int) -> Case:
+    """Everything hidden, in the shortest blocks of all steps."""
+    objective = DiffusionObjective(model, None, None, params, seed=0)  # type: ignore[arg-type]
+    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), None, None, torch.arange(rows))
+    shortest = objective.blocks.shortest(objective.block_length)
+    return objective, objective.hide(batch, torch.ones(rows), torch.zeros(rows, length), shortest)
+
+
+def _policy(params: GRPOParams, model: MaskPredictor, rows: int, length: int) -> Case:
+    """The first update on a rollout, under the masks that it draws."""
+    policy = GRPO(model, PolicyData([0] * params.prompts, [], None, _no_reward), params, seed=0)  # type: ignore[arg-type]
+    policy.load_state(_rollout(params, rows, length))
+    return policy, policy.work(model, 0, 0, 1).batches[0]
+
+
+def _preference(params: PreferenceParams, model: MaskPredictor, rows: int, length: int) -> Case:
+    """Pairs that are answer from the first token to the last, under the masks that they draw."""
+    pairs = 2 * max(1, rows // (2 * params.mask_samples))
+    tokens = torch.zeros(pairs, length, dtype=torch.int64)
+    batch = PairBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), tokens + 1, torch.arange(pairs), 0)
+    return Preference(model, [0] * params.batch_size, [], params, seed=0), batch  # type: ignore[arg-type]
 
 
 def _no_reward(task: str, text: str, answer: Mapping[str, Any]) -> float:
@@ -201,21 +239,6 @@ def _rollout(params: GRPOParams, rows: int, length: int) -> dict[str, Tensor]:
         "when": torch.where(late, written, -1),
     }
     return {f"rollout.{name}": x for name, x in state.items()} | {"number": torch.tensor([0])}
-
-
-def _loss(objective: Any, model: nn.Module, rows: int, length: int) -> Loss:
-    """The objective's own loss of one micro-batch: fully masked, or under the masks that it draws."""
-    if isinstance(objective, GRPO):
-        return objective.loss(model, objective.work(model, 0, 0, 1).batches[0])
-    if isinstance(objective, Preference):
-        pairs = 2 * max(1, rows // (2 * objective.params.mask_samples))
-        tokens = torch.zeros(pairs, length, dtype=torch.int64)
-        answers = torch.ones_like(tokens, dtype=torch.bool)
-        return objective.loss(model, PairBatch(tokens, answers, tokens + 1, torch.arange(pairs), 0))
-    tokens = torch.zeros(rows, length, dtype=torch.int64)
-    batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), None, None, torch.arange(rows))
-    shortest = objective.blocks.shortest(objective.block_length)
-    return objective.loss(model, objective.hide(batch, torch.ones(rows), torch.zeros(rows, length), shortest))
 
 
 def _shard(model: MaskPredictor, params: TrainingParams, ranks: int) -> None:

@@ -25,6 +25,7 @@ from tasks.launch.plan_memory import (
     peak_of,
     room,
     shape_of,
+    unknown_step,
 )
 from tasks.project import Params, Project, visible_gpus
 from tasks.record.runs import RunFolder
@@ -196,6 +197,8 @@ def told(params: Params, stage: str, gpu: str, mfu: float) -> str:
     needs = need(params, stage, ranks, per_node)
     parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in needs.memory.items() if value >= GIB / 20)
     how = "a training step run on tensors without memory" if needs.measured else "by formula"
+    if (unknown := unknown_step(params.training(stage))) is not None:
+        how = f"by formula, as of the diffusion loss: {unknown} has no fullest_step that says what it holds"
     lines = [
         f"{stage}: {needs.parameters:,} parameters, {needs.trained:,} of them trained, on {_where(gpu, ranks)}",
         f"  memory of a {'process' if gpu == HERE else 'GPU'} (GiB; {how}): {parts}: {needs.total / GIB:.1f} of {allowed / GIB:.1f}",

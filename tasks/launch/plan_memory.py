@@ -62,10 +62,18 @@ def estimate(asked: Asked) -> float:
 def memory_of(asked: Asked) -> tuple[dict[str, float], bool]:
     """Bytes of one GPU by purpose, and whether they were measured rather than counted."""
     block = asked.params.settled(asked.stage, gpu=True)
-    if block.distribution.kind in ("zero2", "zero3") or (block.lora is not None and block.lora.four_bit):
+    unseen = block.distribution.kind in ("zero2", "zero3") or (block.lora is not None and block.lora.four_bit)
+    if unseen or unknown_step(block) is not None:
         model, stored = trained_shape(asked.params, asked.stage)
         return counted(model, block, asked.ranks, _fed(asked, model, block), stored), False
     return dict(_measured(asked)), True
+
+
+def unknown_step(block: TrainingParams) -> str | None:
+    """The objective that does not say what a step of it holds; None where it does."""
+    from llada_core.training.footprint import case_of
+
+    return block.OBJECTIVE if case_of(block) is None else None
 
 
 def copies_of(model: "MaskPredictor", block: TrainingParams, length: int) -> int:

@@ -1,12 +1,15 @@
 """The memory of a training step, from the step run without memory: as a GPU measured it, and what each setting changes."""
 
+import sys
+
 import pytest
 import torch
 
 from llada_core.modeling.families import LoraParams, ModelParams
 from llada_core.modeling.pretrained import empty_model
+from llada_core.sampling.params import SamplingParams
 from llada_core.tokenizer import SpecialTokens
-from llada_core.training.footprint import footprint
+from llada_core.training.footprint import case_of, footprint
 from llada_core.training.params import (
     BlockParams,
     BlockPhase,
@@ -17,7 +20,7 @@ from llada_core.training.params import (
     SFTParams,
 )
 from llada_core.training.train import prepare_weights
-from tasks.launch.plan_memory import copies_of, cut
+from tasks.launch.plan_memory import copies_of, cut, unknown_step
 from tests.tiny import TINY_BACKBONES
 
 GIB = 2**30
@@ -56,6 +59,45 @@ def test_what_a_gpu_measured(wanted, depth, values, tokens, accumulates):
     found = (more + (more - few) / 2 * (depth - 4)) / GIB
     print(wanted, round(found, 1))
     assert found == pytest.approx(wanted, rel=0.12)
+
+
+class OwnParams(SFTParams):
+    """A stage of one's own."""
+
+    OBJECTIVE = "tests.training.test_footprint.objective"
+
+
+def objective():
+    """Not run: only its module is looked at."""
+
+
+def twice_as_wide(params, model, rows, length):
+    """A step that holds rows of twice the length."""
+    return case_of(SFTParams(max_steps=1))(params, model, rows, 2 * length)
+
+
+def test_an_objective_of_ones_own_says_what_its_step_holds(monkeypatch):
+    own, usual = OwnParams(max_steps=1, precision="bf16"), SFTParams(max_steps=1, precision="bf16")
+    with pytest.raises(ValueError, match=r"test_footprint\.objective does not say what a step of it holds"):
+        tiny(own)
+    assert unknown_step(own) == "tests.training.test_footprint.objective"
+    monkeypatch.setattr(sys.modules[__name__], "fullest_step", twice_as_wide, raising=False)
+    assert unknown_step(own) is unknown_step(usual) is None
+    assert fullest(tiny(own)) == fullest(tiny(usual, length=128)) > fullest(tiny(usual))
+
+
+def test_a_trajectory_holds_a_copy_for_each_step_of_a_block():
+    """A rollout of 32 tokens in blocks of 8: at most eight canvases of a row, noisy and clean; merged steps are fewer."""
+    held = {}
+    for merge in (1, 2, 4):
+        sampling = SamplingParams(max_new_tokens=32, block_length=8, steps=32)
+        params = GRPOParams(
+            max_steps=1, beta=0.0, likelihood="trajectory", merge_steps=merge, prompts=2, sampling=sampling
+        )
+        assert params.mask_copies == 8 // merge
+        model = shape(n_layers=2, kind="llada_blocks", block_length=8, **TINY)
+        held[merge] = tiny(params, rows=params.mask_copies, model=model)["forward"]["activations"]
+    assert held[1] > 1.7 * held[2] > 1.7 * 1.7 * held[4]
 
 
 TINY = {"vocabulary": 500, "d_model": 64, "n_heads": 4, "mlp_hidden_size": 128}
