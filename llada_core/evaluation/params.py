@@ -55,6 +55,14 @@ class BenchmarkSettings(SettingsBlock):
         return sampling if kind == "generate" else values
 
 
+class SpeedParams(SettingsBlock):
+    """What faster sampler settings cost each model, as `llada eval --speed` measures it; the report shows the table."""
+
+    benchmarks: tuple[str, ...] = Field(min_length=1)  # of those that are evaluated, answered in words
+    settings: tuple[str, ...] = Field(min_length=1)  # beside exact: "threshold=0.9,cache=prefix", or "usual"
+    limit: int | None = Field(default=None, ge=1)  # questions per task and setting, one at a time
+
+
 class EvaluateParams(SettingsBlock):
     """Every benchmark with every model. A model is the name of a stage, or whatever `load_model` takes."""
 
@@ -73,6 +81,7 @@ class EvaluateParams(SettingsBlock):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     bits: Bits | None = None  # of quantised weights, on a CUDA GPU; None: as stored
     run_code: bool = False  # benchmarks that run generated programs do so only with this opt-in
+    speed: SpeedParams | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -80,6 +89,10 @@ class EvaluateParams(SettingsBlock):
             raise ValueError(f"batch_size is {self.batch_size}; give 1 or more, or auto")
         for name in {n for n in self.benchmarks if self.benchmarks.count(n) > 1}:
             raise ValueError(f"benchmark {name!r} is listed twice")
+        for name in () if self.speed is None else self.speed.benchmarks:
+            if name not in self.benchmarks:
+                near = nearest(name, list(self.benchmarks))
+                raise ValueError(f"speed.benchmarks names {name!r}, which benchmarks does not list{near}")
         return self
 
 

@@ -40,6 +40,7 @@ def markdown(report: Result) -> str:
     told = [r for row in report["rows"] for r in row.get("references", [])]
     lines += list(dict.fromkeys(f"- {r['source']}: {r['model']}, {r['where']}" for r in told))
     lines += _not_the_same(report)
+    lines += _speeds(report)
     if report["curves"]:
         lines += ["", "Training curves:", "", *(f"![{stage}](training/{stage}.png)" for stage in report["curves"])]
     return "\n".join(lines).rstrip() + "\n"
@@ -105,6 +106,23 @@ def _not_the_same(report: Result) -> list[str]:
                 how = "; ".join(f"{part} ({why})" for part, why in figure["differs"].items())
                 told.setdefault(f"not measured as {figure['source']} was: {how}", []).append(row["benchmark"])
     return [f"- {', '.join(names)} {how}" for how, names in told.items()]
+
+
+def _speeds(report: Result) -> list[str]:
+    """What faster settings cost each model, where `evaluate.speed` asked for it: a row for each setting and model."""
+    head = "| benchmark | setting | model | % right | against exact | tokens/forward | forwards | tokens/s |"
+    rows = []
+    for name, by_model in report.get("speed", {}).items():
+        models = [m for m in report["models"] if by_model.get(m)]
+        for setting in dict.fromkeys(r["setting"] for m in models for r in by_model[m]):
+            for model, r in ((m, r) for m in models for r in by_model[m] if r["setting"] == setting):
+                against = f"{100 * r['difference']:+.1f} [{100 * r['low']:+.1f}, {100 * r['high']:+.1f}]"
+                cells = [name, setting, model, f"{100 * r['mean']:.1f}", against, f"{r['tokens_per_forward']:.2f}"]
+                rows.append("| " + " | ".join([*cells, f"{r['forwards']:.1f}", f"{r['tokens_per_second']:.0f}"]) + " |")
+    if not rows:
+        return []
+    said = "What faster settings cost, a question at a time; % right is the mean over the wordings in which exact (a token a forward, no cache) solves half."
+    return ["", said, "", head, "|---" * 8 + "|", *rows]
 
 
 def _score(score: Result | None, metric: str) -> str:
@@ -175,17 +193,19 @@ def table(
     questions: Mapping[str, Mapping[str, Scores]],
     params: ReportParams,
     training: Mapping[str, Result] | None = None,
+    speeds: Mapping[str, Mapping[str, Sequence[Result]]] | None = None,
 ) -> Result:
     """The report as JSON values.
 
     results: benchmark -> model -> result. questions: the same, question by question. training: stage -> its last
-    metrics, for what GRPO's own numbers say.
+    metrics, for what GRPO's own numbers say. speeds: benchmark -> model -> rows of `speed.table`.
     """
     rows = [_row(name, by_model, questions.get(name, {}), params) for name, by_model in results.items()]
     models = list(dict.fromkeys(model for by_model in results.values() for model in by_model))
     evidence = grpo_evidence(training or {})
     said = remarks(rows, params) + _told(evidence)
-    return {"models": models, "rows": rows, "grpo": evidence, "remarks": said, "curves": sorted(training or {})}
+    found = {"models": models, "rows": rows, "grpo": evidence, "remarks": said, "curves": sorted(training or {})}
+    return found | ({"speed": dict(speeds)} if speeds else {})
 
 
 def _row(name: str, by_model: Mapping[str, Result], questions: Mapping[str, Scores], params: ReportParams) -> Result:

@@ -362,6 +362,7 @@ def _no_sharded_copy(params: TrainingParams, beta: float) -> None:
 TRAINING_STAGES: dict[str, type[TrainingParams]] = {
     "pretrain": PretrainParams,
     "sft": SFTParams,
+    "sft_blocks": SFTParams,  # on a model that the same run fine-tuned: as one that attends by blocks
     "grpo": GRPOParams,
     "sft_control": SFTParams,
     "preference": PreferenceParams,

@@ -66,6 +66,8 @@ def run(work: Work) -> None:
         for name, folder in models.items():
             with answering(folder, params) as answerer:
                 timings[name] = measure(work.item, name, answerer, params, places)
+                if timings[name] and params.speed is not None and work.item in params.speed.benchmarks:
+                    measure_speed(work.item, name, answerer, params, places)
     if any(timings.values()):
         path = places.out / f"{work.item}.json"
         write_json(path, read_json(path) | {"run": work.run.key})
@@ -158,6 +160,25 @@ def measure(name: str, model: str, answerer: "Responder", params: EvaluateParams
     seconds = max(store.seconds, 1e-9)
     line = {"score": result.get("score"), "seconds": store.seconds, "questions_per_second": len(records) / seconds}
     return line | ({"tokens_per_second": sum(lm.new_tokens) / seconds} if lm.new_tokens else {})
+
+
+def measure_speed(name: str, model: str, answerer: "Responder", params: EvaluateParams, places: Places) -> None:
+    """What `params.speed` costs one model on one benchmark: its rows in `<out>/<benchmark>/speed.json`, by model.
+
+    Raises `ConfigError` for a benchmark that is not answered in words. These rows hold times, so that they differ from
+    run to run.
+    """
+    from llada_core.evaluation.benchmark import benchmark
+    from llada_core.evaluation.speed import study, table
+
+    assert params.speed is not None
+    asked = benchmark(name, params, root=places.root, puzzles=places.puzzles)
+    if asked.recipe.kind != "generate":
+        raise ConfigError(f"evaluate.speed: {name} writes nothing; name benchmarks that are answered in words")
+    points = study(asked, answerer, params.speed.settings, params.speed.limit or params.limit)
+    path = places.out / asked.name / "speed.json"
+    known = read_json(path) if path.exists() else {}
+    write_json(path, known | {safe(model): table(points)})
 
 
 @contextmanager

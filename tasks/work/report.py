@@ -64,7 +64,9 @@ def write_report(
         found[name] = {model: by_model[model] for model in order}
         questions[name] = {model: scores_of(results / name / f"{model}.samples.jsonl") for model in order}
     said = {path.stem: read_json(path) for path in sorted(beside.training.glob("*.json"))} if beside.training else {}
-    report = table(found, questions, params, said)
+    files = {name: results / name / "speed.json" for name in found}  # where `evaluate.speed` asked for it
+    speeds = {name: read_json(file) for name, file in files.items() if file.exists()}
+    report = table(found, questions, params, said, speeds)
     report["commit"] = beside.commit
     write_json(out / "table.json", report)
     scores = {name: {model: by_model[model].get("score") for model in by_model} for name, by_model in found.items()}

@@ -4,18 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from llada_core.data.contamination import QUESTIONS, value_of
+from llada_core.evaluation import speed
 from llada_core.evaluation.answering import Responder
-from llada_core.evaluation.params import BenchmarkSettings, EvaluateParams, ReportParams
+from llada_core.evaluation.params import BenchmarkSettings, EvaluateParams, ReportParams, SpeedParams
 from llada_core.modeling import save_model
 from llada_core.settings import ConfigError
 from tasks.folders import safe
-from tasks.work.evaluate import Places, answering, measure
+from tasks.work.evaluate import Places, answering, measure, measure_speed
 from tasks.work.measure import sweep, tell_costs
 from tasks.work.report import write_report
 from tests.tiny import tiny_pair
@@ -71,6 +74,37 @@ def test_results_have_scores_intervals_and_settings_and_no_clock(places):
     assert [r["id"] for r in records] == [f"sudoku-{i}" for i in range(7)]
     assert records[0]["in_training"]
     assert records[0]["prompt"].endswith("assistant<|end_header_id|>\n\n")
+
+
+def test_the_report_holds_what_faster_settings_cost_each_model(places, monkeypatch):
+    monkeypatch.setattr(speed, "HALF", 0.0)  # a model of noise solves nothing
+    asked = SpeedParams(benchmarks=("sudoku",), settings=("threshold=0.001", "cache=prefix"), limit=3)
+    params = PARAMS.model_copy(update={"benchmarks": ("sudoku",), "speed": asked})
+    for model in ("sft", "grpo"):
+        evaluate(places, model, params)
+        with answering(places.out.parents[1] / "models" / model, params) as answerer:
+            measure_speed("sudoku", model, answerer, params, places)
+    report = write_report(places.out, ["sudoku"], ReportParams(), places.out.parent)
+    rows = report["speed"]["sudoku"]["sft"]
+    assert [row["setting"] for row in rows] == ["exact", "threshold=0.001", "cache=prefix"]
+    assert rows[0]["forwards"] == rows[2]["forwards"] == 8 > rows[1]["forwards"]
+    lines = (places.out.parent / "table.md").read_text().splitlines()
+    shown = [line.split(" | ")[:3] for line in lines if line.startswith("| sudoku | ") and line.count("|") == 9]
+    wanted = [(row["setting"], model) for row in rows for model in ("grpo", "sft")]
+    assert shown[-6:] == [["| sudoku", *pair] for pair in wanted]
+    head, rule = next((a, b) for a, b in pairwise(lines) if "tokens/forward" in a)
+    assert head.count("|") == rule.count("|") == 9
+    choice = SimpleNamespace(recipe=SimpleNamespace(kind="choice"))
+    monkeypatch.setattr("llada_core.evaluation.benchmark.benchmark", lambda *_, **__: choice)
+    with pytest.raises(ConfigError, match=r"evaluate\.speed: piqa writes nothing"):
+        measure_speed("piqa", "sft", None, params, places)
+
+
+def test_speed_names_what_is_evaluated():
+    with pytest.raises(
+        ValueError, match=r"speed\.benchmarks names 'sudoko', which benchmarks does not list; did you mean 'sudoku'"
+    ):
+        EvaluateParams(benchmarks=("sudoku",), speed=SpeedParams(benchmarks=("sudoko",), settings=("usual",)))
 
 
 def test_killed_and_resumed_is_byte_for_byte_undisturbed(places, monkeypatch):

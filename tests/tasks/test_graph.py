@@ -54,9 +54,13 @@ SAMPLES = ("sampling", "verifiers", "training/rollouts.py", "training/rewards")
 NOT_READ = dict.fromkeys(TRAINING_STAGES, SAMPLES) | {
     "grpo": (),
     # Of the evaluation it only counts questions that are trained on.
-    "prepare": tuple(f"evaluation/{name}.py" for name in ("answering", "benchmark", "harness", "requests")),
+    "prepare": tuple(f"evaluation/{name}.py" for name in ("answering", "benchmark", "harness", "requests", "speed")),
 }
-READ_AS_DATA = ("llada_core/evaluation/definitions", "llada_core/evaluation/figures.yaml")
+READ_AS_DATA = (
+    "llada_core/evaluation/definitions",
+    "llada_core/evaluation/figures.yaml",
+    "llada_core/evaluation/speed_prompts.yaml",
+)
 TOO_WIDE = {
     "prepare": {"llada_core/data/batches.py"}
 }  # it lists the folder, of which this is the one file it does not run
@@ -118,7 +122,7 @@ def test_a_stage_lists_all_code_that_it_runs(name: str) -> None:
         assert (ROOT / path).exists(), f"{name} lists {path}, which is not there"
     missing = {
         file
-        for file in closure(name) - CONFIG - {f"tasks/{name}.py"}
+        for file in closure(name) - CONFIG - {f"tasks/{name}.py", "tasks/__main__.py"}  # the commands
         if not any(file == path or file.startswith(f"{path}/") for path in listed) and not file.endswith("__init__.py")
     }
     assert not missing, f"{name} runs, but does not list: {sorted(missing)}"
