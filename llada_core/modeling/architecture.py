@@ -268,13 +268,18 @@ def moe_architecture(values: Mapping[str, Any]) -> Architecture:
     return architecture
 
 
-def llada2_architecture(values: Mapping[str, Any]) -> Architecture:
-    """What a config.json of LLaDA2.0 or 2.1 describes; errors as `dense_architecture`."""
+def refuse_merged(values: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for the config.json of a layout of dFactory's."""
     if values.get("model_type") == "llada2_moe_veomni":
         raise ValueError(
             "config.json: model_type llada2_moe_veomni is dFactory's merged layout, whose experts lie in one weight; "
             "split it with its scripts/moe_convertor.py, and write llada2_moe"
         )
+
+
+def llada2_architecture(values: Mapping[str, Any]) -> Architecture:
+    """What a config.json of LLaDA2.0 or 2.1 describes; errors as `dense_architecture`."""
+    refuse_merged(values)
     read = _Reader(values, _LLADA2_SILENT)
     read.fixed(_LLADA2_FIXED, {})
     n_layers, n_heads = int(read.need("num_hidden_layers")), int(read.need("num_attention_heads"))

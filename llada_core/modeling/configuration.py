@@ -16,6 +16,7 @@ from llada_core.modeling.architecture import (
     dream_architecture,
     llada2_architecture,
     moe_architecture,
+    refuse_merged,
 )
 from llada_core.modeling.families import FAMILIES, TOKEN_KEYS, Family, family_of
 
@@ -155,6 +156,13 @@ class LLaDA2Config(LLaDAConfig):
 
     def __init__(self, **values: Any) -> None:  # as in LLaDAMoEConfig
         super().__init__(**values)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers', which would first warn of another `model_type` and say nothing of what it is."""
+        values, unused = super().get_config_dict(*args, **kwargs)
+        refuse_merged(values)
+        return values, unused
 
     def architecture(self) -> Architecture:
         return llada2_architecture(self.published())

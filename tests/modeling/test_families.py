@@ -2,6 +2,7 @@
 
 import ast
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,20 @@ def test_what_it_needs_and_families_that_there_are_not_are_told_in_one_line(toy)
 )
 def test_a_config_json_tells_its_family(config, kind, toy):
     assert family_of(config).kind == kind
+
+
+def test_a_layout_that_is_refused_is_told_in_one_line_alone(tmp_path):
+    """transformers would warn first that the file is of another type."""
+    (tmp_path / "config.json").write_text(json.dumps({**LLADA2.config, "model_type": "llada2_moe_veomni"}))
+    records, handler = [], logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with pytest.raises(ValueError, match=r"dFactory's merged layout.*moe_convertor"):
+            load_config(tmp_path)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert not [record.getMessage() for record in records]
 
 
 def test_nobody_else_asks_which_family_a_network_or_a_configuration_is_of():
