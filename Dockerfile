@@ -4,6 +4,7 @@
 #   docker run --rm --gpus all lladaflow llada doctor
 #   docker run --rm --gpus all -v "$PWD/mine:/work" lladaflow llada init .       # once, in an empty folder
 #   docker run --rm --gpus all -v "$PWD/mine:/work" lladaflow llada run smoke
+#   docker run --rm --gpus all -v "$PWD/mine:/work" -p 7860:7860 lladaflow llada app --host 0.0.0.0      # llada serve: 8000
 FROM python:3.12-slim-bookworm
 
 RUN apt-get update && apt-get install -y --no-install-recommends git make g++ && rm -rf /var/lib/apt/lists/*
@@ -21,9 +22,9 @@ COPY params.yaml dvc.yaml prefect.yaml Makefile AGENTS.md CONTRIBUTING.md .gitig
 COPY .dvc/config .dvc/config
 RUN pip install --no-cache-dir -c constraints.txt '.[all,zero,4bit]'
 
-# A project to try; a volume at /work takes its place.
-RUN llada init /work
+# A project to try; a volume at /work takes its place. The volume is somebody else's than root's, which git refuses unasked.
+RUN git config --system --add safe.directory '*' && llada init /work
 WORKDIR /work
 ENV DVC_NO_ANALYTICS=1 DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true GRADIO_ANALYTICS_ENABLED=False HF_HUB_DISABLE_TELEMETRY=1
-EXPOSE 7860 5000 4200
+EXPOSE 7860 8000 5000 4200
 CMD ["llada", "--help"]

@@ -1,5 +1,6 @@
 """The package as somebody installs it: a wheel, away from the checkout, beside packages with the names of our rooms."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from cli.wheel import new_project
 from llada_core.modeling import save_model
+from llada_core.settings import ConfigError
 from tests.test_pipeline import clean_environment, clone
 from tests.tiny import tiny_pair
 
@@ -73,6 +76,17 @@ def test_a_model_answers_without_a_project(llada, model: Path, tmp_path: Path) -
     talked = llada("chat", "--model", str(model), "--max-new-tokens", "4", cwd=tmp_path, stdin="hi\n/quit\n")
     assert talked.returncode == 0, talked.stderr
     assert "4 forwards" in talked.stdout
+
+
+def test_a_folder_that_git_refuses_is_told_in_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container's root meets a volume of somebody else's."""
+    (tmp_path / "bin").mkdir()
+    git = tmp_path / "bin" / "git"
+    git.write_text("#!/bin/sh\n[ $1 = init ] || { echo 'fatal: detected dubious ownership' >&2; exit 128; }\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{git.parent}:{os.environ['PATH']}")
+    with pytest.raises(ConfigError, match=r"git does not take .*mine: fatal: detected dubious ownership"):
+        new_project(tmp_path / "mine")
 
 
 def test_what_needs_a_project_says_so_and_init_makes_one(llada, tmp_path: Path) -> None:

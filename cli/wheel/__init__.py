@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 import llada_core
+from llada_core.settings import ConfigError
 
 HERE = Path(__file__).resolve().parent
 ROOMS = ("tasks", "flows", "app", "cli", "profiles")
@@ -40,7 +41,7 @@ def is_project(folder: Path) -> bool:
 def new_project(folder: Path) -> None:
     """Copy the code and what it reads into a new folder, as a git checkout where git is there.
 
-    Raises FileExistsError for a folder that holds something.
+    Raises FileExistsError for a folder that holds something, `ConfigError` with git's words where it refuses.
     """
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; give the name of a new folder")
@@ -54,7 +55,10 @@ def new_project(folder: Path) -> None:
     if git := shutil.which("git"):
         quiet = ["-c", "user.name=llada init", "-c", "user.email=llada@localhost", "-c", "commit.gpgsign=false"]
         for words in (["init", "-q"], ["add", "-A"], [*quiet, "commit", "-q", "--no-verify", "-m", "llada init"]):
-            subprocess.run([git, *words], cwd=folder, check=True)
+            done = subprocess.run([git, *words], cwd=folder, capture_output=True, text=True)
+            if done.returncode:
+                told = " ".join(done.stderr.split())
+                raise ConfigError(f"git does not take {folder}: {told} (empty the folder before you call this again)")
 
 
 def init(folder: Annotated[Path, typer.Argument(help="the new folder")]) -> None:
