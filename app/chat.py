@@ -245,18 +245,20 @@ class CompareView:
         names = [values[side.model] or values[self.panel.model] or self.state.model for side in self.sides]
         facts = [table(score_rows(index.scores(name))) for name in names]
         pictures = ["", ""]
-        for both in zip_longest(*(frames for _, frames in runs)):
+        for both in zip_longest(*(frames for _, frames, _ in runs)):
             pictures = [new or old for new, old in zip(both, pictures, strict=True)]
             yield pictures[0], "", facts[0], pictures[1], "", facts[1]
-        left, right = (answer for answer, _ in runs)
+        left, right = (answer for answer, _, _ in runs)
         said = [
-            verdict(judged(asked, answer.text, index.usage(name))) if answer.whole else ""
-            for (answer, _), name in zip(runs, names, strict=True)
+            (verdict(judged(asked, answer.text, index.usage(name))) if answer.whole else "")
+            + notice(f"{answer.note} {doubts}".strip())
+            for (answer, _, doubts), name in zip(runs, names, strict=True)
         ]
-        shown = pictures[0] + said[0] + notice(left.note), pictures[1] + said[1] + notice(right.note)
+        shown = pictures[0] + said[0], pictures[1] + said[1]
         yield shown[0], readable(left.text), facts[0], shown[1], readable(right.text), facts[1]
 
-    def _side(self, side: Side, values: Values) -> tuple[LiveAnswer, Iterator[str]]:
+    def _side(self, side: Side, values: Values) -> tuple[LiveAnswer, Iterator[str], str]:
+        """The answer, its pictures as they come, and what of the settings its model did not learn."""
         name = values[side.model] or values[self.panel.model]
         loaded, _ = self.state.loaded(name)
         params, chosen = self.panel.params(values), values[side.preset]
@@ -271,7 +273,7 @@ class CompareView:
         )
         answer.shown_in = self.state.speeds[values[self.speed]]
         frames = answer.run(loaded, steps, limit=self.state.seconds)
-        return answer, self.panel.live(loaded, answer, frames, values, params)
+        return answer, self.panel.live(loaded, answer, frames, values, params), loaded.doubts(params)
 
 
 def build_compare(state: AppState, panel: Panel) -> list[gr.Dropdown]:

@@ -286,13 +286,8 @@ class Conversation:
                     turn.verdict = judged(turn.user, live.text, loaded.usage) if live.whole else None
                     if turn.verdict is not None and live.note == EMPTY:
                         live.note = ""  # the verdict says more
-                    doubts = loaded.usage.doubts(params, loaded.model.block_length)
                     alone = loaded.usage.turns == "single" and len(self.turns) > 1
-                    said = [
-                        live.note,
-                        *([ALONE] if alone else []),
-                        *(f"{line[0].upper()}{line[1:]}." for line in doubts),
-                    ]
+                    said = [live.note, *([ALONE] if alone else []), loaded.doubts(params)]
                     live.note = " ".join(said).strip()
                 self.give_up()
                 self.writing, self.told = False, ""

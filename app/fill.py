@@ -110,6 +110,7 @@ class InfillView:
             raise UserError("Pinned words belong to the answer to a question; take them away, or the gaps.")
         loaded, _ = self.state.loaded(values[self.panel.model])
         params, tokenizer, gaps = self.panel.params(values), loaded.tokenizer, bool(GAP.search(text))
+        doubts = loaded.doubts(params)
         read: Callable[[list[int]], str] = tokenizer.answer_text
         if gaps:
             with as_user_error():
@@ -129,7 +130,7 @@ class InfillView:
             yield picture, ""
         said = "" if gaps else NO_GAP if not pins.strip() else ""
         checked = verdict(judged(text, answer.text, loaded.usage)) if answer.whole and not gaps else ""
-        yield picture + checked + notice(f"{answer.note} {said}".strip()), readable(answer.text)
+        yield picture + checked + notice(" ".join([answer.note, said, doubts]).strip()), readable(answer.text)
 
 
 NO_GAP = "There is no gap like [[5]] in the text, so it was asked as a question."
@@ -197,7 +198,8 @@ class SudokuView:
         answer.shown_in = self.state.speeds[values[self.speed]]
         for board in self.panel.live(loaded, answer, frames, values, params, partial(grid, puzzle)):
             yield board, notice("")
-        yield board, solved(puzzle, answer.text) if answer.whole else notice(answer.note)
+        said = solved(puzzle, answer.text) if answer.whole else notice(answer.note)
+        yield board, said + notice(loaded.doubts(params))
 
     def check(self, *values: str) -> Shown:
         """Shows the typed grid, marking what breaks a rule."""

@@ -172,6 +172,11 @@ class LoadedModel:
         """For whoever asks the model beside its engine: no step is made meanwhile."""
         return self.engine.turn
 
+    def doubts(self, params: SamplingParams) -> str:
+        """What of these settings the model did not learn, as sentences for a person; mostly none."""
+        lines = self.usage.doubts(params, self.model.block_length)
+        return " ".join(f"{line[0].upper()}{line[1:]}." for line in lines)
+
     def decode(self, token: int) -> str:
         """One token as text, end tokens as a sign."""
         return speller(self.tokenizer)(token)

@@ -2,12 +2,16 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 
 from app import render
 from app.canvas import DONE, FRESH, OPEN, REPLACED, Trace, find_runners_up
+from app.chat import CompareView, Side
 from app.conversation import Conversation
+from app.fill import FIRST, InfillView, SudokuView
+from app.panel import Panel
 from app.server.answers import Draft
 from app.server.schema import SAMPLER, SamplingFields
 from llada_core.sampling import stream
@@ -91,3 +95,27 @@ def test_a_conversation_says_what_its_model_did_not_learn(loaded):
     for _ in chat.reply(loaded, SamplingParams(8, 8, 8, sampler="llada2.0", threshold=0.5)):
         pass
     assert "Sampler llada2.0 is for models that attend by blocks; this one sees all positions." in chat.last.note
+
+
+def test_infill_sudoku_and_compare_say_it_as_well(loaded):
+    index = SimpleNamespace(scores=lambda name: {}, usage=lambda name: loaded.usage)
+    state = SimpleNamespace(
+        loaded=lambda name: (loaded, ""), speeds={"instant": 0.0}, seconds=120.0, index=index, model="tiny"
+    )
+    params = SamplingParams(32, 32, 32, sampler="llada2.0", threshold=0.5)
+    names = [name for name in vars(params) if name != "rule"]
+    side = Panel("model", "preset", "guesses", {name: name for name in names})
+    values = {name: getattr(params, name) for name in names}
+    values |= {"model": "tiny", "guesses": False, "speed": "instant", "text": "a [[2]]", "pins": "", "keep": False}
+    values |= {"question": "12 + 3", "left": "as in the sidebar", "right": "recommended"}
+    values |= {cell: digit.replace("0", "") for cell, digit in zip(range(16), FIRST, strict=True)}
+    columns = tuple(Side("model", name, None, None, None) for name in ("left", "right"))
+    views = (
+        InfillView(state, side, "text", "pins", "speed").fill,
+        SudokuView(state, side, list(range(16)), "keep", "speed").solve,
+        CompareView(state, side, "question", "speed", columns).run,
+    )
+    for view in views:
+        *_, last = view(values)
+        doubted = [shown for shown in last if "this one sees all positions" in str(shown)]
+        assert len(doubted) == 1, view  # of two that are compared, where it holds
