@@ -95,7 +95,9 @@ def _finished(name: str, params: "EvaluateParams", places: "Places", found: dict
 
 def _is_own(text: str) -> bool:
     """Whether a benchmark is a file of questions and answers."""
-    return Path(text).suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".ndjson") and Path(text).is_file()
+    from tasks.own_code import TABLES
+
+    return Path(text).suffix in TABLES and Path(text).is_file()
 
 
 def _prepared(

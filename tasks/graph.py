@@ -49,7 +49,8 @@ def load_stage(project: Project, name: str, params: dict[str, Any]) -> StageNode
         raise ConfigError(f"dvc.yaml has no stage {kind!r}{nearest(kind, list(stages))}")
     spec = _body(stages[kind])
     values = params | ({"item": item} if item else {})
-    deps = [_fill(path, values) for path in _deps(kind, spec, params)]
+    others = set(_own(kind, spec, params)) - set(_own(kind, spec, _of(item, params)))  # other benchmarks' questions
+    deps = [_fill(path, values) for path in _deps(kind, spec, params) if path not in others]
     return StageNode(
         name=name,
         code=tuple(path for path in deps if Path(path).parts[0] in CODE),
@@ -61,11 +62,16 @@ def load_stage(project: Project, name: str, params: dict[str, Any]) -> StageNode
 
 def chosen(params: dict[str, Any], stage: StageNode) -> dict[str, Any]:
     """The values of the keys that `stage` reads; of `evaluate.overrides` an instance reads only its benchmark's."""
-    values = {key: lookup(params, key) for key in stage.params}
-    item = stage.name.partition("@")[2]
-    if item and (overrides := values.get("evaluate.overrides")):
-        values["evaluate.overrides"] = {name: value for name, value in overrides.items() if name == item}
-    return values
+    values = _of(stage.name.partition("@")[2], params)
+    return {key: lookup(values, key) for key in stage.params}
+
+
+def _of(item: str, params: dict[str, Any]) -> dict[str, Any]:
+    """`params` as an instance of evaluate reads them: without other benchmarks' overrides."""
+    if not item or not (overrides := lookup(params, "evaluate.overrides")):
+        return params
+    own = {name: value for name, value in overrides.items() if name == item}
+    return params | {"evaluate": params["evaluate"] | {"overrides": own}}
 
 
 def lookup(params: dict[str, Any], key: str) -> Any:
@@ -130,6 +136,8 @@ def _own(kind: str, body: dict[str, Any], params: dict[str, Any]) -> list[str]:
 
 def require_listed(spec: dict[str, Any], params: dict[str, Any]) -> None:
     """Raises `ConfigError` for a file of one's own that dvc.yaml does not list: DVC would not see that it was edited."""
+    if own_code.with_benchmarks(params) is not params:
+        raise ConfigError("params.yaml names a file in evaluate.benchmarks; run the same settings as a profile")
     for kind in params["stages"]:
         body = _body(spec["stages"].get(kind, {}))
         if missing := [path for path in _own(kind, body, params) if path not in body.get("deps", [])]:

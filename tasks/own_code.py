@@ -1,54 +1,89 @@
-"""Functions of one's own that parameters name as FILE.py:FUNCTION (a map, a reward, an unmasking rule): which files.
+"""Files of one's own that parameters name: a map, a reward, an unmasking rule as FILE.py:FUNCTION, a benchmark's questions.
 
 Beside a profile, or in the project, tracked by git or not: a workspace gets copies, and whatever reads the setting depends
-on the file.
+on the file. A benchmark is a file of questions and answers in any shape that training takes, or a recipe (.yaml).
 """
 
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llada_core.data.shapes import prompt
+from llada_core.data.sources import Row, RowError, UnusableRow, rows_of
+from llada_core.files import line_of, stem
 from llada_core.settings import ConfigError
 from tasks.folders import content_hash
 
 KEYS = ("map", "reward", "rule")  # settings that name a function, in whatever block
 FUNCTION = re.compile(r"(?P<file>[^:]+\.py):(?P<name>\w+)")
 FOLDER = "own"  # of a workspace, with the copies
+QUESTIONS = "questions"  # the setting of a benchmark that is a file
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".ndjson")  # of questions and answers
+BENCHMARKS, KEPT = (*TABLES, ".yaml"), (".py", ".yaml")  # what may be a benchmark, and what is copied as it is
+
+
+def with_benchmarks(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings with each benchmark that is a file called by its stem, and the file in `evaluate.overrides`."""
+    block = values.get("evaluate") or {}
+    files = [str(name) for name in block.get("benchmarks") or () if Path(str(name)).suffix in BENCHMARKS]
+    if not files:
+        return values
+    overrides = dict(block.get("overrides") or {})
+    for file in files:
+        if not re.fullmatch(r"[\w-]+", stem(Path(file))):
+            raise ConfigError(
+                f"evaluate.benchmarks: {file!r} names a benchmark; use letters, digits, _ and - before the dot"
+            )
+        overrides[stem(Path(file))] = {**(overrides.get(stem(Path(file))) or {}), QUESTIONS: file}
+    names = [stem(Path(name)) if name in files else name for name in block["benchmarks"]]
+    return values | {"evaluate": block | {"benchmarks": names, "overrides": overrides}}
 
 
 def files_of(values: Any) -> list[str]:
     """The files that these settings name, as paths from the project's folder, each once."""
-    return list(dict.fromkeys(os.path.normpath(match["file"]) for match in _named(values)))
+    return list(dict.fromkeys(os.path.normpath(file) for _, file in _named(values)))
 
 
-def _named(values: Any, key: str = "") -> Iterator[re.Match[str]]:
+def _named(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Each setting that names a file, as written, and the file."""
     if isinstance(values, Mapping):
         for name, value in values.items():
             yield from _named(value, str(name))
     elif isinstance(values, list | tuple):
         for value in values:
             yield from _named(value, key)
-    elif key in KEYS and isinstance(values, str) and (match := FUNCTION.fullmatch(values)):
-        yield match
+    elif isinstance(values, str) and (file := _file(key, values)):
+        yield values, file
+
+
+def _file(key: str, value: str) -> str | None:
+    if key == QUESTIONS:
+        return value
+    match = FUNCTION.fullmatch(value) if key in KEYS else None
+    return None if match is None else match["file"]
 
 
 def found(values: Any, places: list[Path]) -> dict[str, Path]:
     """Path as written -> the file, looked for in `places` in turn; raises `ConfigError` for one that is nowhere."""
     files: dict[str, Path] = {}
-    for match in _named(values):
-        written = Path(match["file"]).expanduser()
+    for setting, file in _named(values):
+        written = Path(file).expanduser()
         whole = [place / written for place in places if (place / written).is_file()]
         if not whole:
             looked = " or ".join(str(place) for place in dict.fromkeys(places))
-            raise ConfigError(f"{match[0]!r}: there is no file {match['file']} in {looked}")
-        files[match["file"]] = whole[0].resolve()
-    names = [file.name for file in set(files.values())]
+            raise ConfigError(f"{setting!r}: there is no file {file} in {looked}")
+        files[file] = whole[0].resolve()
+    names = [copy_of(file) for file in set(files.values())]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"two files of one's own are called {twice[0]}; name them apart")
+        raise ConfigError(f"two files of one's own are called {Path(twice[0]).name}; name them apart")
     return files
+
+
+def copy_of(file: Path) -> str:
+    """Where a workspace has its copy: questions as a file of their rows."""
+    return f"{FOLDER}/{file.name if file.suffix in KEPT else f'{stem(file)}.jsonl'}"
 
 
 def moved(values: Any, files: Mapping[str, Path], key: str = "") -> Any:
@@ -57,8 +92,8 @@ def moved(values: Any, files: Mapping[str, Path], key: str = "") -> Any:
         return {name: moved(value, files, str(name)) for name, value in values.items()}
     if isinstance(values, list | tuple):
         return [moved(value, files, key) for value in values]
-    if key in KEYS and isinstance(values, str) and (match := FUNCTION.fullmatch(values)):
-        return f"{FOLDER}/{files[match['file']].name}:{match['name']}"
+    if isinstance(values, str) and (file := _file(key, values)):
+        return copy_of(files[file]) + values.removeprefix(file)
     return values
 
 
@@ -68,8 +103,32 @@ def hashes(files: Mapping[str, Path]) -> list[list[str]]:
 
 
 def copy(files: Mapping[str, Path], place: Path) -> None:
-    """Puts the files into a workspace."""
+    """Puts the files into a workspace; raises `ConfigError` for a row that is not one question with its answer."""
     for file in set(files.values()):
-        (place / FOLDER).mkdir(exist_ok=True)
-        if not (place / FOLDER / file.name).is_file() or content_hash(place / FOLDER / file.name) != content_hash(file):
-            shutil.copyfile(file, place / FOLDER / file.name)
+        held = file.read_bytes() if file.suffix in KEPT else questions(file).encode()
+        copied = place / copy_of(file)
+        copied.parent.mkdir(exist_ok=True)
+        if not copied.is_file() or copied.read_bytes() != held:
+            copied.write_bytes(held)
+
+
+def questions(file: Path) -> str:
+    """The rows of a file, in any shape that training takes, as lines of a benchmark's file; `ConfigError` as in `copy`.
+
+    An answer is right if it says the same words, or as the verifier says that a row names (`task`).
+    """
+    return "".join(line_of(_question(number, row, file)) for number, row in rows_of(file))
+
+
+def _question(number: int, row: Row | UnusableRow, file: Path) -> dict[str, Any]:
+    try:
+        if isinstance(row, UnusableRow):
+            raise RowError(row.told)
+        read, _ = prompt(row)
+        said = read["prompt"]
+        messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+        if [message["role"] for message in messages] != ["user"]:
+            raise RowError("expected one question and its answer, without turns before or a system prompt")
+        return {"id": str(number), "task": read["task"], "prompt": messages[0]["content"], "answer": read["answer"]}
+    except (RowError, KeyError) as error:
+        raise ConfigError(f"{file}, row {number}: {error}") from None

@@ -56,17 +56,19 @@ class Benchmark:
 
 
 def benchmark(name: str, params: EvaluateParams, *, root: Path | None, puzzles: Path) -> Benchmark:
-    """The benchmark called `name`: a file of the folder `puzzles`, the published sudokus, or a recipe.
+    """The benchmark called `name`: a file of one's own, one of the folder `puzzles`, the published sudokus, or a recipe.
 
     Raises `ConfigError` for an unknown name, unreadable files, or programs to run without the opt-in.
     """
     own = params.overrides.get(name, BenchmarkSettings())
-    if (puzzles / f"{name}.jsonl").exists() or name.endswith(OPTIONAL):
-        return _puzzle_benchmark(name, own.over(params.puzzles), puzzles / f"{name}.jsonl")
-    if not recipes.exists(name):
+    mine = None if own.questions is None else Path(own.questions)
+    rows = puzzles / f"{name}.jsonl" if mine is None else mine
+    if rows.suffix == ".jsonl" and (rows.exists() or name.endswith(OPTIONAL)):
+        return _puzzle_benchmark(name, own.over(params.puzzles), rows)
+    if mine is None and not recipes.exists(name):
         known = [path.stem for path in puzzles.glob("*.jsonl")] + list(recipes.names())
         raise ConfigError(f"there is no benchmark {name!r}{nearest(name, known)}")
-    recipe = recipes.find(name)
+    recipe = recipes.find(name) if mine is None else recipes.read(mine)
     if recipe.runs_code and not params.run_code:
         raise ConfigError(f"{name} runs programs that the model writes (in a sandbox); allow it with run_code")
     local = recipe.local if taskset.local_files(recipe, root) else None

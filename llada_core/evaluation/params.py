@@ -27,6 +27,7 @@ class BenchmarkSettings(SettingsBlock):
     cfg_scale: float | None = Field(default=None, ge=0)  # guidance of a likelihood
     estimator: Literal["auto", "stock", "antithetic", "exact"] | None = None
     share: float | None = Field(default=None, gt=0, le=1)  # of each task's questions, drawn with a fixed seed
+    questions: str | None = None  # the file of a benchmark of one's own: its rows (.jsonl), or its recipe (.yaml)
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -50,7 +51,7 @@ class BenchmarkSettings(SettingsBlock):
 
     def that_matter(self, kind: str) -> dict[str, Any]:
         """The settings on which a benchmark's expected score depends, by its kind: not which estimator is used."""
-        values = self.model_dump(mode="json", exclude_none=True, exclude={"estimator", "share"})
+        values = self.model_dump(mode="json", exclude_none=True, exclude={"estimator", "share", "questions"})
         sampling: dict[str, Any] = values.pop("sampling")
         return sampling if kind == "generate" else values
 

@@ -153,7 +153,7 @@ def open_workspace(
         require_listed(read_yaml(project.root / "dvc.yaml"), project.values)
         return Project(project.root.resolve())
     file = profile_file(project, profile)
-    values = with_overrides(read_yaml(file), overrides or [])
+    values = own_code.with_benchmarks(with_overrides(read_yaml(file), overrides or []))
     params = Params.parse(values, profile or "params.yaml")
     files = own_code.found(values, [file.resolve().parent, project.root])
     values = own_code.moved(values, files)

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from llada_core import files
-from llada_core.data.shapes import prompt
-from llada_core.data.sources import Row, RowError, UnusableRow, rows_of
 from llada_core.evaluation.params import EvaluateParams, ReportParams
 from llada_core.evaluation.statistics import paired
-from llada_core.files import line_of, parsed, stem
+from llada_core.files import parsed, stem
 from llada_core.modeling.folder import is_adapter
 from llada_core.settings import ConfigError, flat, nearest
 from tasks.folders import commit_of, content_hash, hash_of, read_json, safe, write_text
+from tasks.own_code import questions
 from tasks.project import Project, below
 from tasks.record.registry import resolve
 from tasks.record.runs import differences, find_run, rank
@@ -292,35 +291,15 @@ def costs_of(
 
 
 def with_own_questions(files: Sequence[Path], places: Places) -> Places:
-    """Places where files of questions and answers, in any shape that training takes, are benchmarks called by their stems.
-
-    An answer is right if it says the same words, or as the verifier says that a row names (`task`). Raises `ConfigError`
-    for a row that is not one question with its answer.
-    """
+    """Places where files of questions and answers are benchmarks called by their stems; raises as `questions` does."""
     if not files:
         return places
     folder = places.out / "questions"
     for file in places.puzzles.glob("*.jsonl"):
         write_text(folder / file.name, file.read_text(encoding="utf-8"))
     for file in files:
-        lines = [line_of(question_of(number, row, file)) for number, row in rows_of(file)]
-        write_text(folder / f"{stem(file)}.jsonl", "".join(lines))
+        write_text(folder / f"{stem(file)}.jsonl", questions(file))
     return replace(places, puzzles=folder)
-
-
-def question_of(number: int, row: Row | UnusableRow, file: Path) -> dict[str, Any]:
-    """A row of a file as one of a puzzle file."""
-    try:
-        if isinstance(row, UnusableRow):
-            raise RowError(row.told)
-        found, _ = prompt(row)
-        said = found["prompt"]
-        messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
-        if [message["role"] for message in messages] != ["user"]:
-            raise RowError("expected one question and its answer, without turns before or a system prompt")
-        return {"id": str(number), "task": found["task"], "prompt": messages[0]["content"], "answer": found["answer"]}
-    except (RowError, KeyError) as error:
-        raise ConfigError(f"{file}, row {number}: {error}") from None
 
 
 def sweep_places(model: str, params: EvaluateParams, home: Path, root: Path | None, out: Path) -> Places:

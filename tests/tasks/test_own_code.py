@@ -6,13 +6,15 @@ from pathlib import Path
 import datasets
 import pytest
 
+from llada_core.modeling import save_model
 from llada_core.settings import ConfigError, function_at, read_yaml
 from llada_core.training.rewards import reward_named
 from tasks.graph import load_stage, require_listed
 from tasks.launch.program import reproduce
 from tasks.launch.workspace import open_workspace
-from tasks.own_code import files_of, found, moved
+from tasks.own_code import files_of, found, moved, with_benchmarks
 from tasks.project import Project
+from tests.tiny import tiny_pair
 
 ROOT = Path(__file__).parents[2]
 PROFILE = """\
@@ -124,3 +126,81 @@ def test_a_function_of_a_file_and_what_is_wrong_with_others(tmp_path: Path, monk
     Path("broken.py").write_text("x = 1\ny = x / 0\n")
     with pytest.raises(ConfigError, match=r"broken.py cannot be imported: ZeroDivisionError: division by zero \(line"):
         function_at("broken.py:f", "grpo.reward")
+
+
+MEASURED = """\
+name: mine
+stages: [evaluate]
+evaluate:
+  models: [MODEL]
+  benchmarks: [./my_questions.csv, ./my_gsm8k.yaml]
+  puzzles: {sampling: {max_new_tokens: 8, block_length: 8, steps: 8}}
+  root: ROOT
+launch: {kind: inline}
+"""
+RECIPE = """\
+task: gsm8k
+definition: gsm8k
+version: 3
+kind: generate
+metric: exact_match,flexible-extract
+shots: 1
+chance: 0.0
+settings: {sampling: {max_new_tokens: 8, block_length: 8, steps: 8}}
+local: {folder: gsm8k, change: {dataset_name: null}}
+"""
+STEMS = ("my_questions", "my_gsm8k")
+EVALUATE = """\
+  evaluate:
+    foreach: ${evaluate.benchmarks}
+    do:
+      cmd: python -m tasks.evaluate ${item}
+      deps: [llada_core/evaluation, tasks/work/evaluate.py]
+      params: [evaluate.models, evaluate.limit, evaluate.puzzles, evaluate.overrides]
+      outs: ["reports/eval/${item}", "reports/eval/${item}.json"]
+"""
+
+
+def test_benchmarks_beside_the_profile_are_measured_and_an_edit_measures_that_one_anew(
+    project: Path, tmp_path: Path
+) -> None:
+    (project / "dvc.yaml").write_text("stages:\n" + EVALUATE)
+    (mine := tmp_path / "mine").mkdir()
+    (mine / "my_questions.csv").write_text("question,answer\nWho?,Ada\nWhere?,Ulm\n")
+    (mine / "my_gsm8k.yaml").write_text(RECIPE)
+    (mine / "gsm8k").mkdir()
+    row = json.dumps({"question": "One and one?", "answer": "So #### 2"}) + "\n"
+    for name in ("train.jsonl", "test.jsonl"):
+        (mine / "gsm8k" / name).write_text(row)
+    model, tokenizer = tiny_pair(max_sequence_length=512)
+    save_model(model, mine / "model", tokenizer)
+    text = MEASURED.replace("MODEL", str(mine / "model")).replace("ROOT", str(mine))
+    (mine / "my-run.yaml").write_text(text)
+
+    def measured() -> Project:
+        workspace = open_workspace(Project.at(project), str(mine / "my-run.yaml"))
+        reproduce(workspace, [])
+        return workspace
+
+    first = measured()
+    found = {name: json.loads((first.root / f"reports/eval/{name}.json").read_text()) for name in STEMS}
+    assert [each["models"]["model"]["n"] for each in found.values()] == [2, 1]
+    assert "Where?" in (first.root / "reports/eval/my_questions/model.samples.jsonl").read_text()
+    assert sorted(path.name for path in (first.root / "own").iterdir()) == ["my_gsm8k.yaml", "my_questions.jsonl"]
+    (mine / "my_questions.csv").write_text("question,answer\nWho?,Ada\nWhen?,now\n")
+    second = measured()
+    assert second.root != first.root
+    assert "When?" in (second.root / "reports/eval/my_questions/model.samples.jsonl").read_text()
+    assert len(list(project.glob("runs/evaluate-my_questions-*"))) == 2
+    assert len(list(project.glob("runs/evaluate-my_gsm8k-*"))) == 1  # does not depend on the other's questions
+    (mine / "my_questions.csv").write_text("question,answer\nWho?,\n")
+    with pytest.raises(ConfigError, match=r"my_questions.csv, row 1"):
+        open_workspace(Project.at(project), str(mine / "my-run.yaml"))
+
+
+def test_a_file_is_a_benchmark_of_a_profile_alone(tmp_path: Path) -> None:
+    params = {"stages": ["evaluate"], "evaluate": {"benchmarks": ["sudoku", "./mine.csv"]}}
+    with pytest.raises(ConfigError, match="run the same settings as a profile"):
+        require_listed({"stages": {}}, params)
+    with pytest.raises(ConfigError, match=r"'./my mine.csv' names a benchmark; use letters"):
+        with_benchmarks({"evaluate": {"benchmarks": ["./my mine.csv"]}})

@@ -170,9 +170,13 @@ def find(name: str) -> Recipe:
         stem = f"base_{stem}"
     if stem not in names():
         raise ConfigError(f"there is no recipe {name!r}{nearest(name.partition('.')[0], list(names()))}")
-    path = FOLDER / f"{stem}.yaml"
-    recipe = Recipe.parse({"name": stem, **read_yaml(path)}, path.name)
+    recipe = read(FOLDER / f"{stem}.yaml")
     return recipe.of(variant or recipe.variant)
+
+
+def read(path: Path) -> Recipe:
+    """The recipe in a file; raises `ConfigError` for one that is none."""
+    return Recipe.parse({"name": path.stem, **read_yaml(path)}, path.name)
 
 
 def exists(name: str) -> bool:
