@@ -314,6 +314,8 @@ ILLADA = (
         },
     )
 )
+# Names, keys and ids: ZHZisZZ/dllm@ca17675, dllm/pipelines/dream/models; the shape is Qwen2.5-7B's. bos and eot are its
+# tokenizer's; its own config.json was not at hand, so the file beside this one holds the keys that its class reads.
 DREAM = Published(
     "Dream-v0",
     {"mask_id": 151666, "eos_id": 151643, "pad_id": 151643, "bos_id": 151665, "eot_id": 151645},

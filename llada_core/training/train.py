@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from llada_core.modeling import MaskPredictor, merge_adapter, save_model
 from llada_core.modeling.adapters import add_lora, save_adapter
-from llada_core.settings import function_at
+from llada_core.settings import ConfigError, function_at
 from llada_core.tokenizer import Tokenizer
 from llada_core.training.accelerator import (
     Ranks,
@@ -261,7 +261,10 @@ def block_classes(model: MaskPredictor) -> tuple[str, ...]:
 def objective_for(
     params: TrainingParams, model: MaskPredictor, tokenizer: Tokenizer, data: Path, *, seed: int
 ) -> Objective:
-    """What a stage with these settings minimises, on the prepared data in `data`; raises `ConfigError` for a wrong path."""
+    """What a stage with these settings minimises, on the prepared data in `data`; raises `ConfigError` for a wrong path, or a
+    shift that the model makes itself."""
+    if params.right_shift and model.shifted:
+        raise ConfigError("right_shift: this model moves its predictions to their own places itself; leave it out")
     make = function_at(params.OBJECTIVE, "objective")
     objective: Objective = make(params, model, tokenizer, data / params.ROWS, seed=seed)
     return objective

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from llada_core.modeling.architecture import dense_architecture, dream_architect
 from llada_core.modeling.families import DREAM, FAMILIES, ILLADA, family_of, published_as, published_with
 from llada_core.sampling import generate
 from llada_core.sampling.params import SamplingParams
+from llada_core.settings import ConfigError
 from llada_core.tokenizer import SpecialTokens, Tokenizer
-from tests.tiny import SPECIAL, tiny_model
+from llada_core.training.params import SFTParams
+from llada_core.training.train import objective_for
+from tests.tiny import SPECIAL, tiny_model, tiny_tokenizer
 
 TOKENS = torch.tensor([[5, 9, 126, 126, 17, 126], [3, 126, 8, 126, 4, 22]])
 QWEN_TEMPLATE = (
@@ -191,6 +195,8 @@ def test_a_cache_and_a_second_shift_are_refused_in_one_line(dream):
     twice = SamplingParams(max_new_tokens=4, block_length=4, steps=4, right_shift_logits=True)
     with pytest.raises(ValueError, match="right_shift_logits: this model moves its predictions to their own places"):
         generate(dream, [[5]], twice)
+    with pytest.raises(ConfigError, match="right_shift: this model moves its predictions to their own places"):
+        objective_for(SFTParams(max_steps=1, right_shift=True), dream, tiny_tokenizer(), Path("none"), seed=0)
 
 
 def test_its_tokenizer_is_read_from_vocabulary_and_merges_with_its_template(tmp_path):
