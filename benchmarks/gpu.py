@@ -2,7 +2,7 @@
 
 Random weights in bf16. A cell takes at most eight timed steps after its warm-up; rates of whole answers are computed from
 them: the forward of all positions as a row enters its block, and the block's steps. `python -m benchmarks.gpu [--part
-sampling,moe,training,loading] [--toy] [--out FILE]`; a part should take at most four minutes on one GPU, which has not been
+sampling,compiled,moe,blocks,training,loading] [--toy] [--out FILE]`; a part should take at most four minutes on one GPU, which has not been
 measured; without a GPU, or with --toy, the same script at toy size, so that it never rots (its figures then say nothing).
 """
 
@@ -25,9 +25,13 @@ from benchmarks.peers import exact_step, window_step
 from benchmarks.timing import table
 from llada_core.modeling import load_model
 from llada_core.modeling.families import ModelParams
+from llada_core.modeling.fused import fuse_projections
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling import generate, stream
+from llada_core.sampling import generate
+from llada_core.sampling.engine import Engine
+from llada_core.sampling.graph import Compiled
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.requests import to_answer
 from llada_core.tokenizer import SpecialTokens
 from llada_core.training.progress import active_parameters
 
@@ -77,23 +81,42 @@ def prompts_of(size: Size, rows: int, length: int) -> Tensor:
     return drawn.to(size.device)
 
 
-def steps_of(model: MaskPredictor, prompts: Tensor, mode: dict[str, Any], size: Size) -> tuple[float, float, int]:
-    """Seconds of the first step of a block and of a later one, and the forwards of nine steps."""
+@dataclass(frozen=True)
+class Steps:
+    """Seconds of the first step of a block and of a later one, of the very first run, and the forwards of nine steps."""
+
+    first: float
+    later: float
+    warm_up: float
+    forwards: int
+
+
+def steps_of(
+    model: MaskPredictor, prompts: Tensor, mode: dict[str, Any], size: Size, compiled: Compiled = "off"
+) -> Steps:
+    """Nine steps of one engine, once to warm up (to compile and capture, if asked) and twice more, the last one measured."""
     params = SamplingParams(**{"max_new_tokens": 2 * BLOCK, "block_length": BLOCK, "steps": 2 * BLOCK, **mode})
+    engine = Engine(model, rows=len(prompts), compiled=compiled)
 
     def run() -> tuple[list[float], int]:
-        clock, forwards = Clock(size.device), 0
+        answers, before = engine.submit(to_answer(model, prompts, params)[0]), engine.forwards
+        clock = Clock(size.device)
         clock.mark()
-        for number, step in enumerate(stream(model, prompts, params)):
+        for _ in range(TIMED + 1):
+            engine.step()
             clock.mark()
-            forwards = step.forwards
-            if number == TIMED:
-                break
-        return clock.seconds, forwards
+        for answer in answers:
+            engine.cancel(answer)
+        if failed := next((answer.error for answer in answers if answer.error is not None), None):
+            raise failed
+        return clock.seconds, engine.forwards - before
 
+    began = time.perf_counter()
     run()
+    warm_up = time.perf_counter() - began
+    run()  # torch captures what it has compiled when it runs for the second time
     seconds, forwards = run()
-    return seconds[0], statistics.median(seconds[1:]), forwards
+    return Steps(seconds[0], statistics.median(seconds[1:]), warm_up, forwards)
 
 
 def rate(first: float, later: float, rows: int, per_forward: float) -> float:
@@ -104,26 +127,70 @@ def rate(first: float, later: float, rows: int, per_forward: float) -> float:
 def sampling(size: Size, floor: Floor, params: ModelParams, peers: bool) -> list[dict[str, Any]]:
     """Milliseconds a forward and tokens a second by mode, batch and prompt; a cell that fails says so."""
     model = random_model(params, size)
+    fuse_projections(model)
     found = []
     for length in size.prompts:
         for rows in size.batches:
             prompts = prompts_of(size, rows, length)
-            for name, mode in MODES.items():
-                cell = surviving(
-                    lambda mode=mode, prompts=prompts: _ours(model, prompts, mode, floor, size), size.device
-                )
-                found.append({"who": "ours", "mode": name, "rows": rows, "prompt": length} | cell)
+            found += [
+                _ours(model, prompts, Asked(name, mode, BLOCK if "cache" in mode else length + 2 * BLOCK), floor, size)
+                for name, mode in MODES.items()
+            ]
             if peers:
                 found += _peers(model, params, prompts, floor, size)
     return found
 
 
-def _ours(model: MaskPredictor, prompts: Tensor, mode: dict[str, Any], floor: Floor, size: Size) -> dict[str, Any]:
+def compiled(size: Size, floor: Floor) -> list[dict[str, Any]]:
+    """One answer of the dense model whose steps are captured graphs, and beside it the same with projections apart."""
+    model = random_model(size.dense, size)
+    found = []
+    for fused in (False, True):
+        if fused:
+            fuse_projections(model)
+        for length in size.prompts:
+            prompts = prompts_of(size, 1, length)
+            dual = Asked("dual" if fused else "dual, not fused", {"cache": "dual"}, BLOCK, "graph" if fused else "off")
+            found.append(_ours(model, prompts, dual, floor, size))
+    exact = Asked("exact", {}, size.prompts[0] + 2 * BLOCK, "graph")
+    return [*found, _ours(model, prompts_of(size, 1, size.prompts[0]), exact, floor, size)]
+
+
+def blocks(size: Size, floor: Floor) -> list[dict[str, Any]]:
+    """LLaDA2.0-mini's shape with its exact cache, at 1, 2.5 and 5 tokens a forward (the reports' range)."""
+    model = random_model(size.blocks, size)
+    fuse_projections(model)
+    asked = Asked("blocks, exact cache", {"cache": "prefix"}, BLOCK, rates=(1.0, 2.5, 5.0))
+    return [
+        _ours(model, prompts_of(size, rows, length), asked, floor, size)
+        for length in size.prompts
+        for rows in size.batches
+    ]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a cell measures: settings of the sampler, positions that a later step feeds, and tokens a forward to tell."""
+
+    name: str
+    mode: dict[str, Any]
+    fed: int
+    compiled: Compiled = "off"
+    rates: tuple[float, ...] = (1.0, 2.8)
+
+
+def _ours(model: MaskPredictor, prompts: Tensor, asked: Asked, floor: Floor, size: Size) -> dict[str, Any]:
     rows, length = prompts.shape
-    with peak_memory(size.device) as memory:
-        first, later, forwards = steps_of(model, prompts, mode, size)
-    fed = BLOCK if "cache" in mode else length + 2 * BLOCK
-    return {"forwards": forwards, **_figures(first, later, rows, floor.step(model, rows, fed)), **memory}
+    told = {"who": "ours" if asked.compiled == "off" else "ours, compiled", "mode": asked.name}
+
+    def measure() -> dict[str, Any]:
+        with peak_memory(size.device) as memory:
+            steps = steps_of(model, prompts, asked.mode, size, asked.compiled)
+        figures = _figures(steps.first, steps.later, rows, floor.step(model, rows, asked.fed), asked.rates)
+        waited = {} if asked.compiled == "off" else {"compile_s": round(steps.warm_up, 1)}
+        return {"forwards": steps.forwards, **figures, **waited, **memory}
+
+    return {**told, "rows": rows, "prompt": length} | surviving(measure, size.device)
 
 
 def _peers(
@@ -148,13 +215,14 @@ def _peers(
     ]
 
 
-def _figures(first: float, later: float, rows: int, floor: float) -> dict[str, float]:
+def _figures(
+    first: float, later: float, rows: int, floor: float, rates: tuple[float, ...] = (1.0, 2.8)
+) -> dict[str, float]:
     return {
         "ms_first": round(1e3 * first, 2),
         "ms_step": round(1e3 * later, 2),
         "floor_ms": round(1e3 * floor, 2),
-        "tok_s_at_1": round(rate(first, later, rows, 1.0), 1),
-        "tok_s_at_2.8": round(rate(first, later, rows, 2.8), 1),
+        **{f"tok_s_at_{each:g}": round(rate(first, later, rows, each), 1) for each in rates},
     }
 
 
@@ -164,17 +232,20 @@ def checks(size: Size) -> list[dict[str, Any]]:
     named = {
         "logits_llada.npz": ("llada_tiny", SpecialTokens(126, 120, 120, 121, 122)),
         "logits_moe.npz": ("llada_moe_tiny", SpecialTokens(155, 152, 152)),
+        "logits_llada2.npz": ("llada2_tiny", SpecialTokens(157, 152, 152)),
     }
-    modes = {**MODES, "drawn": {"temperature": 0.7, "seed": 3}, "guided": {"cfg_scale": 0.5}}
+    drawn = {"drawn": {"temperature": 0.7, "seed": 3}, "guided": {"cfg_scale": 0.5}}
     asked = [[3, 4, 5, 6, 7], [9, 8, 7], list(range(20, 40))]
     for file, (folder, special) in named.items():
         golden = numpy.load(GOLDEN / file, allow_pickle=False)
         model = load_model(GOLDEN / folder, device=size.device, special_tokens=special)
         with torch.no_grad():
-            ids = torch.tensor(golden["a_input_ids"]).to(size.device)
-            worst = numpy.abs(model(ids).logits.float().cpu().numpy() - golden["a_logits"]).max()
+            case = "a" if "a_logits" in golden else "a_plain"
+            ids = torch.tensor(golden[f"{case}_input_ids"]).to(size.device)
+            worst = numpy.abs(model(ids).logits.float().cpu().numpy() - golden[f"{case}_logits"]).max()
         agreed = {}
-        for name, mode in modes.items():
+        cached = MODES if model.block_length is None else {"exact": {}, "blocks, exact cache": {"cache": "prefix"}}
+        for name, mode in {**cached, **drawn}.items():
             params = SamplingParams(**{"max_new_tokens": 64, "block_length": 16, "steps": 64, **mode})
             tokens = [generate(model.to(device), asked, params).tokens.cpu() for device in ("cpu", size.device)]
             agreed[name] = round((tokens[0] == tokens[1]).float().mean().item(), 4)
@@ -185,7 +256,7 @@ def checks(size: Size) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measures the named parts, prints their tables and writes all figures as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--part", default="sampling,moe,training,loading")
+    parser.add_argument("--part", default="sampling,compiled,moe,blocks,training,loading")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     given = parser.parse_args(arguments)
@@ -195,7 +266,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {"device": name, "torch": torch.__version__, **vars(floor)}
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "sampling": lambda: sampling(size, floor, size.dense, peers=True),
+        "compiled": lambda: compiled(size, floor),
         "moe": lambda: sampling(size, floor, size.sparse, peers=False),
+        "blocks": lambda: blocks(size, floor),
         "training": lambda: training(size, floor.flops_per_second),
         "loading": lambda: loading(size),
     }

@@ -24,6 +24,7 @@ class Size:
 
     dense: ModelParams
     sparse: ModelParams
+    blocks: ModelParams
     vocabulary: int
     prompts: tuple[int, ...]
     batches: tuple[int, ...]
@@ -37,19 +38,23 @@ class Size:
 
 
 def size_of(*, toy: bool) -> Size:
-    """LLaDA-8B's and LLaDA-MoE-7B-A1B's shapes, or two layers of width 64."""
+    """LLaDA-8B's, LLaDA-MoE-7B-A1B's and LLaDA2.0-mini's shapes, or two layers of width 64."""
     common = {"max_sequence_length": 4096, "rope_theta": 500000.0}
     if toy:
         small = {**common, "d_model": 64, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 128}
         experts = {"num_experts": 8, "experts_per_token": 2, "expert_hidden_size": 32}
         sparse = ModelParams(kind="llada_moe", qk_norm=True, **small, **experts)
-        return Size(ModelParams(**small), sparse, 512, (20, 40), (1, 2), "cpu")
+        blocks = ModelParams(kind="llada2", **small, **experts)
+        return Size(ModelParams(**small), sparse, blocks, 512, (20, 40), (1, 2), "cpu")
     dense = ModelParams(**common, d_model=4096, n_layers=32, n_heads=32, mlp_hidden_size=12288)
     experts = {"num_experts": 64, "experts_per_token": 8, "expert_hidden_size": 1024}
     sparse = ModelParams(
         kind="llada_moe", qk_norm=True, **common, d_model=2048, n_layers=16, n_heads=16, mlp_hidden_size=8192, **experts
     )
-    return Size(dense, sparse, 126_464, (60, 900), (1, 8, 32), "cuda")
+    mini = {"d_model": 2048, "n_layers": 20, "n_heads": 16, "n_kv_heads": 4, "mlp_hidden_size": 5120}
+    experts = {"num_experts": 256, "experts_per_token": 8, "expert_hidden_size": 512}
+    blocks = ModelParams(kind="llada2", **{**common, "rope_theta": 600000.0}, **mini, **experts)
+    return Size(dense, sparse, blocks, 126_464, (60, 900), (1, 8, 32), "cuda")
 
 
 def random_model(params: ModelParams, size: Size, dtype: torch.dtype = torch.bfloat16) -> MaskPredictor:
@@ -59,6 +64,8 @@ def random_model(params: ModelParams, size: Size, dtype: torch.dtype = torch.bfl
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0, 0.02)
+        for buffer in model.buffers():
+            buffer.zero_()  # `to_empty` leaves in them whatever stood there
     return model.eval()
 
 

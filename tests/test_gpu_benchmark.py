@@ -1,6 +1,7 @@
 """The measurements for a GPU at toy size, so that they can be run on one at any time."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,10 +9,11 @@ import torch
 from benchmarks import gpu, gpu_cells, peers
 from benchmarks.oracle import Reference
 
-PARTS = ("checks", "sampling", "moe", "training", "loading")
+PARTS = ("checks", "sampling", "compiled", "moe", "blocks", "training", "loading")
 
 
-def test_every_part_runs_at_toy_size_and_keeps_its_figures(tmp_path: Path, capsys) -> None:
+def test_every_part_runs_at_toy_size_and_keeps_its_figures(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # kernels would take half a minute
     out = tmp_path / "gpu.json"
     gpu.main(["--toy", "--out", str(out)])
     found = json.loads(out.read_text())
@@ -20,7 +22,9 @@ def test_every_part_runs_at_toy_size_and_keeps_its_figures(tmp_path: Path, capsy
     assert "these figures say nothing" in capsys.readouterr().out
     assert all(row["worst_logit"] < 1e-4 for row in found["checks"])
     assert {row["who"] for row in found["sampling"]} == {"ours", "ML-GSAI's algorithm", "Fast-dLLM's algorithm"}
-    assert all(row["ms_step"] > 0 for part in ("sampling", "moe") for row in found[part])
+    assert all(row["ms_step"] > 0 for part in ("sampling", "compiled", "moe", "blocks") for row in found[part])
+    assert {row["who"] for row in found["compiled"]} == {"ours", "ours, compiled"}
+    assert all(row["tok_s_at_5"] > row["tok_s_at_2.5"] > row["tok_s_at_1"] > 0 for row in found["blocks"])
     assert all(row["tok_s"] > 0 for row in found["training"])
 
 
