@@ -213,6 +213,14 @@ class LoadedModel:
         yield from self.engine.follow(answer)
 
 
+def compiled_as(text: str) -> Compiled:
+    """How steps are compiled, as a person gave it; `ConfigError` in one line for anything else."""
+    ways: dict[str, Compiled] = {way: way for way in get_args(Compiled)}
+    if text not in ways:
+        raise ConfigError(f"compile {text!r}{nearest(text, list(ways))}")
+    return ways[text]
+
+
 @dataclass(frozen=True)
 class Setting:
     """Where models lie, and with how many bits a weight, as `load_to_answer` takes them; whether their steps are compiled.
@@ -226,19 +234,16 @@ class Setting:
     more: tuple[str, ...] = ()
 
     @classmethod
-    def one(cls, device: str, bits: int | None) -> "Setting":
+    def one(cls, device: str, bits: int | None, compiled: Compiled = "off") -> "Setting":
         """One device; `ValueError` in one line if this machine has no such thing."""
-        return cls(device, checked_bits(device, bits))
+        return cls(device, checked_bits(device, bits), compiled)
 
     @classmethod
     def checked(cls, device: str, bits: int | None, compiled: str = "off") -> "Setting":
         """As a person gave it, devices with commas between; `ValueError` in one line if this machine has no such thing."""
-        ways: dict[str, Compiled] = {way: way for way in get_args(Compiled)}
-        if compiled not in ways:
-            raise ConfigError(f"compile {compiled!r}{nearest(compiled, list(ways))}")
         first, *more = (each.strip() for each in device.split(","))
         kept = [checked_bits(each, bits) for each in (first, *more)]
-        return cls(first, kept[0], ways[compiled], tuple(more))
+        return cls(first, kept[0], compiled_as(compiled), tuple(more))
 
 
 def opened(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Bits, Device, Json, Model, model_folder, name_or_champion, said_to
+from cli.options import Bits, Compiled, Device, Json, Model, model_folder, name_or_champion, said_to
 from llada_core.settings import ConfigError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def evaluate(
     run_code: Annotated[bool, typer.Option(help="allow benchmarks that run the programs a model writes")] = False,
     device: Device = "auto",
     bits: Bits = None,
+    compiled: Compiled = "off",
     out: Annotated[Path | None, typer.Option(help="folder for results; none: reports/checkpoints/MODEL")] = None,
     as_json: Json = False,
 ) -> None:
@@ -68,6 +69,7 @@ def evaluate(
     asked = _asked([Path(text).stem if text in files else text for text in benchmarks], table)
     hours = budget_hours(budget) if budget and share is None else None
     given: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "run_code": run_code, "root": data}
+    given |= {} if compiled == "off" else {"compile": compiled}
     over = {"estimator": estimator or None, "share": share}
     params, places = _prepared(name, asked, given | _checked(device, bits), over, out, files)
     if speed and as_json:

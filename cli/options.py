@@ -22,6 +22,8 @@ Device = Annotated[
     str, typer.Option(help=f"where the model lies: {DEVICES}; auto: GPUs if there are any", envvar=DEVICE_SETTING)
 ]
 Bits = Annotated[int | None, typer.Option(help="weights of 4 or 8 bits, on a CUDA GPU; none: as stored")]
+COMPILE_HELP = "off, graph (a step is one captured function) or max (minutes, fastest kernels)"
+Compiled = Annotated[str, typer.Option("--compile", help=COMPILE_HELP)]
 SETTINGS = describe(SamplingParams)
 OWN_OPTION = ("max_new_tokens", "block_length", "steps", "temperature", "threshold", "cache", "sampler", "seed")
 PRESET_HELP = f"{', '.join(PRESETS)}; of LLaDA2 also {', '.join(MODES)}; none: the settings that come with the model"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Bits, Device, name_or_champion
+from cli.options import Bits, Compiled, Device, name_or_champion
 from llada_core.settings import ConfigError
 from tasks.errors import require_port
 
@@ -31,12 +31,7 @@ def serve(
     follow: Annotated[float, typer.Option(min=0.1, help="seconds between two looks at where an alias leads")] = 5.0,
     device: Device = "auto",
     bits: Bits = None,
-    compiled: Annotated[
-        str,
-        typer.Option(
-            "--compile", help="off, graph (a step is one captured function) or max (minutes, fastest kernels)"
-        ),
-    ] = "off",
+    compiled: Compiled = "off",
     devices: Annotated[
         str, typer.Option(help="several, such as cuda:0,cuda:1: a copy on each, one queue for all")
     ] = "",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import ModelOptions, model_folder, name_or_champion, settings, with_model_options
+from cli.options import Compiled, ModelOptions, model_folder, name_or_champion, settings, with_model_options
 from llada_core.files import line_of
 
 
@@ -15,6 +15,7 @@ def sample(
     infill: Annotated[bool, typer.Option(help="the texts have gaps to fill: [[5]] is room for five tokens")] = False,
     pin: Annotated[str, typer.Option(help="words of the answer at fixed positions, as 0:Once,12:end")] = "",
     raw: Annotated[bool, typer.Option(help="continue the text itself instead of answering it in a chat")] = False,
+    compiled: Compiled = "off",
     visualize: Annotated[bool, typer.Option("--visualize", "-v", help="show every denoising step")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="one JSON object per answer, with forwards and tokens")
@@ -37,20 +38,27 @@ def sample(
     params = settings(usage.sampling, options)
 
     from app.canvas import readable, typed  # these import torch: after all that can be wrong without it
-    from app.models import Setting, opened
+    from app.models import Setting, compiled_as, opened
     from cli.terminal import answers, follow, templates
+    from llada_core.sampling.sampler import told_of_compiling
+
+    way = compiled_as(compiled)
 
     texts = [typed(line.rstrip("\n")) for p in prompts for line in (sys.stdin if p == "-" else [p])]
-    loaded = opened(name, folder, usage, Setting.one(options.device, options.bits))
+    loaded = opened(name, folder, usage, Setting.one(options.device, options.bits, way))
     writer, tokenizer = loaded.model, loaded.tokenizer
+    if way != "off":
+        print(loaded.engine.told(), file=sys.stderr)
     for line in usage.doubts(params, writer.block_length):
         print(line, file=sys.stderr)
     started = (
-        templates(writer, tokenizer, texts, params)
+        templates(writer, tokenizer, texts, params, way)
         if infill
-        else answers(writer, tokenizer, texts, params, usage=None if raw else usage, pins=pin)
+        else answers(writer, tokenizer, texts, params, usage=None if raw else usage, pins=pin, compiled=way)
     )
     follow(*started, tokenizer, live=visualize)
+    if way != "off":
+        print(told_of_compiling(), file=sys.stderr)
     for text, trace in zip(texts, started[0], strict=True):
         tokens = trace.frames[-1].tokens.tolist()
         answer = tokenizer.decode(tokens) if infill else tokenizer.answer_text(tokens)

@@ -28,6 +28,7 @@ from app.conversation import Conversation
 from app.models import LoadedModel
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling import Step, stream, stream_infill
+from llada_core.sampling.graph import Compiled
 from llada_core.sampling.params import SamplingParams, changed, exactness, preset
 from llada_core.tokenizer import Tokenizer
 from llada_core.usage import Usage
@@ -86,6 +87,7 @@ def answers(
     *,
     usage: Usage | None,
     pins: str,
+    compiled: Compiled = "off",
 ) -> Started:
     """The answers to questions as one batch (without `usage`: what follows the texts themselves), not yet begun."""
     rows = [
@@ -95,14 +97,18 @@ def answers(
         for text in texts
     ]
     fixed = fixed_tokens(params.max_new_tokens, pins, tokenizer.encode)
-    return [Trace(row, params.max_new_tokens) for row in rows], stream(model, rows, params, pinned=fixed)
+    steps = stream(model, rows, params, pinned=fixed, compiled=compiled)
+    return [Trace(row, params.max_new_tokens) for row in rows], steps
 
 
-def templates(model: MaskPredictor, tokenizer: Tokenizer, texts: list[str], params: SamplingParams) -> Started:
+def templates(
+    model: MaskPredictor, tokenizer: Tokenizer, texts: list[str], params: SamplingParams, compiled: Compiled = "off"
+) -> Started:
     """Texts with gaps as one batch, not yet begun."""
     mask_id = tokenizer.special.mask_id
     rows = [parse_template(text, tokenizer.encode, mask_id, LONGEST_TEMPLATE) for text in texts]
-    return [Trace([], len(row)) for row in rows], stream_infill(model, rows, for_template(params, rows, mask_id))
+    steps = stream_infill(model, rows, for_template(params, rows, mask_id), compiled=compiled)
+    return [Trace([], len(row)) for row in rows], steps
 
 
 def follow(traces: list[Trace], steps: Iterator[Step], tokenizer: Tokenizer, *, live: bool) -> None:

@@ -25,6 +25,7 @@ from llada_core.modeling.folder import base_of, is_adapter
 from llada_core.modeling.place import checked_bits, processes_for
 from llada_core.modeling.pretrained import need_of
 from llada_core.sampling.engine import Engine
+from llada_core.sampling.graph import Compiled
 from llada_core.sampling.requests import Request, to_answer, to_fill
 from llada_core.sampling.row_group import Answer
 from llada_core.settings import ConfigError, nearest
@@ -245,6 +246,7 @@ class ResponderOptions:
     check_greedy: bool = False  # also whether greedy decoding would give the continuation (no metric of ours needs it)
     seed: int = 0
     patience: float = 600.0  # seconds of silence after which rank 0 does the work of other ranks
+    compiled: Compiled = "off"
 
 
 @dataclass(frozen=True)
@@ -265,9 +267,14 @@ class Responder:
         """Monte-Carlo samples of one likelihood."""
         return self.options.settings.samples or SAMPLES
 
+    def engine(self, waiting: int = 1) -> Engine:
+        """What writes answers for so many requests."""
+        options = self.options
+        return Engine(self.model, rows=options.batch_size, waiting=waiting, compiled=options.compiled)
+
     def generate(self, asked: list[GenerationRequest]) -> list[Response]:
         """Answers to requests of any settings, `batch_size` at once, in their order: the next ones as places get free."""
-        engine = Engine(self.model, rows=self.options.batch_size, waiting=len(asked))
+        engine = self.engine(len(asked))
         answers = engine.submit([self._request(each) for each in asked])
         engine.finish(answers)
         return [

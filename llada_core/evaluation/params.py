@@ -81,6 +81,10 @@ class EvaluateParams(SettingsBlock):
     )  # benchmark -> settings put over those of its recipe
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     bits: Bits | None = None  # of quantised weights, on a CUDA GPU; None: as stored
+    # Whether steps of the sampler are compiled (`llada serve --compile`); said only where it is.
+    compile: Annotated[Literal["off", "graph", "max"], NOT_IN_FINGERPRINT] = Field(
+        default="off", exclude_if=lambda value: value == "off"
+    )
     run_code: bool = False  # benchmarks that run generated programs do so only with this opt-in
     speed: SpeedParams | None = None
 

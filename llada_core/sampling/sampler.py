@@ -1,16 +1,17 @@
 """The sampler's public face: generate, infill, stream. Shapes as in `canvas`."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, _dynamo
 from torch.nn import functional as F
 
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling.batch import Batch, BatchStep
 from llada_core.sampling.canvas import Step
 from llada_core.sampling.engine import Engine, evaluating
+from llada_core.sampling.graph import Compiled
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.query import on_device
 from llada_core.sampling.requests import Prompts, Request, to_answer, to_fill
@@ -95,7 +96,7 @@ def _written(
     return Generation(tokens, engine.forwards, engine.fed, tuple(lengths), each)
 
 
-def stream(
+def stream(  # noqa: PLR0913 - everything after the settings is keyword-only
     model: MaskPredictor,
     prompt_ids: Prompts,
     params: SamplingParams,
@@ -103,32 +104,44 @@ def stream(
     attention_mask: Tensor | None = None,
     pinned: Mapping[int, int] | None = None,
     look_ahead: bool = False,
+    compiled: Compiled = "off",
 ) -> Iterator[Step]:
     """`generate`, yielding every step. With `look_ahead` each step also holds proposals for open positions beyond the
-    block (they cost their share of the vocabulary projection; a cached forward leaves them out).
+    block (they cost their share of the vocabulary projection; a cached forward leaves them out). `compiled`: see `Batch`.
     """
     requests, width = to_answer(
         model, prompt_ids, params, attention_mask=attention_mask, pinned=pinned, ahead=look_ahead
     )
-    return _stream(model, requests, width + params.max_new_tokens + model.ends_with_eos)
+    return _stream(model, requests, width + params.max_new_tokens + model.ends_with_eos, compiled)
 
 
 def stream_infill(
-    model: MaskPredictor, template_ids: Prompts, params: SamplingParams, *, look_ahead: bool = False
+    model: MaskPredictor,
+    template_ids: Prompts,
+    params: SamplingParams,
+    *,
+    look_ahead: bool = False,
+    compiled: Compiled = "off",
 ) -> Iterator[Step]:
-    """`infill`, yielding every step; `look_ahead` as in `stream`."""
-    return _stream(model, to_fill(model, template_ids, params, ahead=look_ahead), 0)
+    """`infill`, yielding every step; `look_ahead` and `compiled` as in `stream`."""
+    return _stream(model, to_fill(model, template_ids, params, ahead=look_ahead), 0, compiled)
 
 
-def _stream(model: MaskPredictor, requests: list[Request], width: int) -> Iterator[Step]:
+def told_of_compiling() -> str:
+    """What this process has spent on compiling steps so far, in words."""
+    spent = _dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", [])
+    return f"compiling: {len(spent)} shapes of a step in {sum(spent):.1f} s"
+
+
+def _stream(model: MaskPredictor, requests: list[Request], width: int, compiled: Compiled) -> Iterator[Step]:
     # Without an engine: all rows begin in the same step, so that one board shows them all.
-    batch, answers = Batch(model, requests[0]), [Answer(request) for request in requests]
+    batch, answers = Batch(model, requests[0], compiled), [Answer(request) for request in requests]
     layout = Layout(answers, max(width, *(request.told for request in requests)))
     with evaluating(model):
         batch.join(answers)
         board = layout.board(model.special_tokens.pad_id, model.device)
         while batch.answers:
-            moment = batch.step()
+            moment = layout.own(batch.step())
             step = layout.shown(moment, board, batch.denoiser.forwards)
             board = step.tokens
             yield step
@@ -153,6 +166,29 @@ class Layout:
             first = self.shift(answer.request)
             row[first:] = answer.request.tokens[: self.width - first]
         return board.to(device)
+
+    def own(self, moment: BatchStep) -> BatchStep:
+        """Without what a compiled step has more than the rows themselves: blank rows, and columns that none of them has."""
+        kept = [row for row, answer in enumerate(moment.answers) if id(answer) in self.number]
+        columns, width = moment.tokens.shape[1], min(moment.tokens.shape[1], self.width + self.tail)
+        if len(kept) == len(moment.answers) and width == columns:
+            return moment
+        device = moment.tokens.device
+        told = [answer.request.told if id(answer) in self.number else 0 for answer in moment.answers]
+        rank = on_device([kept.index(row) if row in kept else -1 for row in range(len(told))], device)
+        row, column = moment.asked // columns, moment.asked % columns
+        real = column < on_device(told, device)[row]
+        rows = on_device(kept, device)
+        return replace(
+            moment,
+            tokens=moment.tokens[rows, :width],
+            first=moment.first[rows],
+            last=moment.last[rows],
+            asked=(rank[row] * width + column)[real],
+            proposals=moment.proposals[real],
+            confidences=moment.confidences[real],
+            answers=[moment.answers[row] for row in kept],
+        )
 
     def shown(self, moment: BatchStep, board: Tensor, forwards: int) -> Step:
         """A step of a batch in this layout, `board` (B, `width`) being the one before it."""

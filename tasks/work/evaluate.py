@@ -187,13 +187,19 @@ def answering(folder: Path, params: EvaluateParams, device: str = "auto") -> Ite
     import torch
 
     from llada_core.evaluation.answering import AUTO_BATCH, Responder, ResponderOptions, load
+    from llada_core.sampling.sampler import told_of_compiling
     from llada_core.tokenizer import Tokenizer
 
     size = AUTO_BATCH if params.batch_size == "auto" else int(params.batch_size)
     model = load(str(folder), params.dtype, device, params.bits)
-    answerer = Responder(model, Tokenizer.load(folder), ResponderOptions(batch_size=size))
+    answerer = Responder(model, Tokenizer.load(folder), ResponderOptions(batch_size=size, compiled=params.compile))
     del model
+    compiles = params.compile != "off" and device != "meta"
+    if compiles:
+        print(answerer.engine().told(), file=sys.stderr)
     yield answerer
+    if compiles:
+        print(told_of_compiling(), file=sys.stderr)
     del answerer
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
