@@ -141,6 +141,7 @@ class MoE(nn.Module):
     """A softmax router over all experts, the best K kept with their probabilities as weights, not renormalised."""
 
     expert_bias: Tensor | None
+    load: Tensor | None = None  # (E,) int64, tokens that chose each expert since it was zeroed; None: nobody counts
 
     def __init__(self, width: int, shape: ExpertShape) -> None:
         super().__init__()
@@ -188,6 +189,24 @@ class GroupedMoE(MoE):
         if self.per_token > 1:
             weight_PK = weight_PK / (weight_PK.sum(-1, keepdim=True) + 1e-20)
         return Routing(logits_PE, expert_PK, weight_PK * self.groups.scale)
+
+
+@torch.no_grad()
+def count_loads(routers: list[MoE], routings: list[Routing], mask: Tensor | None, kept: Tensor | None) -> None:
+    """Adds to the `load` of each router that is counted what real tokens chose; `mask` (B, W) is 0 at padding.
+
+    `kept` (P,): the flattened positions that went through the last of them, where not all did.
+    """
+    for router, routing in zip(routers, routings, strict=True):
+        if router.load is None:
+            continue
+        chosen = torch.ones_like(routing.experts)
+        if mask is not None and mask.dim() == 2:
+            real = (mask != 0).flatten().to(chosen.device)
+            chosen = (
+                chosen * (real if len(real) == len(chosen) or kept is None else real[kept.to(real.device)])[:, None]
+            )
+        router.load.index_add_(0, routing.experts.flatten(), chosen.flatten())
 
 
 def router_losses(routings: list[Routing], batch: int, attention_mask: Tensor | None) -> RouterLosses:

@@ -18,11 +18,13 @@ from llada_core.modeling.attention import BlockCausal, Spans
 from llada_core.modeling.block import (
     Experts,
     LLaDABlock,
+    MoE,
     RMSNorm,
     RotaryTables,
     Routing,
     Surroundings,
     autocast_dtype,
+    count_loads,
     key_bias,
     router_losses,
 )
@@ -232,6 +234,10 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
             x, routing = block(x, around, early if last else None)
             hidden.append(x)
             routings.append(routing)
+        if self.training and torch.is_grad_enabled():
+            # Here and not in the routers, whose blocks may be computed a second time for the backward pass.
+            sparse = [(b.mlp, r) for b, r in zip(self.blocks, routings, strict=True) if isinstance(b.mlp, MoE)]
+            count_loads([router for router, _ in sparse], [r for _, r in sparse], attention_mask, early)
         if early is None and not output_hidden_states and positions is not None:
             x = x.flatten(0, 1)[positions.to(x.device)]  # where GPUs share a model, the last has what the blocks made
         x = self.model.transformer.ln_f(x)

@@ -50,6 +50,12 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on any device, of one shape on all ranks, added up over them in place; no rank waits for its device."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def all(self, value: bool) -> bool:
         """Whether every rank says yes."""
         return self.sum([float(value)])[0] == self.count

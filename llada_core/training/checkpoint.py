@@ -294,7 +294,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 class Snapshot:
     """Saves and restores the parts of a run in place."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of a run
         self,
         checkpoints: Checkpoints,
         model: nn.Module,
@@ -303,13 +303,17 @@ class Snapshot:
         fingerprint: Mapping[str, str],
         *,
         extend: bool = False,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
+        """`buffers`: those that training moves, by name, the same on all ranks."""
+        self._buffers = {} if buffers is None else buffers
         self._checkpoints, self._model, self._optimiser, self._objective = checkpoints, model, optimiser, objective
         self._fingerprint, self._extend = dict(fingerprint), extend
 
     def save(self, step: int, state: Mapping[str, Any], *, also_keep: int | None = None) -> bool:
         """Write a checkpoint and keep that of step `also_keep` too; False when it could not be written."""
         tensors: dict[str, Tensor] = {f"objective.{name}": t for name, t in self._objective.state().items()}
+        tensors |= {f"buffer.{name}": buffer for name, buffer in self._buffers.items()}
         state = {**state, "updates": 0, "fingerprint": self._fingerprint}
         if self._zero is not None:
             write = partial(self._zero.save_checkpoint, tag=_ZERO, save_latest=False, exclude_frozen_parameters=True)
@@ -340,6 +344,7 @@ class Snapshot:
         if not self._load_zero(folder):
             self._copy_weights(stored)
             self._restore_moments(stored, state["updates"])
+        self._copy_buffers(stored)
         prefix = "objective."
         self._objective.load_state({name.removeprefix(prefix): stored.full(name) for name in stored.names(prefix)})
         return state
@@ -353,8 +358,10 @@ class Snapshot:
                 f"{folder}, the best step by validation, is damaged ({damage}); remove the checkpoints from this one on "
                 "and run again: what they held is trained anew"
             )
+        stored = Stored(folder)
         if not self._load_zero(folder, load_module_only=True):
-            self._copy_weights(Stored(folder))
+            self._copy_weights(stored)
+        self._copy_buffers(stored)
 
     @property
     def _zero(self) -> Any:
@@ -379,6 +386,10 @@ class Snapshot:
     def _copy_weights(self, stored: Stored) -> None:
         for name, parameter in self._trainable().items():
             stored.copy_into(f"model.{name}", parameter.data)
+
+    def _copy_buffers(self, stored: Stored) -> None:
+        for name, buffer in self._buffers.items():
+            stored.copy_into(f"buffer.{name}", buffer)
 
     def _restore_moments(self, stored: Stored, updates: int) -> None:
         for name, parameter in self._trainable().items():

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from llada_core.training.accelerator import Ranks, learning_rate
+from llada_core.training.balance import RouterBalance
 from llada_core.training.checkpoint import Checkpoints, Snapshot
 from llada_core.training.objectives import Objective, StepWork, sum_and_count
 from llada_core.training.params import TrainingParams
@@ -43,6 +44,7 @@ class TrainingState:
     objective: Objective
     parameters: int  # active, for the FLOP count
     fingerprint: dict[str, str] = field(default_factory=dict)
+    balance: RouterBalance | None = None
 
 
 class Loop:
@@ -66,8 +68,9 @@ class Loop:
             folder / "checkpoints", self.ranks, keep=params.keep, milestone_every=params.milestone_every
         )
         self.snapshot = Snapshot(
-            checkpoints, parts.model, parts.optimiser, parts.objective, parts.fingerprint, extend=params.extend
-        )
+            checkpoints, parts.model, parts.optimiser, parts.objective, parts.fingerprint,
+            extend=params.extend, buffers=None if parts.balance is None else parts.balance.state,
+        )  # fmt: skip
         self.stopped = self._stop_asked = False
         self._notes: dict[str, float] = {}
         self._logged = (0, 0.0, 0.0, 0.0)  # step, tokens, flops, clock at the last log line
@@ -179,6 +182,8 @@ class Loop:
             self.meter.add({"grad_norm": sum_and_count(whole.detach().to(torch.float32), 1.0)})
         parts.optimiser.step()
         parts.optimiser.zero_grad(set_to_none=True)
+        if parts.balance is not None:
+            self.meter.add({"router_imbalance": sum_and_count(parts.balance.step(self.ranks), 1.0)})
 
     def _held_back(self, more: bool) -> AbstractContextManager[Any]:
         """Gradients of all but the last micro-batch wait, except where waiting would keep whole ones on every rank."""

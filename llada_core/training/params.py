@@ -113,6 +113,8 @@ class TrainingParams(SettingsBlock):
     right_shift: bool = False  # logits at i-1 predict token i (models converted from autoregressive ones)
     router_balance: float = Field(default=0.01, ge=0)  # mixture of experts: load balance, router z-loss
     router_z: float = Field(default=0.001, ge=0)
+    # By how much the bias of a router that has one moves after each update, towards even loads; 0: it stays as it is.
+    router_bias_rate: float = Field(default=0.0, ge=0, exclude_if=lambda value: value == 0.0)
     # Of a masked-LM from transformers; None: its own choice. LLaDA's networks know sdpa alone, which takes
     # FlashAttention where it can.
     attn_implementation: Annotated[
@@ -147,6 +149,11 @@ class TrainingParams(SettingsBlock):
             raise ValueError(
                 "optimiser muon makes steps of whole weight matrices, and an adapter (lora) trains their low-rank "
                 "factors: use optimiser: adamw, or leave out lora"
+            )
+        if self.router_bias_rate and self.lora is not None:
+            raise ValueError(
+                f"router_bias_rate {self.router_bias_rate} moves biases of the frozen model, which an adapter does not store: "
+                "leave out one of router_bias_rate and lora"
             )
         if self.distribution.kind == "zero3" and self.lora is not None:
             raise ValueError("adapters are not put together from the pieces of zero3; use zero2, ddp or fsdp with lora")

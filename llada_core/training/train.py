@@ -25,6 +25,7 @@ from llada_core.training.accelerator import (
     same_precision,
     tied_table_last,
 )
+from llada_core.training.balance import RouterBalance
 from llada_core.training.loop import Loop, TrainingState
 from llada_core.training.objectives import Objective, stored_rows
 from llada_core.training.params import GRPOParams, TrainingParams
@@ -211,7 +212,10 @@ def train(
     with tied_table_last(model), buffers_apart(model):
         prepared, optimiser = engine.prepare(model, optimiser_for(model, params))
     same_precision(prepared, params, engine)
-    parts = TrainingState(engine, prepared, optimiser, objective, parameters, fingerprint_of(params, place.data, seed))
+    # Of the model where it lies now: loads are counted beside the biases.
+    balance = RouterBalance(model, params.router_bias_rate) if params.router_bias_rate else None
+    fingerprint = fingerprint_of(params, place.data, seed)
+    parts = TrainingState(engine, prepared, optimiser, objective, parameters, fingerprint, balance)
     loop = Loop(parts, params, place.run, seed=seed, metrics=metrics, sampler=_sampler(params, tokenizer, place.data))
     with _tf32(params):
         progress, finished = loop.run(), not loop.stopped
