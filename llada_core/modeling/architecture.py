@@ -189,6 +189,7 @@ class _Reader:
             self.seen.add(key)
             if key not in self.values and key not in optional_defaults and None not in values:
                 self.need(key)
+            # Absent is not the same as null: an absent key has a default in some published code, null means off.
             value = self.values.get(key, optional_defaults.get(key))
             if value not in values:
                 raise ValueError(f"config.json: {key} = {value!r} is not supported; supported: {values[0]!r}")
@@ -204,6 +205,7 @@ def dense_architecture(values: Mapping[str, Any]) -> Architecture:
     """What a dense config.json describes; `ValueError` naming the first missing, unknown or unsupported key."""
     read = _Reader(values, _DENSE_SILENT)
     read.fixed(_DENSE_FIXED, {"block_group_size": 1, "rope_full_precision": True, "layer_norm_with_affine": True})
+    # Two keys may say how many heads there are of keys and values, and must not contradict each other.
     heads = int(read.need("n_heads"))
     kv_heads = read.maybe("n_kv_heads", None)
     if read.maybe("multi_query_attention", False):
@@ -238,6 +240,7 @@ def moe_architecture(values: Mapping[str, Any]) -> Architecture:
     read = _Reader(values, _MOE_SILENT)
     read.fixed(_MOE_FIXED, {})
     n_layers, n_heads = int(read.need("num_hidden_layers")), int(read.need("num_attention_heads"))
+    # A list of flags where LLaDA2 counts its first dense layers: both become one flag a layer.
     frequency = read.maybe("moe_layer_freq", [1] * n_layers)
     if len(frequency) != n_layers or set(frequency) - {0, 1}:
         raise ValueError(f"config.json: moe_layer_freq = {frequency} must hold a 0 or 1 for each of {n_layers} layers")
@@ -280,11 +283,13 @@ def refuse_merged(values: Mapping[str, Any]) -> None:
 def llada2_architecture(values: Mapping[str, Any]) -> Architecture:
     """What a config.json of LLaDA2.0 or 2.1 describes; errors as `dense_architecture`."""
     refuse_merged(values)
+    # Keys that class defaults would fill in are read as those defaults, where the published code has them and the file may not.
     read = _Reader(values, _LLADA2_SILENT)
     read.fixed(_LLADA2_FIXED, {})
     n_layers, n_heads = int(read.need("num_hidden_layers")), int(read.need("num_attention_heads"))
     dense, width = int(read.need("first_k_dense_replace")), int(read.need("hidden_size"))
     expert_width, head_width = int(read.need("moe_intermediate_size")), read.maybe("head_dim", width // n_heads)
+    # Both keys stand in the published file: where they disagree, nobody can tell which the weights were trained with.
     rotary = int(head_width * float(read.need("partial_rotary_factor")))
     if read.maybe("rotary_dim", rotary) != rotary:
         raise ValueError(f"config.json: rotary_dim = {values['rotary_dim']} is not partial_rotary_factor's {rotary}")

@@ -74,11 +74,13 @@ class Spans:
             raise ValueError(
                 "documents are told apart by a mask of their numbers, from position 0 on and without a cache"
             )
+        # Both copies are at the positions of one row: a block's number is the same in the noisy and in the clean one.
         half = torch.arange(width // 2 if pattern.copies else width, device=device)
         fed = half.repeat(2)[None] if pattern.copies else half[None] if at is None else at
         held = fed if keys is None else torch.arange(keys, device=device)[None]
         if pattern.documents:
             return cls(pattern, fed // pattern.length, held // pattern.length, None, True, mask)
+        # On a CPU a mask of ones is found out, for kernels without one are faster; on a GPU asking would stall the stream.
         hidden = mask is not None and not (mask.device.type == "cpu" and bool(mask.all()))
         visible = mask.bool() if mask is not None and hidden else None
         return cls(pattern, fed // pattern.length, held // pattern.length, visible, ordered=at is None)
@@ -91,12 +93,14 @@ class Spans:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, N, W, H) of queries (B, N, W, H) over keys and values (B, N_kv, T, H)."""
+        # FlexAttention knows no float64, and for a window of a block or two one call of a plain kernel is cheaper than its tiles.
         tiled = q.device.type == "cuda" and q.dtype != torch.float64 and q.shape[2] > 2 * self.pattern.length
         return self.by_tiles(q, k, v) if tiled else self.by_blocks(q, k, v)
 
     def by_blocks(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `attend`, one call of torch's attention a block of queries."""
         parts = []
+        # Each piece is a call of its own: keys that a block cannot see are left out, not masked, and no table of W by T is made.
         for queries, keys in self._pieces(q.device):
             near_k, near_v = (
                 x[:, :, keys[0]] if len(keys) == 1 else torch.cat([x[:, :, s] for s in keys], 2) for x in (k, v)
@@ -114,6 +118,7 @@ class Spans:
         """A block of queries and the stretches of keys that hold all it sees, in turn."""
         step, width, held = self.pattern.length, self.query.shape[1], self.key.shape[1]
         half = width // 2 if self.pattern.copies else width
+        # Noisy queries first, in the order in which they are fed; their own block lies in one copy, what is before in the other.
         if self.pattern.copies:
             for first in range(0, half, step):
                 own, before = slice(first, min(first + step, half)), slice(half, half + first)
@@ -142,9 +147,11 @@ class Spans:
         The dtype's minimum, not -inf: a query that sees nothing, which is padding, stays finite.
         """
         seen = None if self.visible is None else torch.cat([self.visible[:, s] for s in keys], 1)[:, None, None]
+        # In order, a piece ends where its block does, so that nothing in it is too late; elsewhere a comparison says what is.
         if not self.ordered:
             blocks = self.key[:, None, None, keys[0]] <= self.query[:, None, queries, None]
             seen = blocks if seen is None else seen & blocks
+        # A number stands for each document, so that one comparison hides all the others.
         if self.documents is not None:
             of_keys = torch.cat([self.documents[:, s] for s in keys], 1)
             seen = self.documents[:, None, queries, None] == of_keys[:, None, None]
@@ -161,6 +168,8 @@ class Spans:
     @cached_property
     def tiles(self) -> BlockMask:
         """What FlexAttention is told; from the blocks at the edges of each tile, never from a table of W by T."""
+        # A tile is left out only where no pair in it is seen, and computed without asking only where all are: both follow from
+        # the least and greatest block of its queries and keys, in time and memory that grow with the number of tiles.
         clean_q, clean_k = self._clean(self.query), self._clean(self.key)
         # A clean key is seen where its block is below a query's limit, a noisy one where it is the query's own.
         limit = self.query + clean_q
@@ -178,6 +187,7 @@ class Spans:
             low, high = _edges(self.documents, torch.ones_like(clean_q))
             some = some & (low[:, None] <= high[..., None]) & (high[:, None] >= low[..., None])
             whole = whole & some & (low[:, None] == high[..., None]) & (high[:, None] == low[..., None])
+        # Told twice, a tile would be counted twice in the softmax.
         partial = some & ~whole
         return BlockMask.from_kv_blocks(
             *_listed(partial[:, None]),
@@ -195,6 +205,7 @@ class Spans:
         return clean
 
     def _seen(self, limit: Tensor, clean_q: Tensor, clean_k: Tensor) -> Callable[..., Tensor]:
+        # Local names and no branch on tensors: FlexAttention traces this function into its kernel.
         query, key, visible, documents = self.query, self.key, self.visible, self.documents
         query_rows, key_rows = len(query) > 1, len(key) > 1
 
@@ -230,5 +241,6 @@ def _complete(flags: Tensor) -> Tensor:
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Of (R, 1, Q, S) bool: how many key tiles each query tile has, (R, 1, Q), and which, (R, 1, Q, S), those first."""
+    # Stable, so that tiles stay in the order of their positions and sums of equal calls are equal. Booleans cannot be sorted.
     order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return tiles.sum(-1, dtype=torch.int32), order.to(torch.int32)

@@ -50,6 +50,7 @@ class RotaryTables:
         return cos[:length], sin[:length]
 
     def _compute(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        # In fp32 whatever the model computes in: in bf16 the angles of neighbours far behind would be one and the same.
         exponent = torch.arange(0, self.head_width, 2, device=device, dtype=torch.float32) / self.head_width
         angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), 1.0 / self.theta**exponent)
         return torch.cat([angle.cos()] * 2, dim=-1), torch.cat([-angle.sin(), angle.sin()], dim=-1)
@@ -180,12 +181,14 @@ class GroupedMoE(MoE):
         # The bias balances the experts: it takes part in choosing, and not in weighting.
         choice_PE = score_PE if self.expert_bias is None else score_PE + self.expert_bias
         choice_PGE = choice_PE.unflatten(-1, (self.groups.n_groups, -1))
+        # A group is as good as its two best experts together, as published; by its best alone other groups are chosen.
         best_PG = choice_PGE.topk(2, dim=-1).values.sum(-1)
         kept = torch.zeros_like(best_PG, dtype=torch.bool)
         kept.scatter_(1, best_PG.topk(self.groups.kept, dim=-1).indices, value=True)
         choice_PE = choice_PGE.masked_fill(~kept[..., None], -torch.inf).flatten(1)
         expert_PK = choice_PE.topk(self.per_token, dim=-1).indices
         weight_PK = score_PE.gather(1, expert_PK)
+        # Of a single expert the share would be 1 whatever the router thinks, and it would learn nothing.
         if self.per_token > 1:
             weight_PK = weight_PK / (weight_PK.sum(-1, keepdim=True) + 1e-20)
         return Routing(logits_PE, expert_PK, weight_PK * self.groups.scale)
@@ -297,6 +300,7 @@ class LLaDABlock(FusableModule, GradientCheckpointingLayer):
     def __init__(self, shape: Architecture, layer: int) -> None:
         super().__init__()
         self.layer, self.head_width, self.qk_norm = layer, shape.head_width, shape.qk_norm
+        # Asked for only where it is needed: some of torch's kernels are not offered to calls that ask.
         self.grouped = shape.n_heads != shape.n_kv_heads
         q_width, kv_width = shape.n_heads * shape.head_width, shape.n_kv_heads * shape.head_width
         self.attn_norm = RMSNorm(shape.width, shape.norm_eps)
@@ -353,6 +357,7 @@ class LLaDABlock(FusableModule, GradientCheckpointingLayer):
         q, k, v = (p.unflatten(-1, (-1, self.head_width)) for p in (q, k, v))  # (B, W, N or N_kv, H)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
+        # Cached keys are turned already: a position's angle does not change, and a window turns its own tokens alone.
         q, k = rotate(q, around.cos, around.sin), rotate(k, around.cos, around.sin)
         if around.cache is not None:
             # A cache may have another dtype than the queries (fp32 for a model that computes in bf16).

@@ -84,6 +84,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
         self.shape = config.architecture()
+        # Nested as published, so that names of weights need no translation for the dense family.
         self.model: Any = Body(self.shape)
         self.tables = RotaryTables(self.shape.rope_theta, self.shape.rotary_width)
         self._special = _special_in(config, self.shape.vocab_rows)
@@ -153,6 +154,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
             return super().by_blocks(length)
         config: LLaDAConfig = self.config  # type: ignore[assignment]
         if kind == self.kind:
+            # The family attends by blocks already: only their length is another, and the weights need not be moved.
             config.name_block_length(length)
             self.shape = config.architecture()
             return self
@@ -163,6 +165,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
             made: LLaDAModelLM = family.network_class.of_config(
                 family.config_class.for_model(**values), self.special_tokens
             )
+        # The tensors themselves, not copies: a model of 8 B would not fit twice.
         made.load_state_dict(self.state_dict(), assign=True)
         return made.train(self.training)
 
@@ -194,6 +197,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
             dtype = self.computes_in or block.attn_norm.weight.dtype
             return torch.empty(0, dtype=dtype, device=device_of(block))
 
+        # Where layers lie on several devices, each has its part of the cache beside it.
         shape = (batch, length, self.shape.n_kv_heads, self.shape.head_width)
         return KVCache.empty(shape, [like(block) for block in self.blocks])
 
@@ -247,6 +251,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         elif self.shape.shifted and positions is None:
             x = torch.cat([x[:, :1], x[:, :-1]], dim=1)
         losses = self._router_losses(routings, hidden[0], attention_mask) if router_losses else None
+        # With targets the logits never exist as a whole: a row of 4,096 positions over 126,000 words is 2 GB in fp32.
         if targets is not None and certainty:
             nll, certain = projected_certainty(x, self._project, self.vocab_rows, targets)
             return Prediction(nll=nll, hidden_states=states, router_losses=losses, certainty=certain)
@@ -262,6 +267,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         return x if low is None else x.to(low).float()
 
     def _project(self, x: Tensor) -> Tensor:
+        # Tied, the table of token vectors is the head; it lies with the first layer where several devices share a model.
         transformer = self.model.transformer
         if transformer.ff_out is not None:
             return transformer.ff_out(x)
@@ -282,9 +288,11 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
         span = width if slots is None else (self.max_length if cache is None else cache.length)
         cos, sin = self.tables.upto(span, x.device)
         if slots is not None:
+            # Rows of a batch may be at windows of their own, so that each has its own angles.
             cos, sin = cos[slots], sin[slots]
         flat = None
         if cache is not None and slots is not None:
+            # Once for all layers: each writes to the same rows of its own B*T slots.
             first = torch.arange(cache.batch, device=slots.device)[:, None] * cache.reach
             flat = (slots + first).flatten()
         if block_causal is None:
