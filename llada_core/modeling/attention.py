@@ -81,7 +81,7 @@ class Spans:
         if pattern.documents:
             return cls(pattern, fed // pattern.length, held // pattern.length, None, True, mask)
         # On a CPU a mask of ones is found out, for kernels without one are faster; on a GPU asking would stall the stream.
-        hidden = mask is not None and not (mask.device.type == "cpu" and bool(mask.all()))
+        hidden = mask is not None and not (_free_to_ask(mask) and bool(mask.all()))
         visible = mask.bool() if mask is not None and hidden else None
         return cls(pattern, fed // pattern.length, held // pattern.length, visible, ordered=at is None)
 
@@ -101,7 +101,7 @@ class Spans:
         """As `attend`, one call of torch's attention a block of queries."""
         parts = []
         # Each piece is a call of its own: keys that a block cannot see are left out, not masked, and no table of W by T is made.
-        for queries, keys in self._pieces(q.device):
+        for queries, keys in self._pieces():
             near_k, near_v = (
                 x[:, :, keys[0]] if len(keys) == 1 else torch.cat([x[:, :, s] for s in keys], 2) for x in (k, v)
             )
@@ -114,7 +114,7 @@ class Spans:
         # Joined as (B, W, N, H): what comes next wants a token's heads beside each other, and would copy once more.
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).transpose(1, 2)
 
-    def _pieces(self, device: torch.device) -> Iterator[tuple[slice, list[slice]]]:
+    def _pieces(self) -> Iterator[tuple[slice, list[slice]]]:
         """A block of queries and the stretches of keys that hold all it sees, in turn."""
         step, width, held = self.pattern.length, self.query.shape[1], self.key.shape[1]
         half = width // 2 if self.pattern.copies else width
@@ -130,7 +130,7 @@ class Spans:
             elif self.ordered:
                 yield slice(first, last), [slice(0, last)]
             else:  # where the host may ask, what comes after the last block is left out
-                seen = held if device.type != "cpu" else self._reach(slice(first, last))
+                seen = self._reach(slice(first, last)) if _free_to_ask(self.key) else held
                 yield slice(first, last), [slice(0, seen)]
 
     def _reach(self, queries: slice) -> int:
@@ -155,7 +155,7 @@ class Spans:
         if self.documents is not None:
             of_keys = torch.cat([self.documents[:, s] for s in keys], 1)
             seen = self.documents[:, None, queries, None] == of_keys[:, None, None]
-        if seen is None or (seen.device.type == "cpu" and bool(seen.all())):
+        if seen is None or (_free_to_ask(seen) and bool(seen.all())):
             return None
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
@@ -219,6 +219,11 @@ class Spans:
             return near if visible is None else near & visible[b, j]
 
         return seen
+
+
+def _free_to_ask(x: Tensor) -> bool:
+    """Whether the host may read a tensor: a GPU would have to be waited for, and a compiled call has no values yet."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @functools.cache

@@ -74,7 +74,9 @@ class KVCache:
     def replace(self, index: Tensor, anew: "KVCache") -> None:
         """Puts all rows of `anew`, of no more slots than this one, in the place of the batch rows `index` (R,) int64."""
         for old, new in zip(self.keys + self.values, anew.keys + anew.values, strict=True):
-            old[:, : new.shape[1]].index_copy_(0, index.to(old.device), new)
+            # Only where layers lie on several devices: a captured step moves nothing.
+            there = index if index.device == old.device else index.to(old.device)
+            old[:, : new.shape[1]].index_copy_(0, there, new)
 
     def write(self, layer: int, flat_slots: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores (B, W, N_kv, H) at `flat_slots` (B*W,) = row * reach + slot, or everywhere if None; all T of the layer."""

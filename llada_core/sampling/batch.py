@@ -7,18 +7,18 @@ its random numbers are keyed by its request, and its numbers (thresholds, quotas
 Shapes: A active rows, T columns, W positions of a block's window, P proposals; R rows of one group.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling.canvas import Blocks, Canvas, columns, padded, seats
+from llada_core.sampling.canvas import Blocks, Canvas, padded
 from llada_core.sampling.denoiser import denoiser_of
-from llada_core.sampling.graph import Compiled, compiled, copied, keep_in_place
+from llada_core.sampling.graph import Compiled, compiled, compiles, copied, keep_in_place
 from llada_core.sampling.proposals import Confidence
-from llada_core.sampling.query import Denoiser, Query, on_device
+from llada_core.sampling.query import Denoiser, Look, Query, columns, on_device, seats
 from llada_core.sampling.requests import Request
 from llada_core.sampling.row_group import Answer, Choice, RowGroup
 
@@ -79,14 +79,14 @@ class Batch:
     """Rows of one way to be asked. Between steps rows `join`, and those of answers that nobody wants `leave`.
 
     One that has become empty is not used again. `how` it is compiled: "off"; "graph", a step of equal shapes becomes one function,
-    on a GPU one captured graph; "max" looks for the fastest kernels too, which takes minutes. What compiles is the exact
-    step, and refreshes and windows of a dual cache of rows that are at the same point; all else is as with "off".
+    on a GPU one captured graph; "max" looks for the fastest kernels too, which takes minutes. What does not compile, and is as
+    with "off": steps in which somebody is shown guesses beyond the block, rules of one's own, and experts in another dtype than bf16.
     """
 
     def __init__(self, model: MaskPredictor, request: Request, how: Compiled = "off") -> None:
         self.model, self.forward_key, self.rule_key, self.graph = model, request.forward_key, request.rule_key, None
-        self.compiled = how != "off"
-        if how != "off" and request.params.rule is None:
+        self.compiled = how != "off" and compiles(model)
+        if self.compiled and request.params.rule is None:
             self.graph = compiled(self.advance, how)
         # Of a compiled step, rows in which nothing is written: shapes change with the number of seats alone.
         nothing = replace(request.params, steps=1)
@@ -223,26 +223,26 @@ class Batch:
         rows, (counts, entered, firsts, left) = self.rows, self.tally
         beyond = [n - m if a.request.ahead else 0 for n, m, a in zip(left, counts, rows, strict=True)]
         fresh = [None if a is self.blank else bool(new) for a, new in zip(rows, entered, strict=True)]
-        fixed = None if self.graph is None or any(beyond) else self.denoiser.fixed(fresh, self.canvas.tokens.shape)
-        if fixed is not None and self.graph is not None:
+        if self.graph is not None and not any(beyond):
+            look = self.denoiser.plan(fresh, firsts, self.canvas.tokens.shape)
             width = self.blocks.open.shape[1]
             asked = StepQuery([width] * len(rows), beyond)
             keep_in_place(self.denoiser.written)
-            found = self.graph(self.canvas, self.blocks, asked, fixed)
+            found = self.graph(self.canvas, self.blocks, asked, look)
             known = dict[int, Tensor]()
             outcome = copied(found, known)
             for part in self.parts:
                 part.state, part.noise = copied(part.state, known), copied(part.noise, known)
         else:
             asked = StepQuery(counts, beyond, firsts, fresh)
-            outcome = self.advance(self.canvas, self.blocks, asked, self.denoiser.logits)
+            outcome = self.advance(self.canvas, self.blocks, asked)
         told = self._told(outcome, rows)
         return BatchStep(**vars(outcome.seen), answers=rows, counts=asked.counts, beyond=beyond, copied=told)
 
-    def advance(self, canvas: Canvas, blocks: Blocks, asked: "StepQuery", ask: Callable[[Query], Tensor]) -> "Outcome":
-        """One step on the device: `ask` for logits, propose, score, commit, and find the blocks of the next one.
+    def advance(self, canvas: Canvas, blocks: Blocks, asked: "StepQuery", look: Look | None = None) -> "Outcome":
+        """One step on the device: ask for logits, propose, score, commit, and find the blocks of the next one.
 
-        Where every position of the windows is asked for, shapes are those of rows, window and canvas alone: a function
+        With a `look`, every position of the windows is asked for, shapes are those of rows, window and canvas alone: a function
         that can be compiled once and captured. Otherwise the host says how many are open, and only those are looked at.
         """
         # Indices into the flattened windows and the flattened canvas, in the same order. Their number is known to the
@@ -257,7 +257,8 @@ class Batch:
         if beyond:
             wanted = torch.cat([mine, self._beyond(canvas, mine, asked.beyond)])
         seen = canvas.tokens, canvas.visible, canvas.known
-        logits = ask(Query(*seen, wanted, canvas.mask_id, blocks.first, asked.firsts, asked.fresh, asked.counts))
+        query = Query(*seen, wanted, canvas.mask_id, blocks.first, asked.firsts, asked.fresh, asked.counts)
+        logits = self.denoiser.logits(query) if look is None else self.denoiser.ask(query, look)
         choice = self._choose(logits[:total] if beyond else logits, slots, present, blocks, asked)
 
         # A window past the canvas repeats its edge, so that what is not committed is left by adding 0.

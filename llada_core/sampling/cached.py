@@ -6,6 +6,7 @@ Shapes: A active rows, T columns, W positions fed of each row, P asked-for posit
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from llada_core.modeling.attention import BlockCausal
 from llada_core.modeling.predictor import KVCache, MaskPredictor
-from llada_core.sampling.query import Query, on_device
+from llada_core.sampling.query import Look, Query, columns, on_device, seats
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,11 @@ class CacheWindow:
             return columns - min(firsts)
         return min(self.block_length, columns) + 2 * self.margin
 
-    def slots(self, query: Query) -> tuple[Tensor, Tensor]:
+    def slots(self, query: Query, width: int) -> tuple[Tensor, Tensor]:
         """(A, W) canvas positions and (A,) the first of them; a window past the canvas repeats the canvas's edge."""
-        columns = query.tokens.shape[1]
         start = query.first - (self.margin if self.kind == "dual" else 0)
-        slots = start[:, None] + torch.arange(self.width(columns, query.firsts), device=start.device)
-        return slots.clamp(0, columns - 1), start
+        slots = start[:, None] + torch.arange(width, device=start.device)
+        return slots.clamp(0, query.tokens.shape[1] - 1), start
 
 
 @dataclass
@@ -69,14 +69,41 @@ class CachedDenoiser:
         stale = self._grown_older(query.fresh, query.tokens.shape)
         if any(stale) and not all(stale):
             return self.forward_mixed(query, stale)
-        return self._counted(stale[0], query.tokens.shape, query.firsts)(query)
+        if stale[0]:
+            self._count(*query.tokens.shape)
+            return self.ask_all(query)
+        width = self.window.width(query.tokens.shape[1], query.firsts)
+        self._count(len(stale), width)
+        return self.ask_windows(query, width)
 
-    def fixed(self, fresh: Sequence[bool | None], shape: torch.Size) -> Callable[[Query], Tensor] | None:
-        """A refresh of all rows, or the windows of a dual cache; a prefix cache's have many widths."""
-        stale = self._stale(fresh)
-        if not all(stale) and (any(stale) or self.window.kind == "prefix"):
-            return None
-        return self._counted(self._grown_older(fresh, shape)[0], shape, [])
+    def plan(self, fresh: Sequence[bool | None], firsts: list[int], shape: torch.Size) -> Look:
+        """Whole canvases, windows, or windows and the canvases of the rows that are stale."""
+        stale, (rows, length) = self._grown_older(fresh, shape), shape
+        apart = [row for row, old in enumerate(stale) if old]
+        width = None
+        if len(apart) < rows:
+            # Of rows that write something; and of a prefix cache, whose windows have many widths, one of a few.
+            width = self.window.width(length, [n for n, new in zip(firsts, fresh, strict=True) if new is not None])
+            width = min(columns(width), length) if self.window.kind == "prefix" else width
+        self._count(rows, width or length)
+        if width is None or not apart:
+            return Look(width)
+        named = _few(apart)
+        self._count(len(named), length)
+        return Look(width, apart=on_device(named, self.model.device))
+
+    def ask(self, query: Query, look: Look) -> Tensor:
+        """(P, V), uncounted."""
+        if look.width is None:
+            return self.ask_all(query)
+        near = self.ask_windows(query, look.width)
+        if look.apart is None:
+            return near
+        assert self.cache is not None
+        anew = self.model.new_cache(len(look.apart), query.tokens.shape[1])
+        far = self.ask_all(_apart(query, look.apart), anew)
+        self.cache.replace(look.apart, anew)
+        return _put_in(near, far, look.apart, len(query.tokens))
 
     def _stale(self, fresh: Sequence[bool | None]) -> list[bool]:
         """Which rows are fed whole: known to the host, so that choosing the kind of forward waits for no device.
@@ -97,21 +124,20 @@ class CachedDenoiser:
         self.age = [1 if old else age + 1 for old, age in zip(stale, self.age or [0] * len(fresh), strict=True)]
         return stale
 
-    def _counted(self, whole: bool, shape: torch.Size, firsts: list[int]) -> Callable[[Query], Tensor]:
-        """A forward over whole canvases, or over windows."""
+    def _count(self, rows: int, width: int) -> None:
+        """A forward over so many positions of so many rows."""
         self.forwards += 1
-        self.fed += shape.numel() if whole else shape[0] * self.window.width(shape[1], firsts)
-        return self.ask_all if whole else self.ask_windows
+        self.fed += rows * width
 
     def ask_all(self, query: Query, cache: KVCache | None = None) -> Tensor:
         """(P, V) from one forward over whole canvases, which fills `cache`: exact. Uncounted."""
         kept = self.cache if cache is None else cache
         return self.model(query.tokens, query.visible, positions=query.wanted, cache=kept).logits
 
-    def ask_windows(self, query: Query) -> Tensor:
-        """(P, V) from one forward over the windows of all rows, which attends to the cache everywhere else. Uncounted."""
+    def ask_windows(self, query: Query, fed: int) -> Tensor:
+        """(P, V) from one forward over windows of `fed` positions of all rows, which attends to the cache everywhere else. Uncounted."""
         # Equal entries at the canvas's edge write equal keys, so that it does not matter which of them comes last.
-        slots, start = self.window.slots(query)
+        slots, start = self.window.slots(query, fed)
         # From positions on the flattened canvas (A, T) to positions in the flattened windows (A, W).
         row, column = query.wanted // query.tokens.shape[1], query.wanted % query.tokens.shape[1]
         positions = row * slots.shape[1] + column - start[row]
@@ -127,8 +153,10 @@ class CachedDenoiser:
         width, count = query.tokens.shape[1], sum(stale)
         # Stale rows are fed whole into a cache of their own: the network writes and reads caches of the rows it is fed.
         anew = self.model.new_cache(count, width)
-        windows = self._counted(False, query.tokens.shape, query.firsts)
-        self._counted(True, torch.Size((count, width)), [])
+        fed = self.window.width(width, query.firsts)
+        self._count(len(stale), fed)
+        self._count(count, width)
+        windows = partial(self.ask_windows, fed=fed)
         result, rows = _in_two(query, stale, windows, lambda some: self.ask_all(some, anew))
         assert self.cache is not None
         self.cache.replace(rows, anew)
@@ -168,6 +196,7 @@ class BlockDenoiser:
         rows, columns = query.tokens.shape
         ends = [min(first + self.length, columns) for first in query.firsts]
         if not self.cached:
+            self._count(rows, max(ends))
             return self._uncached(query, max(ends))
         self.kept = self.kept or [0] * rows
         if self.cache is None:
@@ -180,25 +209,75 @@ class BlockDenoiser:
             near = max(width for width, apart in zip(widths, far, strict=True) if not apart)
             result = self._with_far(query, far, near, max(widths))
         else:
-            result = self._window(query, self.kept, max(widths), self.cache)
+            self._count(rows, max(widths))
+            result = self._window(query, on_device(self.kept, query.tokens.device), max(widths), self.cache)
         self.kept = list(query.firsts)
         return result
 
+    def plan(self, fresh: Sequence[bool | None], firsts: list[int], shape: torch.Size) -> Look:
+        """As many positions as the furthest row needs, rounded up to one of a few widths."""
+        rows, length = shape
+        writing = [row for row, new in enumerate(fresh) if new is not None]
+        ends = [min(first + self.length, length) for first in firsts]
+        if not self.cached:
+            width = min(columns(max(ends[row] for row in writing)), length)
+            self._count(rows, width)
+            return Look(width)
+        kept, self.kept = self.kept or [0] * rows, list(firsts)
+        if self.cache is None:
+            self.cache = self.model.new_cache(rows, length)
+        widths = {row: ends[row] - kept[row] for row in writing}
+        apart = [row for row, width in widths.items() if width > 2 * self.length]
+        far = min(columns(max(widths[row] for row in apart)), length) if apart else None
+        if len(apart) < len(writing):
+            # What they are fed with the others is for nothing: it lies where their positions can be asked for.
+            kept = [firsts[row] if row in apart else old for row, old in enumerate(kept)]
+        start = on_device(kept, self.model.device)
+        if len(apart) == len(writing):
+            self._count(rows, far or length)
+            return Look(far, start)
+        blocks = -(-max(width for row, width in widths.items() if row not in apart) // self.length)
+        self._count(rows, blocks * self.length)
+        if not apart:
+            return Look(blocks * self.length, start)
+        named = _few(apart)
+        self._count(len(named), far or length)
+        return Look(blocks * self.length, start, on_device(named, self.model.device), far)
+
+    def ask(self, query: Query, look: Look) -> Tensor:
+        """(P, V), uncounted."""
+        rows, length = query.tokens.shape
+        width = look.width or length
+        if not self.cached:
+            return self._uncached(query, width)
+        assert self.cache is not None
+        assert look.start is not None
+        near = self._window(query, look.start, width, self.cache)
+        if look.apart is None:
+            return near
+        anew = self.model.new_cache(len(look.apart), length)
+        nothing = torch.zeros_like(look.apart)
+        far = self._window(_apart(query, look.apart), nothing, look.far or length, anew)
+        self.cache.replace(look.apart, anew)
+        return _put_in(near, far, look.apart, rows)
+
+    def _count(self, rows: int, width: int) -> None:
+        """A forward over so many positions of so many rows."""
+        self.forwards += 1
+        self.fed += rows * width
+
     def _uncached(self, query: Query, width: int) -> Tensor:
         """(P, V) from one forward over the first `width` positions."""
-        self.forwards += 1
-        self.fed += len(query.tokens) * width
         row, column = query.wanted // query.tokens.shape[1], query.wanted % query.tokens.shape[1]
         visible = None if query.visible is None else query.visible[:, :width]
         how = BlockCausal(self.length)
         return self.model(query.tokens[:, :width], visible, positions=row * width + column, block_causal=how).logits
 
-    def _window(self, query: Query, kept: list[int], width: int, cache: KVCache) -> Tensor:
-        """(P, V) from one forward over `width` positions of each row from `kept` on, which attends to `cache` before them."""
-        rows, columns = query.tokens.shape
-        self.forwards += 1
-        self.fed += rows * width
-        start = on_device(kept, query.tokens.device)
+    def _window(self, query: Query, start: Tensor, width: int, cache: KVCache) -> Tensor:
+        """(P, V) from one forward over `width` positions of each row from `start` (A,) on, which attends to `cache` before
+        them.
+        """
+        columns = query.tokens.shape[1]
         # Past the canvas a window repeats its edge; past its block it feeds what nobody sees before it is fed again.
         slots = (start[:, None] + torch.arange(width, device=start.device)).clamp(max=columns - 1)
         # From positions on the flattened canvas (A, T) to positions in the flattened windows (A, W).
@@ -215,8 +294,11 @@ class BlockDenoiser:
     def _with_far(self, query: Query, far: list[bool], near: int, width: int) -> Tensor:
         """(P, V) where some rows, `far` (A,), have just come with a long prompt: the others are not fed windows as long."""
         assert self.cache is not None
-        kept, cache, anew = self.kept, self.cache, self.model.new_cache(sum(far), query.tokens.shape[1])
-        nothing = [0] * sum(far)
+        count, device = sum(far), query.tokens.device
+        kept, cache, anew = on_device(self.kept, device), self.cache, self.model.new_cache(count, query.tokens.shape[1])
+        nothing = on_device([0] * count, device)
+        self._count(len(far), near)
+        self._count(count, width)
         result, rows = _in_two(
             query,
             far,
@@ -226,14 +308,29 @@ class BlockDenoiser:
         cache.replace(rows, anew)
         return result
 
-    def fixed(self, fresh: Sequence[bool | None], shape: torch.Size) -> Callable[[Query], Tensor] | None:
-        """None: what is fed grows from block to block."""
-        return None
-
     def arrange(self, order: list[int], width: int) -> None:
         """The cached rows that go on; of new ones nothing is kept."""
         self.kept = [0 if row < 0 or not self.kept else self.kept[row] for row in order]
         self.cache = _arranged(self.model, self.cache, order, width)
+
+
+def _few(rows: list[int]) -> list[int]:
+    """These rows, the first one as often as makes their number one of few."""
+    return rows + rows[:1] * (seats(len(rows)) - len(rows))
+
+
+def _apart(query: Query, rows: Tensor) -> Query:
+    """The query of `rows` (R,), where every position of every window is asked for."""
+    columns = query.tokens.shape[1]
+    there = columns * torch.arange(len(rows), device=rows.device)[:, None]
+    return query.subset(rows, (query.wanted.view(len(query.tokens), -1)[rows] % columns + there).flatten())
+
+
+def _put_in(near: Tensor, far: Tensor, rows: Tensor, count: int) -> Tensor:
+    """(A*W, V) of all `count` rows, those of `rows` (R,) as they are in `far` (R*W, V). A row named twice is twice the same."""
+    width = len(near) // count
+    anew = near.unflatten(0, (count, width)).index_copy(0, rows, far.unflatten(0, (len(rows), width)))
+    return anew.flatten(0, 1)
 
 
 def _in_two(

@@ -189,19 +189,6 @@ def zero_where(rows: Tensor, value: Tensor) -> Tensor:
     return value.masked_fill(rows.view(-1, *[1] * (value.dim() - 1)), 0)
 
 
-def seats(rows: int) -> int:
-    """How many rows a compiled step has for so many answers: 1, 2, 4, 8, 16, 32, 64, then multiples of 64."""
-    # Doubling wastes less than half of the rows, and seven functions serve all batches up to 64.
-    return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
-
-
-def columns(width: int) -> int:
-    """How wide the canvas of a compiled step is: multiples of 64 up to 512, then four widths to each doubling."""
-    # An eighth of the next power of two: at most a quarter of the columns is for nothing, at 20 widths up to 4,096.
-    step = max(64, 1 << max(0, (width - 1).bit_length() - 3))
-    return -(-width // step) * step
-
-
 @dataclass(frozen=True)
 class Blocks:
     """The block of each row's first open position, or the one that a rule holds the row in. A rows.

@@ -3,7 +3,7 @@
 Shapes: A active rows, T columns, P asked-for positions, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling.cached import BlockDenoiser, CachedDenoiser, CacheWindow
 from llada_core.sampling.params import SamplingParams
-from llada_core.sampling.query import Denoiser, Query
+from llada_core.sampling.query import Denoiser, Look, Query
 
 
 @dataclass
@@ -30,18 +30,17 @@ class PlainDenoiser:
 
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
-        self.fixed(query.fresh, query.tokens.shape)
-        return self.ask(query)
+        return self.ask(query, self.plan(query.fresh, query.firsts, query.tokens.shape))
 
-    def ask(self, query: Query) -> Tensor:
+    def ask(self, query: Query, look: Look) -> Tensor:
         """(P, V), uncounted."""
         return self.model(query.tokens, query.visible, positions=query.wanted).logits
 
-    def fixed(self, fresh: Sequence[bool | None], shape: torch.Size) -> Callable[[Query], Tensor] | None:
+    def plan(self, fresh: Sequence[bool | None], firsts: list[int], shape: torch.Size) -> Look:
         """The whole canvas."""
         self.forwards += 1
         self.fed += shape.numel()
-        return self.ask
+        return Look()
 
     def arrange(self, order: list[int], width: int) -> None:
         """Nothing is remembered from step to step."""
@@ -68,9 +67,9 @@ class Wrapper:
         """That of the denoiser within."""
         return self.inner.written
 
-    def fixed(self, fresh: Sequence[bool | None], shape: torch.Size) -> Callable[[Query], Tensor] | None:
-        """None: what is wrapped is looked at step by step."""
-        return None
+    def plan(self, fresh: Sequence[bool | None], firsts: list[int], shape: torch.Size) -> Look:
+        """That of the denoiser within."""
+        return self.inner.plan(fresh, firsts, shape)
 
     def arrange(self, order: list[int], width: int) -> None:
         """Passed on."""
@@ -87,10 +86,23 @@ class GuidedDenoiser(Wrapper):
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
         self.count = len(query.tokens)
+        return self._guided(self.inner.logits(self._doubled(query)))
+
+    def plan(self, fresh: Sequence[bool | None], firsts: list[int], shape: torch.Size) -> Look:
+        """Of both halves."""
+        return self.inner.plan([*fresh, *fresh], firsts * 2, torch.Size((2 * shape[0], shape[1])))
+
+    def ask(self, query: Query, look: Look) -> Tensor:
+        """(P, V), uncounted."""
+        return self._guided(self.inner.ask(self._doubled(query), look))
+
+    @staticmethod
+    def _doubled(query: Query) -> Query:
+        """Seeing rows, and behind them the same ones blind."""
         # Only what was known from the start is hidden: the blind half too goes on from what has been written.
         blind = query.tokens.masked_fill(query.known, query.mask_id)
         # Seeing and blind rows share one forward: half the calls, and a cache within keeps the two apart by row.
-        doubled = replace(
+        return replace(
             query,
             tokens=torch.cat([query.tokens, blind]),
             visible=None if query.visible is None else query.visible.repeat(2, 1),
@@ -101,7 +113,10 @@ class GuidedDenoiser(Wrapper):
             fresh=[*query.fresh, *query.fresh],
             counts=query.counts * 2,
         )
-        seeing, unseeing = self.inner.logits(doubled).float().chunk(2)
+
+    def _guided(self, logits: Tensor) -> Tensor:
+        """(P, V) of the (2P, V) of both halves."""
+        seeing, unseeing = logits.float().chunk(2)
         # At scale 0 this is the seeing row, and not the blind one: LLaDA's scale is one less than the usual weight.
         return unseeing + (self.scale + 1) * (seeing - unseeing)
 
@@ -118,9 +133,18 @@ class ShiftedDenoiser(Wrapper):
 
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
+        return self.inner.logits(self._shifted(query))
+
+    def ask(self, query: Query, look: Look) -> Tensor:
+        """(P, V), uncounted."""
+        return self.inner.ask(self._shifted(query), look)
+
+    @staticmethod
+    def _shifted(query: Query) -> Query:
+        """What is read one position to the left."""
         # The first position has nothing to its left and is read from itself, as the training loss does.
         has_left = query.wanted % query.tokens.shape[1] > 0
-        return self.inner.logits(replace(query, wanted=query.wanted - has_left.long()))
+        return replace(query, wanted=query.wanted - has_left.long())
 
 
 def denoiser_of(model: MaskPredictor, params: SamplingParams) -> Denoiser:

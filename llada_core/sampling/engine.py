@@ -16,8 +16,9 @@ from torch import Tensor
 
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling.batch import Batch, BatchStep
-from llada_core.sampling.canvas import Step, columns, seats
+from llada_core.sampling.canvas import Step
 from llada_core.sampling.graph import Compiled
+from llada_core.sampling.query import columns, seats
 from llada_core.sampling.requests import Request
 from llada_core.sampling.row_group import Answer
 
@@ -77,8 +78,8 @@ class Engine:
             wide = len({columns(width) for width in range(1, most + 1)})
             rows = len({seats(count) for count in range(1, self.rows + 1)})
             parts.append(
-                f"compile {self.compiled}: at most {rows} x {wide} shapes of rows and columns, with a cache twice as many, "
-                "each compiled when it is first met, while those who asked wait"
+                f"compile {self.compiled}: at most {rows} x {wide} shapes of rows and columns, with a cache several functions each, "
+                "compiled when it is first met, while those who asked wait"
             )
         return "; ".join(parts)
 

@@ -3,7 +3,7 @@
 Shapes: A active rows, T columns, P asked-for positions, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -14,6 +14,19 @@ from torch import Tensor
 def on_device(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
     """(n,) of numbers that the host knows; the host waits for no device."""
     return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
+
+def seats(rows: int) -> int:
+    """How many rows a compiled step has for so many answers: 1, 2, 4, 8, 16, 32, 64, then multiples of 64."""
+    # Doubling wastes less than half of the rows, and seven functions serve all batches up to 64.
+    return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
+
+
+def columns(width: int) -> int:
+    """How wide the canvas of a compiled step is: multiples of 64 up to 512, then four widths to each doubling."""
+    # An eighth of the next power of two: at most a quarter of the columns is for nothing, at 20 widths up to 4,096.
+    step = max(64, 1 << max(0, (width - 1).bit_length() - 3))
+    return -(-width // step) * step
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,21 @@ class Query:
         )
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a step of fixed shapes feeds: equal numbers and shapes are one function. A active rows, R of them apart.
+
+    `width` positions of each row, None for whole canvases, from its column `start` (A,) on, None for its block's own. The
+    rows `apart` (R,), if there are any, are fed in a second forward: `far` positions from their beginning, None for all. A
+    row may be named there more than once, so that R is one of few numbers.
+    """
+
+    width: int | None = None
+    start: Tensor | None = None
+    apart: Tensor | None = None
+    far: int | None = None
+
+
 class Denoiser(Protocol):
     """Canvas -> logits where asked."""
 
@@ -65,8 +93,11 @@ class Denoiser(Protocol):
     def logits(self, query: Query) -> Tensor:
         """(P, V) logits of `query.wanted`."""
 
-    def fixed(self, fresh: Sequence[bool | None], shape: torch.Size) -> Callable[[Query], Tensor] | None:
-        """The next look, counted, as a function of tensors alone, over (A, T) tokens; None where it is more than one."""
+    def plan(self, fresh: Sequence[bool | None], firsts: list[int], shape: torch.Size) -> Look:
+        """What the step feeds that is taken now, counted; of (A, T) tokens. See `Query` for `fresh` and `firsts`."""
+
+    def ask(self, query: Query, look: Look) -> Tensor:
+        """(P, V), as a function of tensors alone: every position of every window is `wanted`. Uncounted."""
 
     def arrange(self, order: list[int], width: int) -> None:
         """The active rows are now these of the ones before, in this order (-1: a new one), over `width` columns."""

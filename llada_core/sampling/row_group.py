@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling.canvas import Blocks, Step, padded, seats, zero_where
+from llada_core.sampling.canvas import Blocks, Step, padded, zero_where
 from llada_core.sampling.proposals import Confidence, Proposer, RowNoise
-from llada_core.sampling.query import on_device
+from llada_core.sampling.query import on_device, seats
 from llada_core.sampling.requests import Request
 from llada_core.sampling.unmask import HELD, Rule, State, TransferSchedule, number_of, rule_of, schedule_of
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -11,16 +12,34 @@ import torch
 from torch import Tensor, _dynamo
 
 from llada_core.sampling import generate
-from llada_core.sampling.canvas import columns, seats
 from llada_core.sampling.engine import Engine
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.query import columns, seats
 from llada_core.sampling.requests import to_answer
 from tests.reference import golden_model
 from tests.sampling.test_own_rules import SETTINGS as OWN
 from tests.sampling.test_ragged import BASE, MODES
 
 PROMPTS = ([5, 9, 30], [7], [9] * 12)
-KINDS = {"temperature": 1, "dual": 2}
+ROOM = {"max_new_tokens": 24, "block_length": 8, "threshold": 0.7}
+EDITS = {"sampler": "llada2.1", "steps": 1, "editing_threshold": 0.5}
+BY_BLOCKS = {
+    "blocks": {**ROOM, "sampler": "llada2.0", "steps": 8},
+    "blocks, cached": {**ROOM, "sampler": "llada2.0", "steps": 8, "cache": "prefix"},
+    "blocks, edited": {**ROOM, **EDITS},
+    "blocks, edited, cached": {**ROOM, **EDITS, "cache": "prefix"},
+    "blocks, guided, cached": {**ROOM, "sampler": "llada2.0", "steps": 8, "cache": "prefix", "cfg_scale": 0.5},
+}
+# Functions for each number of seats: what a step feeds, and once more where a rule remembers nothing yet.
+KINDS = {
+    "temperature": 1,
+    "guided": 1,
+    "dual": 2,
+    "dual, threshold": 3,
+    "prefix": 3,
+    "blocks": 2,
+    "blocks, edited, cached": 4,
+}
 
 
 @pytest.fixture
@@ -63,24 +82,36 @@ def arriving(model, params, lengths, rows, every):
     return most
 
 
+def case(mode, model="llada_tiny"):
+    """A model, and settings that it can be asked with."""
+    if mode in BY_BLOCKS:
+        return deepcopy(golden_model(model)).by_blocks(8), SamplingParams(**BY_BLOCKS[mode])
+    return golden_model(model), SamplingParams(**{**BASE, **{**MODES, **OWN}[mode]})
+
+
 LENGTHS = [3, 17, 9, 30, 1, 12, 25, 4, 8]
 
 
 @pytest.mark.parametrize("mode", KINDS)
 def test_rows_that_join_and_leave_are_written_by_one_function_for_each_number_of_seats(traced, mode):
-    model, params = golden_model("llada_tiny"), SamplingParams(**{**BASE, **MODES[mode]})
+    model, params = case(mode)
     model(torch.tensor([[5] * 64]))  # the rotary tables are there
     assert arriving(model, params, LENGTHS, rows=2, every=3) == 2
     arriving(model, params, LENGTHS[::-1], rows=2, every=3)
-    assert graphs() <= 2 * KINDS[mode], "one seat and two; a cache's refreshes and steps"
+    assert graphs() <= 2 * KINDS[mode], "one seat and two"
     assert not _dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("mode", [*MODES, *OWN])
+@pytest.mark.parametrize("mode", [*MODES, *OWN, *BY_BLOCKS])
 def test_every_mode_is_written_on_seats_as_alone(monkeypatch, mode):
     monkeypatch.setattr(torch, "compile", lambda step, **_: step)
-    params = SamplingParams(**{**BASE, **{**MODES, **OWN}[mode]})
-    assert arriving(golden_model("llada_tiny_eos"), params, LENGTHS, rows=7, every=1) > 1
+    assert arriving(*case(mode, "llada_tiny_eos"), LENGTHS, rows=7, every=1) > 1
+
+
+def test_experts_in_float32_are_written_by_the_plain_step_of_a_compiling_engine():
+    model, params = golden_model("llada_moe_tiny"), SamplingParams(**BASE)
+    for answer, prompt in zip(written(model, params), PROMPTS, strict=True):
+        assert torch.equal(answer.tokens, generate(model, [prompt], params).tokens[0])
 
 
 def test_seats_and_columns_are_few():
@@ -103,7 +134,7 @@ def test_what_an_engine_may_take_is_told_before():
         "4 answers at once over 1,000 positions; with a cache 1,024 bytes a position, 0.00 GB at most"
     )
     told = Engine(model, rows=64, positions=1000, compiled="graph").told()
-    assert "compile graph: at most 7 x 4 shapes of rows and columns, with a cache twice as many" in told
+    assert "compile graph: at most 7 x 4 shapes of rows and columns, with a cache several functions each" in told
 
 
 def test_a_compiled_step_writes_what_the_plain_one_writes():
@@ -150,11 +181,10 @@ def tensors(value: Any) -> list[Tensor]:
     return tensors(list(vars(value).values())) if is_dataclass(value) else []
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, *BY_BLOCKS])
 def test_nothing_is_read_from_memory_that_a_captured_graph_writes_over(monkeypatch, mode):
     monkeypatch.setattr(torch, "compile", Captured)
-    params = SamplingParams(**{**BASE, **MODES[mode]})
-    arriving(golden_model("llada_tiny_eos"), params, LENGTHS, rows=4, every=1)
+    arriving(*case(mode, "llada_tiny_eos"), LENGTHS, rows=4, every=1)
 
 
 def test_one_thread_replays_the_graphs_of_an_engine(monkeypatch):
@@ -183,7 +213,7 @@ def test_a_cache_that_a_captured_step_writes_into_is_said_to_stay(monkeypatch):
     assert all(hasattr(x, "_dynamo_static_input_type") for x in (*kept.keys, *kept.values))
 
 
-@pytest.mark.parametrize("mode", ["temperature", "dual", "stop, hot, dual", "threshold"])
+@pytest.mark.parametrize("mode", ["temperature", "dual, threshold", "stop, hot, dual", "threshold", "blocks, cached"])
 def test_a_step_makes_no_tensor_on_the_host(monkeypatch, mode):
     seen = list[torch.fx.Node]()
 
@@ -193,7 +223,7 @@ def test_a_step_makes_no_tensor_on_the_host(monkeypatch, mode):
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=look))
     _dynamo.reset()
-    written(golden_model("llada_tiny_eos"), SamplingParams(**{**BASE, **MODES[mode]}))
+    written(*case(mode, "llada_tiny_eos"))
     _dynamo.reset()
     assert seen
     # A graph with a tensor of the CPU's is not captured, and one that asks for a value ends.
