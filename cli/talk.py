@@ -40,7 +40,6 @@ def sample(
     from app.canvas import readable, typed  # these import torch: after all that can be wrong without it
     from app.models import Setting, compiled_as, opened
     from cli.terminal import answers, follow, templates
-    from llada_core.sampling.sampler import told_of_compiling
 
     way = compiled_as(compiled)
 
@@ -58,7 +57,7 @@ def sample(
     )
     follow(*started, tokenizer, live=visualize)
     if way != "off":
-        print(told_of_compiling(), file=sys.stderr)
+        print(loaded.engine.spent(), file=sys.stderr)
     for text, trace in zip(texts, started[0], strict=True):
         tokens = trace.frames[-1].tokens.tolist()
         answer = tokenizer.decode(tokens) if infill else tokenizer.answer_text(tokens)

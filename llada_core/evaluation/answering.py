@@ -5,9 +5,11 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -267,16 +269,21 @@ class Responder:
         """Monte-Carlo samples of one likelihood."""
         return self.options.settings.samples or SAMPLES
 
-    def engine(self, waiting: int = 1) -> Engine:
-        """What writes answers for so many requests."""
+    @cached_property
+    def engine(self) -> Engine:
+        """What writes the answers: one for all calls, since graphs that it has captured stay with it."""
         options = self.options
-        return Engine(self.model, rows=options.batch_size, waiting=waiting, compiled=options.compiled)
+        return Engine(self.model, rows=options.batch_size, waiting=sys.maxsize, compiled=options.compiled)
 
     def generate(self, asked: list[GenerationRequest]) -> list[Response]:
         """Answers to requests of any settings, `batch_size` at once, in their order: the next ones as places get free."""
-        engine = self.engine(len(asked))
-        answers = engine.submit([self._request(each) for each in asked])
-        engine.finish(answers)
+        answers = self.engine.submit([self._request(each) for each in asked])
+        try:
+            self.engine.finish(answers)
+        except BaseException:  # of a call that failed nothing stays in the queue of the next one
+            for answer in answers:
+                self.engine.cancel(answer)
+            raise
         return [
             self._answer(self._written(answer, w), answer.forwards) for answer, w in zip(answers, asked, strict=True)
         ]

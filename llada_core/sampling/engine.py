@@ -17,7 +17,7 @@ from torch import Tensor
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling.batch import Batch, BatchStep
 from llada_core.sampling.canvas import Step
-from llada_core.sampling.graph import Compiled
+from llada_core.sampling.graph import Compiled, compiling_seconds
 from llada_core.sampling.query import columns, seats
 from llada_core.sampling.requests import Request
 from llada_core.sampling.row_group import Answer
@@ -82,6 +82,12 @@ class Engine:
                 "compiled when it is first met, while those who asked wait"
             )
         return "; ".join(parts)
+
+    @staticmethod
+    def spent() -> str:
+        """What this process has spent on compiling steps so far, in words."""
+        seconds = compiling_seconds()
+        return f"compiling: {len(seconds)} shapes of a step in {sum(seconds):.1f} s"
 
     def submit(self, requests: Sequence[Request], *, watched: bool = False) -> list[Answer]:
         """An answer to come for each request; `watched` ones keep their steps until they are taken."""

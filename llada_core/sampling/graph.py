@@ -38,6 +38,11 @@ def compiled(step: Callable[..., Result], how: Compiled) -> Callable[..., Result
     return called
 
 
+def compiling_seconds() -> list[float]:
+    """What each function took that this process has compiled so far."""
+    return _dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", [])
+
+
 def keep_in_place(written: Iterable[Tensor]) -> None:
     """Says of tensors that a step writes into that they stay where they are: a graph that changes any other input is not
     captured. Where they have moved, as a cache that has grown has, the graph is captured anew, and not compiled anew.

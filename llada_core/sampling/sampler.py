@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, _dynamo
+from torch import Tensor
 from torch.nn import functional as F
 
 from llada_core.modeling.predictor import MaskPredictor
@@ -125,12 +125,6 @@ def stream_infill(
 ) -> Iterator[Step]:
     """`infill`, yielding every step; `look_ahead` and `compiled` as in `stream`."""
     return _stream(model, to_fill(model, template_ids, params, ahead=look_ahead), 0, compiled)
-
-
-def told_of_compiling() -> str:
-    """What this process has spent on compiling steps so far, in words."""
-    spent = _dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", [])
-    return f"compiling: {len(spent)} shapes of a step in {sum(spent):.1f} s"
 
 
 def _stream(model: MaskPredictor, requests: list[Request], width: int, compiled: Compiled) -> Iterator[Step]:

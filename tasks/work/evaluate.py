@@ -3,6 +3,7 @@
 What is written is equal for equal inputs; how long it took goes to the run's metrics.
 """
 
+import gc
 import logging
 import os
 import subprocess
@@ -187,7 +188,6 @@ def answering(folder: Path, params: EvaluateParams, device: str = "auto") -> Ite
     import torch
 
     from llada_core.evaluation.answering import AUTO_BATCH, Responder, ResponderOptions, load
-    from llada_core.sampling.sampler import told_of_compiling
     from llada_core.tokenizer import Tokenizer
 
     size = AUTO_BATCH if params.batch_size == "auto" else int(params.batch_size)
@@ -196,11 +196,12 @@ def answering(folder: Path, params: EvaluateParams, device: str = "auto") -> Ite
     del model
     compiles = params.compile != "off" and device != "meta"
     if compiles:
-        print(answerer.engine().told(), file=sys.stderr)
+        print(answerer.engine.told(), file=sys.stderr)
     yield answerer
     if compiles:
-        print(told_of_compiling(), file=sys.stderr)
+        print(answerer.engine.spent(), file=sys.stderr)
     del answerer
+    gc.collect()  # an engine knows itself as one of those that share its queue
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

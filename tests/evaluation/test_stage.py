@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,6 +141,14 @@ def test_right_answers_are_told_from_wrong_ones(places, monkeypatch):
     assert evaluate(places)["score"] == pytest.approx(3 / 7)
     result = json.loads((places.out / "sudoku.json").read_text())["models"]["sft"]
     assert (result["in_training"], result["score_unseen"]) == (1, pytest.approx(2 / 6))  # the first was right
+
+
+def test_a_model_that_was_measured_is_given_back(places):
+    with answering(places.out.parents[1] / "models" / "sft", PARAMS) as answerer:
+        measure("sudoku", "sft", answerer, PARAMS, places)
+        model = weakref.ref(answerer.model)
+        del answerer
+    assert model() is None, "the next one would stand beside it on a GPU"
 
 
 def test_an_absent_published_set_is_a_result_not_a_failure(places):
