@@ -145,6 +145,16 @@ def require_listed(spec: dict[str, Any], params: dict[str, Any]) -> None:
             raise ConfigError(f"params.yaml names {missing[0]}, which dvc.yaml does not know: {ways}")
 
 
+def require_keys(spec: dict[str, Any], params: dict[str, Any]) -> None:
+    """Raises `ConfigError` for a key that dvc.yaml lists and params.yaml lacks: DVC would stop there, in the middle."""
+    for kind in params["stages"]:
+        body = _body(spec["stages"].get(kind, {}))
+        if lacking := [key for key in _params(kind, body, params) if not _given(params, key)]:
+            parent, _, last = lacking[0].rpartition(".")
+            way = f"add `{last}: null` to its block {parent}" if parent else "add it"
+            raise ConfigError(f"params.yaml lacks {lacking[0]}, which dvc.yaml lists for {kind}: {way}")
+
+
 def _bases(model: str) -> list[str]:
     """The folders that belong to a model from elsewhere: the base that an adapter names by its place, and that one's."""
     found = [Path(model)]

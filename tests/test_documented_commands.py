@@ -15,12 +15,14 @@ import typer
 from typer._click.exceptions import MissingParameter
 
 from cli.main import llada
+from llada_core.evaluation import recipes
 from llada_core.settings import read_yaml, with_overrides
 from tasks.project import Params
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROFILES = {path.stem for path in (ROOT / "profiles").glob("*.yaml")}
+PUZZLES = {"sudoku", "sudoku_new_grids", "sudoku_published", "countdown", "seats"}
 PROGRAMS = ("llada", "python", "accelerate", "torchrun", "dvc", "prefect", "mlflow", "hf", "lm_eval")
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*$|my-|.*\.yaml$")  # FOLDER, PROFILE, T; a file of one's own
 
@@ -65,6 +67,10 @@ def check_group(group: Any, words: list[str], whole: bool) -> Any:
 def llada_takes(words: list[str], whole: bool) -> None:
     context = check_group(typer.main.get_command(llada), words, whole)
     given = context.params if context is not None else {}
+    if words[:1] == ["eval"]:
+        named = {name for name in given.get("benchmarks") or [] if not PLACEHOLDER.match(name) and "/" not in name}
+        other = {name for name in named - PUZZLES if not recipes.exists(name)}
+        assert not other, f"no such benchmark: {other}"
     profile, stage = given.get("profile"), given.get("stage")
     if profile is None or PLACEHOLDER.match(profile):
         return

@@ -20,7 +20,7 @@ from filelock import FileLock
 from llada_core.settings import ConfigError, nearest, read_yaml, with_overrides
 from tasks import own_code
 from tasks.folders import add_worktree, copied, has_git, hash_of, mend_worktree, submitted, write_json, write_text
-from tasks.graph import lookup, prune, require_listed
+from tasks.graph import lookup, prune, require_keys, require_listed
 from tasks.project import Params, Project, data_root
 from tasks.record.registry import named, resolve
 from tasks.stages import TRAINING_STAGES
@@ -150,7 +150,9 @@ def open_workspace(
     """
     if profile is None and not overrides and not own:
         Params.load(project.root / "params.yaml")
-        require_listed(read_yaml(project.root / "dvc.yaml"), project.values)
+        spec = read_yaml(project.root / "dvc.yaml")
+        require_listed(spec, project.values)
+        require_keys(spec, project.values)
         return Project(project.root.resolve())
     file = profile_file(project, profile)
     values = own_code.with_benchmarks(with_overrides(read_yaml(file), overrides or []))

@@ -12,7 +12,7 @@ import yaml
 from llada_core.data.formats import FORMATS
 from llada_core.data.params import DataParams, PartParams, PuzzleCounts
 from llada_core.settings import ConfigError, function_at
-from tasks.graph import load_stage, lookup, prune
+from tasks.graph import load_stage, lookup, prune, require_keys
 from tasks.launch.workspace import with_sources
 from tasks.project import Params, Project
 from tasks.stages import STAGES, TRAINING_STAGES, Stage, program_of
@@ -126,6 +126,15 @@ def test_a_stage_lists_all_code_that_it_runs(name: str) -> None:
         if not any(file == path or file.startswith(f"{path}/") for path in listed) and not file.endswith("__init__.py")
     }
     assert not missing, f"{name} runs, but does not list: {sorted(missing)}"
+
+
+def test_a_key_that_params_yaml_of_before_lacks_is_told_before_anything_starts() -> None:
+    require_keys(SPEC, PARAMS)
+    old = PARAMS | {"evaluate": {key: value for key, value in PARAMS["evaluate"].items() if key != "speed"}}
+    with pytest.raises(
+        ConfigError, match=r"lacks evaluate\.speed, .* evaluate: add `speed: null` to its block evaluate"
+    ):
+        require_keys(SPEC, old)
 
 
 @pytest.mark.parametrize("name", list(SPEC["stages"]))
