@@ -213,7 +213,7 @@ Pictures = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedColumn:
     """One of the two columns."""
 
     model: gr.Dropdown
@@ -231,7 +231,7 @@ class CompareView:
     panel: Panel
     question: gr.Textbox
     speed: gr.Radio
-    sides: tuple[Side, Side]
+    sides: tuple[ComparedColumn, ComparedColumn]
 
     def run(self, values: Values) -> Iterator[Pictures]:
         """Answers the question twice, a step each in turn."""
@@ -257,7 +257,7 @@ class CompareView:
         shown = pictures[0] + said[0], pictures[1] + said[1]
         yield shown[0], readable(left.text), facts[0], shown[1], readable(right.text), facts[1]
 
-    def _side(self, side: Side, values: Values) -> tuple[LiveAnswer, Iterator[str], str]:
+    def _side(self, side: ComparedColumn, values: Values) -> tuple[LiveAnswer, Iterator[str], str]:
         """The answer, its pictures as they come, and what of the settings its model did not learn."""
         name = values[side.model] or values[self.panel.model]
         loaded, _ = self.state.loaded(name)
@@ -294,7 +294,7 @@ def build_compare(state: AppState, panel: Panel) -> list[gr.Dropdown]:
     return [side.model for side in sides]
 
 
-def _side(state: AppState, name: str, first: str) -> Side:
+def _side(state: AppState, name: str, first: str) -> ComparedColumn:
     with gr.Column(min_width=320):
         with gr.Row():
             model = gr.Dropdown(
@@ -308,4 +308,4 @@ def _side(state: AppState, name: str, first: str) -> Side:
         facts = gr.HTML(
             table(score_rows(state.index.scores(state.model))), apply_default_css=False, elem_id=f"{name}-scores"
         )
-    return Side(model, choice, picture, answer, facts)
+    return ComparedColumn(model, choice, picture, answer, facts)

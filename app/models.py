@@ -144,7 +144,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     max_context: int = MOST_CONTEXT  # tokens of a canvas that whoever shows it allows
     usage: Usage = field(default_factory=Usage)
-    compiled: Compiled = "off"  # as `Batch` has it
+    compiled: Compiled = "off"  # as `RunningBatch` has it
     copies: tuple[MaskPredictor, ...] = ()  # of the model, on other devices, which write beside it
     # What writes for all who ask: 64 at once, or as many as are together as long as 32 whole contexts, or as keys and values
     # have room for (at 8 B a context of 4,096 takes 2 GB). Made with the model: of two threads that asked for it at the

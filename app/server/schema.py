@@ -41,7 +41,7 @@ class BadRequestError(ValueError):
         self.param, self.code, self.status = param, code, status
 
 
-class Request(BaseModel):
+class ApiRequest(BaseModel):
     """A body: known fields of the right types, and no others."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -101,7 +101,7 @@ class StreamOptions(BaseModel):
     denoising: bool = False
 
 
-class SamplingFields(Request):
+class SamplingFields(ApiRequest):
     """What both kinds of generation share. Sampler settings that are not given are those the model comes with."""
 
     n: int = Field(default=1, ge=1, le=MOST_CHOICES)
@@ -213,7 +213,7 @@ class Pair(BaseModel):
     answer: str
 
 
-class ScoreRequest(Request):
+class ScoreRequest(ApiRequest):
     """`POST /v1/score`: log-likelihoods of answers, each behind its prompt; or of `labels`, all behind one `prompt`."""
 
     pairs: list[Pair] | None = Field(default=None, min_length=1, max_length=MOST_PAIRS)

@@ -52,7 +52,7 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """Where a step leads: the canvas, its blocks, what the host has to know of them, and what was seen."""
 
     canvas: Canvas
@@ -75,7 +75,7 @@ class BatchStep(StepResult):
     copied: Tensor | None
 
 
-class Batch:
+class RunningBatch:
     """Rows of one way to be asked. Between steps rows `join`, and those of answers that nobody wants `leave`.
 
     One that has become empty is not used again. `how` it is compiled: "off"; "graph", a step of equal shapes becomes one function,
@@ -239,7 +239,7 @@ class Batch:
         told = self._told(outcome, rows)
         return BatchStep(**vars(outcome.seen), answers=rows, counts=asked.counts, beyond=beyond, copied=told)
 
-    def advance(self, canvas: Canvas, blocks: Blocks, asked: "StepQuery", look: Look | None = None) -> "Outcome":
+    def advance(self, canvas: Canvas, blocks: Blocks, asked: "StepQuery", look: Look | None = None) -> "StepOutcome":
         """One step on the device: ask for logits, propose, score, commit, and find the blocks of the next one.
 
         With a `look`, every position of the windows is asked for, shapes are those of rows, window and canvas alone: a function
@@ -274,7 +274,7 @@ class Batch:
         # Before the host has heard of this step: so it asks once for all that it has to know of the next one.
         following = blocks.following(after, self._held(), self.edits)
         shown = StepResult(after.tokens, blocks.first, blocks.last, wanted, proposals, values)
-        return Outcome(after, following, following.tally, shown)
+        return StepOutcome(after, following, following.tally, shown)
 
     def _held(self) -> Tensor | None:
         """(A,) bool: rows that a rule holds in their block; None where no rule does."""
@@ -336,7 +336,7 @@ class Batch:
             over = over & ~(going & self.waits)[:, None]
         return tokens.masked_fill(over & self.ending & (self.columns > first), self.model.special_tokens.eos_id)
 
-    def _told(self, outcome: "Outcome", answers: list[Answer]) -> Tensor | None:
+    def _told(self, outcome: "StepOutcome", answers: list[Answer]) -> Tensor | None:
         """The step is taken: the host learns where the rows are and what watched ones are shown, its one wait for the
         device; and who is done leaves.
         """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling.batch import Batch, BatchStep
+from llada_core.sampling.batch import BatchStep, RunningBatch
 from llada_core.sampling.canvas import Step
 from llada_core.sampling.graph import Compiled, compiling_seconds
 from llada_core.sampling.query import columns, seats
@@ -28,7 +28,7 @@ class Engine:
 
     A request waits for no more than those that came before it: nobody overtakes, and each of them ends. With `waiting`
     requests in the queue, or a canvas larger than `positions`, a request is refused: `ValueError`, with the number. Who
-    holds `turn` has the model to himself. `compiled`: see `Batch`. `beside`: another one whose queue it shares, with a copy of
+    holds `turn` has the model to himself. `compiled`: see `RunningBatch`. `beside`: another one whose queue it shares, with a copy of
     the model on a device of its own: the next in line goes to whichever has room first. Any of them may be asked.
     """
 
@@ -50,7 +50,7 @@ class Engine:
         self.peers.append(self)
         self._queue: deque[Answer] = deque() if beside is None else beside._queue
         self._door: threading.Lock = threading.Lock() if beside is None else beside._door
-        self.batches: deque[Batch] = deque()
+        self.batches: deque[RunningBatch] = deque()
         # Two locks: who asks takes the door alone, and need not wait for a step to end.
         self.turn = threading.Lock()
         # torch keeps captured graphs by the thread that captured them: whoever takes the turn, one thread replays them.
@@ -198,14 +198,14 @@ class Engine:
         """Those at the head of the queue join while there is room; nobody overtakes one that has to wait."""
         if not self._queue:  # who comes in between waits for one step
             return
-        joining: dict[Batch, list[Answer]] = {}
+        joining: dict[RunningBatch, list[Answer]] = {}
         with self._door:
             self._taken_in(joining)
         for batch, answers in joining.items():
             batch.join(answers)
         self.load = len(self.active)
 
-    def _taken_in(self, joining: dict[Batch, list[Answer]]) -> None:
+    def _taken_in(self, joining: dict[RunningBatch, list[Answer]]) -> None:
         """Off the queue, into a batch each."""
         places = self.rows - len(self.active)
         while self._queue:
@@ -216,13 +216,13 @@ class Engine:
                 if places < 1 or not self._fits(answer.request, batch, joining):
                     break
                 if batch is None:
-                    batch = Batch(self.model, answer.request, self.compiled)
+                    batch = RunningBatch(self.model, answer.request, self.compiled)
                     self.batches.append(batch)
                 joining.setdefault(batch, []).append(answer)
                 answer.at, places = self.number, places - 1
             self._queue.popleft()
 
-    def _fits(self, request: Request, batch: Batch | None, joining: dict[Batch, list[Answer]]) -> bool:
+    def _fits(self, request: Request, batch: RunningBatch | None, joining: dict[RunningBatch, list[Answer]]) -> bool:
         """Whether the canvases, each as wide as its longest row, have room for one row more."""
         total, others = 0, list(self.batches)
         # Not the sum of lengths: a canvas is as wide as its longest row, and one long row widens all of its batch.

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llada_core.modeling.predictor import MaskPredictor
-from llada_core.sampling.batch import Batch, BatchStep
+from llada_core.sampling.batch import BatchStep, RunningBatch
 from llada_core.sampling.canvas import Step
 from llada_core.sampling.engine import Engine, evaluating
 from llada_core.sampling.graph import Compiled
@@ -107,7 +107,7 @@ def stream(  # noqa: PLR0913 - everything after the settings is keyword-only
     compiled: Compiled = "off",
 ) -> Iterator[Step]:
     """`generate`, yielding every step. With `look_ahead` each step also holds proposals for open positions beyond the
-    block (they cost their share of the vocabulary projection; a cached forward leaves them out). `compiled`: see `Batch`.
+    block (they cost their share of the vocabulary projection; a cached forward leaves them out). `compiled`: see `RunningBatch`.
     """
     requests, width = to_answer(
         model, prompt_ids, params, attention_mask=attention_mask, pinned=pinned, ahead=look_ahead
@@ -129,7 +129,7 @@ def stream_infill(
 
 def _stream(model: MaskPredictor, requests: list[Request], width: int, compiled: Compiled) -> Iterator[Step]:
     # Without an engine: all rows begin in the same step, so that one board shows them all.
-    batch, answers = Batch(model, requests[0], compiled), [Answer(request) for request in requests]
+    batch, answers = RunningBatch(model, requests[0], compiled), [Answer(request) for request in requests]
     layout = Layout(answers, max(width, *(request.told for request in requests)))
     with evaluating(model):
         batch.join(answers)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llada_core.modeling import MaskPredictor
-from llada_core.sampling.batch import Answer, Batch
+from llada_core.sampling.batch import Answer, RunningBatch
 from llada_core.sampling.engine import evaluating
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.requests import Request, to_answer
@@ -62,10 +62,10 @@ def traced(
     return Trace(chosen, when, answers, forwards, fed)
 
 
-def _written(model: MaskPredictor, answers: list[Answer], chosen: Tensor, when: Tensor) -> Batch:
+def _written(model: MaskPredictor, answers: list[Answer], chosen: Tensor, when: Tensor) -> RunningBatch:
     """Has all answers written, and notes in `chosen` and `when` (R, W) the first token of each position and its step."""
     request: Request = answers[0].request
-    batch, number = Batch(model, request), {id(answer): row for row, answer in enumerate(answers)}
+    batch, number = RunningBatch(model, request), {id(answer): row for row, answer in enumerate(answers)}
     step = 0
     with evaluating(model):
         batch.join(answers)

@@ -35,7 +35,7 @@ REFUSED = {
 }
 FRAMES = {"tb_frame", "gi_frame", "cr_frame", "ag_frame"}
 FREE = {"print", "input", "open", "exit", "quit", "breakpoint"}  # a program may replace these for itself
-Work = Callable[[], Any]
+Call = Callable[[], Any]
 ASKING: set[int] = set()  # threads in the midst of `guard`
 HEAP_TYPE = 1 << 9  # classes of Python code; the others cannot be changed
 
@@ -71,7 +71,7 @@ def main() -> None:
     leave(0)
 
 
-def runnable(source: str, node: str, names: dict[str, Any]) -> Work:
+def runnable(source: str, node: str, names: dict[str, Any]) -> Call:
     """What runs one test, made before the program can change how."""
     if node:
         return functools.partial(by_pytest, source, node)
@@ -141,7 +141,7 @@ def share(program: types.ModuleType, names: dict[str, Any], wanted: str, rename:
     names.update({k: v for k, v in own.items() if not k.startswith("__") and (k == wanted or k not in hidden)})
 
 
-def ran(work: Work) -> bool:
+def ran(work: Call) -> bool:
     """Whether `work` came to its end, in a thread that has no frame of ours but `steps`."""
     ended: list[bool] = []
     over = allocate_lock()
@@ -153,7 +153,7 @@ def ran(work: Work) -> bool:
     return ended == [True]
 
 
-def steps(work: Work, over: LockType) -> Iterator[bool]:
+def steps(work: Call, over: LockType) -> Iterator[bool]:
     """Yields only if `work` neither raised nor left; a list takes what is yielded, out of the program's reach."""
     try:
         work()

@@ -15,14 +15,14 @@ from tasks.errors import StageError
 from tasks.folders import write_json
 from tasks.launch.launcher import Launcher, launcher_for, launcher_of
 from tasks.project import LaunchParams
-from tasks.record.runs import SHARES, Request, RunFolder, changed_settings, take_settings
+from tasks.record.runs import SHARES, RunFolder, StageRequest, changed_settings, take_settings
 
 
 class TerminatedError(BaseException):
     """SIGTERM reached this program: what it looks after ends with it."""
 
 
-def settle(run: RunFolder, asked: Request, launch: LaunchParams, *, again: bool = False) -> None:
+def settle(run: RunFolder, asked: StageRequest, launch: LaunchParams, *, again: bool = False) -> None:
     """Let an unfinished run (`again`: any) that nobody is at go on with the free settings that are asked for.
 
     Raises `ConfigError` that names them while a job of this run is waiting or at work: it has read the others.

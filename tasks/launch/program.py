@@ -30,7 +30,7 @@ from tasks.record import tracking
 from tasks.record.registry import hold_base
 from tasks.record.runs import (
     RunFolder,
-    Work,
+    StageContext,
     all_runs,
     differences,
     open_run,
@@ -191,7 +191,7 @@ def _written(model: Path) -> float:
     return model.stat().st_mtime
 
 
-Function = Callable[[Work], float | None]  # returns what it cost in seconds, if it knows better than the clock
+Function = Callable[[StageContext], float | None]  # returns what it cost in seconds, if it knows better than the clock
 
 
 def stage_program(stage: str, function: Function, arguments: list[str] | None = None) -> None:
@@ -268,7 +268,7 @@ def do_work(run: RunFolder, function: Function) -> None:
     started = time.monotonic()
     stage = run.stage
     params = Params.parse(run.request["all_params"], run.key)
-    work = Work(params, run, stage, stage.partition("@")[2] or None)
+    work = StageContext(params, run, stage, stage.partition("@")[2] or None)
     cost = function(replace(work, follow=TrainingProgress(stage)) if stage in TRAINING_STAGES else work)
     if rank() == 0:
         run.succeed(time.monotonic() - started if cost is None else cost)

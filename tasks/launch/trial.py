@@ -19,7 +19,7 @@ from tasks.launch.jobs import attach_or_submit, follow
 from tasks.launch.program import run_inline
 from tasks.project import LaunchParams, Params, Project, RegisterParams
 from tasks.record.registry import Version, settings_of, store_folder, verified
-from tasks.record.runs import RunFolder, Work, copy_code, stage_params
+from tasks.record.runs import RunFolder, StageContext, copy_code, stage_params
 
 STAGE = "trial"
 QUESTION = [{"role": "user", "content": "Hello"}]
@@ -47,7 +47,7 @@ def try_out(project: Project, version: Version) -> None:
         raise StageError(f"{told}; {remedy}", getattr(error, "status", None)) from error
 
 
-def answer(work: Work) -> None:
+def answer(work: StageContext) -> None:
     """What the job does. Raises ValueError or OSError for a model that does not load or computes no numbers."""
     import torch
 

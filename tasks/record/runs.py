@@ -26,11 +26,11 @@ from tasks.stages import TRAINING_STAGES
 
 FINGERPRINT_DIGITS = 16
 DETERMINING = ("stage", "settings", "code", "inputs")
-Request = dict[str, Any]
+StageRequest = dict[str, Any]
 """The content of request.json."""
 
 
-def request_of(project: Project, stage: StageNode, params: dict[str, Any]) -> Request:
+def request_of(project: Project, stage: StageNode, params: dict[str, Any]) -> StageRequest:
     """What `stage` would make now: hashes of the code that runs and of the inputs, the settings, and their origin.
 
     `settings` determine the result. They are told with their defaults, so that one spelled out is the same one.
@@ -60,7 +60,7 @@ def request_of(project: Project, stage: StageNode, params: dict[str, Any]) -> Re
     return request | {"any_length": fingerprint(_of_any_length(request))}
 
 
-def fingerprint(request: Request) -> str:
+def fingerprint(request: StageRequest) -> str:
     """The name of a result: 16 hex digits. Where an input from outside the project lies does not enter."""
     inputs = [["" if os.path.isabs(path) else path, digest] for path, digest in sorted(request["inputs"].items())]
     settings = dict(request["settings"])
@@ -71,18 +71,18 @@ def fingerprint(request: Request) -> str:
     return hash_of(values)[:FINGERPRINT_DIGITS]
 
 
-def training_block(request: Request) -> dict[str, Any] | None:
+def training_block(request: StageRequest) -> dict[str, Any] | None:
     """The settings of a training stage; None for any other stage."""
     block = request["settings"].get(request["stage"])
     return block if request["stage"] in TRAINING_STAGES and isinstance(block, dict) else None
 
 
-def with_block(request: Request, block: dict[str, Any]) -> Request:
+def with_block(request: StageRequest, block: dict[str, Any]) -> StageRequest:
     """The request of a training stage with other settings."""
     return request | {"settings": request["settings"] | {request["stage"]: block}}
 
 
-def _of_any_length(request: Request) -> Request:
+def _of_any_length(request: StageRequest) -> StageRequest:
     """A request with nothing in it that says how long training is: the same for all that are one run, cut or extended."""
     block = training_block(request)
     if block is None:
@@ -93,13 +93,13 @@ def _of_any_length(request: Request) -> Request:
     return with_block(request, fixed) | {"inputs": inputs}
 
 
-def changed_settings(new: Request, old: Request) -> list[str]:
+def changed_settings(new: StageRequest, old: StageRequest) -> list[str]:
     """The free settings that `new` asks for and `old` did not, a short text each."""
     now, then = new["free"], old.get("free", {})
     return [f"{key}: {then.get(key)} -> {now[key]}" for key in sorted(now) if now[key] != then.get(key)]
 
 
-def differences(new: Request, old: Request) -> list[str]:
+def differences(new: StageRequest, old: StageRequest) -> list[str]:
     """What determines `new` and is not as it was for `old`, a short line each."""
     lines = []
     for part, one in (("settings", "setting"), ("code", "code"), ("inputs", "input")):
@@ -251,7 +251,9 @@ class RunFolder:
                 link_into(self.tree / out, root / out)
 
 
-def open_run(project: Project, stage: StageNode, params: dict[str, Any], request: Request | None = None) -> RunFolder:
+def open_run(
+    project: Project, stage: StageNode, params: dict[str, Any], request: StageRequest | None = None
+) -> RunFolder:
     """The run folder of what `stage` would make now (`request`, if that is known); made, with its snapshot, if need be.
 
     With `extend` a run that is made begins from a shorter one's checkpoints; raises `ConfigError` while that one trains.
@@ -269,7 +271,7 @@ def open_run(project: Project, stage: StageNode, params: dict[str, Any], request
     return run
 
 
-def _which(project: Project, request: Request) -> tuple[RunFolder, RunFolder | None]:
+def _which(project: Project, request: StageRequest) -> tuple[RunFolder, RunFolder | None]:
     """The run that is asked for, and the shorter one that it goes on from if it has to be made.
 
     A run that goes on from another has another result than one of that length from the start (its learning rate has
@@ -277,7 +279,7 @@ def _which(project: Project, request: Request) -> tuple[RunFolder, RunFolder | N
     `extend` changes nothing.
     """
 
-    def folder_of(values: Request) -> RunFolder:
+    def folder_of(values: StageRequest) -> RunFolder:
         return RunFolder(project.runs / f"{values['stage'].replace('@', '-')}-{fingerprint(values)}")
 
     block = training_block(request)
@@ -315,7 +317,7 @@ def _begin_from(shorter: RunFolder, run: RunFolder) -> None:
     print(f"{run.key}: goes on from step {run.saved_step} of {shorter.key}", flush=True)
 
 
-def take_settings(run: RunFolder, asked: Request) -> None:
+def take_settings(run: RunFolder, asked: StageRequest) -> None:
     """Let a run that nobody is at, and whose lock the caller holds, go on with the free settings that are asked for."""
     old = run.request
     new = old | {key: asked[key] for key in ("params", "free", "inputs", "all_params")}
@@ -396,7 +398,7 @@ def _unseen(line: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Work:
+class StageContext:
     """What a stage's function is given; the working directory is the run's snapshot, laid out like the project."""
 
     params: Params
@@ -406,7 +408,7 @@ class Work:
     follow: Callable[[dict[str, Any]], None] = _unseen  # told every line of metrics.jsonl while it trains
 
 
-def verify_inputs(work: Work) -> None:
+def verify_inputs(work: StageContext) -> None:
     """Folders outside the snapshot may have changed while the job waited; the first rank of each node looks.
 
     Raises `ConfigError` for one that has.

@@ -23,7 +23,7 @@ from llada_core.files import line_of
 from llada_core.settings import ConfigError
 from tasks.folders import read_json, safe, write_json, write_text
 from tasks.project import data_root, visible_gpus
-from tasks.record.runs import Work, verify_inputs
+from tasks.record.runs import StageContext, verify_inputs
 
 if TYPE_CHECKING:
     from llada_core.evaluation.answering import Responder
@@ -45,7 +45,7 @@ class Places:
     trained: Path | None = None  # the folder with the values of questions that this run's models were trained on
 
 
-def run(work: Work) -> None:
+def run(work: StageContext) -> None:
     """The stage's work, in the run's snapshot."""
     params = work.params.evaluate
     assert params is not None
@@ -77,7 +77,7 @@ def run(work: Work) -> None:
             _append(work.run.path / "metrics.jsonl", record)
 
 
-def _processes(work: Work, folders: list[Path]) -> int:
+def _processes(work: StageContext, folders: list[Path]) -> int:
     """One a GPU of this machine, or `launch.cpu_processes`, unless `launch.processes` says another number (whose ranks
     the launcher starts)."""
     assert work.params.evaluate is not None

@@ -33,14 +33,14 @@ NOT_SETTINGS = ("score", "n", "also", "stderr", "low", "high", "forwards_per_ans
 
 
 @dataclass(frozen=True)
-class Side:
+class Measurement:
     """One model on one benchmark: its result, and its records by question."""
 
     result: Mapping[str, Any]
     records: Mapping[str, Record]
 
 
-def compare(first: Side, second: Side) -> dict[str, Any]:
+def compare(first: Measurement, second: Measurement) -> dict[str, Any]:
     """How `second` differs from `first`.
 
     `settings`: key -> (first, second); `questions`: how many only one side has, and how many read differently;
@@ -172,7 +172,7 @@ def _benchmarks(folder: Path, model: str) -> dict[str, Any]:
 
 
 def _load(folder: Path, name: str, model: str) -> Any:
-    return Side(_results(folder)[name][model], _records(folder / name / f"{model}.samples.jsonl"))
+    return Measurement(_results(folder)[name][model], _records(folder / name / f"{model}.samples.jsonl"))
 
 
 def _records(file: Path) -> dict[str, dict[str, Any]]:

@@ -32,7 +32,7 @@ from llada_core.settings import ConfigError, function_at
 from llada_core.tokenizer import Tokenizer, train_tokenizer
 from tasks.folders import content_hash, hash_of, link_into, read_json, write_json, write_text
 from tasks.project import data_root
-from tasks.record.runs import Work
+from tasks.record.runs import StageContext
 from tasks.work.evaluate import quiet_lm_eval
 
 _CODE = Path(llada_core.data.__file__).parent  # a change there makes everything anew
@@ -221,7 +221,7 @@ def _code_of(origin: ResolvedSource) -> str | None:
     return None if file is None else Path(file).read_text(encoding="utf-8")
 
 
-def run(work: Work) -> None:
+def run(work: StageContext) -> None:
     """The stage's work: `data/` in the run's own tree."""
     params = work.params.data
     assert params is not None

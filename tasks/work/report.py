@@ -9,7 +9,7 @@ from llada_core.evaluation.params import ReportParams
 from llada_core.files import read
 from llada_core.settings import ConfigError
 from tasks.folders import commit_of, read_json, safe, write_json, write_text
-from tasks.record.runs import Work
+from tasks.record.runs import StageContext
 
 Scores = dict[str, float]
 
@@ -23,7 +23,7 @@ class Beside:
     commit: str = ""
 
 
-def run(work: Work) -> None:
+def run(work: StageContext) -> None:
     """The stage's work, in the run's snapshot."""
     evaluate = work.params.evaluate
     if evaluate is None:

@@ -18,7 +18,7 @@ from tasks.errors import StageError, StoppedError
 from tasks.folders import read_json, write_json
 from tasks.project import Project
 from tasks.record.registry import keep_base, lasting_name
-from tasks.record.runs import Work, rank, verify_inputs
+from tasks.record.runs import StageContext, rank, verify_inputs
 from tasks.stages import TRAINING_STAGES
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ READ, EXAMPLES, LONGEST_ANSWER = 10_000, 6, 1024  # rows of the data, questions 
 TIMINGS = ("_per_second", "seconds", "time", "memory_gb", "mfu", "step", "tokens", "flops", "share")
 
 
-def train_stage(work: Work) -> float:
+def train_stage(work: StageContext) -> float:
     """Train, or go on; writes models/<stage> and reports/training/<stage>.*; returns the seconds it took in all."""
     from llada_core.tokenizer import Tokenizer
     from llada_core.training.train import RunPaths, train
@@ -57,7 +57,7 @@ def train_stage(work: Work) -> float:
     return receipt.seconds
 
 
-def _settled(work: Work) -> TrainingParams:
+def _settled(work: StageContext) -> TrainingParams:
     """The stage's block without a question left: `flops_of` is the number that the other stage's receipt gives, and what
     depends on the machine is as the run's first job was submitted, also where a later one runs on another machine.
     """
@@ -74,7 +74,7 @@ def _settled(work: Work) -> TrainingParams:
     return params.model_copy(update={"flops_of": None, "max_flops": spent})
 
 
-def _taken(work: Work, params: TrainingParams) -> str:
+def _taken(work: StageContext, params: TrainingParams) -> str:
     """Which of the settings that follow the start nobody gave, what was taken for them, and why; empty if none."""
     given, origin = work.run.request["all_params"].get(work.stage, {}), work.params.origin(work.stage)
     elsewhere = f"weights trained elsewhere ({origin})"
@@ -91,7 +91,7 @@ def _taken(work: Work, params: TrainingParams) -> str:
     return f"{work.stage}: {', '.join(taken)}" if taken else ""
 
 
-def _model(work: Work, params: TrainingParams, tokenizer: Any) -> Any:
+def _model(work: StageContext, params: TrainingParams, tokenizer: Any) -> Any:
     from llada_core.modeling import load_model, new_model
     from llada_core.training.accelerator import loading_device
 
@@ -111,7 +111,7 @@ def _source(init_from: str) -> Path:
     return Path("models") / init_from if init_from in TRAINING_STAGES else Path(init_from)
 
 
-def _base(work: Work, params: TrainingParams) -> str:
+def _base(work: StageContext, params: TrainingParams) -> str:
     """How the adapter names what it starts from; kept before training, so that nothing is missing after it."""
     assert params.lora is not None
     if params.init_from is None:
@@ -124,7 +124,7 @@ def _base(work: Work, params: TrainingParams) -> str:
     return name
 
 
-def _write_receipts(work: Work, spent: dict[str, Any]) -> None:
+def _write_receipts(work: StageContext, spent: dict[str, Any]) -> None:
     from llada_core.modeling.folder import weight_distance
     from llada_core.training.progress import read_metrics
 

@@ -24,7 +24,7 @@ from tasks.launch.trial import try_out
 from tasks.launch.workspace import with_sources
 from tasks.project import Params, Project
 from tasks.record.registry import keep, lasting_name, model_hash, resolve, store_folder, verified, versions
-from tasks.record.runs import Request, RunFolder, Work, fingerprint, open_run, request_of, stage_params
+from tasks.record.runs import RunFolder, StageContext, StageRequest, fingerprint, open_run, request_of, stage_params
 from tasks.record.tracking import send_pending
 from tasks.work import evaluate, training
 from tasks.work.register import register
@@ -173,7 +173,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def measuring(checkout: Path) -> tuple[Request, RunFolder]:
+def measuring(checkout: Path) -> tuple[StageRequest, RunFolder]:
     """What the evaluation of the adapter asks for, and its run folder."""
     (checkout / "params.yaml").write_text(MEASURED)
     params = with_sources(stage_params(Project.at(checkout), []), Project.at(checkout))
@@ -210,7 +210,7 @@ def test_a_job_that_waited_measures_nothing_that_has_changed_since(checkout: Pat
         in_place(tmp_path / "outside/base")
     else:
         adapter(tmp_path / "outside/adapter", "../base", seed=2)
-    work = Work(Params.parse(run.request["all_params"], "test"), run, "evaluate", "sudoku")
+    work = StageContext(Params.parse(run.request["all_params"], "test"), run, "evaluate", "sudoku")
     with pytest.raises(ConfigError, match=r"outside/adapter has changed since this job was submitted"):
         evaluate.run(work)
 

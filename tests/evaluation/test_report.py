@@ -12,7 +12,7 @@ from llada_core.evaluation.statistics import estimate
 from llada_core.settings import ConfigError
 from tasks.folders import read_json, write_json, write_text
 from tasks.project import Project
-from tasks.work.measure import Side, compare, diff, side, told
+from tasks.work.measure import Measurement, compare, diff, side, told
 from tasks.work.report import Beside, write_report
 
 
@@ -205,10 +205,12 @@ def test_a_comparison_tells_settings_and_questions_apart():
     def record(score, prompt="p"):
         return {"id": "1", "score": score, "prompt": prompt, "target": "t", "reply": str(score)}
 
-    first = Side(
+    first = Measurement(
         {"score": 1.0, "settings": {"steps": 8}, "shots": 5}, {"a": record(1.0), "b": record(0.0), "c": record(1.0)}
     )
-    second = Side({"score": 0.0, "settings": {"steps": 4}, "shots": 5}, {"a": record(0.0), "b": record(0.0, "q")})
+    second = Measurement(
+        {"score": 0.0, "settings": {"steps": 4}, "shots": 5}, {"a": record(0.0), "b": record(0.0, "q")}
+    )
     found = compare(first, second)
     assert found["settings"] == {"settings.steps": (8, 4)}
     assert found["questions"] == {"common": 2, "only_first": 1, "only_second": 0, "asked_differently": 1}

@@ -12,7 +12,7 @@ import yaml
 
 from llada_core.modeling import save_model
 from tasks.project import Params
-from tasks.record.runs import RunFolder, Work
+from tasks.record.runs import RunFolder, StageContext
 from tasks.work import evaluate as stage
 from tasks.work.evaluate import sharing
 from tests.tasks.conftest import REPOSITORY, project  # noqa: F401  (a fixture)
@@ -112,7 +112,7 @@ def test_a_number_of_processes_that_a_person_gives_is_the_launchers(
     evaluate: dict[str, object] = {"models": ["m"]}
     for given, own in ((None, 4), (1, 1), (2, 1)):
         values = {"name": "n", "stages": ["evaluate"], "evaluate": evaluate, "launch": {"processes": given}}
-        work = Work(Params.parse(values, "params.yaml"), RunFolder(tmp_path), "evaluate@x", "x")
+        work = StageContext(Params.parse(values, "params.yaml"), RunFolder(tmp_path), "evaluate@x", "x")
         assert stage._processes(work, [tmp_path]) == own
 
 
@@ -123,7 +123,7 @@ def test_without_a_gpu_processes_of_the_cpu_share(
     monkeypatch.setattr(stage, "processes", lambda *_: 1)
     monkeypatch.setattr(stage, "visible_gpus", lambda: gpus)
     values = {"name": "n", "stages": ["evaluate"], "evaluate": {"models": ["m"]}, "launch": {"cpu_processes": 3}}
-    work = Work(Params.parse(values, "params.yaml"), RunFolder(tmp_path), "evaluate@x", "x")
+    work = StageContext(Params.parse(values, "params.yaml"), RunFolder(tmp_path), "evaluate@x", "x")
     assert stage._processes(work, [tmp_path]) == own
 
 

@@ -107,12 +107,12 @@ EVALUATE = '''\
 """A toy evaluation: scores 1, fails for the benchmark `broken`, and notes how many are at work at once."""
 import json, os, time
 from pathlib import Path
-from tasks.launch.program import Work, stage_program
+from tasks.launch.program import StageContext, stage_program
 
 SCORE = {"score": 1.0, "n": 2, "low": 0.3, "high": 1.0, "recipe": "sudoku", "variant": "official", "metric": "acc,none",
          "chance": 0.0, "subset": "", "shots": 0, "chat": True, "settings": {}, "as_pinned": True, "versions": {}}
 
-def work(w: Work) -> None:
+def work(w: StageContext) -> None:
     if w.item == "broken":
         raise ValueError("its files are damaged")
     Path("reports/eval").mkdir(parents=True, exist_ok=True)

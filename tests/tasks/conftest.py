@@ -46,12 +46,12 @@ TOY = '''\
 import json, os, time
 from pathlib import Path
 from tasks.errors import StoppedError
-from tasks.launch.program import Work, stage_program
+from tasks.launch.program import StageContext, stage_program
 
 SOURCE = {source!r}
 LABEL = "first"
 
-def work(w: Work) -> float:
+def work(w: StageContext) -> float:
     run, asked = w.run.path, Path(w.run.request["root"])
     (run / "checkpoints").mkdir(exist_ok=True)
     saved = sorted((run / "checkpoints").glob("step-*"))

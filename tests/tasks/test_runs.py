@@ -137,9 +137,9 @@ PREPARE = '''\
 """A toy of the stage that is always done again: notes that it was, and waits while a file asks for it."""
 import time
 from pathlib import Path
-from tasks.launch.program import Work, stage_program
+from tasks.launch.program import StageContext, stage_program
 
-def work(w: Work) -> None:
+def work(w: StageContext) -> None:
     asked = Path(w.run.request["root"])
     with (asked / "times").open("a") as file:
         file.write("once ")

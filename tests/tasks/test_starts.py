@@ -10,7 +10,7 @@ from tasks.launch import local
 from tasks.launch.jobs import settle
 from tasks.launch.launcher import machine_settings
 from tasks.project import Params, Project
-from tasks.record.runs import Work, open_run, request_of, stage_params
+from tasks.record.runs import StageContext, open_run, request_of, stage_params
 from tasks.work import training
 
 HUB = "GSAI-ML/LLaDA-8B-Base"
@@ -78,7 +78,7 @@ def test_a_run_keeps_what_its_first_job_had(project: Path, capsys):
     params = Params.parse(values, "test")
     settle(run, asked, params.launch)
     assert run.request["free"]["pretrain.save_every"] == 7
-    taken = training._settled(Work(params, run, "pretrain", None))
+    taken = training._settled(StageContext(params, run, "pretrain", None))
     assert (taken.learning_rate, taken.precision) == (2e-5, "bf16")  # although this machine has no GPU
     said = capsys.readouterr().out.splitlines()[-1]
     why = f"for weights trained elsewhere ({published})"
