@@ -72,8 +72,9 @@ def test_an_update_of_a_policy_never_waits(ratio):
     tokens = torch.arange(48).view(4, 12) + 10
     scored = (torch.arange(12) > 5).expand(4, 12).clone()
     rows = Completions(tokens, torch.ones_like(tokens), scored, scored, torch.tensor([1.0, -1.0, 0.5, -0.5]))
-    share = Share(rows, Masks(scored & (tokens % 2 == 0), torch.full((4,), 2.0)), torch.full((4, 12), -3.0))
-    grpo = SimpleNamespace(predictor=model, params=params, reference=None)
+    hidden = scored & (tokens % 2 == 0)
+    share = Share(rows, Masks(hidden, hidden, torch.full((4,), 2.0), 2), torch.full((4, 12), -3.0))
+    grpo = SimpleNamespace(predictor=model, params=params, reference=None, block_length=None)
     with PretendGPU() as gpu:
         GRPO.loss(grpo, moved(model), share).sum.backward()
     assert gpu.waits == {}

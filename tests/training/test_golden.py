@@ -106,7 +106,7 @@ def completions():
 def masks(rows, iteration):
     masked = rows.written.clone()
     masked[:, : POLICY["prompt_ids"].shape[1]] = POLICY["prompt_mask_patterns"][iteration]
-    return Masks(masked, torch.ones(len(masked)))
+    return Masks(masked, masked, torch.ones(len(masked)), 1)
 
 
 @pytest.mark.parametrize("iteration", range(3))
