@@ -8,7 +8,7 @@ import numpy as np
 
 from app import render
 from app.canvas import DONE, FRESH, OPEN, REPLACED, Trace, find_runners_up
-from app.chat import Column, CompareView
+from app.chat import ComparedColumn, CompareView
 from app.conversation import Conversation
 from app.fill import FIRST, InfillView, SudokuView
 from app.panel import Panel
@@ -109,7 +109,7 @@ def test_infill_sudoku_and_compare_say_it_as_well(loaded):
     values |= {"model": "tiny", "guesses": False, "speed": "instant", "text": "a [[2]]", "pins": "", "keep": False}
     values |= {"question": "12 + 3", "left": "as in the sidebar", "right": "recommended"}
     values |= {cell: digit.replace("0", "") for cell, digit in zip(range(16), FIRST, strict=True)}
-    columns = tuple(Column("model", name, None, None, None) for name in ("left", "right"))
+    columns = tuple(ComparedColumn("model", name, None, None, None) for name in ("left", "right"))
     views = (
         InfillView(state, side, "text", "pins", "speed").fill,
         SudokuView(state, side, list(range(16)), "keep", "speed").solve,
