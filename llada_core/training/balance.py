@@ -11,7 +11,7 @@ from llada_core.training.accelerator import Ranks
 
 class RouterBalance:
     """Adds `rate` to the bias of each expert that got less than the mean load of an update, and takes it from one that got
-    more (Wang et al., arXiv:2408.15664, algorithm 1; DeepSeek-V3 and LLaDA2's router, there with a rate of 0.001).
+    more (Wang et al., arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437, with a rate of 0.001; of LLaDA2 none is known here).
 
     The load is what real tokens chose in all micro-batches of all ranks. A bias takes no gradient and is no parameter of the
     optimiser. `ValueError` for a model without one.

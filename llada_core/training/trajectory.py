@@ -3,7 +3,7 @@
 A token's log-probability is taken at the canvas on which it was chosen (TraceRL, arXiv:2509.06949: the clipped objective
 over the steps of a trajectory, each given those before it). Of a model that attends by blocks the n-th steps of all
 blocks are one forward, because a noisy block sees clean copies of those before it (EBPO of LLaDA2.1, arXiv:2602.08676,
-section 4.4, does so for its bound). What chooses positions is taken as given: confidence or a schedule, no probability.
+does so for its bound). What chooses positions is taken as given: confidence or a schedule, no probability.
 """
 
 from collections.abc import Sequence
