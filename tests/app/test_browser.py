@@ -251,7 +251,7 @@ REFUSED = {
     "max_new_tokens": "-3", "block_length": "7", "steps": "5", "temperature": "-1", "cfg_scale": "-1", "threshold": "2",
     "factor": "-1", "forbid_tokens": "abc", "defer_tokens": "abc", "seed": "abc", "entropy_bound": "1",
     "cfg_keep_tokens": "3", "cache_refresh": "2", "cache_window": "4", "editing_threshold": "2", "max_post_steps": "-1",
-    "num_to_transfer": "0",
+    "num_to_transfer": "0", "top_k": "0", "top_p": "2",
 }  # fmt: skip
 
 
