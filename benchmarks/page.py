@@ -25,6 +25,7 @@ from app.models import AppState, LoadedModel, ModelCache, ModelIndex
 from benchmarks.timing import machine, table
 from llada_core.sampling import Step
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.requests import Request
 from tasks.project import Project
 from tests.ports import free_ports
 
@@ -39,19 +40,11 @@ class Ready(LoadedModel):
     at_once: bool = False
     known: dict[tuple[tuple[int, ...], SamplingParams], list[Step]] = field(default_factory=dict, compare=False)
 
-    def write(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        *,
-        fixed_tokens: dict[int, int] | None = None,
-        look_ahead: bool = False,
-        copy: int = 0,
-    ) -> Generator[Step, None, None]:
-        key = (tuple(prompt), params)
+    def _steps(self, requests: list[Request]) -> Generator[Step, None, None]:
+        (request,) = requests
+        key = (tuple(request.tokens.tolist()), request.params)
         if key not in self.known:
-            steps = super().write(prompt, params, fixed_tokens=fixed_tokens, look_ahead=look_ahead, copy=copy)
-            self.known[key] = list(steps)[-1 if self.at_once else 0 :]
+            self.known[key] = list(super()._steps(requests))[-1 if self.at_once else 0 :]
         yield from self.known[key]
 
 

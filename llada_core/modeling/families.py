@@ -217,23 +217,30 @@ def _fresh_llada_blocks(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
     return {**dense, "architectures": ["LLaDABlocksModelLM"], "block_length": length}
 
 
-def _fresh_llada_moe(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
+def _shape_of(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
+    """What LLaDA-MoE, LLaDA2 and Dream name as transformers does."""
     return {
-        **LLADA_MOE.template(),
         "vocab_size": vocab_rows,
         "hidden_size": params.d_model,
         "num_hidden_layers": params.n_layers,
-        "moe_layer_freq": [1] * params.n_layers,
         "num_attention_heads": params.n_heads,
         "num_key_value_heads": params.n_kv_heads or params.n_heads,
-        "dense_intermediate_size": params.mlp_hidden_size,
-        "expert_intermediate_size": params.expert_hidden_size,
-        "num_experts": params.num_experts,
-        "num_experts_per_tok": params.experts_per_token,
         "max_position_embeddings": params.max_sequence_length,
         "rope_theta": params.rope_theta,
         "rms_norm_eps": params.rms_norm_eps,
         "tie_word_embeddings": params.weight_tying,
+    }
+
+
+def _fresh_llada_moe(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
+    return {
+        **LLADA_MOE.template(),
+        **_shape_of(params, vocab_rows),
+        "moe_layer_freq": [1] * params.n_layers,
+        "dense_intermediate_size": params.mlp_hidden_size,
+        "expert_intermediate_size": params.expert_hidden_size,
+        "num_experts": params.num_experts,
+        "num_experts_per_tok": params.experts_per_token,
         "qk_layernorm": params.qk_norm,
     }
 
@@ -249,11 +256,7 @@ def _fresh_llada2(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
     n_groups = 1 if experts % 2 else math.gcd(experts // 2, LLADA2.config["n_group"])  # of two or more experts
     return {
         **LLADA2.template(),
-        "vocab_size": vocab_rows,
-        "hidden_size": params.d_model,
-        "num_hidden_layers": params.n_layers,
-        "num_attention_heads": params.n_heads,
-        "num_key_value_heads": params.n_kv_heads or params.n_heads,
+        **_shape_of(params, vocab_rows),
         "head_dim": head_width,
         "rotary_dim": head_width // 2,
         "intermediate_size": params.mlp_hidden_size,
@@ -262,10 +265,6 @@ def _fresh_llada2(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
         "num_experts_per_tok": per_token,
         "n_group": n_groups,
         "topk_group": max(-(-n_groups // 2), -(-per_token * n_groups // experts)),  # half, or as many as hold them
-        "max_position_embeddings": params.max_sequence_length,
-        "rope_theta": params.rope_theta,
-        "rms_norm_eps": params.rms_norm_eps,
-        "tie_word_embeddings": params.weight_tying,
         **({} if params.block_length is None else {"block_length": params.block_length}),
     }
 
@@ -277,16 +276,8 @@ def _is_dream(config: Mapping[str, Any]) -> bool:
 def _fresh_dream(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
     return {
         **DREAM.template(),
-        "vocab_size": vocab_rows,
-        "hidden_size": params.d_model,
-        "num_hidden_layers": params.n_layers,
-        "num_attention_heads": params.n_heads,
-        "num_key_value_heads": params.n_kv_heads or params.n_heads,
+        **_shape_of(params, vocab_rows),
         "intermediate_size": params.mlp_hidden_size,
-        "max_position_embeddings": params.max_sequence_length,
-        "rope_theta": params.rope_theta,
-        "rms_norm_eps": params.rms_norm_eps,
-        "tie_word_embeddings": params.weight_tying,
     }
 
 

@@ -98,10 +98,9 @@ class RunningBatch:
         self.ends = on_device(sorted(model.special_tokens.end_ids), model.device)
         self.tally: list[list[int]] = [[], [], [], []]  # on the host, of each row: see `Blocks.tally`
         self.blocks: Blocks | None = None
-        self.answers: list[Answer] = []  # those that are being written
-        self.rows: list[
-            Answer
-        ] = []  # and all, in their order: of a compiled step also those in which nothing is written
+        # Those that are being written; and all, in their order: of a compiled step also those in which nothing is written.
+        self.answers: list[Answer] = []
+        self.rows: list[Answer] = []
         # If any row ends at an end token: (A, T) bool, where that may stand; and the columns (T,).
         self.ending: Tensor | None = None
         self.columns = on_device([], model.device)
@@ -229,7 +228,9 @@ class RunningBatch:
             asked = StepQuery([width] * len(rows), beyond)
             keep_in_place(self.denoiser.written)
             found = self.graph(self.canvas, self.blocks, asked, look)
-            known = dict[int, Tensor]()
+            # What the step only passes on lies in no graph's memory: most tables of the canvas.
+            given = [*vars(self.canvas).values(), *vars(self.blocks).values()]
+            known = {id(value): value for value in given if isinstance(value, Tensor)}
             outcome = copied(found, known)
             for part in self.parts:
                 part.state, part.noise = copied(part.state, known), copied(part.noise, known)

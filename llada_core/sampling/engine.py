@@ -28,8 +28,9 @@ class Engine:
 
     A request waits for no more than those that came before it: nobody overtakes, and each of them ends. With `waiting`
     requests in the queue, or a canvas larger than `positions`, a request is refused: `ValueError`, with the number. Who
-    holds `turn` has the model to himself. `compiled`: see `RunningBatch`. `beside`: another one whose queue it shares, with a copy of
-    the model on a device of its own: the next in line goes to whichever has room first. Any of them may be asked.
+    holds `turn` has the model to himself. `compiled`: see `RunningBatch`. `beside`: another one whose queue it shares,
+    with a copy of the model on a device of its own: the next in line goes to whichever has room first. Any of them may
+    be asked.
     """
 
     def __init__(

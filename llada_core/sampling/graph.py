@@ -55,11 +55,13 @@ def copied(value: Value, known: dict[int, Tensor]) -> Value:
     """The same value, with tensors of its own in dataclasses and dictionaries; all else is passed on.
 
     What was one tensor in two places is one again, for a compiled function is made for that too. `known`: copies so far,
-    by the id of what they are copies of.
+    by the id of what they are copies of, and tensors that need none as their own.
     """
     found: Any = value
     if isinstance(value, Tensor):
-        found = known.setdefault(id(value), value.clone())
+        if id(value) not in known:
+            known[id(value)] = value.clone()
+        found = known[id(value)]
     elif isinstance(value, dict):
         found = {name: copied(each, known) for name, each in value.items()}
     elif is_dataclass(value) and not isinstance(value, type):
