@@ -216,7 +216,7 @@ def harmless(character: str) -> bool:
 
 
 Encode = Callable[[str], list[int]]
-GAP = re.compile(r"\[\[\s*(\d*)\s*\]\]")
+GAP = re.compile(r"\[\[\s*+(\d*+)\s*+\]\]")  # without going back: a megabyte of blanks would take hours
 PIN = re.compile(r"\s*(\d+)\s*:\s*([^,]+?)\s*(?:,|$)")
 DEFAULT_GAP = 8
 
@@ -230,11 +230,12 @@ def parse_template(text: str, encode: Encode, mask_id: int, longest: int) -> lis
     for literal, size in zip(pieces[::2], [*pieces[1::2], None], strict=True):
         ids += encode(literal) if literal else []
         if size is not None:
-            ids += [mask_id] * min(int(size or DEFAULT_GAP), longest + 1)
-    if len(ids) > longest:
-        raise ValueError(
-            f"Text and gaps have {len(ids)} tokens; at most {longest} fit. Make a gap or the text shorter."
-        )
+            # Of a number only so many digits as Python reads at all.
+            ids += [mask_id] * min(int(size[:18] or DEFAULT_GAP), longest + 1)
+        if len(ids) > longest:  # at once: a hundred thousand gaps would be lists of gigabytes first
+            raise ValueError(
+                f"Text and gaps have {len(ids)} tokens or more; at most {longest} fit. Make a gap or the text shorter."
+            )
     if mask_id not in ids:
         raise ValueError("Every gap has length 0; write [[5]] for five tokens.")
     return ids

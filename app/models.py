@@ -195,6 +195,7 @@ class LoadedModel:
         `fixed_tokens`: answer position -> token that stands there from the start. `copy`: which of several answers to one
         prompt under one seed.
         """
+        self._require_few(params)
         with as_user_error():
             requests, _ = to_answer(self.model, [prompt], params, pinned=fixed_tokens, ahead=look_ahead, copy=copy)
         return self._steps(requests)
@@ -203,9 +204,17 @@ class LoadedModel:
         self, template: list[int], params: SamplingParams, *, look_ahead: bool = False, copy: int = 0
     ) -> Generator[Step, None, None]:
         """Denoises the masks of a template; `copy` as in `write`."""
+        self._require_few(params)
         with as_user_error():
             requests = to_fill(self.model, [template], params, ahead=look_ahead, copy=copy)
         return self._steps(requests)
+
+    def _require_few(self, params: SamplingParams) -> None:
+        # A schedule is a table with a number for each step: a billion of them would be eight gigabytes.
+        if params.steps > self.context:
+            raise UserError(
+                f"steps {params.steps}: this model reads {self.context} tokens; give at most so many steps."
+            )
 
     def _steps(self, requests: list[Request]) -> Generator[Step, None, None]:
         with as_user_error():  # once the first step is asked for: who never begins takes no place

@@ -14,6 +14,7 @@ Shapes: R rows of a forward, L positions of a row, n answer tokens, S samples.
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from math import comb
@@ -211,6 +212,7 @@ class Likelihood:
     seed: int = 0
     estimator: Estimator = "auto"
     batch_tokens: int = 8192
+    turn: AbstractContextManager[object] = field(default_factory=nullcontext)  # entered for each forward, and left
     forwards: int = field(default=0, init=False)
     num_samples: int = field(default=0, init=False)
 
@@ -282,7 +284,8 @@ class Likelihood:
         targets = joined([targets for *_, targets, _ in batch.reads])
         weights = joined([np.repeat([weight for *_, weight in batch.reads], counts)])
         numbers = joined([np.repeat(np.array([read[0] for read in batch.reads]), counts)])
-        totals.index_add_(0, numbers, self._log_p(batch, positions, targets).double() * weights)
+        with self.turn:
+            totals.index_add_(0, numbers, self._log_p(batch, positions, targets).double() * weights)
         self.forwards += 1
         self.num_samples += len(batch.rows)
 

@@ -144,5 +144,6 @@ def first_of(text: str, stops: Sequence[str]) -> int | None:
 
 def held_back(text: str, stops: Sequence[str]) -> int:
     """How many characters at the end may be the beginning of a stop string."""
-    lengths = (n for stop in stops for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
+    # No longer than the text: of a stop string of a megabyte, each beginning would be a copy.
+    lengths = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
     return max(lengths, default=0)

@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import secrets
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -23,10 +25,11 @@ from starlette.types import Message as AsgiMessage
 from app.models import UserError, out_of_memory
 from app.server.answers import Draft
 from app.server.schema import BadRequestError, ChatRequest, CompletionRequest, SamplingFields, ScoreRequest
-from app.server.service import Service
+from app.server.service import Limits, Service
 
 log = logging.getLogger("lladaflow.server")
 GONE = 499  # the client is, and nobody reads what is sent (nginx's number)
+HALVES = re.compile(rb"\\u[dD][89a-fA-F]")  # of characters, as JSON may write them
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/score", "/health", "/metrics")
 
 
@@ -37,8 +40,8 @@ class Line:
         self.limits, self.metrics = service.limits, service.metrics
         self.places = asyncio.Semaphore(self.limits.at_once)
         # A step is made by one thread for all; more of them would only wait, each with memory of its own for products. Who
-        # scores waits for whoever scores already, and must not keep a thread from those who write.
-        self.threads, self.scoring = CapacityLimiter(4), CapacityLimiter(1)
+        # scores waits for whoever scores already, and keeps neither a thread nor a place from those who write.
+        self.threads, self.scorer, self.scoring = CapacityLimiter(4), CapacityLimiter(1), asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
@@ -118,19 +121,18 @@ def create_app(service: Service, *, key: str = "", follow_seconds: float = 5.0) 
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        asked = ChatRequest.read(await _body(request, service.limits.body))
+        asked = ChatRequest.read(await _body(request, service.limits))
         return await _generated(line, request, asked, lambda: service.chat(asked), ChatFormat(asked))
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
-        asked = CompletionRequest.read(await _body(request, service.limits.body))
+        asked = CompletionRequest.read(await _body(request, service.limits))
         return await _generated(line, request, asked, lambda: service.complete(asked), TextFormat(asked))
 
     @app.post("/v1/score")
     async def score(request: Request) -> Response:
-        asked = ScoreRequest.read(await _body(request, service.limits.body))
-        async with line.place():
-            return JSONResponse(await to_thread.run_sync(service.score, asked, limiter=line.scoring))
+        asked = ScoreRequest.read(await _body(request, service.limits))
+        return await _score(line, request, service, asked)
 
     return app
 
@@ -233,6 +235,23 @@ async def _generated(
         return JSONResponse(form.whole(drafts))
 
 
+async def _score(line: Line, request: Request, service: Service, asked: ScoreRequest) -> Response:
+    """The scores, unless the client leaves before."""
+    left = threading.Event()
+
+    async def watch() -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(0.5)
+        left.set()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        async with line.scoring:
+            return JSONResponse(await to_thread.run_sync(service.score, asked, left, limiter=line.scorer))
+    finally:
+        watcher.cancel()
+
+
 async def _events(
     line: Line, request: Request, asked: SamplingFields, drafts: list[Draft], form: Format
 ) -> AsyncIterator[str]:
@@ -260,18 +279,29 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-async def _body(request: Request, most: int) -> Any:
-    """The JSON of a body of at most `most` bytes; raises `BadRequestError` (413 for a larger one)."""
+async def _body(request: Request, limits: Limits) -> Any:
+    """The JSON of a body within the limits; raises `BadRequestError` (413 for a larger one, 408 for one that comes too slowly)."""
     held = bytearray()
-    async for piece in request.stream():
-        held += piece
-        if len(held) > most:
-            raise BadRequestError(f"the body is larger than {most:,} bytes", None, "body_too_large", 413)
     try:
-        return json.loads(held.decode("utf-8"))
+        async with asyncio.timeout(limits.silence):
+            async for piece in request.stream():
+                held += piece
+                if len(held) > limits.body:
+                    text = f"the body is larger than {limits.body:,} bytes"
+                    raise BadRequestError(text, None, "body_too_large", 413)
+    except TimeoutError:  # its place is for others
+        text = f"the body did not come within {limits.silence:.0f} s"
+        raise BadRequestError(text, None, "body_too_slow", 408) from None
+    try:
+        value = json.loads(held.decode("utf-8"))
+        if HALVES.search(held):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise BadRequestError("the body holds half of a character (a lone surrogate), which is no text") from None
     except UnicodeDecodeError as error:
         raise BadRequestError(f"the body is not UTF-8 (byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number with more digits than Python reads
         raise BadRequestError(f"the body is not JSON: {error}") from None
 
 
@@ -285,6 +315,10 @@ async def _follow(service: Service, seconds: float) -> None:
             log.exception("the registry could not be asked; the loaded models go on")
 
 
+class UnreadError(Exception):
+    """A client does not read what is sent to it."""
+
+
 class Guard:
     """Around all of it: asks for the key, refuses who comes when too many wait, and counts what was answered.
 
@@ -294,6 +328,7 @@ class Guard:
     def __init__(self, app: ASGIApp, service: Service, key: str) -> None:
         self.app, self.metrics, self.key = app, service.metrics, key.encode()
         self.room, self.held = service.limits.at_once + service.limits.waiting, 0
+        self.silence = service.limits.silence
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -304,7 +339,12 @@ class Guard:
         async def noting(message: AsgiMessage) -> None:
             nonlocal status
             status = message.get("status", status)
-            await send(message)
+            # Only a client that leaves megabytes unread makes it wait; what it has not read yet is given up with it.
+            try:
+                async with asyncio.timeout(self.silence):
+                    await send(message)
+            except TimeoutError:
+                raise UnreadError from None
 
         answer: ASGIApp = self.app
         if (refusal := self._refusal(scope)) is not None:
@@ -313,6 +353,9 @@ class Guard:
         self._hold(works)
         try:
             await answer(scope, receive, noting)
+        except UnreadError:
+            status = GONE
+            log.warning("a client of %s read nothing for %.0f s and was left", path, self.silence)
         finally:
             self._hold(-works)
             known = path if path in PATHS else "other"
@@ -337,7 +380,7 @@ def _told(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and body of an error: what a client did wrong by name, what went wrong here by a number in the log."""
     if isinstance(error, BadRequestError):
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status, "invalid_request_error")
-        return error.status, _error(str(error), kind, error.param, error.code)
+        return error.status, _error(_cut(str(error)), kind, _cut(error.param), error.code)
     if isinstance(error, UserError):  # of the model's own queue, once a first step is asked for
         return 429, _error(str(error), "rate_limit_error", None, "queue_full")
     number = secrets.token_hex(3)
@@ -350,7 +393,12 @@ def _told(error: Exception) -> tuple[int, dict[str, Any]]:
     )
 
 
-def _error(text: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+def _cut(text: str | None, longest: int = 2000) -> str | None:
+    """A text that repeats what a client sent, which may be a megabyte."""
+    return text if text is None or len(text) <= longest else f"{text[:longest]}…"
+
+
+def _error(text: str | None, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
     return {"error": {"message": text, "type": kind, "param": param, "code": code}}
 
 

@@ -6,7 +6,15 @@ about the answer (`user`, `metadata`) is.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from llada_core.likelihood import ESTIMATORS
 from llada_core.sampling.params import SamplingParams, changed
@@ -31,6 +39,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 MOST_CHOICES, MOST_ANSWERS, MOST_PAIRS = 16, 64, 1024
 Stop = Annotated[str, StringConstraints(min_length=1)]
+Whole = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]  # what tensors hold
+# Fail fast: to tell all of 200,000 wrong entries would take a second, in which nobody is answered.
+Ids = Annotated[list[Whole], Field(fail_fast=True)]
 
 
 class BadRequestError(ValueError):
@@ -68,9 +79,8 @@ class ApiRequest(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
-            raise BadRequestError(
-                f"{place}: {first['msg'].removeprefix('Value error, ')}" if place else first["msg"], place
-            ) from None
+            said = first["msg"].removeprefix("Value error, ")
+            raise BadRequestError(f"{place}: {said}" if place else said, place) from None
 
 
 class Part(BaseModel):
@@ -109,30 +119,30 @@ class SamplingFields(ApiRequest):
     stream_options: StreamOptions | None = None
     stop: Stop | list[Stop] | None = Field(default=None, max_length=4)
     max_tokens: int | None = Field(default=None, ge=1)
-    block_length: int | None = None
-    steps: int | None = None
+    block_length: Whole | None = None
+    steps: Whole | None = None
     temperature: float | None = None
     remasking: str | None = None
     cfg_scale: float | None = None
     threshold: float | None = None
     factor: float | None = None
     cache: str | None = None
-    forbid_tokens: list[int] | None = None
-    defer_tokens: list[int] | None = None
+    forbid_tokens: list[Whole] | None = None
+    defer_tokens: list[Whole] | None = None
     stop_at_eos: bool | None = None
     seed: int | None = None
     entropy_bound: float | None = None
     schedule: str | None = None
     stochastic_transfer: bool | None = None
-    cfg_keep_tokens: list[int] | None = None
-    cache_refresh: int | None = None
-    cache_window: int | None = None
+    cfg_keep_tokens: list[Whole] | None = None
+    cache_refresh: Whole | None = None
+    cache_window: Whole | None = None
     right_shift_logits: bool | None = None
     sampler: str | None = None
     editing_threshold: float | None = None
-    max_post_steps: int | None = None
-    num_to_transfer: int | None = None
-    top_k: int | None = None
+    max_post_steps: Whole | None = None
+    num_to_transfer: Whole | None = None
+    top_k: Whole | None = None
     top_p: float | None = None
     finish_block: bool | None = None
 
@@ -167,7 +177,7 @@ class SamplingFields(ApiRequest):
 class ChatRequest(SamplingFields):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     logprobs: bool = False
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
@@ -182,7 +192,7 @@ class ChatRequest(SamplingFields):
 class CompletionRequest(SamplingFields):
     """`POST /v1/completions`. With a `suffix`, or a `template` with gaps as `[[5]]`, what is missing is filled in."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = ""
+    prompt: str | Annotated[list[str], Field(fail_fast=True)] | Ids | Annotated[list[Ids], Field(fail_fast=True)] = ""
     suffix: str | None = None
     template: str | None = None
     logprobs: int | None = Field(default=None, ge=0, le=1)
@@ -191,6 +201,8 @@ class CompletionRequest(SamplingFields):
     def _one_way(self) -> Self:
         if self.template is not None and (self.prompt or self.suffix):
             raise ValueError("a template holds all of the text; leave prompt and suffix out")
+        if not self.prompts:
+            raise ValueError("prompt is an empty list; give a text, which may be empty")
         if (asked := len(self.prompts) * self.n) > MOST_ANSWERS:
             raise ValueError(f"{asked} answers (prompts times n); at most {MOST_ANSWERS} are written in one request")
         return self
@@ -216,7 +228,9 @@ class Pair(BaseModel):
 class ScoreRequest(ApiRequest):
     """`POST /v1/score`: log-likelihoods of answers, each behind its prompt; or of `labels`, all behind one `prompt`."""
 
-    pairs: list[Pair] | None = Field(default=None, min_length=1, max_length=MOST_PAIRS)
+    pairs: Annotated[list[Pair], Field(fail_fast=True)] | None = Field(
+        default=None, min_length=1, max_length=MOST_PAIRS
+    )
     prompt: str | list[Message] | None = None
     labels: list[str] | None = Field(default=None, min_length=2, max_length=MOST_PAIRS)
     estimator: Literal["auto", "stock", "antithetic", "exact"] = "auto"

@@ -4,11 +4,13 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.requests import ClientDisconnect
 
 from app.canvas import parse_template
 from app.models import LoadedModel, ModelCache, UserError
@@ -19,18 +21,21 @@ from llada_core.likelihood import Likelihood
 from llada_core.sampling.engine import Engine
 from llada_core.sampling.params import SamplingParams
 
-SCORED_AT_ONCE = 8  # pairs between which answers take their steps
+SCORED_AT_ONCE = 8  # pairs that a device takes together
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes on. `waiting` requests beyond the `at_once` that are written; `body` in bytes."""
+    """What one server takes on. `waiting` requests beyond the `at_once` that are written; `body` in bytes; `silence`: seconds
+    in which a client must have sent its body, and have read what is sent to it, or its place is for others.
+    """
 
     at_once: int = 32
     waiting: int = 128
     seconds: float = 120.0
     body: int = 1 << 20
+    silence: float = 20.0
 
 
 class Metrics:
@@ -142,17 +147,18 @@ class Service:
         filling = whole or suffix is not None
         if filling:  # a template is filled to its end
             params = replace(params, stop_at_eos=False)
-        blank = [loaded.model.special_tokens.mask_id] * (0 if whole else params.max_new_tokens)
+        blank = 0 if whole else params.max_new_tokens
         found: list[Draft] = []
         for prompt in prompts:
-            template = [*prompt, *blank, *(suffix or [])]
-            if len(template) > loaded.context:
+            # By its length, before there is a list of it: `max_tokens` may be any number.
+            if (length := len(prompt) + blank + len(suffix or [])) > loaded.context:
                 raise BadRequestError(
-                    f"the prompt has {len(prompt)} tokens and the answer asks for {len(template) - len(prompt)}; "
+                    f"the prompt has {len(prompt)} tokens and the answer asks for {length - len(prompt)}; "
                     f"this model reads {loaded.context} at most",
                     "max_tokens",
                     "context_length_exceeded",
                 )
+            template = [*prompt, *[loaded.model.special_tokens.mask_id] * blank, *(suffix or [])]
             for copy in range(asked.n):
                 try:
                     steps = (
@@ -163,9 +169,10 @@ class Service:
                 found.append(Draft(loaded, params, prompt, steps, asked.stops, len(suffix or []), whole, len(found)))
         return found
 
-    def score(self, asked: ScoreRequest) -> dict[str, object]:
-        """Log-likelihoods in nats, of labels their shares too. One request at a time, and between its parts answers go on:
-        who scores has a device's model to himself, so that a device holds one forward.
+    def score(self, asked: ScoreRequest, left: threading.Event | None = None) -> dict[str, object]:
+        """Log-likelihoods in nats, of labels their shares too. One request at a time, and between its forwards answers go
+        on: who scores has a device's model to himself, so that a device holds one forward. Once the client has `left`
+        nothing more is computed: `ClientDisconnect`.
         """
         loaded = self.model(asked.model)
         special = loaded.model.special_tokens
@@ -173,7 +180,11 @@ class Service:
         with self._scoring:
             try:
                 encoded = pairs([(_context(p, loaded), a) for p, a in asked.texts], loaded.tokenizer, prefix)
-                scores, forwards = _scored(loaded, encoded, asked)
+                scores, forwards = _scored(loaded, encoded, asked, left or threading.Event())
+                if not np.isfinite(scores).all():
+                    raise ValueError(
+                        f"with cfg_scale {asked.cfg_scale:g} a likelihood is no number; take a smaller one"
+                    )
             except ValueError as error:
                 raise BadRequestError(str(error)) from None
         self.metrics.forwards.inc(forwards)
@@ -194,8 +205,28 @@ class Service:
         }
 
 
+@dataclass(frozen=True)
+class _Turn(AbstractContextManager[None]):
+    """The model for one forward of who scores, after a step of those who write.
+
+    A lock alone would not let them in: who gives it back and wants it again is there before those that it wakes.
+    """
+
+    engine: Engine
+    left: threading.Event
+
+    def __enter__(self) -> None:
+        if self.left.is_set():
+            raise ClientDisconnect
+        self.engine.step()
+        self.engine.turn.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.turn.release()
+
+
 def _scored(
-    loaded: LoadedModel, encoded: list[tuple[list[int], list[int]]], asked: ScoreRequest
+    loaded: LoadedModel, encoded: list[tuple[list[int], list[int]]], asked: ScoreRequest, left: threading.Event
 ) -> tuple[list[float], int]:
     """The scores of all pairs, and the forwards that they took. A part goes to whichever device is free next, at first to
     the one that writes least; a pair's score does not depend on which.
@@ -205,11 +236,11 @@ def _scored(
     scores, parts = [0.0] * len(encoded), iter(firsts)  # which all threads take from
 
     def share(engine: Engine) -> int:
-        likelihood = Likelihood(engine.model, asked.samples, asked.cfg_scale, asked.seed, asked.estimator)
+        settings = asked.samples, asked.cfg_scale, asked.seed, asked.estimator
+        likelihood = Likelihood(engine.model, *settings, turn=_Turn(engine, left))
         for first in parts:
             part = slice(first, first + SCORED_AT_ONCE)
-            with engine.turn:
-                scores[part] = likelihood.scores(encoded[part])
+            scores[part] = likelihood.scores(encoded[part])
         return likelihood.forwards
 
     with ThreadPoolExecutor(len(engines)) as threads:

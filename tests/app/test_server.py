@@ -1,24 +1,29 @@
 """The server's answers are those of the library, whole or streamed; what cannot be is refused in OpenAI's shape."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from starlette.requests import ClientDisconnect
 
 import llada_core
 from app.models import LoadedModel, UserError
 from app.server import answers
 from app.server.answers import Draft, first_of, held_back
 from app.server.http import create_app
+from app.server.schema import ScoreRequest
 from app.server.service import SCORED_AT_ONCE, Limits, Service
 from llada_core.likelihood import log_likelihoods
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.requests import to_answer
 from llada_core.usage import Usage
 from tests.waiting import wait_for
 
@@ -149,6 +154,16 @@ def test_stop_strings_cut_and_are_never_told(client: TestClient, tiny: LoadedMod
 def test_what_may_begin_a_stop_string_is_held_back() -> None:
     assert held_back("one\nQues", ["\nQuestion:", "\n\n"]) == 5
     assert held_back("one", ["two"]) == 0
+
+    class Counted(str):
+        cuts = 0
+
+        def __getitem__(self, key: Any) -> str:
+            Counted.cuts += 1
+            return super().__getitem__(key)
+
+    assert held_back("one", [Counted("e" * 1000)]) == 1
+    assert Counted.cuts == 3  # of a stop string of a megabyte not a million copies
     assert first_of("a\n\nb\nQ", ["\nQ", "\n\n"]) == 1
     assert first_of("a", []) is None
 
@@ -221,6 +236,50 @@ def test_scores_are_spread_over_the_devices(loaded: LoadedModel) -> None:
         assert calls  # a single part goes to whoever writes least
 
 
+def test_answers_are_written_while_others_score(tiny: LoadedModel) -> None:
+    service = Service(OneModel(tiny), ["tiny"], Limits(at_once=1))  # type: ignore[arg-type]
+    pair = {"prompt": "one", "answer": " two three four" * 8}
+    body = {"model": "tiny", "pairs": [pair] * 8, "samples": 512}
+    (written,) = tiny.engine.submit(to_answer(tiny.model, [[5]], OWN)[0])
+    scored = service.score(ScoreRequest.read(body))
+    assert written.forwards == min(16, scored["usage"]["forwards"]) > 1  # nobody but who scores has made its steps
+    left = Event()
+    left.set()
+    with pytest.raises(ClientDisconnect):
+        service.score(ScoreRequest.read(body), left)
+    app = create_app(service)
+    with TestClient(app) as client, ThreadPoolExecutor(1) as thread:
+        with service._scoring:  # somebody scores for long
+            asked = thread.submit(ask, client, SCORE, pairs=[pair], samples=4)
+            wait_for("the one who scores", lambda: "requests_accepted 1.0" in client.get("/metrics").text)
+            assert ask(client, CHAT, messages=QUESTION)
+        asked.result()
+
+
+@pytest.mark.parametrize("slow", ["to say", "to read"])
+def test_a_client_that_is_slow_makes_room(tiny: LoadedModel, slow: str) -> None:
+    service = Service(OneModel(tiny), ["tiny"], Limits(at_once=1, silence=0.05))  # type: ignore[arg-type]
+    app, sent = create_app(service), []
+    body = json.dumps({"model": "tiny", "messages": QUESTION, "stream": True}).encode()
+    said = [{"type": "http.request", "body": body, "more_body": slow == "to say"}]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [], "query_string": b"", "root_path": ""}
+
+    async def receive() -> dict[str, Any]:
+        return said.pop() if said else await asyncio.Future()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+        if slow == "to read" and message["type"] == "http.response.body":
+            await asyncio.Future()
+
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == (408 if slow == "to say" else 200)
+    assert len(sent) == 2
+    assert service.metrics.active.collect()[0].samples[0].value == 0
+    assert service.metrics.accepted.collect()[0].samples[0].value == 0
+    assert not tiny.engine.busy
+
+
 REFUSED = [
     (CHAT, {"messages": QUESTION, "model": "other"}, 404, "model", "there is no model 'other' here; there are: tiny"),
     (CHAT, {"messages": QUESTION, "temprature": 1}, 400, "temprature", "did you mean"),
@@ -233,6 +292,11 @@ REFUSED = [
     ),
     (CHAT, {"messages": QUESTION, "max_tokens": "many"}, 400, "max_tokens", "valid integer"),
     (CHAT, {"messages": QUESTION, "max_tokens": 4000}, 400, "max_tokens", "this model reads 700 at most"),
+    (CHAT, {"messages": QUESTION, "max_tokens": 10**30}, 400, "max_tokens", "this model reads 700 at most"),
+    (TEXT, {"prompt": "a", "max_tokens": 10**30}, 400, "max_tokens", "this model reads 700 at most"),
+    (CHAT, {"messages": QUESTION, "steps": 10**9}, 400, None, "steps 1000000000: this model reads 700 tokens"),
+    (CHAT, {"messages": QUESTION, "steps": 10**30}, 400, "steps", "less than 2147483648"),
+    (CHAT, {"messages": QUESTION, "x" * 10_000: 1}, 400, "x" * 2000 + "…", "there is no field 'xxx"),
     (CHAT, {"messages": QUESTION, "block_length": 7}, 400, None, "block_length 7 does not divide max_new_tokens 16"),
     (CHAT, {"messages": QUESTION, "threshold": 3.0}, 400, None, "threshold"),
     (CHAT, {"messages": QUESTION, "remasking": "random", "logprobs": True}, 400, "logprobs", "low_confidence"),
@@ -242,9 +306,13 @@ REFUSED = [
     (CHAT, {"messages": QUESTION, "n": 1000}, 400, "n", "less than or equal to 16"),
     (TEXT, {"prompt": ["a"] * 33, "n": 2}, 400, "", "66 answers (prompts times n); at most 64"),
     (TEXT, {"prompt": [999999]}, 400, None, "vocabulary"),
+    (TEXT, {"prompt": []}, 400, "", "an empty list"),
+    (TEXT, {"template": "[[999]]" * 1000}, 400, "template", "at most 700 fit"),
+    (TEXT, {"template": f"[[{'9' * 5000}]]"}, 400, "template", "at most 700 fit"),
     (TEXT, {"template": "nothing"}, 400, "template", "[[5]]"),
     (TEXT, {"prompt": "a", "template": "[[3]]"}, 400, "", "leave prompt and suffix out"),
     (SCORE, {"prompt": "a"}, 400, "", "give pairs"),
+    (SCORE, {"pairs": [{"prompt": "a", "answer": "b"}], "cfg_scale": 1e308}, 400, None, "take a smaller one"),
     (SCORE, {"pairs": [{"prompt": "a", "answer": "b"}], "samples": 0}, 400, "samples", "greater than or equal to 1"),
 ]
 
@@ -281,8 +349,10 @@ def test_what_says_nothing_of_the_answer_is_passed_over(client: TestClient) -> N
         (b"[1]", 400, "must be a JSON object, got list"),
         (b"[" * 100_000, 400, "not JSON"),
         (b"x" * 2_000_000, 413, "larger than"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", 400, "not JSON: Exceeds the limit"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, "half of a character"),
     ],
-    ids=["cut", "utf16", "list", "deep", "large"],
+    ids=["cut", "utf16", "list", "deep", "large", "digits", "half"],
 )
 def test_bodies_that_are_none(client: TestClient, body: bytes, status: int, says: str) -> None:
     answer = client.post(CHAT, content=body)
