@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export GRADIO_ANALYTICS_ENABLED := False
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup run test test-faults test-browser test-solutions check app ui bench bench-serve lock clean
+.PHONY: help setup run test test-slow test-faults test-browser test-solutions check app ui bench bench-serve lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,7 +38,10 @@ run: setup  ## data to a registered model; PROFILE=real-text runs a file of prof
 
 # Three at a time for two cores: a third of the tests' time is waiting for programs that they started.
 test: setup  ## the default suite (under 10 minutes on 2 cores)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not faults and not browser and not gpu and not solutions"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not faults and not browser and not gpu and not solutions"
+
+test-slow: setup  ## several ranks, whole runs, servers, packages
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "slow and not faults"
 
 test-faults: setup  ## kills, requeues, damaged files, a real Slurm cluster where its packages are installed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m faults

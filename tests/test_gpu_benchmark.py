@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import gpu, gpu_cells, peers
@@ -12,6 +13,7 @@ from benchmarks.oracle import Reference
 PARTS = ("checks", "sampling", "compiled", "moe", "blocks", "training", "loading")
 
 
+@pytest.mark.slow
 def test_every_part_runs_at_toy_size_and_keeps_its_figures(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # kernels would take half a minute
     out = tmp_path / "gpu.json"

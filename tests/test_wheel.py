@@ -16,6 +16,7 @@ from llada_core.settings import ConfigError
 from tests.test_pipeline import clean_environment, clone
 from tests.tiny import tiny_pair
 
+pytestmark = pytest.mark.slow
 ROOMS = ("tasks", "flows", "app", "cli")
 
 

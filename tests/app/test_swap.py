@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Event
 
 import httpx
+import pytest
 from fastapi.testclient import TestClient
 
 from app.models import ModelCache, ModelIndex
@@ -46,6 +47,7 @@ def test_a_moved_alias_is_followed_while_answers_are_written(root: Path) -> None
     assert service.metrics.swaps.collect()[0].samples[0].value == 1
 
 
+@pytest.mark.slow
 def test_a_served_alias_moves_by_a_command_while_clients_ask_and_stream(root: Path) -> None:  # noqa: F811 - the fixture
     trained(root, "one", main=50, side=50)
     trained(root, "two", main=90, side=50)

@@ -64,6 +64,7 @@ def test_another_word_is_refused_in_one_line(call, tiny, command):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_eval_says_it_too_and_scores_alike(call, tiny, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")

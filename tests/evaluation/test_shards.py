@@ -88,6 +88,7 @@ def answered(run: Path) -> dict[str, list[int]]:
     }
 
 
+@pytest.mark.slow
 def test_a_benchmark_shared_by_jobs_or_gpus_scores_as_one_process_does(measuring: Path) -> None:
     """First by two jobs, of which one is killed; then by one job that finds, as it were, two GPUs."""
     alone = measured(measuring)

@@ -249,6 +249,7 @@ def test_questions_that_the_run_trained_on_are_marked_and_told(places, data_root
     assert any("1 questions occur in training by value" in remark for remark in table["remarks"])
 
 
+@pytest.mark.slow
 def test_lm_evals_command_line_on_two_processes(places, tmp_path):
     """The line its users know; each process answers its share, the first writes one result."""
     (tmp_path / "tasks").mkdir()

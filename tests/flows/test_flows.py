@@ -49,6 +49,7 @@ def test_the_pipeline_walks_dvcs_graph(project: Path) -> None:  # noqa: F811
     assert tasks == {"pretrain": "Completed", "sft": "Completed"}
 
 
+@pytest.mark.slow
 def test_a_mistake_fails_at_once_and_a_crash_is_tried_again(project: Path) -> None:  # noqa: F811
     from flows.pipeline import run_stage
 
@@ -66,6 +67,7 @@ def test_a_mistake_fails_at_once_and_a_crash_is_tried_again(project: Path) -> No
         run_stage.retry_delay_seconds = quick
 
 
+@pytest.mark.slow
 def test_a_sweep_ranks_its_points(project: Path) -> None:  # noqa: F811
     from flows.sweep import points, sweep
 
@@ -124,6 +126,7 @@ if __name__ == "__main__":
 '''
 
 
+@pytest.mark.slow
 def test_a_checkpoint_against_benchmarks_of_which_one_is_broken(project: Path) -> None:  # noqa: F811
     from flows.evaluate import evaluate
 

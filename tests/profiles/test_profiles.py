@@ -89,6 +89,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if kind_of(name) != "zero2"])
 def test_a_profile_runs_at_tiny_width_on_two_ranks(runs: Path, name: str) -> None:
     run = runs / name

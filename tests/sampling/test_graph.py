@@ -104,7 +104,10 @@ def case(mode, model="llada_tiny"):
 LENGTHS = [3, 17, 9, 30, 1, 12, 25, 4, 8]
 
 
-@pytest.mark.parametrize("mode", KINDS)
+SLOW = ("prefix", "blocks")  # seconds of tracing, and nothing that the other modes have not
+
+
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=[pytest.mark.slow] * (mode in SLOW)) for mode in KINDS])
 def test_rows_that_join_and_leave_are_written_by_one_function_for_each_number_of_seats(traced, mode):
     model, params = case(mode)
     model(torch.tensor([[5] * 64]))  # the rotary tables are there
@@ -149,6 +152,7 @@ def test_what_an_engine_may_take_is_told_before():
     assert "compile graph: at most 7 x 4 shapes of rows and columns, with a cache several functions each" in told
 
 
+@pytest.mark.slow
 def test_a_compiled_step_writes_what_the_plain_one_writes():
     model, params = golden_model("llada_tiny"), SamplingParams(**{**BASE, **MODES["temperature"]})
     model(torch.tensor([[5] * 64]))

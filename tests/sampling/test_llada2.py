@@ -138,7 +138,7 @@ def test_a_batch_of_eight_ragged_prompts_equals_eight_singles(mode):
         assert torch.equal(answer, generate(model, [prompt], params).answers[0])
 
 
-@pytest.mark.parametrize(("rows", "compiled"), [(4, "graph"), (9, "off")])
+@pytest.mark.parametrize(("rows", "compiled"), [pytest.param(4, "graph", marks=pytest.mark.slow), (9, "off")])
 def test_random_arrivals_are_answered_as_alone(monkeypatch, rows, compiled):
     """Of all modes and block lengths, with prompts of several blocks that join amid others, some left half written.
 

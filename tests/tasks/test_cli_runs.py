@@ -104,6 +104,7 @@ def test_a_run_that_is_told_to_end_takes_its_stage_along(project: Path, number: 
     assert steps(the_run(project)) == [1, 2, 3, 4]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("left", ["", '{"write": {"', "\0\0\0\0"], ids=["empty", "half", "zeros"])
 def test_what_a_killed_dvc_leaves_half_written_stops_no_later_run(project: Path, left: str) -> None:
     finish(program("cli.main", "run", "--upto", "pretrain"))

@@ -161,6 +161,7 @@ EVALUATE = """\
 """
 
 
+@pytest.mark.slow
 def test_benchmarks_beside_the_profile_are_measured_and_an_edit_measures_that_one_anew(
     project: Path, tmp_path: Path
 ) -> None:

@@ -149,6 +149,7 @@ def test_the_stage_that_is_always_done_again_takes_them_too(project: Path) -> No
     assert (project / "times").read_text() == "once once "
 
 
+@pytest.mark.slow
 def test_a_longer_run_begins_from_the_shorter_ones_checkpoints(project: Path) -> None:
     dvc(project, "repro", "pretrain")
     shorter = the_run(project)

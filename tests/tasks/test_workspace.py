@@ -108,6 +108,7 @@ def test_the_second_pipeline_says_who_holds_the_lock(project: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_dvc_commands_of_every_day(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLADAFLOW_YES", "1")
     reproduce(open_workspace(Project.at(project)), ["sft"])

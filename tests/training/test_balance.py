@@ -127,6 +127,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(data, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_two_ranks_sharded_or_not_are_one(data, tmp_path):
     """Loads of all ranks, in micro-batches of four; bias by bias, beside the weights."""
     settings = {"model": "llada2", "max_steps": 5, "router_bias_rate": RATE}

@@ -328,6 +328,7 @@ def test_it_trains_and_resumes_bit_for_bit(data, tmp_path, kind, stage):
     }
 
 
+@pytest.mark.slow
 def test_ranks_are_one_process(data, tmp_path):
     """DDP and FSDP2, whose engine takes a stored buffer for a shard; a dense model becomes one by blocks on the way."""
     changes = {

@@ -106,6 +106,7 @@ def on_rank(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_share_muons_work_and_end_with_the_same_bits(tmp_path):
     torch.multiprocessing.spawn(on_rank, (tmp_path,), nprocs=2)
     alone = trained_by(muon)

@@ -220,6 +220,7 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "kind"),
     [("python", "auto"), ("accelerate", "auto"), ("torchrun of one", "fsdp"), ("torchrun of two", "auto")],

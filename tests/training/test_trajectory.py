@@ -328,6 +328,7 @@ def test_a_stop_in_the_middle_of_a_rollout_changes_nothing(data, tmp_path, stop)
     assert equal(whole, cut)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(data, tmp_path):
     changes = {
         "stage": "grpo", "max_steps": 6, "prompts": 2, "generations": 3, "iterations": 3, "beta": 0.0, "validate_every": 3,
