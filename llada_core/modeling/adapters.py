@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llada_core.files import written_whole
+from llada_core.modeling.block import Experts, LowRank
 from llada_core.modeling.families import LoraParams
 from llada_core.modeling.fused import unfuse_projections
 from llada_core.modeling.predictor import MaskPredictor, SavesItself
@@ -31,19 +32,23 @@ def add_lora(model: MaskPredictor, params: LoraParams, seed: int = 0) -> None:
     """Puts trainable low-rank adapters, random by `seed` alone, on the target layers and freezes everything else.
 
     targets: "all-linear" (every linear layer of the blocks, never head or router), a regular expression on whole
-    module names, or module names. modules_to_save: names of modules outside of the adapted layers, which train whole, as
-    copies. `ValueError` names a target or module that matches nothing, or biases that the network does not have.
+    module names, or module names. experts: routed experts too, each with factors of its own. modules_to_save: names of
+    modules outside of the adapted layers, which train whole, as copies. `ValueError` names a target or module that matches
+    nothing, or experts or biases that the network does not have.
     """
     require_package("peft", "train", "an adapter")
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
 
     network = model.network
     _require_bare(network)
+    if params.experts and not any(isinstance(module, Experts) for module in network.modules()):
+        raise ValueError(f"lora.experts: there are no routed experts in {type(network).__name__}; use experts: false")
     config = LoraConfig(
         r=params.r,
         lora_alpha=params.alpha,
         lora_dropout=params.dropout,
-        target_modules=_target_pattern(model, params.targets),
+        target_modules=_target_pattern(model, params.targets) if params.targets else [],
+        target_parameters=["experts.gate_up", "experts.down"] if params.experts else None,
         bias=params.bias,
         modules_to_save=_whole_modules(model, params) or None,
     )
@@ -52,7 +57,7 @@ def add_lora(model: MaskPredictor, params: LoraParams, seed: int = 0) -> None:
     )  # of a plan: adapters take no memory too
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, network, low_cpu_mem_usage=shapes_alone)
+        _inject(config, network, shapes_alone=shapes_alone)
     network.peft_config = {"default": config}
     if params.bias != "none" and not any(
         p.requires_grad and n.endswith(".bias") for n, p in network.named_parameters()
@@ -60,6 +65,31 @@ def add_lora(model: MaskPredictor, params: LoraParams, seed: int = 0) -> None:
         raise ValueError(
             f"lora.bias {params.bias}: there are no such biases in {type(network).__name__}; use bias: none"
         )
+
+
+def _inject(config: Any, network: Any, *, shapes_alone: bool = False) -> None:
+    """Adapters as peft makes them; those of experts' tables are multiplied with rows here, not added into the tables."""
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora.layer import ParamWrapper
+
+    class OnRows(ParamWrapper):
+        """One around the other, they hand what they add to the experts inside, which peft's own would copy."""
+
+        def forward(
+            self, x: Tensor, experts: Tensor, weights: Tensor, changes: Mapping[str, LowRank] | None = None
+        ) -> Any:
+            if self.disable_adapters or self.merged:
+                return self.base_layer(x, experts, weights, changes)
+            down, up = (layer["default"].weight for layer in (self.lora_A, self.lora_B))
+            # Two matrices of peft's: A (E R, I), expert by expert, and B (O, R E), whose neighbours are of other experts.
+            up = up.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
+            own = LowRank(down.unflatten(0, (self.num_experts, -1)), up, self.scaling["default"])
+            return self.base_layer(x, experts, weights, {**(changes or {}), self.parameter_name: own})
+
+    inject_adapter_in_model(config, network, low_cpu_mem_usage=shapes_alone)
+    for _, layer in _adapted(network):
+        if type(layer) is ParamWrapper:
+            layer.__class__ = OnRows
 
 
 def linear_layers(model: MaskPredictor) -> list[str]:
@@ -136,7 +166,7 @@ def save_adapter(
 def load_adapter(model: MaskPredictor, folder: str | Path) -> None:
     """Puts the adapter of `folder` into its base model; `ValueError` unless every one of its weights has a place."""
     require_package("peft", "train", "an adapter")
-    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft import PeftConfig, set_peft_model_state_dict
 
     network, folder = model.network, Path(folder)
     _require_bare(network)
@@ -146,7 +176,7 @@ def load_adapter(model: MaskPredictor, folder: str | Path) -> None:
     if not isinstance(config.target_modules, str):
         config.target_modules = {model.family.own_layer(t) for t in config.target_modules}
     weights = {k.removeprefix(_PREFIX): v for k, v in load_file(folder / _WEIGHTS).items()}
-    inject_adapter_in_model(config, network)
+    _inject(config, network)
     named = {model.family.own_name(k): v for k, v in weights.items()}
     places = {name: weight.shape for name, weight in _adapter_weights(network).items()}
     wrong = sorted(n for n in named.keys() | places.keys() if n not in named or places.get(n) != named[n].shape)
@@ -197,6 +227,8 @@ def merge_adapter(model: MaskPredictor) -> float:
     # Under autocast the products would be compared in bf16, which knows three digits.
     with torch.autocast(model.device.type, enabled=False):
         for name, layer in _adapted(network):
+            if name.endswith(".base_layer"):  # the inner one of two, merged with the outer
+                continue
             exact, base = _merged_exactly(name, layer), layer.get_base_layer()
             for part, stored in base.named_parameters():
                 wide = exact.get_parameter(part)
@@ -229,13 +261,18 @@ def _merged_exactly(name: str, layer: Any) -> nn.Module:
     base = wide.get_base_layer()
     probe = _probe(base)
     before = {part: parameter.clone() for part, parameter in base.named_parameters()}
-    plain = base(probe)
-    effect = wide(probe) - plain
-    wide.merge(safe_merge=True)
-    change = copy.deepcopy(base)
-    for part, parameter in change.named_parameters():
-        parameter.sub_(before[part])
-    apart = float((change(probe) - effect).norm())
+    plain = base(*probe)
+    effect = wide(*probe) - plain
+    for _, part in _adapted(wide):
+        part.merge(safe_merge=True)
+    if isinstance(base, Experts):  # not linear
+        changed = base(*probe) - plain
+    else:
+        change = copy.deepcopy(base)
+        for part, parameter in change.named_parameters():
+            parameter.sub_(before[part])
+        changed = change(*probe)
+    apart = float((changed - effect).norm())
     if not apart <= 1e-2 * float(effect.norm()) + 1e-5 * float(plain.norm()):
         raise ValueError(
             f"merging the adapter changes what {name} computes by {apart / float(effect.norm()):.1e} of it"
@@ -243,13 +280,17 @@ def _merged_exactly(name: str, layer: Any) -> nn.Module:
     return base
 
 
-def _probe(layer: nn.Module) -> Tensor:
-    """Sixteen inputs of a linear layer (16, I) fp32, or of an embedding (16,) int64; the same in every process."""
-    weight: Any = layer.weight
-    generator = torch.Generator().manual_seed(0)
+def _probe(layer: nn.Module) -> tuple[Tensor, ...]:
+    """Sixteen inputs of a linear layer (16, I) fp32 or an embedding (16,) int64, or one for each of the experts."""
+    weight: Any = next(layer.parameters())
+    generator = torch.Generator().manual_seed(0)  # the same in every process
     if isinstance(layer, nn.Embedding):
-        return torch.randint(weight.shape[0], (16,), generator=generator).to(weight.device)
-    return torch.randn(16, weight.shape[1], generator=generator).to(weight.device)
+        return (torch.randint(weight.shape[0], (16,), generator=generator).to(weight.device),)
+    count = weight.shape[0] if isinstance(layer, Experts) else 16
+    rows = torch.randn(count, weight.shape[-1], generator=generator).to(weight.device)
+    if not isinstance(layer, Experts):
+        return (rows,)
+    return rows, torch.arange(count, device=weight.device)[:, None], torch.ones_like(rows[:, :1])
 
 
 def _adapted(network: nn.Module) -> list[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 tables, feed-forward, experts. Shape letters: the legend in `predictor`.
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -93,6 +94,34 @@ class GatedMLP(FusableModule):
         return self.down_proj(F.silu(gate) * up)
 
 
+class LowRank(NamedTuple):
+    """What an adapter adds to each matrix (O, I) of a stack: scale * up @ down."""
+
+    down: Tensor  # (E, R, I)
+    up: Tensor  # (E, O, R)
+    scale: float
+
+    def aligned(self, dtype: torch.dtype) -> "LowRank":
+        """In `dtype`, rows side by side; R filled with zeros to a multiple of 8, as bf16's grouped_mm takes 16 bytes."""
+        missing = -self.down.shape[1] % 8
+        down, up = F.pad(self.down, (0, 0, 0, missing)), F.pad(self.up, (0, missing))
+        return LowRank(down.to(dtype).contiguous(), up.to(dtype).contiguous(), self.scale)
+
+
+def stack_product(rows: Tensor, table: Tensor, ends: Tensor, change: LowRank | None) -> Tensor:
+    """Runs of rows (P, I), each times its matrix of `table` (E, O, I) and what an adapter adds to it: (P, O).
+
+    The adapter is applied to the rows. Added into the table, what it changes would be rounded away in bf16, and the table
+    would be copied, and its gradient taken, for two factors that are a hundredth of it.
+    """
+    y = F.grouped_mm(rows, table.transpose(1, 2), offs=ends)
+    if change is None:
+        return y
+    down, up, scale = change.aligned(rows.dtype)
+    low = F.grouped_mm(rows, down.transpose(1, 2), offs=ends)
+    return y + F.grouped_mm(low, up.transpose(1, 2), offs=ends) * scale
+
+
 class Experts(nn.Module):
     """All experts of a layer as two stacked parameters: `gate_up` (E, 2F, D), gate rows first, and `down` (E, D, F)."""
 
@@ -103,13 +132,19 @@ class Experts(nn.Module):
         nn.init.trunc_normal_(self.gate_up, std=0.02)
         nn.init.trunc_normal_(self.down, std=0.02)
 
-    def forward(self, x_PD: Tensor, expert_PK: Tensor, weight_PK: Tensor) -> Tensor:
-        """Sum over each token's experts of weight times expert output, (P, D), by two grouped products."""
+    def forward(
+        self, x_PD: Tensor, expert_PK: Tensor, weight_PK: Tensor, changes: Mapping[str, LowRank] | None = None
+    ) -> Tensor:
+        """Sum over each token's experts of weight times expert output, (P, D), by two grouped products.
+
+        changes: what an adapter adds to a parameter, by its name.
+        """
+        changes = {} if changes is None else changes
         gate_up: Tensor = self.gate_up
         down: Tensor = self.down
         low = autocast_dtype(x_PD)
         if x_PD.dtype == torch.float64:  # which grouped_mm does not know
-            return self.loop(x_PD, expert_PK, weight_PK)
+            return self.loop(x_PD, expert_PK, weight_PK, changes)
         if low is not None:  # grouped_mm is not on autocast's list
             x_PD, gate_up, down = x_PD.to(low), gate_up.to(low), down.to(low)
         n_tokens, chosen = expert_PK.shape
@@ -120,20 +155,30 @@ class Experts(nn.Module):
         # waited for in every sparse layer, and once more where activations are computed again.
         experts = torch.arange(gate_up.shape[0], device=sorted_PK.device)
         ends = torch.searchsorted(sorted_PK, experts, right=True, out_int32=True)
-        gate, up = F.grouped_mm(x_PD[order // chosen], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+        gate, up = stack_product(x_PD[order // chosen], gate_up, ends, changes.get("gate_up")).chunk(2, dim=-1)
+        y = stack_product(F.silu(gate) * up, down, ends, changes.get("down"))
         # Back to the tokens' order: each row is written once and the K of a token are summed side by side. `index_add_`
         # over tokens would sum them on a GPU in whatever order its threads come by.
         y_PKD = torch.empty_like(y).index_copy(0, order, y).view(n_tokens, chosen, down.shape[1])
         return (y_PKD * weight_PK[..., None].type_as(y_PKD)).sum(1)
 
-    def loop(self, x_PD: Tensor, expert_PK: Tensor, weight_PK: Tensor) -> Tensor:
+    def loop(
+        self, x_PD: Tensor, expert_PK: Tensor, weight_PK: Tensor, changes: Mapping[str, LowRank] | None = None
+    ) -> Tensor:
         """The same sum, one expert after another: the oracle of `forward`, in any dtype."""
+
+        def product(rows: Tensor, name: str, index: int) -> Tensor:
+            y = F.linear(rows, getattr(self, name)[index])
+            if changes is None or name not in changes:
+                return y
+            down, up, scale = changes[name]
+            return y + F.linear(F.linear(rows, down[index].type_as(rows)), up[index].type_as(rows)) * scale
+
         y_PD = torch.zeros_like(x_PD)
         for index in range(self.gate_up.shape[0]):
             token, slot = torch.where(expert_PK == index)
-            gate, up = F.linear(x_PD[token], self.gate_up[index]).chunk(2, dim=-1)
-            y = F.linear(F.silu(gate) * up, self.down[index])
+            gate, up = product(x_PD[token], "gate_up", index).chunk(2, dim=-1)
+            y = product(F.silu(gate) * up, "down", index)
             y_PD = y_PD.index_add(0, token, y * weight_PK[token, slot, None].type_as(y))
         return y_PD
 

@@ -65,6 +65,7 @@ class LoraParams(SettingsBlock):
     alpha: int = Field(default=64, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: str | tuple[str, ...] = "all-linear"
+    experts: bool = False  # routed experts too, each with an adapter of its own; with targets: [] they alone
     bias: Literal["none", "all", "lora_only"] = "none"  # biases that train: of the network, or of the adapted layers
     modules_to_save: tuple[str, ...] = ()  # trained whole beside the adapter, such as wte, ln_f and ff_out (the head)
     four_bit: bool = False  # QLoRA: the frozen weights in nf4 (needs a GPU and bitsandbytes)
@@ -77,6 +78,14 @@ class LoraParams(SettingsBlock):
             raise ValueError("four_bit rounds the weights it freezes, so the adapter is not merged: set merge: false")
         if self.double_quant and not self.four_bit:
             raise ValueError("double_quant stores the scales of four_bit in fewer bits: set four_bit: true")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_drop_nothing_out(self) -> Self:
+        if self.experts and self.dropout:
+            raise ValueError(f"adapters on experts drop nothing out, and dropout is {self.dropout}: set dropout: 0")
+        if not self.targets and not self.experts:
+            raise ValueError("targets is empty: name layers, or all-linear; for routed experts alone set experts: true")
         return self
 
 

@@ -5,22 +5,29 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.testing import assert_close
 
 from llada_core import settings
 from llada_core.modeling import add_lora, load_model, merge_adapter, save_model
 from llada_core.modeling.adapters import adapter_off, linear_layers, load_adapter, save_adapter
+from llada_core.modeling.block import Experts, LowRank, stack_product
 from llada_core.modeling.families import LoraParams
 from tests.tiny import TINY_BACKBONES, tiny_model
 
-KINDS = ["llada", "llada_moe", *TINY_BACKBONES]
+KINDS = ["llada", "llada_moe", "experts", *TINY_BACKBONES]
 TOKENS = torch.randint(0, 120, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def plain(kind="llada"):
+    """A model without an adapter; "experts" is a sparse one whose experts are to have one too."""
+    return tiny_model("llada_moe" if kind == "experts" else kind, **({"n_kv_heads": 2} if kind == "llada" else {}))
 
 
 def adapted(kind="llada", seed=0, **params):
     """A model whose adapter does something, as after training."""
-    model = tiny_model(kind, **({"n_kv_heads": 2} if kind == "llada" else {}))
-    add_lora(model, LoraParams(r=4, alpha=8, **params))
+    model = plain(kind)
+    add_lora(model, LoraParams(r=4, alpha=8, experts=kind == "experts", **params))
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -49,9 +56,9 @@ def test_all_linear_is_every_linear_layer_of_the_blocks_and_neither_head_nor_rou
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_adapter_changes_nothing_and_trains(kind):
-    model = tiny_model(kind)
+    model = plain(kind)
     before = logits(model)
-    add_lora(model, LoraParams(r=4))
+    add_lora(model, LoraParams(r=4, experts=kind == "experts"))
     assert torch.equal(logits(model), before)
     model(TOKENS).logits.sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
@@ -78,7 +85,7 @@ def test_a_target_that_matches_nothing_is_an_error(targets):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("merge", [True, False])
 def test_stored_adapters_are_accepted_where_a_model_is(tmp_path, kind, merge):
-    base = tiny_model(kind, **({"n_kv_heads": 2} if kind == "llada" else {}))
+    base = plain(kind)
     save_model(base, tmp_path / "base")
     model = adapted(kind)
     save_adapter(model, tmp_path / "adapter", tmp_path / "base")
@@ -169,8 +176,85 @@ def test_stored_adapters_open_with_peft_and_published_names(tmp_path):
     assert "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight" in names
 
 
-def test_switched_off_it_is_the_model_before():
-    model, before = adapted(), logits(tiny_model(n_kv_heads=2))
+def test_stored_adapters_of_experts_are_peft_s_for_stacked_parameters(tmp_path):
+    """On stacks of that name, in a network whose other names are the published ones."""
+    from peft import PeftModel
+
+    save_adapter(adapted("experts", targets=()), tmp_path / "a", "base")
+    ours = adapted("experts", targets=())
+    layers = nn.ModuleList(
+        nn.ModuleDict({"mlp": nn.ModuleDict({"experts": block.mlp.experts})}) for block in plain("experts").blocks
+    )
+    theirs = nn.ModuleDict({"model": nn.ModuleDict({"layers": layers})})
+    PeftModel.from_pretrained(theirs, tmp_path / "a")
+    x, chosen = torch.randn(5, 32), torch.arange(10).view(5, 2) % 4
+    for block, layer in zip(ours.blocks, layers, strict=True):
+        outputs = [each(x, chosen, torch.ones(5, 2)) for each in (block.mlp.experts, layer.mlp.experts)]
+        assert type(layer.mlp.experts).__module__.startswith("peft.")
+        assert_close(*outputs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llada_moe", "llada2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_adapter_of_experts_computes_what_its_changes_of_their_weights_compute(monkeypatch, kind, dtype):
+    model = tiny_model(kind).to(dtype)
+    add_lora(model, LoraParams(r=3, alpha=6, experts=True, targets=()))
+    layer = model.blocks[-1].mlp
+    factors = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    assert len(factors) == 4
+    assert all(".experts." in n for n, p in model.named_parameters() if p.requires_grad)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for factor in factors.values():
+            factor.copy_(torch.randn(factor.shape, generator=g) * 0.1)
+    x = torch.randn(7, 32, generator=g).to(dtype)
+    found = layer(x)[0]
+    found_grads = torch.autograd.grad(found.square().mean(), list(factors.values()))
+
+    bare, merged = tiny_model(kind).to(dtype).blocks[-1].mlp, {}
+    for table, inner in (("gate_up", "experts.base_layer"), ("down", "experts")):
+        a, b = (factors[f"{inner}.lora_{part}.default.weight"] for part in "AB")
+        stack = enumerate(bare.get_parameter(f"experts.{table}"))
+        merged[f"experts.{table}"] = torch.stack([w + 2 * b[:, e::4] @ a[3 * e : 3 * e + 3] for e, w in stack])
+    monkeypatch.setattr(Experts, "forward", Experts.loop)
+    wanted = torch.func.functional_call(bare, merged, x)[0]
+    assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+    wanted_grads = torch.autograd.grad(wanted.square().mean(), list(factors.values()))
+    assert_close(found_grads, wanted_grads, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_experts_are_adapted_in_bf16_whatever_the_rank(rank):
+    model = tiny_model("llada_moe")
+    add_lora(model, LoraParams(r=rank, experts=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(TOKENS).logits.float().square().mean()
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_what_an_adapter_of_experts_changes_is_not_rounded_away_in_bf16():
+    """A quarter of the last bit of every weight, whose own products add up to nothing."""
+    table = torch.tensor([1.0, -1.0]).repeat(2, 16, 256).bfloat16()
+    change = LowRank(torch.full((2, 1, 512), 2.0**-10), torch.ones(2, 16, 1), 1.0)
+    ends = torch.tensor([2, 3], dtype=torch.int32)
+    y = stack_product(torch.ones(3, 512).bfloat16(), table, ends, change)
+    assert torch.equal(y, torch.full((3, 16), 0.5).bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["llada", "distilbert"])
+def test_a_model_without_experts_and_settings_that_experts_do_not_take_are_refused(kind):
+    with pytest.raises(ValueError, match=r"lora\.experts: there are no routed experts in \w+; use experts: false"):
+        add_lora(tiny_model(kind), LoraParams(experts=True))
+    with pytest.raises(ValueError, match=r"experts drop nothing out, and dropout is 0\.1: set dropout: 0"):
+        LoraParams(experts=True, dropout=0.1)
+    with pytest.raises(ValueError, match="targets is empty: name layers, or all-linear; for routed experts alone"):
+        LoraParams(targets=())
+
+
+@pytest.mark.parametrize("kind", ["llada", "experts"])
+def test_switched_off_it_is_the_model_before(kind):
+    model, before = adapted(kind), logits(plain(kind))
     with adapter_off(model):
         assert torch.equal(logits(model), before)
     assert not torch.allclose(logits(model), before)
@@ -179,7 +263,7 @@ def test_switched_off_it_is_the_model_before():
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_keeps_logits_and_published_keys(kind):
     model = adapted(kind)
-    before, keys = logits(model), tiny_model(kind).state_dict().keys()
+    before, keys = logits(model), plain(kind).state_dict().keys()
     merge_adapter(model)
     assert_close(logits(model), before, atol=2e-5, rtol=1e-4)
     assert model.state_dict().keys() == keys

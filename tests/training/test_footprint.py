@@ -151,6 +151,22 @@ def test_a_reference_is_a_copy_or_an_adapter_that_is_off(kind):
     assert tiny(params(lora=LoraParams(r=2)))["backward"]["weights"] < 1.2 * trained
 
 
+def test_adapters_of_experts_take_their_own_and_no_copy_of_the_tables():
+    values = TINY | {"num_experts": 8, "experts_per_token": 1, "expert_hidden_size": 256}
+    found, trained = {}, {}
+    for experts in (False, True):
+        params = SFTParams(max_steps=1, precision="bf16", lora=LoraParams(r=1, experts=experts))
+        model = shape(n_layers=2, kind="llada_moe", **values)
+        found[experts] = step(model, params, 1, 8)
+        trained[experts] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    added, without, having = trained[True] - trained[False], *found.values()
+    assert added == 2 * 8 * (64 + 512 + 256 + 64)
+    assert having["update"]["weights"] - without["update"]["weights"] == 4 * added
+    assert having["update"]["optimiser"] - without["update"]["optimiser"] == pytest.approx(8 * added, rel=0.01)
+    table_weights = 2 * 8 * 3 * 256 * 64
+    assert fullest(having) - fullest(without) < table_weights, "not a byte for each"
+
+
 @pytest.mark.parametrize("kind", ["llada_moe", *TINY_BACKBONES])
 def test_every_backbone(kind):
     if kind == "llada_moe":

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llada_core.modeling import load_model
+from llada_core.modeling.families import LoraParams
 from llada_core.training import loop, objectives, preference
 from llada_core.training.grpo import GRPO
 from llada_core.training.loop import Loop
@@ -38,11 +39,10 @@ def params(stage="pretrain", **changes):
     return KINDS[stage](**{**values, **changes})
 
 
-def run(data, folder, stage="pretrain", follow=None, **changes):
-    model, tokenizer = tiny_pair()
-    receipt = train(
-        params(stage, **changes), model, tokenizer, RunPaths(data, folder, folder / "model"), seed=1, follow=follow
-    )
+def run(data, folder, stage="pretrain", follow=None, kind="llada", **changes):
+    model, tokenizer = tiny_pair(kind)
+    place = RunPaths(data, folder, folder / "model", base="../base")
+    receipt = train(params(stage, **changes), model, tokenizer, place, seed=1, follow=follow)
     return receipt, model
 
 
@@ -63,18 +63,21 @@ def test_it_learns_and_exports(data, tmp_path, stage):
     torch.testing.assert_close(exported(ids).logits, model.eval()(ids).logits)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft"])
-def test_a_stopped_run_goes_on_exactly(data, tmp_path, stage):
-    run(data, tmp_path / "whole", stage)
+EXPERTS = {"kind": "llada_moe", "lora": LoraParams(r=2, experts=True)}
+
+
+@pytest.mark.parametrize(("stage", "changes"), [("pretrain", {}), ("sft", {}), ("sft", EXPERTS)])
+def test_a_stopped_run_goes_on_exactly(data, tmp_path, stage, changes):
+    run(data, tmp_path / "whole", stage, **changes)
 
     def stop_at_seven(line):
         if line["step"] == 7:
             (tmp_path / "cut" / "STOP").touch()
 
-    receipt, _ = run(data, tmp_path / "cut", stage, follow=stop_at_seven)
+    receipt, _ = run(data, tmp_path / "cut", stage, follow=stop_at_seven, **changes)
     assert (receipt.finished, receipt.steps) == (False, 7)
     assert not (tmp_path / "cut" / "model").exists()
-    receipt, _ = run(data, tmp_path / "cut", stage)
+    receipt, _ = run(data, tmp_path / "cut", stage, **changes)
     assert receipt.finished
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     whole, cut = (load_model(tmp_path / name / "model").state_dict() for name in ("whole", "cut"))

@@ -86,7 +86,11 @@ def few(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("few")
     sparse, adapter = (
         {"model": "llada_moe", "max_steps": 8},
-        {"max_steps": 8, "lora": {"r": 4, "merge": False, "modules_to_save": ["ff_out"]}},
+        {
+            "model": "llada_moe",
+            "max_steps": 8,
+            "lora": {"r": 4, "merge": False, "experts": True, "modules_to_save": ["ff_out"]},
+        },
     )
     half, tied = {"model": "llada_moe", "max_steps": 4, "precision": "bf16"}, {"shape": {"weight_tying": True}}
     alone = [("alone", sparse), ("adapter-alone", adapter), ("policy", POLICY)]
