@@ -4,6 +4,7 @@ Beside a profile, or in the project, tracked by git or not: a workspace gets cop
 on the file. A benchmark is a file of questions and answers in any shape that training takes, or a recipe (.yaml).
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from llada_core.data.shapes import prompt
 from llada_core.data.sources import Row, RowError, UnusableRow, rows_of
 from llada_core.files import line_of, stem
 from llada_core.settings import ConfigError
+from llada_core.verifiers.answers import verifiable, verify
 from tasks.folders import content_hash
 
 KEYS = ("map", "reward", "rule")  # settings that name a function, in whatever block
@@ -102,22 +104,33 @@ def hashes(files: Mapping[str, Path]) -> list[list[str]]:
     return sorted([file.name, content_hash(file)] for file in set(files.values()))
 
 
-def copy(files: Mapping[str, Path], place: Path) -> None:
-    """Puts the files into a workspace; raises `ConfigError` for a row that is not one question with its answer."""
-    for file in set(files.values()):
-        held = file.read_bytes() if file.suffix in KEPT else questions(file).encode()
-        copied = place / copy_of(file)
+def copies(files: Mapping[str, Path]) -> dict[str, bytes]:
+    """Each copy of a workspace and what it holds; raises `ConfigError` as `questions`."""
+    return {
+        copy_of(file): file.read_bytes() if file.suffix in KEPT else questions(file).encode()
+        for file in set(files.values())
+    }
+
+
+def put(held: Mapping[str, bytes], place: Path) -> None:
+    """Writes the copies into a workspace; one that is there already keeps its time."""
+    for name, content in held.items():
+        copied = place / name
         copied.parent.mkdir(exist_ok=True)
-        if not copied.is_file() or copied.read_bytes() != held:
-            copied.write_bytes(held)
+        if not copied.is_file() or copied.read_bytes() != content:
+            copied.write_bytes(content)
 
 
 def questions(file: Path) -> str:
-    """The rows of a file, in any shape that training takes, as lines of a benchmark's file; `ConfigError` as in `copy`.
+    """The rows of a file, in any shape that training takes, as lines of a benchmark's file.
 
-    An answer is right if it says the same words, or as the verifier says that a row names (`task`).
+    An answer is right if it says the same words, or as the verifier says that a row names (`task`). Raises `ConfigError`
+    for a file without rows, and a row that is not one question with an answer that can be judged.
     """
-    return "".join(line_of(_question(number, row, file)) for number, row in rows_of(file))
+    lines = [line_of(_question(number, row, file)) for number, row in rows_of(file)]
+    if not lines:
+        raise ConfigError(f"{file}: no rows; expected a question with its answer in each")
+    return "".join(lines)
 
 
 def _question(number: int, row: Row | UnusableRow, file: Path) -> dict[str, Any]:
@@ -125,10 +138,18 @@ def _question(number: int, row: Row | UnusableRow, file: Path) -> dict[str, Any]
         if isinstance(row, UnusableRow):
             raise RowError(row.told)
         read, _ = prompt(row)
-        said = read["prompt"]
+        said, task, answer = read["prompt"], read["task"], read["answer"]
         messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
         if [message["role"] for message in messages] != ["user"]:
             raise RowError("expected one question and its answer, without turns before or a system prompt")
-        return {"id": str(number), "task": read["task"], "prompt": messages[0]["content"], "answer": read["answer"]}
-    except (RowError, KeyError) as error:
+        if not verifiable(task):
+            verify(task, "", {})  # says which tasks there are
+        if isinstance(answer, str):  # as a table has it
+            answer = json.loads(answer)
+        if not isinstance(answer, dict):
+            raise RowError(f"answer {answer!r}: the verifier of {task!r} compares with an object of fields")
+        return {"id": str(number), "task": task, "prompt": messages[0]["content"], "answer": answer}
+    except KeyError as error:
+        raise ConfigError(f"{file}, row {number}: the field {error} is missing") from None
+    except ValueError as error:
         raise ConfigError(f"{file}, row {number}: {error}") from None

@@ -12,6 +12,9 @@ from llada_core.data.params import PuzzleCounts, PuzzlesParams, SourceParams
 from llada_core.data.puzzles import Puzzle, PuzzleSplit
 from llada_core.data.sources import DataError, Row, UnusableRow, find, read, split_file
 
+# The names that `benchmarks` may give.
+BENCHMARKS = ("sudoku", "sudoku_new_grids", "sudoku_published", "countdown", "countdown_published", "seats")
+
 
 @dataclass(frozen=True)
 class Benchmark:

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -297,7 +298,16 @@ class ResolvedSource:
     split: str
     config: str | None
     map: str | None
-    digest: str  # of the content for files; of name, configuration and revision on the Hub
+    revision: str | None  # Hub
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the content for files, which are read for it; of name, configuration, split and revision on the Hub."""
+        if self.kind == "hub":
+            asked = json.dumps([self.place, self.config, self.split, self.revision])
+            return hashlib.sha256(asked.encode()).hexdigest()
+        place = Path(self.place)
+        return _digest_folder(place) if self.kind == "saved" else files.file_hash(place)
 
     @property
     def is_test_set(self) -> bool:
@@ -334,19 +344,18 @@ def _found(source: SourceParams, stage: str, roots: list[Path]) -> ResolvedSourc
     for root in roots:
         place = root / Path(source.name).expanduser()
         if place.is_dir() and any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return ResolvedSource(str(place), "saved", split, config, given or own_map, _digest_folder(place))
+            return ResolvedSource(str(place), "saved", split, config, given or own_map, source.revision)
         path = place if place.is_file() else split_file(place, source.split or "train")
         if path is not None:
-            return ResolvedSource(str(path), "file", split, config, given or own_map, files.file_hash(path))
+            return ResolvedSource(str(path), "file", split, config, given or own_map, source.revision)
     hub = known.hub if source.name in DATASETS else source.name if _looks_like_hub(source.name) else None
     if hub is None:
-        looked = ", ".join(map(str, roots))
+        looked = ", ".join(f"{root}{'' if root.is_dir() else ' (which is not there)'}" for root in roots)
         raise FileNotFoundError(
             f"data source {source.name!r}: no file, and no folder with {split}{'|'.join(SUFFIXES)}, below {looked}"
             f"{'' if source.name in DATASETS else nearest(source.name, list(DATASETS))}"
         )
-    asked = json.dumps([hub, config, split, source.revision])
-    return ResolvedSource(hub, "hub", split, config, given or own_map, hashlib.sha256(asked.encode()).hexdigest())
+    return ResolvedSource(hub, "hub", split, config, given or own_map, source.revision)
 
 
 def _whole(path: str | None) -> str | None:

@@ -21,6 +21,7 @@ from llada_core.settings import ConfigError, nearest, read_yaml, with_overrides
 from tasks import own_code
 from tasks.folders import add_worktree, copied, has_git, hash_of, mend_worktree, submitted, write_json, write_text
 from tasks.graph import lookup, prune, require_keys, require_listed
+from tasks.launch import preflight
 from tasks.project import Params, Project, data_root
 from tasks.record.registry import named, resolve
 from tasks.stages import TRAINING_STAGES
@@ -146,34 +147,40 @@ def open_workspace(
 ) -> Project:
     """The checkout itself for its own params.yaml, else the workspace of a profile and overrides, made if need be.
 
-    `own`: a workspace in any case. Raises `ConfigError` for an unknown profile or one that does not make sense.
+    `own`: a workspace in any case. Raises `ConfigError` for an unknown profile or one that does not make sense, and as
+    `preflight.check`; nothing is made then.
     """
     if profile is None and not overrides and not own:
-        Params.load(project.root / "params.yaml")
-        spec = read_yaml(project.root / "dvc.yaml")
+        spec, places = read_yaml(project.root / "dvc.yaml"), [project.root]
         require_listed(spec, project.values)
         require_keys(spec, project.values)
+        params = Params.load(project.root / "params.yaml")
+        preflight.check(project.values, params, project, places, fresh=not (project.root / "data").exists())
         return Project(project.root.resolve())
     file = profile_file(project, profile)
     values = own_code.with_benchmarks(with_overrides(read_yaml(file), overrides or []))
     params = Params.parse(values, profile or "params.yaml")
-    files = own_code.found(values, [file.resolve().parent, project.root])
+    places = [file.resolve().parent, project.root]
+    files = own_code.found(values, places)
+    held, written = own_code.copies(files), values
     values = own_code.moved(values, files)
     if params.evaluate is not None:  # dvc.yaml names its keys one by one, and DVC wants every named key in the file
         values["evaluate"] = params.evaluate.model_dump(mode="json") | values["evaluate"]
     values = with_sources(values, project)
+    spec = prune(read_yaml(project.root / "dvc.yaml"), values)
     base = project.home
     commit, tree = submitted(project.root)
     made_of = [_determining(values, base), tree, *([own_code.hashes(files)] if files else [])]
     place = base / "workspaces" / f"{values['name']}-{hash_of(made_of)[:8]}"
+    preflight.check(written, params, project, places, fresh=not (place / "workspace.json").exists())
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name(f".{place.name}.lock"), timeout=PATIENCE):
         if not (place / "workspace.json").exists():
             _make(project, place, commit)
             note = {"home": str(base), "profile": profile, "overrides": overrides or [], "commit": commit}
             write_json(place / "workspace.json", note | {"time": time.time()})
-        own_code.copy(files, place)
-        _settle(project, place, values)
+        own_code.put(held, place)
+        _settle(project, place, values, spec)
     return Project(place)
 
 
@@ -184,14 +191,14 @@ def _determining(values: dict[str, Any], base: Path) -> dict[str, Any]:
     return json.loads(json.dumps(kept, ensure_ascii=False).replace(inside, ""))
 
 
-def _settle(project: Project, place: Path, values: dict[str, Any]) -> None:
+def _settle(project: Project, place: Path, values: dict[str, Any], graph: dict[str, Any]) -> None:
     """Write what a workspace holds of its place and of its models' places: it, or the project, may have moved."""
     if Project.at(place).home.resolve() != project.home.resolve():
         raise ConfigError(
             f"{place} belongs to {Project.at(place).home}; remove the link {place.parent}, which leads there"
         )
     write_text(place / "params.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    spec = yaml.safe_dump(prune(read_yaml(project.root / "dvc.yaml"), values), sort_keys=False, width=120)
+    spec = yaml.safe_dump(graph, sort_keys=False, width=120)
     if not (place / "dvc.yaml").exists() or (place / "dvc.yaml").read_text(encoding="utf-8") != spec:
         write_text(place / "dvc.yaml", spec)
     configure_workspace(project.root, place)

@@ -79,6 +79,49 @@ def test_a_map_beside_the_profile_goes_along_and_an_edit_of_it_is_another_result
     assert len(list(project.glob("runs/prepare-*"))) == 2
 
 
+BOTH = PROFILE.replace("[prepare]", "[prepare, evaluate]") + "evaluate: {models: [sft], benchmarks: [./asked.csv]}\n"
+FAULTS = {  # change of the profile -> what is said
+    ("./asked.csv", "./no_answer.csv"): r"no_answer\.csv, row 1: the last message is no reply",
+    ("./asked.csv", "./no_rows.jsonl"): r"no_rows\.jsonl: no rows; expected a question with its answer",
+    ("./asked.csv", "./task.jsonl"): r"task\.jsonl, row 1: task 'sudoko' has no verifier; did you mean 'sudoku'",
+    ("./asked.csv", "./words.jsonl"): r"words\.jsonl, row 1: answer \[4\]: the verifier of 'math' compares with an object",
+    ("./asked.csv", "./nowhere.csv"): r"there is no file \./nowhere\.csv",
+    ("./asked.csv", "./recipe.yaml"): r"recipe\.yaml: the key 'definition' is missing",
+    ("./asked.csv", "sudokuu"): r"there is no benchmark 'sudokuu'; did you mean 'sudoku'",
+    ("./asked.csv", "base_humaneval"): r"base_humaneval runs programs .* evaluate\.run_code: true",
+    ("./my_maps.py:turns", "./my_maps.py:trns"): r"my_maps\.py has no function 'trns'; did you mean 'turns'",
+    ("./my_maps.py:turns", "./broken.py:turns"): r"broken\.py is not Python: .*line 1",
+    ("./my_maps.py:turns", "llada_core.data.maps.dolyy"): r"maps\.py has no function 'dolyy'; did you mean 'dolly'",
+    ("visits.csv", "visit.csv"): r"'visit\.csv': no file",
+    ("root: DATA", "root: /not/there"): r"below /not/there \(which is not there\), ",
+    ("launch:", "grpo: {init_from: sft, reward: publishd, max_steps: 1}\nlaunch:"): r"grpo\.reward 'publishd'; did you mean",
+    ("vocab_size", "vocab_sise"): r"unknown key 'data\.tokenizer\.vocab_sise'",
+}
+
+
+def test_what_a_stage_would_stop_at_is_told_before_anything_is_made(project: Path, tmp_path: Path) -> None:
+    (project / "dvc.yaml").write_text("stages:\n" + PREPARE + EVALUATE)
+    (mine := tmp_path / "mine").mkdir()
+    for name, text in {
+        "asked.csv": "question,answer\nWho?,Ada\n",
+        "no_answer.csv": "question,answer\nWho?,\n",
+        "no_rows.jsonl": "",
+        "task.jsonl": '{"prompt": "1030", "task": "sudoko", "answer": {}}\n',
+        "words.jsonl": '{"prompt": "2 + 2", "task": "math", "answer": [4]}\n',
+        "recipe.yaml": "task: gsm8k\n",
+        "visits.csv": "town,guest\nUlm,Ada\n",
+        "my_maps.py": MAPS + "raise SystemExit('run before its stage')\n",
+        "broken.py": "def turns(row:\n",
+    }.items():
+        (mine / name).write_text(text)
+    before = sorted(path.name for path in project.iterdir())
+    for (old, new), says in FAULTS.items():
+        (mine / "run.yaml").write_text(BOTH.replace(old, new).replace("DATA", str(mine)))
+        with pytest.raises((ConfigError, FileNotFoundError), match=says):
+            open_workspace(Project.at(project), str(mine / "run.yaml"))
+        assert sorted(path.name for path in project.iterdir()) == before, new
+
+
 def test_every_setting_that_names_a_function_is_found_and_named_anew(tmp_path: Path) -> None:
     (tmp_path / "a.py").touch()
     values = {
