@@ -61,16 +61,21 @@ def load_stage(project: Project, name: str, params: dict[str, Any]) -> StageNode
 
 
 def chosen(params: dict[str, Any], stage: StageNode) -> dict[str, Any]:
-    """The values of the keys that `stage` reads; of `evaluate.overrides` an instance reads only its benchmark's."""
+    """The values of the keys that `stage` reads; of `evaluate.overrides` an instance reads only its benchmark's, and
+    `prepare` which files of one's own have questions."""
     values = _of(stage.name.partition("@")[2], params)
     return {key: lookup(values, key) for key in stage.params}
 
 
 def _of(item: str, params: dict[str, Any]) -> dict[str, Any]:
-    """`params` as an instance of evaluate reads them: without other benchmarks' overrides."""
-    if not item or not (overrides := lookup(params, "evaluate.overrides")):
+    """`params` as an instance of evaluate reads them, without other benchmarks' overrides; as other stages do where it is
+    empty, with nothing of these but the files of questions."""
+    if not (overrides := lookup(params, "evaluate.overrides")):
         return params
     own = {name: value for name, value in overrides.items() if name == item}
+    if not item:
+        files = {name: lookup(overrides, f"{name}.{own_code.QUESTIONS}") for name in overrides}
+        own = {name: {own_code.QUESTIONS: file} for name, file in files.items() if file}
     return params | {"evaluate": params["evaluate"] | {"overrides": own}}
 
 

@@ -5,7 +5,7 @@ the two have in common is the question as its authors published it.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,11 @@ def values_in(raw: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[int]:
         yield value_of(f"sudoku:{answer['puzzle']}")
     elif row.get("task") == "countdown" and "numbers" in answer:
         yield value_of(f"countdown:{countdown_key(answer['numbers'], answer['target'])}")
+
+
+def trained_on(row: Mapping[str, Any], values: Collection[int]) -> bool:
+    """Whether a row with a prompt, its task and its reference answer asks one of these values."""
+    return any(value in values for value in values_in(row, row))
 
 
 def joined(values: Iterable[np.ndarray]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """One benchmark with one model: from a name to a score with its interval, its settings and every answer."""
 
+import json
 import logging
 import math
 import random
@@ -13,6 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
+from llada_core.data.contamination import trained_on
 from llada_core.evaluation import recipes, taskset
 from llada_core.evaluation.answering import Responder
 from llada_core.evaluation.harness import Cost, EstimatingLM, LladaLM
@@ -167,7 +169,9 @@ def run(
     records, rows = [_record(task, s, metric) for task, s in told], [s for _, s in told]
     if recipe.definition == "puzzles":
         for record, row in zip(records, rows, strict=True):
-            record |= {"id": row["doc"]["id"], "in_training": row["doc"]["in_training"]}
+            document = row["doc"]
+            known = document["in_training"] or (bool(trained) and trained_on(_judged(document), trained))
+            record |= {"id": document["id"], "in_training": known}
     elif trained:
         for record, (task, row) in zip(records, told, strict=True):
             value = taskset.question_value(asked.tasks["tasks"][task], row["doc"])
@@ -192,6 +196,11 @@ def run(
         "as_pinned": asked.as_pinned,
         "versions": {name: version(name).partition("+")[0] for name in ("lm-eval", "torch", "transformers")},
     }, records
+
+
+def _judged(document: Mapping[str, Any]) -> Result:
+    """A puzzle as a row has it, with what is compared as an object."""
+    return {**document, "answer": json.loads(document["answer"])}
 
 
 def _scores(recipe: Recipe, outcome: Mapping[str, Any], records: list[Result]) -> Result:

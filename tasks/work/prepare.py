@@ -11,8 +11,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ import numpy as np
 
 import llada_core.data
 from llada_core.data.build import Chunk, Workers, build, chunks_of, generated, texts_in
-from llada_core.data.contamination import QUESTIONS, saved_values, value_of
+from llada_core.data.contamination import QUESTIONS, saved_values, trained_on, value_of
 from llada_core.data.formats import FORMATS
 from llada_core.data.params import DataParams, TokenizerParams
 from llada_core.data.puzzle_rows import benchmarks, keys_of, training_puzzles
 from llada_core.data.rows import lines_of, require_usable
 from llada_core.data.sources import ResolvedSource, find, shared_with_test
-from llada_core.files import line_of
+from llada_core.files import line_of, numbered
 from llada_core.settings import ConfigError, function_at
 from llada_core.tokenizer import Tokenizer, train_tokenizer
 from tasks.folders import content_hash, hash_of, link_into, read_json, write_json, write_text
@@ -40,10 +40,12 @@ _CODE = Path(llada_core.data.__file__).parent  # a change there makes everything
 
 @dataclass(frozen=True)
 class Measured:
-    """What the same run measures: names of benchmarks, and the folder with their files (None: the Hub)."""
+    """What the same run measures: names of benchmarks, the folder with their files (None: the Hub), and by name the files
+    of one's own, of questions or with a recipe."""
 
     benchmarks: tuple[str, ...]
     root: Path | None
+    own: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Part:
@@ -193,19 +195,28 @@ def _evaluation(params: DataParams, seed: int, roots: list[Path], parts: list[Pa
 
 
 def _with_recipes(measured: Measured, parts: list[Part], data: Path) -> dict[str, dict[str, int | str]]:
-    """Per recipe that the run measures and training stage, how many of the questions are trained on, by value."""
+    """Per recipe or file of one's own that the run measures and training stage, how many of the questions are trained on,
+    by value."""
     from llada_core.evaluation import recipes
 
     asked = {part.stage: values for part in parts if (values := saved_values(data / part.stage))}
+    shown = {part.stage: {value_of(key) for key in keys_of(part.train)} for part in parts}
     found: dict[str, dict[str, int | str]] = {}
-    for name in measured.benchmarks if asked else ():
-        if (data / "eval" / f"{name}.jsonl").exists() or not recipes.exists(name):
+    for name in measured.benchmarks:
+        own = measured.own.get(name)
+        if own is not None and own.suffix == ".jsonl":
+            rows = [row for _, row in numbered(own)]
+            trained = {stage: asked.get(stage, frozenset()) | puzzles for stage, puzzles in shown.items()}
+            found[name] = {stage: sum(trained_on(row, values) for row in rows) for stage, values in trained.items()}
+            continue
+        if not asked or (data / "eval" / f"{name}.jsonl").exists() or (own is None and not recipes.exists(name)):
             continue
         from llada_core.evaluation import taskset
 
         quiet_lm_eval()
         try:
-            questions = taskset.question_values(taskset.tasks_of(recipes.find(name), measured.root))
+            recipe = recipes.find(name) if own is None else recipes.read(own)
+            questions = taskset.question_values(taskset.tasks_of(recipe, measured.root))
         except ConfigError as error:  # the run trains without its benchmarks; the evaluation will say this again
             found[name] = {"not counted": str(error)}
         else:
@@ -227,7 +238,10 @@ def run(work: StageContext) -> None:
     assert params is not None
     home = work.run.path.parents[1]
     evaluate = work.params.evaluate
-    measured = Measured(evaluate.benchmarks, data_root(work.params, home)) if evaluate is not None else None
+    measured = None
+    if evaluate is not None:
+        own = {name: Path(block.questions) for name, block in evaluate.overrides.items() if block.questions}
+        measured = Measured(evaluate.benchmarks, data_root(work.params, home), own)
     card = prepare(params, seed=work.params.seed, out=Path("data"), home=home, measured=measured)
     print(*summary(card), sep="\n", file=sys.stderr)
 

@@ -62,7 +62,11 @@ def made(tmp_path_factory, data_root):
             **common,
         },
     }
-    measured = Measured(("sudoku", "instruct_gsm8k", "base_gpqa"), data_root)
+    answer = {"answer": "No."}
+    rows = [{"prompt": row["question"], "task": "text", "answer": answer} for row in (test[2], test[4])]
+    rows += [{"prompt": "Any words", "task": "sudoku", "answer": {"puzzle": "0230301201034320"}}]
+    (home / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    measured = Measured(("sudoku", "instruct_gsm8k", "base_gpqa", "own"), data_root, {"own": home / "own.jsonl"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_HUB_OFFLINE", True)
         params = DataParams.parse(values, "data")
@@ -75,6 +79,7 @@ def test_prepare_counts_and_tells_what_each_benchmark_shares_with_training(made)
     assert card["overlap"]["instruct_gsm8k"] == {"sft": 1, "grpo": 2}
     assert "gpqa" in card["overlap"]["base_gpqa"]["not counted"]
     assert card["overlap"]["sudoku"] == {"sft": 0, "grpo": 0}
+    assert card["overlap"]["own"] == {"sft": 1, "grpo": 1}  # the question itself, and the puzzle in other words
     assert "instruct_gsm8k: in training by value: {'sft': 1, 'grpo': 2}" in set(summary(card))
     assert any(line.startswith("base_gpqa: in training by value: not counted (") for line in summary(card))
 

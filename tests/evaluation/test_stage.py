@@ -235,11 +235,17 @@ def test_a_model_without_a_chat_template_is_measured_where_none_is_needed(places
 
 def test_questions_that_the_run_trained_on_are_marked_and_told(places, data_root, tmp_path):
     rows = [json.loads(line) for line in (data_root / "piqa/validation.jsonl").open()][:3]
-    np.save(tmp_path / QUESTIONS, np.array([value_of(f" {rows[1]['goal'].upper()}"), 7], np.uint64))
-    params = PARAMS.model_copy(update={"limit": 3, "overrides": {"piqa": BenchmarkSettings(samples=1)}})
+    np.save(tmp_path / QUESTIONS, np.array([value_of(f" {rows[1]['goal'].upper()}"), value_of("Where?")], np.uint64))
+    asked = [{"id": q, "task": "text", "prompt": q, "answer": {"answer": "Ulm"}} for q in ("Who?", " where?", "When?")]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    own = {"piqa": BenchmarkSettings(samples=1), "mine": BenchmarkSettings(questions=str(tmp_path / "mine.jsonl"))}
+    params = PARAMS.model_copy(update={"limit": 3, "overrides": own})
     here = Places(data_root, places.puzzles, places.out, places.answers, trained=tmp_path)
     with answering(places.out.parents[1] / "models" / "sft", params) as answerer:
         measure("piqa", "sft", answerer, params, here)
+        measure("mine", "sft", answerer, params, here)
+    mine = [json.loads(text) for text in (places.out / "mine" / "sft.samples.jsonl").read_text().splitlines()]
+    assert [record["in_training"] for record in mine] == [False, True, False]
     result = json.loads((places.out / "piqa.json").read_text())["models"]["sft"]
     assert result["in_training"] == 1
     records = [json.loads(text) for text in (places.out / "piqa" / "sft.samples.jsonl").read_text().splitlines()]

@@ -84,7 +84,10 @@ FAULTS = {  # change of the profile -> what is said
     ("./asked.csv", "./no_answer.csv"): r"no_answer\.csv, row 1: the last message is no reply",
     ("./asked.csv", "./no_rows.jsonl"): r"no_rows\.jsonl: no rows; expected a question with its answer",
     ("./asked.csv", "./task.jsonl"): r"task\.jsonl, row 1: task 'sudoko' has no verifier; did you mean 'sudoku'",
-    ("./asked.csv", "./words.jsonl"): r"words\.jsonl, row 1: answer \[4\]: the verifier of 'math' compares with an object",
+    (
+        "./asked.csv",
+        "./words.jsonl",
+    ): r"words\.jsonl, row 1: answer \[4\]: the verifier of 'math' compares with an object",
     ("./asked.csv", "./nowhere.csv"): r"there is no file \./nowhere\.csv",
     ("./asked.csv", "./recipe.yaml"): r"recipe\.yaml: the key 'definition' is missing",
     ("./asked.csv", "sudokuu"): r"there is no benchmark 'sudokuu'; did you mean 'sudoku'",
@@ -94,7 +97,10 @@ FAULTS = {  # change of the profile -> what is said
     ("./my_maps.py:turns", "llada_core.data.maps.dolyy"): r"maps\.py has no function 'dolyy'; did you mean 'dolly'",
     ("visits.csv", "visit.csv"): r"'visit\.csv': no file",
     ("root: DATA", "root: /not/there"): r"below /not/there \(which is not there\), ",
-    ("launch:", "grpo: {init_from: sft, reward: publishd, max_steps: 1}\nlaunch:"): r"grpo\.reward 'publishd'; did you mean",
+    (
+        "launch:",
+        "grpo: {init_from: sft, reward: publishd, max_steps: 1}\nlaunch:",
+    ): r"grpo\.reward 'publishd'; did you mean",
     ("vocab_size", "vocab_sise"): r"unknown key 'data\.tokenizer\.vocab_sise'",
 }
 
