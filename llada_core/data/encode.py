@@ -25,12 +25,14 @@ _ANY = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"
 def documents(rows: Sequence[Row], tokenizer: Tokenizer, params: PretrainData, counts: Counter[str]) -> Columns:
     """`input_ids` of each `text`, with an EOS behind it if asked; not yet packed."""
     texts = [text_of(row, "text") for row in rows]
+    # Of an empty document nothing would be left but its EOS: a lesson to end at once.
     kept = [text for text in texts if text.strip()]
     counts += Counter({"empty": len(texts) - len(kept)})
     documents = []
     for ids in tokenizer.encode_batch(kept):
         if params.insert_eos:
             ids.append(tokenizer.special.eos_id)
+        # Four bytes an id; in a list each is a Python object of its own.
         documents.append(array("I", ids))
     return {"input_ids": documents}
 
@@ -40,14 +42,17 @@ def dialogues(rows: Sequence[Row], tokenizer: Tokenizer, params: SFTData, counts
     asked: list[list[Message]] = []
     for row in rows:
         messages = _messages(row)
+        # A reply that opens a dialogue answers nothing.
         ends = [i + 1 for i, message in enumerate(messages) if i and trains(message)]
         if not ends:
             counts["no answer"] += 1
         elif params.turns == "each":
             asked += [messages[:end] for end in ends]
         elif params.turns == "sampled":
+            # Drawn by content: the same reply whenever and wherever the data is made (LLaDA draws one a dialogue as well).
             asked.append(messages[: ends[row_hash(row) % len(ends)]])
         else:
+            # Attention looks both ways: what stands behind the last reply would be read by it, and never stands there later.
             asked.append(messages[: ends[-1]])
     columns: Columns = {"input_ids": [], "maskable": []}
     encoded = tokenizer.dialogues([_unmarked(messages) for messages in asked], answered=True)
@@ -92,6 +97,7 @@ def prompts(rows: Sequence[Row], tokenizer: Tokenizer, params: GRPOData, counts:
     columns: Columns = {"prompt_ids": [], "prompt": [], "task": [], "answer": []}
     asked = [_as_messages(row["prompt"]) for row in rows]
     for row, messages, dialogue in zip(rows, asked, tokenizer.dialogues(asked), strict=True):
+        # Dropped and never cut: a question without its beginning has another answer.
         if len(dialogue.ids) > params.length:
             counts["prompt too long"] += 1
             continue
@@ -111,12 +117,14 @@ def pairs(rows: Sequence[Row], tokenizer: Tokenizer, params: PreferenceData, cou
         for name in ("chosen", "rejected"):
             asked.append([*_as_messages(row["prompt"]), {"role": "assistant", "content": row[name]}])
     both = tokenizer.dialogues(asked, answered=True)
+    # One iterator twice: two dialogues in a row are a pair. Ids are cut where a reply starts, so both start at one place.
     for pair in zip(both, both, strict=True):
         start = pair[0].replies[-1][0]
         fitted = []
         for dialogue in pair:
             ids, maskable = array("I", dialogue.ids), bytes(start) + b"\1" * (len(dialogue.ids) - start)
             fitted.append(_fit(ids, maskable, params.length, params.truncation, counts))
+        # One reply alone prefers nothing.
         if fitted[0] is None or fitted[1] is None:
             continue
         columns["prompt_ids"].append(fitted[0][0][:start])
@@ -133,6 +141,7 @@ def _fit(
     if truncation == "filter":
         counts["too long"] += 1
         return None
+    # Cut on the right, a long prompt leaves nothing of its reply: a row that costs a forward and teaches nothing.
     if not any(maskable[:length]):
         counts["prompt too long"] += 1
         return None
@@ -188,6 +197,7 @@ def canonical(value: Any) -> str:
 def row_hash(row: Row) -> int:
     """A number from 0 to 2^64 that depends on the row's content alone: on what is said, where it is a dialogue."""
     try:
+        # Not what else the row has (an id, a source), so that an edit of it moves no row to the other split.
         text = "\0".join([m["content"] for m in row["messages"]]) if "messages" in row else row["text"]
         data = text.encode()
     except (KeyError, TypeError, AttributeError):  # another kind of row, or one that will be refused
@@ -250,6 +260,7 @@ def _maskable(row: Row) -> bytes:
     if len(labels) != len(ids):
         raise RowError(f"{len(labels)} labels for {len(ids)} input_ids; one for each, -100 where nothing is trained")
     for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        # Labels shifted by one, as some autoregressive trainers store them, would teach each position its neighbour.
         if label not in (_IGNORED, token):
             raise RowError(f"label {label} at position {place} is neither -100 nor the token {token} itself")
     return bytes(label != _IGNORED for label in labels)

@@ -40,8 +40,10 @@ class ExpertShape:
         if self.groups is None:
             return
         n, kept = self.groups.n_groups, self.groups.kept
+        # A group counts as much as its two best experts together, which a group of one does not have.
         if self.n_experts % n or self.n_experts < 2 * n:
             raise ValueError(f"config.json: n_group = {n} must divide {self.n_experts} experts, two or more in a group")
+        # Experts of other groups score minus infinity: a top-k that reaches beyond the kept ones would take some of these.
         if not 1 <= kept <= n or self.per_token > kept * (self.n_experts // n):
             raise ValueError(
                 f"config.json: topk_group = {kept} of {n} groups must hold {self.per_token} experts a token"
@@ -78,12 +80,14 @@ class Architecture:
     block_length: int | None = None
 
     def __post_init__(self) -> None:
+        # Even, because a rotation (RoPE) turns the features of a head in pairs, one of each half.
         if self.own_head_width is None and self.width % (2 * self.n_heads):
             raise ValueError(f"config.json: width {self.width} is not an even multiple of {self.n_heads} heads")
         if self.rotary_width % 2 or not 0 < self.rotary_width <= self.head_width:
             raise ValueError(
                 f"config.json: {self.rotary_width} rotated features of a head of {self.head_width} are no pairs"
             )
+        # Grouped-query attention (arXiv:2305.13245): equally many query heads share each head of keys and values.
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"config.json: {self.n_kv_heads} key/value heads do not divide {self.n_heads} heads")
 
@@ -98,11 +102,14 @@ class Architecture:
 
 # What each key must say (any of the listed values) for the arithmetic of this package to be the checkpoint's.
 _DENSE_FIXED: dict[str, tuple[Any, ...]] = {
+    # The activation "swiglu" would split the gate in two, which these shapes do not allow.
     "activation_type": ("silu",),
     "alibi": (False, None),
     "attention_dropout": (0.0,),
     "bias_for_layer_norm": (False, None),
+    # Above 1 the weights have names with a group in them, which no published checkpoint has.
     "block_group_size": (1,),
+    # The type "sequential" has queries, keys and values in one weight and no up projection.
     "block_type": ("llama",),
     "embedding_dropout": (0.0,),
     "include_bias": (False,),
@@ -120,6 +127,7 @@ _MOE_FIXED: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (None,),
     "hidden_act": ("silu",),
     "moe_router_score_function": ("softmax",),
+    # The published code never normalises the weights of the chosen experts, whatever this key says.
     "norm_topk_prob": (False, None),
     "partial_rotary_factor": (1, 1.0),
     "rope_scaling": (None,),
@@ -135,10 +143,12 @@ _LLADA2_FIXED: dict[str, tuple[Any, ...]] = {
     "moe_router_enable_expert_bias": (True, None),
     "norm_head": (False, None),
     "norm_softmax": (False, None),
+    # Here the weights of the chosen are divided by their sum, and scaled afterwards (routed_scaling_factor).
     "norm_topk_prob": (True, None),
     "output_dropout": (0.0, None),
     "rope_scaling": (None,),
     "router_dtype": ("fp32", None),
+    # Sigmoids judge experts one by one (DeepSeek-V3, arXiv:2412.19437); a softmax would choose other groups and weigh otherwise.
     "score_function": ("sigmoid", None),
     "use_bias": (False,),
     "use_qk_norm": (True, None),  # absent means true: the published code norms always
@@ -156,10 +166,13 @@ _DREAM_FIXED: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False, None),
 }
 # Keys that say nothing about the arithmetic of a forward pass here.
+# How new weights are drawn, the slope of an ALiBi that is off, and which kernel or precision computes: the choice is ours.
 _DENSE_SILENT = frozenset(
     ["alibi_bias_max", "flash_attention", "init_cutoff_factor", "init_device", "init_fn", "init_std", "precision"]
 )
+# The weight of the balance loss is a setting of the stage that trains; a forward pass knows none.
 _MOE_SILENT = frozenset(["initializer_range", "output_router_logits", "router_aux_loss_coef"])
+# Files give the width of a sliding window that use_sliding_window turns off.
 _LLADA2_SILENT = frozenset(["initializer_range", "max_window_layers", "output_router_logits", "sliding_window"])
 _DREAM_SILENT = frozenset(["initializer_range", "max_window_layers", "sliding_window"])
 _GENERAL = frozenset(
@@ -175,6 +188,7 @@ class _Reader:
 
     def need(self, key: str) -> Any:
         self.seen.add(key)
+        # The published classes fill missing keys in as for a model of another kind (no RoPE, tied weights): no default is safe.
         if self.values.get(key) is None:
             raise ValueError(f"config.json: the key {key!r} is missing; it determines the model, so nothing is assumed")
         return self.values[key]
@@ -216,8 +230,10 @@ def dense_architecture(values: Mapping[str, Any]) -> Architecture:
         raise ValueError("config.json: attention_layer_norm_with_affine = False is not supported; supported: True")
     read.maybe("attention_layer_norm_with_affine", True)
     width, vocab = int(read.need("d_model")), int(read.need("vocab_size"))
+    # The published file says both: its ratio of 4 is not what its weights have (12,288 for a width of 4,096), so it comes second.
     ratio = read.maybe("mlp_ratio", 4)
     architecture = Architecture(
+        # Tables may be padded beyond the words of the tokenizer; the stored weights have the padded number of rows.
         vocab_rows=int(read.maybe("embedding_size", vocab)),
         width=width,
         n_layers=int(read.need("n_layers")),
@@ -248,6 +264,7 @@ def moe_architecture(values: Mapping[str, Any]) -> Architecture:
         n_experts=int(read.need("num_experts")),
         per_token=int(read.need("num_experts_per_tok")),
         width=int(read.need("expert_intermediate_size")),
+        # Published as null: an expert that every token goes through is left out then.
         shared_width=int(read.maybe("shared_expert_intermediate_size", 0)),
         sparse=tuple(bool(f) for f in frequency),
         router_bias=bool(read.maybe("moe_router_enable_expert_bias", False)),
@@ -290,6 +307,7 @@ def llada2_architecture(values: Mapping[str, Any]) -> Architecture:
     dense, width = int(read.need("first_k_dense_replace")), int(read.need("hidden_size"))
     expert_width, head_width = int(read.need("moe_intermediate_size")), read.maybe("head_dim", width // n_heads)
     # Both keys stand in the published file: where they disagree, nobody can tell which the weights were trained with.
+    # Rounded down, as the published code does; the features behind are not rotated.
     rotary = int(head_width * float(read.need("partial_rotary_factor")))
     if read.maybe("rotary_dim", rotary) != rotary:
         raise ValueError(f"config.json: rotary_dim = {values['rotary_dim']} is not partial_rotary_factor's {rotary}")
@@ -299,6 +317,7 @@ def llada2_architecture(values: Mapping[str, Any]) -> Architecture:
         width=expert_width,
         shared_width=expert_width * int(read.maybe("num_shared_experts", 0)),
         sparse=tuple(layer >= dense for layer in range(n_layers)),
+        # Published code has the bias whatever moe_router_enable_expert_bias says: without it other experts are chosen.
         router_bias=True,
         groups=ExpertGroups(
             n_groups=int(read.need("n_group")),
@@ -345,8 +364,10 @@ def dream_architecture(values: Mapping[str, Any]) -> Architecture:
         rope_theta=float(read.need("rope_theta")),
         norm_eps=float(read.need("rms_norm_eps")),
         tied=bool(values.get("tie_word_embeddings", False)),
+        # As in Qwen2, where Dream comes from: queries, keys and values have a bias, and no other projection.
         qkv_bias=True,
         qk_norm="none",
+        # It began as an autoregressive model and kept predicting the next token (arXiv:2508.15487).
         shifted=True,
     )
     read.finish()
@@ -355,6 +376,7 @@ def dream_architecture(values: Mapping[str, Any]) -> Architecture:
 
 def blocks_architecture(values: Mapping[str, Any]) -> Architecture:
     """What a dense config.json with a `block_length` describes; errors as `dense_architecture`."""
+    # The dense reader refuses every key that the published layout does not have, and this is the only new one.
     dense = dense_architecture({name: value for name, value in values.items() if name != "block_length"})
     return replace(dense, block_length=_block_length(values.get("block_length")))
 

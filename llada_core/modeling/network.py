@@ -353,6 +353,7 @@ def _initialise(model: LLaDAModelLM, generator: torch.Generator) -> None:
     width = model.shape.width
     for name, module in model.named_modules():
         layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        # The deeper, the smaller: each layer adds to the stream, whose variance would else grow with their number.
         shrink = 1.0 if layer is None else 1.0 / math.sqrt(2 * (layer + 1))
         residual = name.rpartition(".")[2] in ("attn_out", "ff_out", "down_proj") and layer is not None
         if isinstance(module, nn.Linear):
@@ -381,6 +382,7 @@ def _special_in(config: LLaDAConfig, vocab_rows: int) -> SpecialTokens | None:
     ids = {key.replace("_token_id", "_id"): values[key] for key in TOKEN_KEYS if values.get(key) is not None}
     if not {"mask_id", "eos_id"} <= ids.keys():
         return None
+    # LLaDA pads with its EOS.
     return SpecialTokens(**{"pad_id": ids["eos_id"], **ids}).check(vocab_rows)
 
 

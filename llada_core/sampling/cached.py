@@ -196,6 +196,7 @@ class BlockDenoiser:
         rows, columns = query.tokens.shape
         ends = [min(first + self.length, columns) for first in query.firsts]
         if not self.cached:
+            # Behind the furthest block nobody looks, so nothing there is fed.
             self._count(rows, max(ends))
             return self._uncached(query, max(ends))
         self.kept = self.kept or [0] * rows
@@ -211,6 +212,7 @@ class BlockDenoiser:
         else:
             self._count(rows, max(widths))
             result = self._window(query, on_device(self.kept, query.tokens.device), max(widths), self.cache)
+        # What stands before a row's block was fed now with its last tokens: from here on its keys are final.
         self.kept = list(query.firsts)
         return result
 
@@ -344,6 +346,7 @@ def _in_two(
     # From counts that the host has: a selection by a mask of the device would have to be waited for.
     row_of = [row for row, count in enumerate(query.counts) for _ in range(count)]
     mine, others = (on_device([i for i, r in enumerate(row_of) if apart[r] is kind], device) for kind in (True, False))
+    # Of all rows, but read at those alone that are not apart.
     result = first(replace(query, wanted=query.wanted[others]))
 
     numbers = [row for row, each in enumerate(apart) if each]

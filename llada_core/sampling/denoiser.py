@@ -107,6 +107,7 @@ class GuidedDenoiser(Wrapper):
             tokens=torch.cat([query.tokens, blind]),
             visible=None if query.visible is None else query.visible.repeat(2, 1),
             known=query.known.repeat(2, 1),
+            # Positions count through the flattened canvas, where the blind rows come behind all seeing ones.
             wanted=torch.cat([query.wanted, query.wanted + query.tokens.numel()]),
             first=query.first.repeat(2),
             firsts=query.firsts * 2,
@@ -116,6 +117,7 @@ class GuidedDenoiser(Wrapper):
 
     def _guided(self, logits: Tensor) -> Tensor:
         """(P, V) of the (2P, V) of both halves."""
+        # In fp32 first: the difference of two almost equal bf16 numbers is rounding, and is multiplied here.
         seeing, unseeing = logits.float().chunk(2)
         # At scale 0 this is the seeing row, and not the blind one: LLaDA's scale is one less than the usual weight.
         return unseeing + (self.scale + 1) * (seeing - unseeing)
@@ -154,6 +156,7 @@ def denoiser_of(model: MaskPredictor, params: SamplingParams) -> Denoiser:
         raise ValueError(
             "right_shift_logits: this model moves its predictions to their own places itself; leave it out"
         )
+    # Asked first: its cache is exact, and of another kind than one for a model that sees everything.
     if model.block_length is not None:
         _require_block_settings(params)
         denoiser = BlockDenoiser(model, params.block_length, cached=params.cache == "prefix")

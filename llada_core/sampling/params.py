@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from llada_core.settings import ConfigError, explain
 
+# Named once: what says nothing of editing has these values, also where the sampler edits nothing.
 EDITING: dict[str, Any] = {
     "editing_threshold": 0.9,
     "max_post_steps": 16,
@@ -18,6 +19,7 @@ EDITING: dict[str, Any] = {
 PARALLEL_RULES = ("threshold", "factor", "entropy_bound", "rule")
 
 
+# A dataclass and no SettingsBlock: positional arguments and `dataclasses.replace` are how a library is called.
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class SamplingParams:
     """Settings of one generation (LLaDA, arXiv:2502.09992, section 2.4; Fast-dLLM, arXiv:2505.22618).
@@ -70,6 +72,7 @@ class SamplingParams:
         default="low_confidence",
         description="Which positions come first: the surest, those with the clearest lead, the least entropy, or any.",
     )
+    # LLaDA's scale: 0 is no guidance, where others count from 1.
     cfg_scale: float = Field(
         default=0.0,
         ge=0.0,
@@ -82,6 +85,7 @@ class SamplingParams:
         le=1.0,
         description="Write every position at least this sure in one step (approximate, fast); 0.9 is usual.",
     )
+    # Fast-dLLM (theorem 1): n tokens above 1 - 1/(n + 1) each are the likeliest n together, so more at once must be surer.
     factor: float | None = Field(
         default=None,
         gt=0.0,
@@ -94,12 +98,14 @@ class SamplingParams:
     )
     forbid_tokens: tuple[int, ...] = Field(default=(), description="Token numbers that are never written.")
     defer_tokens: tuple[int, ...] = Field(default=(), description="Token numbers that are written last.")
+    # Off, as in LLaDA's code, which fills all of the room: its published figures were measured so.
     stop_at_eos: bool = Field(
         default=False, description="Stop as soon as the answer has ended instead of filling all of its room."
     )
     seed: int | None = Field(
         default=None, description="The same number gives the same answer; empty draws a new one each time."
     )
+    # Tokens drawn apart differ from tokens drawn together by no more than these entropies without the largest.
     entropy_bound: float | None = Field(
         default=None,
         ge=0.0,
@@ -192,7 +198,9 @@ class SamplingParams:
         if self.sampler is None:
             return self.steps
         looks = self.max_post_steps if self.sampler == "llada2.1" else 0
+        # 2.1 has no limit of steps, but each writes a token at least, so that a block takes no more than its length.
         each = self.block_length if self.sampler == "llada2.1" else min(self.steps, self.block_length)
+        # Blocks count from the start of the canvas: a prompt that ends within one leaves room in one block more.
         return (each + looks) * (self.blocks + 1)
 
     def at_length(self, length: int) -> "SamplingParams":
@@ -207,8 +215,10 @@ class SamplingParams:
         if new == self.max_new_tokens:
             return dataclasses.replace(self, block_length=min(new, self.block_length))
         block = new if self.block_length >= self.max_new_tokens else min(new, self.block_length)
+        # Equal shares of the steps need blocks of equal length, which LLaDA's code asks for as well.
         if self.schedule == "even" and not self.parallel and new % block:
             block = new
+        # At least one: at many tokens a step a short answer would get none.
         steps = max(1, round(self.steps * new / self.max_new_tokens))
         return dataclasses.replace(self, max_new_tokens=new, block_length=block, steps=steps)
 
@@ -223,6 +233,7 @@ class SamplingParams:
                 "stochastic_transfer draws from a noise schedule; set schedule to linear or cosine"
                 f" and leave {', '.join(PARALLEL_RULES)} unset"
             )
+        # A rule of one's own is not judged: what it makes of a confidence by chance is its own matter.
         if rules and self.remasking == "random" and self.rule is None:
             raise ValueError(
                 f"{rules[0]} judges confidence, which remasking 'random' replaces by chance; use another remasking"
@@ -236,6 +247,7 @@ class SamplingParams:
             raise ValueError(f"cache_window {self.cache_window} needs cache 'dual' (got {self.cache!r})")
         if self.cache == "none" and self.cache_refresh is not None:
             raise ValueError(f"cache_refresh {self.cache_refresh} needs cache 'prefix' or 'dual'")
+        # The prediction for a block's first position stands in front of the block, where a cached step feeds nothing.
         if self.cache != "none" and self.right_shift_logits:
             raise ValueError(
                 "right_shift_logits reads the position before the block, which a cache lacks; set cache to 'none'"
@@ -252,11 +264,13 @@ class SamplingParams:
         if self.finish_block and not self.stop_at_eos:
             raise ValueError("finish_block says when stop_at_eos stops; set stop_at_eos")
         if self.sampler is None:
+            # Elsewhere a threshold includes its value: at 0 one step would write a whole block, whatever it thinks of it.
             if self.threshold == 0:
                 raise ValueError("threshold 0 takes every position only with a sampler of LLaDA2; set it above 0")
             return
         if self.threshold is None:
             raise ValueError(f"sampler {self.sampler!r} needs a threshold; 0.95 is published")
+        # Both thresholds are compared with the probability of one token, which an entropy is not.
         if self.remasking == "entropy":
             raise ValueError(f"sampler {self.sampler!r} judges probabilities; set remasking to 'low_confidence'")
         if self.sampler == "llada2.1" and self.threshold < self.editing_threshold < 1:
@@ -306,6 +320,7 @@ def changed(base: SamplingParams, values: Mapping[str, Any]) -> SamplingParams:
 
     Raises `ConfigError` that names an unknown value.
     """
+    # Else a change of the sampler alone would leave values of editing behind, which another sampler refuses.
     edits = values.get("sampler", base.sampler) == "llada2.1"
     return SamplingParams(**{**vars(base), **({} if edits else EDITING), **values})
 

@@ -112,6 +112,7 @@ def stream(  # noqa: PLR0913 - everything after the settings is keyword-only
     requests, width = to_answer(
         model, prompt_ids, params, attention_mask=attention_mask, pinned=pinned, ahead=look_ahead
     )
+    # An end token that the model's sequences have behind the answer (BERT's) has a column of its own.
     return _stream(model, requests, width + params.max_new_tokens + model.ends_with_eos, compiled)
 
 
@@ -137,6 +138,7 @@ def _stream(model: MaskPredictor, requests: list[Request], width: int, compiled:
         while batch.answers:
             moment = layout.own(batch.step())
             step = layout.shown(moment, board, batch.denoiser.forwards)
+            # Never changed in place: who was given the step before may still hold its tokens.
             board = step.tokens
             yield step
 
@@ -205,6 +207,7 @@ class Layout:
             mask_id=moment.answers[0].request.mask_id,
             forwards=forwards,
             rows=number,
+            # A block may reach into the tail, which is not shown.
             bounds=(torch.stack([moment.first, moment.last], 1) + shift[:, None]).clamp(max=self.width),
             asked=asked,
             proposals=moment.proposals,

@@ -122,6 +122,7 @@ class Checkpoints:
         try:
             save_file(mine, path)
             _sync(path)
+            # Each rank hashes what it wrote: the first one would have to read every shard again.
             _write(path.with_suffix(".sha256"), file_hash(path))
             if beside is not None:
                 beside(str(partial))
@@ -132,6 +133,7 @@ class Checkpoints:
 
     def _rows_here(self, tensor: Tensor) -> Tensor | None:
         if isinstance(tensor, DTensor):
+            # Contiguous: safetensors refuses views of other memory.
             return tensor.to_local().detach().cpu().contiguous()
         # What every rank holds whole is written once.
         return tensor.detach().cpu().contiguous() if self.ranks.first else None
@@ -151,6 +153,7 @@ class Checkpoints:
             # The same step again, after a roll-back: what stood there belongs to steps that were undone.
             if target.exists():
                 shutil.rmtree(target)
+            # Then the folder: until it is on the disk as well, a power cut undoes the rename.
             os.replace(partial, target)
             _sync(self.folder)
         except OSError as error:
@@ -186,6 +189,7 @@ def note(folder: Path, state: Mapping[str, Any]) -> None:
     """New values for parts of a checkpoint's state, which appear by rename; on a full disk the old ones stay."""
     partial = folder / f".{_NOTE}"
     try:
+        # A file of its own: the state's hash stands in the manifest already, and stays true.
         _write(partial, json.dumps(state, sort_keys=True))
         os.replace(partial, folder / _NOTE)
         _sync(folder)
@@ -233,6 +237,7 @@ class Stored:
                     local[place : place + len(part)].copy_(part)
             elif isinstance(target, DTensor):
                 full = self.full(name).to(target.device)
+                # No source rank: each has read the whole, and nothing needs to be sent.
                 shard = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
                 target.to_local().copy_(shard.to_local())
             else:
@@ -286,6 +291,7 @@ def _sync(path: Path) -> None:
 
 # What DeepSpeed splits it writes and reads itself, in a folder of its own within ours.
 
+# AdamW's two, and Muon's.
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 _ZERO = "zero"
 _WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")

@@ -142,6 +142,7 @@ class Loop:
         """One update; True (and nothing done) when a stop was asked for."""
         started, step = time.monotonic(), self.progress.step
         # Whatever draws from the global generator (dropout, a person's objective) draws by step and rank: resumed is uninterrupted.
+        # A hash of integers is the same in every process (of texts it is not); torch takes seeds below 2^64.
         torch.manual_seed(hash((self.seed, step, self.ranks.index)) % 2**63)
         # One rank alone looks for the file, and all agree on what it saw: ranks that stop at different steps wait for each other for ever.
         stop = self._stop_asked or (self.ranks.first and (self.folder / "STOP").exists())
@@ -166,6 +167,7 @@ class Loop:
 
     def _update(self, work: StepWork, count: float, rate: float) -> None:
         parts, last = self.parts, len(work.batches) - 1
+        # Set here and by no scheduler: the rate follows from the step, and there is no state that could disagree.
         for group in parts.optimiser.param_groups:
             group["lr"] = rate
         for i, batch in enumerate(work.batches):
@@ -252,6 +254,7 @@ class Loop:
         # The step that shows the damage need not be the one that did it: all since the last checkpoint is passed over.
         bad = self.progress.step
         state = self.snapshot.restore()
+        # There is one from step 0 on, so that also a run whose first steps explode can go back.
         if state is None or not self.recovery.record(int(state["step"]), bad):
             raise DivergedError(
                 f"the loss diverged at step {bad} and {self.params.recovery.tries} recoveries did not help; "

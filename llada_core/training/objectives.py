@@ -20,6 +20,7 @@ from llada_core.tokenizer import Tokenizer
 from llada_core.training.accelerator import Ranks
 from llada_core.training.params import BlockParams, PretrainParams, SFTParams, TrainingParams
 
+# By tenths of time it can be seen whether nearly clean or nearly empty canvases make a loss move.
 BUCKETS = 10
 # No training step has this number: held-out rows share no noise with any of them, and have the same at every call.
 _VALIDATION_STEP = -1
@@ -29,6 +30,7 @@ _VALIDATION_STEP = -1
 class Loss:
     """The differentiable sum of one micro-batch, and detached (sum, count) pairs worth logging."""
 
+    # A sum: the mean of means of micro-batches would weigh a token by how few others share its micro-batch.
     sum: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     extra: Tensor | None = None  # a term that already is this micro-batch's share of a mean over the step
@@ -128,13 +130,16 @@ class DiffusionObjective(Objective):
         masked = hidden_at(1 - alpha(t, self.params.noise.schedule), uniforms, rows.maskable)
         if not self.complementary:
             return Hidden(rows, masked, t, block_length)
+        # What one copy hides the other shows (LLaDA2.0, arXiv:2512.15745): every token is learnt once in each pair.
         twice = {name: torch.cat([x, x]) for name, x in vars(rows).items() if x is not None}
+        # The complement of a linear schedule hides each token with chance 1 - t, so that is its time, and its weight follows.
         both, times = torch.cat([masked, rows.maskable & ~masked]), torch.cat([t, 1 - t])
         return Hidden(replace(rows, **twice), both, times, block_length)
 
     def count(self, hidden: Hidden) -> float:
         """What a batch adds to the divisor: its scored or its hidden tokens, or its rows."""
         rows, by = hidden.rows, self.params.normalise
+        # By all that could be hidden: to divide by what was, beside its chance, would count time twice, and is no bound.
         if by in ("token", "masked"):
             return float((rows.maskable if by == "token" else hidden.masked).sum())
         return float(len(rows.tokens))
@@ -146,6 +151,7 @@ class DiffusionObjective(Objective):
     def loss(self, model: nn.Module, batch: Hidden) -> Loss:
         params, rows, masked, t = self.params, batch.rows, batch.masked, batch.times
         noisy = torch.where(masked, self.mask_id, rows.tokens)
+        # A canvas fed twice would need a mask of four times the entries; the numbers of its documents say the same.
         by_blocks = fed_copies(batch.block_length, noisy.shape[1]) > 1
         result = masked_nll(
             model,
@@ -164,6 +170,7 @@ class DiffusionObjective(Objective):
         lengths = rows.maskable.sum(1).float().to(device, non_blocking=True)
         weight = loss_weight(t, params.noise).to(device, non_blocking=True)
         t = t.to(device, non_blocking=True)
+        # One time a row, so one weight: rows are added up first and weighed after.
         bound = result.per_row(len(t)) * weight
         # By sequence every row counts alike, as in LLaDA's fine-tuning; by token long rows count for more.
         total = (bound / lengths.clamp(min=1)).sum() if params.normalise == "sequence" else bound.sum()
@@ -179,6 +186,7 @@ class DiffusionObjective(Objective):
         entropy, right = result.certainty
         total, count = torch.where(right, entropy, 0.0).sum(), right.sum()
         parts["confidence"] = torch.stack([total.detach(), count.to(total.dtype)])
+        # A mean of this micro-batch, times its share of the rows of the step (twice as many with complements).
         share = len(rows.tokens) / (self.params.batch_size * (1 + self.complementary))
         return self.confidence * share * total / count.clamp(min=1)
 
@@ -187,6 +195,7 @@ class DiffusionObjective(Objective):
         if result.router_losses is None:
             return None
         balance, z_tokens = result.router_losses
+        # Where blocks make a canvas be fed twice, the router sees both copies of a token.
         copies = z_tokens.shape[1] // rows.tokens.shape[1]
         seen = rows.tokens.shape[1] if rows.attention_mask is None else rows.attention_mask.sum(1)
         if isinstance(seen, Tensor):
@@ -230,6 +239,7 @@ def visible(rows: Batch, *, numbered: bool = False) -> Tensor | None:
     if rows.document_ids is None:
         return rows.attention_mask
     if numbered:
+        # From 1 on, since times the mask 0 is left for padding, which is of no document.
         numbers = rows.document_ids + 1
         return numbers if rows.attention_mask is None else numbers * rows.attention_mask
     same = rows.document_ids[:, :, None] == rows.document_ids[:, None, :]
@@ -238,6 +248,7 @@ def visible(rows: Batch, *, numbered: bool = False) -> Tensor | None:
 
 def bound_parts(bound: Tensor, t: Tensor, lengths: Tensor) -> dict[str, Tensor]:
     """The likelihood bound per scored token, overall and by time."""
+    # Time 1 itself belongs to the last tenth.
     bucket = (t * BUCKETS).long().clamp(max=BUCKETS - 1)
     empty = torch.zeros(2, BUCKETS, device=bound.device)
     by_t = empty.index_add(1, bucket, torch.stack([bound, lengths]))
@@ -296,6 +307,7 @@ def _fitting(table: Dataset, model: MaskPredictor) -> Dataset:
 
 
 def _lengths(table: Dataset) -> Any:
+    # From the column as it lies in the file: as lists, the ids of millions of rows would become Python objects.
     return table.data["input_ids"].combine_chunks().value_lengths().to_numpy()
 
 
@@ -308,11 +320,13 @@ def _batches(
     lengths = _lengths(table) if isinstance(params, SFTParams) and params.group_by_length else None
     size, ranks = params.batch_size, Ranks().count
     if held_out:
+        # Each rank the same number of rows: a rank without any would not take part in a forward that others wait in.
         size = max(min(size, len(table)) // ranks, 1) * ranks
     order = BatchSampler(len(table), size, seed=seed, lengths=lengths)
     eos_id, block_length = model.special_tokens.eos_id, model.block_length
     padding = params.eos_padding if isinstance(params, SFTParams) else "none"
     if padding == "block" and block_length is None:
         raise ValueError("eos_padding block fills the last block of a row, and this model has none: set blocks.length")
+    # A model that never saw a short canvas does badly on one; held-out rows stay whole, so that figures compare.
     cut = params.random_length_ratio if isinstance(params, PretrainParams) and not held_out else 0.0
     return RowBatches(table, order, eos_id=eos_id, padding=padding, random_length=cut, block_length=block_length or 1)

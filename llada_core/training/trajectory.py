@@ -49,6 +49,7 @@ def traced(
 ) -> Trace:
     """Answers every prompt as `generate` does, so many `at_once`, and keeps what was written when."""
     requests, _ = to_answer(model, prompts, params)
+    # On the host, as answers are: rollouts of a step are many, and a step of the sampler copies its tokens anyway.
     chosen = torch.full((len(requests), width), model.special_tokens.pad_id)
     when, size = torch.full_like(chosen, -1), at_once or len(requests)
     answers: list[Answer] = []
@@ -87,8 +88,10 @@ def local_steps(when: Tensor, length: int) -> Tensor:
     when: as of `Trace`; length: of a block. Steps that wrote nothing there are not counted.
     """
     rows, width = when.shape
+    # Filled up to whole blocks with what counts as never written.
     blocks = F.pad(when, (0, -width % length), value=-1).view(rows, -1, length)
     ordered, order = blocks.sort(-1)
+    # Ranks without gaps, by sorting: a step that wrote nothing in this block would else be a forward for nothing.
     rank = F.pad((ordered[..., 1:] != ordered[..., :-1]).long(), (1, 0)).cumsum(-1)
     # Where something in the block was given, that is the lowest rank, and what was written begins at the next one.
     rank = rank - (ordered[..., :1] < 0).long()
