@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Bits, Compiled, Device, Json, Model, model_folder, name_or_champion, said_to
+from cli.options import Bits, Compiled, Device, Json, Model, model_folder, name_or_champion, said_to, while_imported
 from llada_core.settings import ConfigError
 
 if TYPE_CHECKING:
@@ -223,7 +223,10 @@ def _swept(
     from tasks.work.measure import sweep
 
     program = [sys.executable, "-m", "cli.main", *sys.argv[1:]]
-    count = processes([resolve(name)], params, device)
+    with while_imported():
+        import llada_core.evaluation.benchmark  # noqa: F401 - lm-eval, which the sweep imports
+
+        count = processes([resolve(name)], params, device)
     if hours is not None:
         if "RANK" in os.environ:
             raise ConfigError("--budget is measured by one process; give the others its --share")

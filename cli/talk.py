@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Compiled, ModelOptions, model_folder, name_or_champion, settings, with_model_options
+from cli.options import (
+    Compiled,
+    ModelOptions,
+    model_folder,
+    name_or_champion,
+    settings,
+    while_imported,
+    with_model_options,
+)
 from llada_core.files import line_of
 
 
@@ -37,14 +45,14 @@ def sample(
     usage = usage_of(Project.at(), name)
     params = settings(usage.sampling, options)
 
-    from app.canvas import readable, typed  # these import torch: after all that can be wrong without it
-    from app.models import Setting, compiled_as, opened
-    from cli.terminal import answers, follow, templates
+    with while_imported():
+        from app.canvas import readable, typed  # these import torch: after all that can be wrong without it
+        from app.models import Setting, compiled_as, opened
+        from cli.terminal import answers, follow, templates
 
-    way = compiled_as(compiled)
-
+        way = compiled_as(compiled)
+        loaded = opened(name, folder, usage, Setting.one(options.device, options.bits, way))
     texts = [typed(line.rstrip("\n")) for p in prompts for line in (sys.stdin if p == "-" else [p])]
-    loaded = opened(name, folder, usage, Setting.one(options.device, options.bits, way))
     writer, tokenizer = loaded.model, loaded.tokenizer
     if way != "off":
         print(loaded.engine.told(), file=sys.stderr)
@@ -80,9 +88,10 @@ def chat(
     usage = usage_of(Project.at(), name)
     params = settings(usage.sampling, options)
 
-    from app.conversation import Conversation
-    from app.models import Setting, opened
-    from cli.terminal import TerminalChat
+    with while_imported():
+        from app.conversation import Conversation
+        from app.models import Setting, opened
+        from cli.terminal import TerminalChat
 
-    spoken = opened(name, folder, usage, Setting.one(options.device, options.bits), max_context=None)
+        spoken = opened(name, folder, usage, Setting.one(options.device, options.bits), max_context=None)
     TerminalChat(spoken, params, Conversation(system, bounded=False)).run()

@@ -1,5 +1,6 @@
 """What a newcomer sees first: help, headings, one-line errors; and that asking costs nothing."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import typer
 
 from cli.main import llada
+from cli.options import while_imported
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = typer.main.get_command(llada).commands
@@ -35,10 +37,22 @@ def test_help_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_the_cycle_collector_waits_for_imports_and_leaves_out_what_they_made():
+    before = gc.get_freeze_count()
+    try:
+        with while_imported():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
+
+
 EARLY = """
 import os, sys
 from typer.testing import CliRunner
 from cli.main import llada
+from cli.options import while_imported
 
 HEAVY = {"torch", "transformers", "mlflow", "prefect", "gradio", "datasets", "lm_eval", "dvc", "sqlalchemy"}
 os.chdir(sys.argv[1])
