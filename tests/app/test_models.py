@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from app import models as engines
 from app.models import (
@@ -99,6 +100,23 @@ def test_the_pages_setting_says_where_models_lie(model_folder, monkeypatch):
     monkeypatch.setattr(engines, "load_to_answer", lambda folder, **how: (asked.append(how), real(folder))[1])
     ModelCache(Names(it=model_folder), setting=Setting("cuda:1", 8)).get("it")
     assert asked == [{"device": "cuda:1", "bits": 8}]
+
+
+def test_one_thread_computes_a_small_model_unless_somebody_says_how_many(model_folder, monkeypatch):
+    monkeypatch.setattr("app.models.THREADS", 3)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before, found = torch.get_num_threads(), []
+    try:
+        for small in (1 << 40, 0):
+            monkeypatch.setattr("app.models.SMALL", small)
+            opened("tiny", model_folder, Usage())
+            found.append(torch.get_num_threads())
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        monkeypatch.setattr("app.models.SMALL", 1 << 40)
+        opened("tiny", model_folder, Usage())
+        assert [*found, torch.get_num_threads()] == [1, 3, 3]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_whether_steps_are_compiled_is_a_setting_of_what_is_loaded(model_folder):
