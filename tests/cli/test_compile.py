@@ -81,3 +81,24 @@ def test_eval_says_it_too_and_scores_alike(call, tiny, monkeypatch):
     assert re.search(r"compiling: [1-9]\d* shapes of a step in", compiled.stderr)
     assert "compil" not in plain.stderr
     assert json.loads(told)["models"] == json.loads(Path("again/seats.json").read_bytes())["models"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced")
+def test_speed_is_measured_of_compiled_steps(call, tiny):
+    """Each setting has an engine of its own, and they share what was compiled."""
+    Path("data/eval").mkdir(parents=True)
+    rows = [{**PUZZLE, "id": str(i), "prompt": f"seats 12{i}"} for i in range(2)]
+    Path("data/eval/seats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("params.yaml").write_text(PARAMS)
+    points = []
+    for out, way in (("plain", "off"), ("compiled", "graph")):
+        asked = call("eval", "seats", "-m", tiny, "--speed", "threshold=0.9", "--out", out, "--compile", way)
+        assert asked.exit_code == 0, asked.stderr
+        assert ("compiling: " in asked.stderr) == (way == "graph")
+        kept = json.loads(Path(out, "speed-seats.json").read_bytes())["points"]
+        points.append(
+            {k: {w: {n: x for n, x in p.items() if "second" not in n} for w, p in v.items()} for k, v in kept.items()}
+        )
+    assert points[0] == points[1]
+    assert points[0]["exact"]
