@@ -1,7 +1,7 @@
 """A model's shape and what one GPU holds while it trains, at its worst (rows of full length, every token masked).
 
-Taken from the training step itself, run on tensors without memory; what cannot be run so (ZeRO, 4-bit weights, the
-buckets of DDP, offloaded states) is counted by a formula, and told to be. Builds no weights and downloads none.
+Taken from the training step itself, run on tensors without memory; what cannot be run so (ZeRO, 4-bit weights,
+experts in fp32, the buckets of DDP, offloaded states) is counted by a formula, and told to be. Builds no weights and downloads none.
 """
 
 import math
@@ -63,6 +63,9 @@ def memory_of(asked: Asked) -> tuple[dict[str, float], bool]:
     """Bytes of one GPU by purpose, and whether they were measured rather than counted."""
     block = asked.params.settled(asked.stage, gpu=True)
     unseen = block.distribution.kind in ("zero2", "zero3") or (block.lora is not None and block.lora.four_bit)
+    if block.precision == "fp32" and not unseen:  # torch knows the shapes of experts' products in bf16 alone
+        model, stored = shape_of(asked.params, asked.stage)
+        unseen = model.expert_share < 1 and (stored == 4 or block.lora is None)
     if unseen or unknown_step(block) is not None:
         model, stored = trained_shape(asked.params, asked.stage)
         return counted(model, block, asked.ranks, _fed(asked, model, block), stored), False

@@ -166,6 +166,19 @@ def test_what_is_measured_and_what_is_counted_by_formula_is_told() -> None:
     assert "memory of a GPU (GiB; a training step run on tensors without memory): weights" in llada_plan(*arguments)[1]
     text = llada_plan(*arguments, "-S", "sft.distribution.kind=zero3")[1]
     assert "memory of a GPU (GiB; by formula): weights" in text
+    code, text = llada_plan(str(PROFILES / "smoke.yaml"), "--gpu", "24GB", "-S", "model.kind=llada_moe")
+    assert (code, text.count("(GiB; by formula)")) == (0, 4), "in fp32"
+
+
+@pytest.mark.slow
+def test_adapters_of_llada2_mini_do_not_fit_on_a_small_gpu_and_those_of_its_experts_on_a_large_one() -> None:
+    profile = str(PROFILES / "llada2-sft-lora.yaml")
+    code, text = llada_plan(profile, "--gpu", "24GB")
+    assert code == 2
+    assert "sft needs 33.5 GiB of a GPU, a plan may fill 20.7 of 1 x 24GB; it would fit with " in text
+    assert "distribution.kind: fsdp on 4 GPUs (17.6 GiB)" in text
+    code, text = llada_plan(profile, "-S", "sft.lora.experts=true")
+    assert (code, "443,932,672 of them trained" in text, "40.3 of 71.1" in text) == (0, True, True)
 
 
 @pytest.mark.parametrize(
