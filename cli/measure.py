@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Bits, Compiled, Device, Json, Model, model_folder, name_or_champion, said_to, while_imported
-from llada_core.settings import ConfigError
+from cli.options import Bits, Compiled, Device, Json, Model, model_folder, name_or_champion, said_to
+from llada_core.settings import ConfigError, while_imported
 
 if TYPE_CHECKING:
     from llada_core.evaluation.params import EvaluateParams

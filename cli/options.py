@@ -1,9 +1,8 @@
 """Options that several commands share: the model, and the sampler's settings with their descriptions."""
 
-import gc
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Signature, signature
@@ -32,17 +31,6 @@ OTHERS = ", ".join(sorted(set(SETTINGS) - set(OWN_OPTION)))
 
 
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout; all that is said goes to stderr")]
-
-
-@contextmanager
-def while_imported() -> Iterator[None]:
-    """While it lasts, the cycle collector waits: modules stay, and it would walk over them again and again."""
-    gc.disable()  # a seventh of the time until a model answers
-    try:
-        yield
-    finally:
-        gc.freeze()  # nor do later collections look at what stays
-        gc.enable()
 
 
 def said_to(as_json: bool) -> AbstractContextManager[object]:

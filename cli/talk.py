@@ -5,16 +5,9 @@ from typing import Annotated
 
 import typer
 
-from cli.options import (
-    Compiled,
-    ModelOptions,
-    model_folder,
-    name_or_champion,
-    settings,
-    while_imported,
-    with_model_options,
-)
+from cli.options import Compiled, ModelOptions, model_folder, name_or_champion, settings, with_model_options
 from llada_core.files import line_of
+from llada_core.settings import while_imported
 
 
 @with_model_options

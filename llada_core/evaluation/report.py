@@ -177,7 +177,7 @@ def picture(report: Result, path: Path) -> None:
     axes.set_xticks(range(len(rows)), [row["benchmark"] for row in rows], rotation=20 if len(rows) > 5 else 0)
     axes.set_ylabel("% right, 95 % intervals (dotted: chance)")
     axes.set_ylim(0, 105)
-    if rows:
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(
             ncols=min(4, len(models) + len(marks)), loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False
         )

@@ -20,7 +20,7 @@ from filelock import FileLock
 from llada_core.data.contamination import saved_values
 from llada_core.evaluation.params import EvaluateParams
 from llada_core.files import line_of
-from llada_core.settings import ConfigError
+from llada_core.settings import ConfigError, while_imported
 from tasks.folders import read_json, safe, write_json, write_text
 from tasks.project import data_root, visible_gpus
 from tasks.record.runs import StageContext, verify_inputs
@@ -61,6 +61,9 @@ def run(work: StageContext) -> None:
     models |= {label: Path(folder) for label, sign, folder in (name.partition("=") for name in params.models) if sign}
     if not models:
         raise ConfigError(f"none of the models to evaluate is there: {', '.join(params.models)}")
+    with while_imported():
+        import llada_core.evaluation.benchmark  # noqa: F401 - lm-eval, which measuring imports
+
     timings = {}
     program = [sys.executable, "-m", "tasks.evaluate", work.item]
     with sharing(_processes(work, list(models.values())), program, {"LLADAFLOW_RUN": str(work.run.path)}):

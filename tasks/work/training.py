@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llada_core.sampling.params import SamplingParams
-from llada_core.settings import ConfigError
+from llada_core.settings import ConfigError, while_imported
 from llada_core.training.params import GRPOParams, TrainingParams
 from llada_core.usage import Usage
 from tasks.errors import StageError, StoppedError
@@ -31,13 +31,14 @@ TIMINGS = ("_per_second", "seconds", "time", "memory_gb", "mfu", "step", "tokens
 
 def train_stage(work: StageContext) -> float:
     """Train, or go on; writes models/<stage> and reports/training/<stage>.*; returns the seconds it took in all."""
-    from llada_core.tokenizer import Tokenizer
-    from llada_core.training.train import RunPaths, train
-
     params = _settled(work)
     verify_inputs(work)
-    tokenizer = Tokenizer.load(Path("data/tokenizer"))
-    model = _model(work, params, tokenizer)
+    with while_imported():
+        from llada_core.tokenizer import Tokenizer
+        from llada_core.training.train import RunPaths, train
+
+        tokenizer = Tokenizer.load(Path("data/tokenizer"))
+        model = _model(work, params, tokenizer)
     base = "" if params.lora is None else _base(work, params)
     place = RunPaths(data=Path("data"), run=work.run.path, export=Path("models") / work.stage, base=base)
     receipt = train(params, model, tokenizer, place, seed=work.params.seed, follow=work.follow)

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from cli.main import llada
-from cli.options import while_imported
+from llada_core.settings import while_imported
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = typer.main.get_command(llada).commands
@@ -52,7 +52,7 @@ EARLY = """
 import os, sys
 from typer.testing import CliRunner
 from cli.main import llada
-from cli.options import while_imported
+from llada_core.settings import while_imported
 
 HEAVY = {"torch", "transformers", "mlflow", "prefect", "gradio", "datasets", "lm_eval", "dvc", "sqlalchemy"}
 os.chdir(sys.argv[1])
