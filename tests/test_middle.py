@@ -11,7 +11,7 @@ from tasks.project import Params
 from tests.test_pipeline import clone, llada
 from tests.tiny import tiny_pair
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.slow]
 
 PUZZLES = {
     "sudoku": {"validation": 4, "evaluate": 6, "new_grids": 6},
@@ -71,7 +71,6 @@ def test_fine_tuning_of_a_published_base_model(home: Path) -> None:
     assert not (workspace / "models/pretrain").exists()
 
 
-@pytest.mark.slow
 def test_grpo_of_a_published_instruct_model(home: Path) -> None:
     base = str(home.parent / "published")
     workspace = profile(
@@ -87,7 +86,6 @@ def test_grpo_of_a_published_instruct_model(home: Path) -> None:
     assert (workspace / "models/grpo/model.safetensors").exists()
 
 
-@pytest.mark.slow
 def test_evaluation_alone_of_a_folder_and_a_registered_model(home: Path) -> None:
     models = [str(home.parent / "published"), "models:/own@champion", f"again={home.parent / 'published'}"]
     workspace = profile(
