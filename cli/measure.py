@@ -63,7 +63,8 @@ def evaluate(
 
     llada eval --table instruct --model GSAI-ML/LLaDA-8B-Instruct --budget 4h
 
-    Sampler settings are the recipe's; those of puzzles, overrides and dtype are read from params.yaml here.
+    Sampler settings are the recipe's; those of puzzles, overrides and dtype are read from params.yaml here, but a model
+    that another run trained is asked puzzles as was saved with it.
     """
     name, files = name_or_champion(model), [text for text in benchmarks if _is_own(text)]
     asked = _asked([Path(text).stem if text in files else text for text in benchmarks], table)
@@ -112,12 +113,13 @@ def _prepared(
     from tasks.folders import safe
     from tasks.project import Project
     from tasks.record.model_usage import saved_usage
-    from tasks.work.measure import sweep_places, with_own_questions
+    from tasks.work.measure import sweep_places, trained_in, with_own_questions
 
     project = Project.at()
     base = project.home
     values = {"benchmarks": tuple(asked), **given}
-    params = _over_the_projects(base / "params.yaml", values, saved_usage(project, name))
+    another = trained_in(name) != project.root
+    params = _over_the_projects(base / "params.yaml", values, saved_usage(project, name), another=another)
     params = with_settings(params, asked, over)
     places = sweep_places(name, params, base, root, out or base / "reports" / "checkpoints" / safe(name))
     return params, with_own_questions([Path(text) for text in files], places)
@@ -237,14 +239,17 @@ def _swept(
         return found if rank() == 0 else None
 
 
-def _over_the_projects(file: Path, asked_for: dict[str, Any], usage: "Usage | None") -> "EvaluateParams":
+def _over_the_projects(
+    file: Path, asked_for: dict[str, Any], usage: "Usage | None", *, another: bool
+) -> "EvaluateParams":
     """The project's own settings under what was asked for: a small model answers on the canvas that it was trained for,
-    and on no other. Where the project does not say how puzzles are asked, the model's own usage does."""
+    and on no other. Where the project does not say how puzzles are asked, or another run trained the model (`another`),
+    the model's own usage does."""
     from llada_core.evaluation.params import EvaluateParams
     from llada_core.sampling.params import as_values
     from tasks.project import Params
 
     measured = (Params.load(file).evaluate if file.exists() else None) or EvaluateParams()
-    if usage is not None and "puzzles" not in measured.model_fields_set:
+    if usage is not None and (another or "puzzles" not in measured.model_fields_set):
         asked_for = {"puzzles": {"sampling": as_values(usage.sampling)}} | asked_for
     return EvaluateParams.parse({**measured.model_dump(), **asked_for}, "llada eval")

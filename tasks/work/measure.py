@@ -19,7 +19,7 @@ from llada_core.settings import ConfigError, flat, nearest
 from tasks.folders import commit_of, content_hash, hash_of, read_json, safe, write_text
 from tasks.own_code import questions
 from tasks.project import Project, below
-from tasks.record.registry import resolve
+from tasks.record.registry import named, resolve, version_of
 from tasks.record.runs import differences, find_run, rank
 from tasks.work.evaluate import Places, answering, as_asked, measure, quiet_lm_eval
 
@@ -318,4 +318,18 @@ def sweep_places(model: str, params: EvaluateParams, home: Path, root: Path | No
     code = {str(path.relative_to(ROOT)): content_hash(path) for path in code_of_evaluation()}
     key = hash_of([weights, code, settings])[:16]
     root = root or below(home, params.root)
-    return Places(root, home / "data" / "eval", out, home / "runs" / f"answers-{key}")
+    return Places(root, _puzzles_of(model, home), out, home / "runs" / f"answers-{key}")
+
+
+def _puzzles_of(model: str, home: Path) -> Path:
+    """The folder of this project's puzzles; where it has none, that of the run which trained the model."""
+    own, there = home / "data" / "eval", trained_in(model) / "data" / "eval"
+    return there if there.is_dir() and not own.is_dir() else own
+
+
+def trained_in(model: str) -> Path:
+    """The folder of the run that trained a model: the project, a workspace, or what lies around a folder from elsewhere."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir() and (reference := named(model)):
+        return Path(version_of(Project.at(), *reference).tags.get("folder", ""))
+    return folder.resolve().parents[1]  # RUN/models/STAGE

@@ -3,13 +3,15 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cli.measure import budget_hours, with_settings
+from cli.measure import _over_the_projects, budget_hours, with_settings
 from llada_core.evaluation.params import BenchmarkSettings, EvaluateParams
 from llada_core.sampling.params import SamplingParams
 from llada_core.usage import Usage
+from tasks.work import measure
 
 PUZZLE = {"id": "0", "task": "seats", "prompt": "seats 123", "answer": {"order": "123"}}
 TALK = ({"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."})
@@ -53,6 +55,28 @@ def test_without_a_project_puzzles_are_measured_as_the_model_is_to_be_asked(call
         line in card
         for line in ("- **conversations**: several turns", "- **system prompt**: Be brief.", "- **for example**: Why?")
     )
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_a_model_of_another_run_is_asked_puzzles_as_was_saved_with_it(tmp_path, another):
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    usage = Usage(sampling=SamplingParams(12, 4, 12))
+    found = _over_the_projects(tmp_path / "params.yaml", {"benchmarks": ("seats",)}, usage, another=another)
+    assert found.puzzles.sampling["max_new_tokens"] == (12 if another else 6)
+
+
+def test_puzzles_are_those_of_the_project_else_of_the_workspace_that_trained_the_model(tmp_path, monkeypatch):
+    home, there = tmp_path / "home", tmp_path / "home/workspaces/mine-1"
+    model = there / "models/sft"
+    for folder in (model, there / "data/eval"):
+        folder.mkdir(parents=True)
+    kept = SimpleNamespace(tags={"folder": str(there)})
+    monkeypatch.setattr(measure, "version_of", lambda project, name, which: kept)
+    for name in (str(model), "models:/mine@champion"):
+        assert measure._puzzles_of(name, home) == there / "data/eval"
+    elsewhere = measure._puzzles_of("GSAI-ML/LLaDA-8B-Base", home)
+    (home / "data/eval").mkdir(parents=True)
+    assert measure._puzzles_of(str(model), home) == elsewhere == home / "data/eval"
 
 
 def test_a_budget_asks_the_share_of_questions_that_fits(call, tiny, monkeypatch):
