@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -267,7 +267,7 @@ def opened(
     logging_of_transformers.disable_progress_bar()
     places = (setting.device, *setting.more)
     model, *copies = (load_to_answer(folder, device=place, bits=setting.bits) for place in places)
-    _choose_threads(model)
+    _choose_threads([model])
     tokenizer, longest = Tokenizer.load(folder), model.max_length if max_context is None else max_context
     return LoadedModel(name, folder, model, tokenizer, longest, usage, setting.compiled, tuple(copies))
 
@@ -276,12 +276,15 @@ SMALL = 10_000_000  # weights
 THREADS = torch.get_num_threads()  # as torch found the machine
 
 
-def _choose_threads(model: MaskPredictor) -> None:
-    """Lets one thread compute a small model on a CPU, unless OMP_NUM_THREADS says how many."""
+def _choose_threads(models: Sequence[MaskPredictor]) -> None:
+    """Lets one thread compute where all models of this process are small and on a CPU, unless OMP_NUM_THREADS says how
+    many.
+    """
     # Its products are so short that threads which share them mostly wait for each other, spinning: beside other work two
     # cost the default champion twelve times the processor's time of one.
-    if "OMP_NUM_THREADS" not in os.environ and model.device.type == "cpu":
-        small = sum(weight.numel() for weight in model.parameters()) < SMALL
+    here = [model for model in models if model.device.type == "cpu"]
+    if "OMP_NUM_THREADS" not in os.environ and here:
+        small = all(sum(weight.numel() for weight in model.parameters()) < SMALL for model in here)
         torch.set_num_threads(1 if small else THREADS)
 
 
@@ -330,7 +333,10 @@ class ModelCache:
             same = next((loaded for at, loaded in self._models.values() if at == place), None)
             while same is None and len(self._models.keys() - {name}) >= self._most:
                 del self._models[next(key for key in self._models if key != name)]
-        return self._kept(name, place, same or load(name, self._source, self._setting, place))
+        found = self._kept(name, place, same or load(name, self._source, self._setting, place))
+        with self._lock:
+            _choose_threads([loaded.model for _, loaded in self._models.values()])
+        return found
 
     def _kept(self, name: str, place: str, loaded: LoadedModel) -> LoadedModel:
         """The model, now the one asked for last."""

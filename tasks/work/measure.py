@@ -331,5 +331,6 @@ def trained_in(model: str) -> Path:
     """The folder of the run that trained a model: the project, a workspace, or what lies around a folder from elsewhere."""
     folder = Path(model).expanduser()
     if not folder.is_dir() and (reference := named(model)):
-        return Path(version_of(Project.at(), *reference).tags.get("folder", ""))
-    return folder.resolve().parents[1]  # RUN/models/STAGE
+        project = Project.at()
+        return Path(version_of(project, *reference).tags.get("folder", project.root))
+    return folder.resolve().parent.parent  # RUN/models/STAGE; of a folder as high as `/model` the file system itself

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,23 @@ def test_one_thread_computes_a_small_model_unless_somebody_says_how_many(model_f
         monkeypatch.setattr("app.models.SMALL", 1 << 40)
         opened("tiny", model_folder, Usage())
         assert [*found, torch.get_num_threads()] == [1, 3, 3]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_small_model_takes_no_thread_from_a_large_one_beside_it(monkeypatch):
+    def loaded(name, *_):
+        weights = [torch.empty({"large": 20_000_000, "small": 10}[name], device="meta")]
+        return SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu"), parameters=lambda: weights))
+
+    monkeypatch.setattr("app.models.THREADS", 3)
+    monkeypatch.setattr("app.models.load", loaded)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before, cache = torch.get_num_threads(), ModelCache(Names(large="large", small="small"))
+    try:
+        cache.get("large")
+        cache.get("small")
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 

@@ -74,6 +74,7 @@ def test_puzzles_are_those_of_the_project_else_of_the_workspace_that_trained_the
     monkeypatch.setattr(measure, "version_of", lambda project, name, which: kept)
     for name in (str(model), "models:/mine@champion"):
         assert measure._puzzles_of(name, home) == there / "data/eval"
+    assert measure.trained_in("/model") == Path("/")
     elsewhere = measure._puzzles_of("GSAI-ML/LLaDA-8B-Base", home)
     (home / "data/eval").mkdir(parents=True)
     assert measure._puzzles_of(str(model), home) == elsewhere == home / "data/eval"
