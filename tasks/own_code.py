@@ -48,16 +48,23 @@ def files_of(values: Any) -> list[str]:
     return list(dict.fromkeys(os.path.normpath(file) for _, file in _named(values)))
 
 
-def _named(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Each setting that names a file, as written, and the file."""
+def texts_of(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Each text in these settings, behind the name of its setting."""
     if isinstance(values, Mapping):
         for name, value in values.items():
-            yield from _named(value, str(name))
+            yield from texts_of(value, str(name))
     elif isinstance(values, list | tuple):
         for value in values:
-            yield from _named(value, key)
-    elif isinstance(values, str) and (file := _file(key, values)):
-        yield values, file
+            yield from texts_of(value, key)
+    elif isinstance(values, str):
+        yield key, values
+
+
+def _named(values: Any) -> Iterator[tuple[str, str]]:
+    """Each setting that names a file, as written, and the file."""
+    for key, text in texts_of(values):
+        if file := _file(key, text):
+            yield text, file
 
 
 def _file(key: str, value: str) -> str | None:

@@ -226,6 +226,12 @@ def below(home: Path, given: str | None) -> Path | None:
     return root if root is not None and root.is_dir() else None
 
 
+def source_roots(given: str | None, home: Path) -> list[Path]:
+    """The folders in which a source of rows is looked for, in turn: LLADAFLOW_DATA_ROOT, `given`, the project's own."""
+    roots = [root for root in (os.environ.get("LLADAFLOW_DATA_ROOT"), given) if root]
+    return [home / Path(root).expanduser() for root in roots] + [home]
+
+
 def visible_gpus() -> int:
     """As CUDA would count them, without the seconds that importing torch takes."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")

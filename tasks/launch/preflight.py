@@ -4,7 +4,6 @@ No code of one's own is run, nothing is asked of the Hub, no file of rows is rea
 """
 
 import ast
-import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ from llada_core.evaluation import recipes
 from llada_core.settings import ConfigError, nearest
 from llada_core.training.rewards import reward_named
 from tasks import own_code
-from tasks.project import Params, Project
+from tasks.project import Params, Project, source_roots
 
 
 def check(values: Mapping[str, Any], params: Params, project: Project, places: list[Path], *, fresh: bool) -> None:
@@ -25,28 +24,16 @@ def check(values: Mapping[str, Any], params: Params, project: Project, places: l
     values: the settings as written, with the files of one's own looked for in `places`. fresh: nothing is made yet, so
     that the data's sources have to be there.
     """
-    for key, path in _functions(values):
-        _require_function(key, path, places)
+    for key, path in own_code.texts_of(values):
+        if key in own_code.KEYS:
+            _require_function(key, path, places)
     if "evaluate" in params.stages:
         _require_benchmarks(values, params, places)
     if fresh and "prepare" in params.stages and params.data is not None:
-        given = [root for root in (os.environ.get("LLADAFLOW_DATA_ROOT"), params.data.root) if root]
-        roots = [project.home / Path(root).expanduser() for root in given] + [project.home]
+        roots = source_roots(params.data.root, project.home)
         for stage, part in params.data.parts.items():
             for source in part.sources:
                 find(source, stage, roots)
-
-
-def _functions(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Each setting that names a function, and what it says."""
-    if isinstance(values, Mapping):
-        for name, value in values.items():
-            yield from _functions(value, str(name))
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _functions(value, key)
-    elif isinstance(values, str) and key in own_code.KEYS:
-        yield key, values
 
 
 def _require_function(key: str, path: str, places: list[Path]) -> None:

@@ -31,7 +31,7 @@ from llada_core.files import line_of, numbered
 from llada_core.settings import ConfigError, function_at
 from llada_core.tokenizer import Tokenizer, train_tokenizer
 from tasks.folders import content_hash, hash_of, link_into, read_json, write_json, write_text
-from tasks.project import data_root
+from tasks.project import data_root, source_roots
 from tasks.record.runs import StageContext
 from tasks.work.evaluate import quiet_lm_eval
 
@@ -86,8 +86,7 @@ def prepare(
     measured: the benchmarks of the run, whose questions are looked for in the training data.
     Raises `ConfigError`, `DataError` and FileNotFoundError for what a user can mend; `out` is then not there.
     """
-    given = [Path(root).expanduser() for root in (os.environ.get("LLADAFLOW_DATA_ROOT"), params.root) if root]
-    roots = [home / root for root in given] + [home]
+    roots = source_roots(params.root, home)
     kept = home / ".cache" / "prepared"
     kept.mkdir(parents=True, exist_ok=True)
     _sweep(kept)
