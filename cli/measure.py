@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import Bits, Compiled, Device, Json, Model, model_folder, name_or_champion, said_to
+from llada_core.files import stem, suffix
 from llada_core.settings import ConfigError, while_imported
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def evaluate(
     that another run trained is asked puzzles as was saved with it.
     """
     name, files = name_or_champion(model), [text for text in benchmarks if _is_own(text)]
-    asked = _asked([Path(text).stem if text in files else text for text in benchmarks], table)
+    asked = _asked([stem(text) if text in files else text for text in benchmarks], table)
     hours = budget_hours(budget) if budget and share is None else None
     given: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "run_code": run_code, "root": data}
     given |= {} if compiled == "off" else {"compile": compiled}
@@ -100,7 +101,7 @@ def _is_own(text: str) -> bool:
     """Whether a benchmark is a file of questions and answers."""
     from tasks.own_code import TABLES
 
-    return Path(text).suffix in TABLES and Path(text).is_file()
+    return suffix(text) in TABLES and Path(text).is_file()
 
 
 def _prepared(

@@ -100,7 +100,7 @@ def text_of(data: bytes, where: str) -> str:
 def stem(path: str | Path) -> str:
     """A file's name without what says how it is packed and written: train of train.jsonl.gz."""
     name = Path(path)
-    return Path(name.stem).stem if name.suffix in PACKED else name.stem
+    return Path(name.stem).stem if name.suffix.lower() in PACKED else name.stem
 
 
 def suffix(path: str | Path) -> str:

@@ -122,13 +122,18 @@ def explain(block: type[Any], error: Any) -> str:
 
 
 def _keys_at(block: type[Any], path: tuple[str | int, ...]) -> list[str]:
-    """The field names of the block found by following `path` from `block`."""
+    """The keys of the block found by following `path` from `block`."""
     for part in path:
-        field = block.__pydantic_fields__.get(str(part))
+        field = _by_key(block).get(str(part))
         inner = None if field is None else _block_in(field.annotation)
         if inner is not None:
             block = inner
-    return list(block.__pydantic_fields__)
+    return list(_by_key(block))
+
+
+def _by_key(block: type[Any]) -> dict[str, Any]:
+    """The fields of a block as people write them, who do not know that one is called otherwise in the code."""
+    return {field.alias or name: field for name, field in block.__pydantic_fields__.items()}
 
 
 def _block_in(annotation: Any) -> Any:

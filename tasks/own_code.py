@@ -13,7 +13,7 @@ from typing import Any
 
 from llada_core.data.shapes import prompt
 from llada_core.data.sources import Row, RowError, UnusableRow, rows_of
-from llada_core.files import line_of, stem
+from llada_core.files import line_of, stem, suffix
 from llada_core.settings import ConfigError
 from llada_core.verifiers.answers import verifiable, verify
 from tasks.folders import content_hash
@@ -23,24 +23,33 @@ FUNCTION = re.compile(r"(?P<file>[^:]+\.py):(?P<name>\w+)")
 FOLDER = "own"  # of a workspace, with the copies
 QUESTIONS = "questions"  # the setting of a benchmark that is a file
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".ndjson")  # of questions and answers
-BENCHMARKS, KEPT = (*TABLES, ".yaml"), (".py", ".yaml")  # what may be a benchmark, and what is copied as it is
+KEPT = (".py", ".yaml")  # what is copied as it is
 
 
 def with_benchmarks(values: dict[str, Any]) -> dict[str, Any]:
     """The settings with each benchmark that is a file called by its stem, and the file in `evaluate.overrides`."""
-    block = values.get("evaluate") or {}
-    files = [str(name) for name in block.get("benchmarks") or () if Path(str(name)).suffix in BENCHMARKS]
-    if not files:
+    block = values.get("evaluate")
+    # What is of another shape is told where settings are read.
+    if not isinstance(block, dict) or not isinstance(block.get("benchmarks"), list | tuple):
         return values
-    overrides = dict(block.get("overrides") or {})
+    listed, over = block["benchmarks"], block.get("overrides") or {}
+    files = [str(name) for name in listed if is_benchmark(str(name))]
+    if not files or not isinstance(over, dict) or not all(isinstance(own, dict | None) for own in over.values()):
+        return values
+    overrides = dict(over)
     for file in files:
         if not re.fullmatch(r"[\w-]+", stem(Path(file))):
             raise ConfigError(
                 f"evaluate.benchmarks: {file!r} names a benchmark; use letters, digits, _ and - before the dot"
             )
         overrides[stem(Path(file))] = {**(overrides.get(stem(Path(file))) or {}), QUESTIONS: file}
-    names = [stem(Path(name)) if name in files else name for name in block["benchmarks"]]
+    names = [stem(Path(name)) if name in files else name for name in listed]
     return values | {"evaluate": block | {"benchmarks": names, "overrides": overrides}}
+
+
+def is_benchmark(text: str) -> bool:
+    """Whether a benchmark's name is that of a file: of questions and answers, packed or not, or of a recipe."""
+    return suffix(text) in TABLES or Path(text).suffix == ".yaml"
 
 
 def files_of(values: Any) -> list[str]:

@@ -4,7 +4,9 @@ No code of one's own is run, nothing is asked of the Hub, no file of rows is rea
 """
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,13 +43,14 @@ def _require_function(key: str, path: str, places: list[Path]) -> None:
     own = own_code.FUNCTION.fullmatch(path)
     if own is not None:
         name, file = own["name"], own_code.found({key: path}, places)[own["file"]]
-    elif "." not in path:
-        if key == "reward":
-            reward_named(path)
+    elif key == "reward" and "." not in path:
+        reward_named(path)
         return
+    elif not re.fullmatch(r"\w+(\.\w+)+", path):
+        raise ConfigError(f"{key} {path!r}: write it as ./file.py:function or package.module.function")
     else:
         module, _, name = path.rpartition(".")
-        inside = _file_of(module)
+        inside = _file_of(module, f"{key} {path!r}", places[-1])
         if inside is None:
             return
         file = inside
@@ -62,15 +65,20 @@ def _require_function(key: str, path: str, places: list[Path]) -> None:
         raise ConfigError(f"{key} {path!r}: {file} has no function {name!r}{nearest(name, functions)}")
 
 
-def _file_of(module: str) -> Path | None:
-    """The file of an installed module, found without importing its packages; None for one that is elsewhere."""
+def _file_of(module: str, what: str, project: Path) -> Path | None:
+    """The file of a module that is installed or in the project, found without importing its packages; None for one that
+    is no Python text. Raises `ConfigError`, opened by `what`, where there is no such module."""
     top, *inner = module.split(".")
-    spec = find_spec(top)
-    if spec is None or not inner:
-        return None if spec is None or spec.origin is None else Path(spec.origin)
-    places = [Path(place).joinpath(*inner) for place in spec.submodule_search_locations or ()]
-    files = (file for place in places for file in (place.with_suffix(".py"), place / "__init__.py"))
-    return next((file for file in files if file.is_file()), None)
+    spec = find_spec(top) or PathFinder.find_spec(top, [str(project)])
+    for name in inner:
+        if spec is None or spec.submodule_search_locations is None:  # os.path is a module of a file that holds none
+            break
+        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
+    if spec is None:
+        ways = "a function of a file of your own is written ./my_file.py:function"
+        raise ConfigError(f"{what}: no module named {module!r}; {ways}")
+    origin = spec.origin or ""
+    return Path(origin) if spec.name == (inner or [top])[-1] and origin.endswith(".py") else None
 
 
 def _names(node: ast.AST) -> Iterator[str]:

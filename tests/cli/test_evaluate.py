@@ -149,8 +149,8 @@ def test_with_json_stdout_is_one_object(call, tiny, monkeypatch):
 def test_a_file_of_questions_and_answers_is_a_benchmark(call, tiny, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     Path("params.yaml").write_text(PARAMS)
-    Path("town.csv").write_text("question,answer\nWhen?,At nine.\nWhere?,Here.\n")
-    result = call("eval", "./town.csv", "--model", tiny, "--out", "out", "--json")
+    Path("town.CSV").write_text("question,answer\nWhen?,At nine.\nWhere?,Here.\n")
+    result = call("eval", "./town.CSV", "--model", tiny, "--out", "out", "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["benchmarks"]["town"]["n"] == 2
     rows = [json.loads(line) for line in Path("out/town").glob("*.samples.jsonl").__next__().read_text().splitlines()]

@@ -101,6 +101,16 @@ FAULTS = {  # change of the profile -> what is said
         "launch:",
         "grpo: {init_from: sft, reward: publishd, max_steps: 1}\nlaunch:",
     ): r"grpo\.reward 'publishd'; did you mean",
+    ("./my_maps.py:turns", "./my_maps.py"): r"map '\./my_maps\.py': write it as \./file\.py:function",
+    ("./my_maps.py:turns", "llada_cor.data.maps.dolly"): r"no module named 'llada_cor\.data\.maps'; .* \./my_file\.py",
+    ("./my_maps.py:turns", "llada_core.data.mapps.dolly"): r"no module named 'llada_core\.data\.mapps'",
+    ("./my_maps.py:turns", "mine.turns"): r"no module named 'mine'",
+    ("[./asked.csv]", "./asked.csv"): r"evaluate\.benchmarks: Input should be a valid tuple",
+    ("[./asked.csv]", "5"): r"evaluate\.benchmarks: Input should be a valid tuple",
+    ("[./asked.csv]", "[./asked.csv], overrides: {asked: 5}"): r"evaluate\.overrides\.asked: Input should be",
+    ("evaluate: {", "evaluate: sudoku\nx: {"): r"evaluate: Input should be a valid dictionary",
+    ("launch:", "register: {nam: mine}\nlaunch:"): r"unknown key 'register\.nam'; did you mean 'name'",
+    ("launch:", "regster: {name: mine}\nlaunch:"): r"unknown key 'regster'; did you mean 'register'\?",
     ("vocab_size", "vocab_sise"): r"unknown key 'data\.tokenizer\.vocab_sise'",
 }
 
@@ -254,3 +264,6 @@ def test_a_file_is_a_benchmark_of_a_profile_alone(tmp_path: Path) -> None:
         require_listed({"stages": {}}, params)
     with pytest.raises(ConfigError, match=r"'./my mine.csv' names a benchmark; use letters"):
         with_benchmarks({"evaluate": {"benchmarks": ["./my mine.csv"]}})
+    named = with_benchmarks({"evaluate": {"benchmarks": ["sudoku", "./MINE.CSV", "b.jsonl.gz"]}})["evaluate"]
+    assert named["benchmarks"] == ["sudoku", "MINE", "b"]
+    assert named["overrides"] == {"MINE": {"questions": "./MINE.CSV"}, "b": {"questions": "b.jsonl.gz"}}
