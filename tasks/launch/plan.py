@@ -195,15 +195,16 @@ def told(params: Params, stage: str, gpu: str, mfu: float) -> str:
     ranks, per_node = ranks_of(params, stage)
     allowed = room_of(gpu, ranks)  # a GPU that is not known is told first
     needs = need(params, stage, ranks, per_node)
-    parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in needs.memory.items() if value >= GIB / 20)
+    unit, size = _unit(needs.total)
+    parts = ", ".join(f"{name} {value / size:.1f}" for name, value in needs.memory.items() if value >= size / 20)
     how = "a training step run on tensors without memory" if needs.measured else "by formula"
     if (unknown := unknown_step(params.training(stage))) is not None:
         how = f"by formula, as of the diffusion loss: {unknown} has no fullest_step that says what it holds"
     lines = [
         f"{stage}: {needs.parameters:,} parameters, {needs.trained:,} of them trained, on {_where(gpu, ranks)}",
-        f"  memory of a {'process' if gpu == HERE else 'GPU'} (GiB; {how}): {parts}: {needs.total / GIB:.1f} of {allowed / GIB:.1f}",
-        f"  disk (GiB): checkpoints {needs.checkpoints / GIB:.1f}, exported model {needs.exported / GIB:.1f};"
-        f" memory of a node at start {needs.host / GIB:.1f}",
+        f"  memory of a {'process' if gpu == HERE else 'GPU'} ({unit}; {how}): {parts}:"
+        f" {needs.total / size:.1f} of {allowed / GIB:.1f}{' GiB' * (size != GIB)}",
+        _disk(needs),
     ]
     if needs.flops is None:
         return "\n".join([*lines, f"  at most {needs.tokens:,} tokens per step; how many steps, the data will tell"])
@@ -220,6 +221,20 @@ def told(params: Params, stage: str, gpu: str, mfu: float) -> str:
             f"  at most {needs.tokens:,} tokens per step; {steps}{needs.flops:.2g} FLOPs: {time}",
         ]
     )
+
+
+def _disk(needs: StageNeeds) -> str:
+    """The row of what a stage writes, and of what a node reads at its start."""
+    unit, size = _unit(needs.checkpoints)
+    return (
+        f"  disk ({unit}): checkpoints {needs.checkpoints / size:.1f}, exported model {needs.exported / size:.1f};"
+        f" memory of a node at start {needs.host / size:.1f}"
+    )
+
+
+def _unit(largest: float) -> tuple[str, int]:
+    """The name and bytes of the unit in which a row is told whose largest number this is; a small model's are MiB."""
+    return ("GiB", GIB) if largest >= GIB else ("MiB", 2**20)
 
 
 def _where(gpu: str, ranks: int) -> str:
