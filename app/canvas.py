@@ -247,7 +247,7 @@ def for_template(params: SamplingParams, rows: Sequence[Sequence[int]], mask_id:
     A sampler of LLaDA2 keeps its blocks, and its model sees nothing behind the block that is being written.
     """
     masks = max(list(row).count(mask_id) for row in rows)
-    made = dataclasses.replace(params.at_length(masks), stop_at_eos=False, finish_block=False)
+    made = params.at_length(masks).filling()
     return made if params.sampler else dataclasses.replace(made, block_length=max(map(len, rows)))
 
 

@@ -145,6 +145,7 @@ class SamplingFields(ApiRequest):
     top_k: Whole | None = None
     top_p: float | None = None
     finish_block: bool | None = None
+    variable_length: bool | None = None
 
     @field_validator("top_k", mode="after")
     @classmethod

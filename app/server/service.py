@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -146,7 +146,7 @@ class Service:
     ) -> list[Draft]:
         filling = whole or suffix is not None
         if filling:  # a template is filled to its end
-            params = replace(params, stop_at_eos=False)
+            params = params.filling()
         blank = 0 if whole else params.max_new_tokens
         found: list[Draft] = []
         for prompt in prompts:

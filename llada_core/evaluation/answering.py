@@ -293,8 +293,8 @@ class Responder:
             return to_answer(self.model, [asked.prompt], asked.params, copy=asked.copy)[0][0]
         template = [*asked.prompt, *[self.tokenizer.special.mask_id] * asked.blanks, *asked.suffix]
         block = self.model.block_length or asked.length  # one that attends by blocks keeps to those it learnt
-        own = replace(asked.params, max_new_tokens=asked.length, block_length=block)
-        params = replace(own, stop_at_eos=False, finish_block=False, schedule="linear")
+        own = asked.params.filling()
+        params = replace(own, max_new_tokens=asked.length, block_length=block, schedule="linear")
         return to_fill(self.model, [template], params, copy=asked.copy)[0]
 
     @staticmethod

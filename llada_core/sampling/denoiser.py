@@ -12,14 +12,18 @@ from torch import Tensor
 from llada_core.modeling.predictor import MaskPredictor
 from llada_core.sampling.cached import BlockDenoiser, CachedDenoiser, CacheWindow
 from llada_core.sampling.params import SamplingParams
-from llada_core.sampling.query import Denoiser, Look, Query
+from llada_core.sampling.query import Denoiser, Look, Query, columns
 
 
 @dataclass
 class PlainDenoiser:
-    """One forward over the whole canvas, the vocabulary projection only at the asked-for positions: exact."""
+    """One forward over the whole canvas, the vocabulary projection only at the asked-for positions: exact.
+
+    `block`: columns of a block, behind which a row's canvas is not there yet (`variable_length`); None: all of it is.
+    """
 
     model: MaskPredictor
+    block: int | None = None
     forwards: int = field(default=0, init=False)
     fed: int = field(default=0, init=False)
 
@@ -30,17 +34,47 @@ class PlainDenoiser:
 
     def logits(self, query: Query) -> Tensor:
         """(P, V)."""
-        return self.ask(query, self.plan(query.fresh, query.firsts, query.tokens.shape))
+        rows, length = query.tokens.shape
+        ends = self._ends(query.firsts, length)
+        self._count(rows, max(ends))
+        # Rows that end together need no mask, without which the fastest kernels of attention can be had.
+        return self._fed(query, max(ends), masked=min(ends) < max(ends))
 
     def ask(self, query: Query, look: Look) -> Tensor:
         """(P, V), uncounted."""
-        return self.model(query.tokens, query.visible, positions=query.wanted).logits
+        return self._fed(query, look.width or query.tokens.shape[1], masked=self.block is not None)
 
     def plan(self, fresh: Sequence[bool | None], firsts: list[int], shape: torch.Size) -> Look:
-        """The whole canvas."""
+        """The whole canvas, or as far as the furthest block of a row that writes, rounded up to one of a few widths."""
+        rows, length = shape
+        if self.block is None:
+            self._count(rows, length)
+            return Look()
+        writing = [first for first, new in zip(firsts, fresh, strict=True) if new is not None]
+        width = min(columns(max(self._ends(writing, length))), length)
+        self._count(rows, width)
+        return Look(width)
+
+    def _ends(self, firsts: list[int], length: int) -> list[int]:
+        """Where each row's canvas ends."""
+        return [length if self.block is None else min(first + self.block, length) for first in firsts]
+
+    def _count(self, rows: int, width: int) -> None:
+        """A forward over so many positions of so many rows."""
         self.forwards += 1
-        self.fed += shape.numel()
-        return Look()
+        self.fed += rows * width
+
+    def _fed(self, query: Query, width: int, *, masked: bool) -> Tensor:
+        """(P, V) from the first `width` columns, `masked` behind each row's block."""
+        visible, wanted, length = query.visible, query.wanted, query.tokens.shape[1]
+        if masked and self.block is not None:
+            visible = query.seen(self.block)
+        if width == length:
+            return self.model(query.tokens, visible, positions=wanted).logits
+        seen = None if visible is None else visible[:, :width]
+        # From positions on the flattened canvas (A, T) to positions in its first columns (A, W).
+        positions = wanted // length * width + wanted % length
+        return self.model(query.tokens[:, :width], seen, positions=positions).logits
 
     def arrange(self, order: list[int], width: int) -> None:
         """Nothing is remembered from step to step."""
@@ -74,6 +108,21 @@ class Wrapper:
     def arrange(self, order: list[int], width: int) -> None:
         """Passed on."""
         self.inner.arrange(order, width)
+
+
+@dataclass
+class GrowingDenoiser(Wrapper):
+    """Hides from a denoiser with a cache what stands behind each row's block of `block` columns: see `variable_length`."""
+
+    block: int
+
+    def logits(self, query: Query) -> Tensor:
+        """(P, V)."""
+        return self.inner.logits(replace(query, visible=query.seen(self.block)))
+
+    def ask(self, query: Query, look: Look) -> Tensor:
+        """(P, V), uncounted."""
+        return self.inner.ask(replace(query, visible=query.seen(self.block)), look)
 
 
 @dataclass
@@ -161,10 +210,14 @@ def denoiser_of(model: MaskPredictor, params: SamplingParams) -> Denoiser:
         _require_block_settings(params)
         denoiser = BlockDenoiser(model, params.block_length, cached=params.cache == "prefix")
     elif params.cache == "none":
-        denoiser = PlainDenoiser(model)
+        denoiser = PlainDenoiser(model, params.block_length if params.variable_length else None)
     elif model.supports_cache:
-        window = CacheWindow(params.cache, params.block_length, params.cache_window, params.cache_refresh)
+        # Where nothing stands behind the block, a prefix cache's windows are the blocks alone, as a dual one's.
+        kind = "dual" if params.variable_length else params.cache
+        window = CacheWindow(kind, params.block_length, params.cache_window, params.cache_refresh)
         denoiser = CachedDenoiser(model, window)
+        if params.variable_length:
+            denoiser = GrowingDenoiser(denoiser, params.block_length)
     else:
         raise ValueError(
             f"{type(model).__name__} keeps no keys and values for cache {params.cache!r}; set cache 'none'"

@@ -42,7 +42,8 @@ class SamplingParams:
     `cfg_keep_tokens` stay visible. `cache` is approximate: "prefix" keeps keys and values of what precedes the block,
     "dual" of all but the block and `cache_window` positions each side; they are made anew when a row enters a block
     and, if set, every `cache_refresh` steps. `right_shift_logits` is for models whose logits predict the next token.
-    `stop_at_eos` ends a row at its first end token, with `finish_block` once the block of that token is whole. One `seed`
+    `stop_at_eos` ends a row at its first end token, with `finish_block` once the block of that token is whole; with
+    `variable_length` nothing stands behind the block until it is whole (iLLaDA, arXiv:2606.25331, section 2.3). One `seed`
     gives one answer for one prompt, whatever its batch.
     `sampler` names one of LLaDA2's, whose `steps` count for each block. "llada2.0" writes every position above
     `threshold`, or the surest where these are fewer than the step's share of the block. "llada2.1" writes those or the
@@ -180,6 +181,12 @@ class SamplingParams:
         exclude_if=lambda value: not value,
         description="stop_at_eos waits until the block of the end token is whole; with llada2.1 it always does.",
     )
+    # Approximates nothing, but is another canvas: iLLaDA was trained to end its texts, LLaDA to fill a room with EOS.
+    variable_length: bool = Field(
+        default=False,
+        exclude_if=lambda value: not value,
+        description="Masks behind the block are not there yet: the answer grows by blocks, as iLLaDA writes (LLaDA2 always does).",
+    )
 
     @property
     def parallel(self) -> bool:
@@ -221,6 +228,10 @@ class SamplingParams:
         # At least one: at many tokens a step a short answer would get none.
         steps = max(1, round(self.steps * new / self.max_new_tokens))
         return dataclasses.replace(self, max_new_tokens=new, block_length=block, steps=steps)
+
+    def filling(self) -> "SamplingParams":
+        """These settings for a text that is filled to its end, without those of how an answer ends and grows."""
+        return dataclasses.replace(self, stop_at_eos=False, finish_block=False, variable_length=False)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -340,6 +351,7 @@ def preset(name: str, base: SamplingParams) -> SamplingParams:
         defer_tokens=base.defer_tokens,
         stop_at_eos=base.stop_at_eos,
         right_shift_logits=base.right_shift_logits,
+        variable_length=base.variable_length,
         seed=base.seed,
     )
     if base.sampler is not None:  # nothing is surer than 1: a step writes the surest alone, and nothing is edited

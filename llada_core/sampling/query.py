@@ -49,6 +49,12 @@ class Query:
     fresh: Sequence[bool | None]
     counts: list[int] = field(default_factory=list)
 
+    def seen(self, block: int) -> Tensor:
+        """(A, T) bool: what is visible of each row's canvas as far as its block of so many columns."""
+        places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        there = places < self.first[:, None] + block
+        return there if self.visible is None else there & self.visible
+
     def subset(self, rows: Tensor, wanted: Tensor) -> "Query":
         """The query of some rows (R,), with `wanted` counted in them."""
         return replace(

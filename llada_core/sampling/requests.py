@@ -79,8 +79,10 @@ class Request:
         """What requests have in common that can share a forward."""
         p = self.params
         window = (p.block_length if p.cache == "dual" else 0, p.cache_window, p.cache_refresh)
-        # Only a dual cache's windows are as wide as a block; other rows with blocks of any lengths share forwards.
-        return p.cache, window, p.cfg_scale, p.right_shift_logits, p.block_length if self.by_blocks else 0
+        # Only a dual cache's windows are as wide as a block; other rows with blocks of any lengths share forwards, if what
+        # stands behind their blocks is there.
+        seen = p.block_length if self.by_blocks or p.variable_length else 0
+        return p.cache, window, p.cfg_scale, p.right_shift_logits, seen
 
     @cached_property
     def rule_key(self) -> tuple[Any, ...]:
@@ -154,6 +156,8 @@ def to_fill(
     """A request for each template; copies as in `to_answer`, other arguments and errors are those of `infill`."""
     if params.stop_at_eos:
         raise ValueError("stop_at_eos is for answers; a template is filled to its end")
+    if params.variable_length:
+        raise ValueError("variable_length is for answers; what stands behind a template's gap is there from the start")
     templates = _templates(model, template_ids)
     rows: list[Row] = []
     for template in templates:
@@ -185,7 +189,8 @@ def _requests(
         text = prompt.numpy().tobytes()
         number = seen[text] = seen.get(text, copy - 1) + 1
         key = noise_key(prompt, seed, number)
-        mask_id, ahead = model.special_tokens.mask_id, ahead and params.cache == "none" and not by_blocks
+        mask_id = model.special_tokens.mask_id
+        ahead = ahead and params.cache == "none" and not by_blocks and not params.variable_length
         # A model that attends by blocks was trained with blocks that begin at the text's first token.
         origin = 0 if by_blocks else start
         found.append(Request(tokens, start, end, params, key, mask_id, visible, ahead, origin, tail, by_blocks))

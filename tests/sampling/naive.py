@@ -1,7 +1,7 @@
 """The sampler's algorithm as plainly as it can be written: one request, the whole canvas, loops over positions.
 
-Low-confidence, margin and random remasking; the even schedule, threshold and factor; temperature and guidance. The
-oracle of what is written for many requests at once.
+Low-confidence, margin and random remasking; the even schedule, threshold and factor; temperature, guidance, and a canvas
+that grows. The oracle of what is written for many requests at once.
 """
 
 import torch
@@ -27,7 +27,8 @@ def naive(model: MaskPredictor, prompt: list[int], params: SamplingParams, copy:
         places = range(first, min(first + params.block_length, len(tokens)))
         block_steps, step = params.steps // params.blocks, 0
         while opened := [at for at in places if tokens[at] == mask]:
-            logits = guided(model, tokens, len(prompt), params.cfg_scale)
+            there = tokens[: places.stop] if params.variable_length else tokens
+            logits = guided(model, there, len(prompt), params.cfg_scale)
             found = {}
             for rank, at in enumerate(opened):
                 possible = logits[at].double()

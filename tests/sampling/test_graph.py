@@ -37,6 +37,8 @@ KINDS = {
     "dual": 2,
     "dual, threshold": 3,
     "prefix": 3,
+    "growing": 1,
+    "growing, dual": 3,
     "blocks": 2,
     "blocks, edited, cached": 4,
 }

@@ -1,6 +1,8 @@
 """A batch of different lengths equals its singles, token for token, in every mode; nothing depends on the
 neighbours."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,6 +46,11 @@ MODES = {
     "dual, vicinity": {"cache": "dual", "cache_window": 4, "threshold": 0.4},
     "dual, uneven blocks": {"cache": "dual", "schedule": "linear", "block_length": 7},
     "prefix, uneven, refreshed": {"cache": "prefix", "schedule": "linear", "block_length": 7, "cache_refresh": 2},
+    "growing": {"variable_length": True},
+    "growing, guided, hot": {"variable_length": True, "cfg_scale": 0.5, "temperature": 0.5, "seed": 6},
+    "growing, prefix, threshold": {"variable_length": True, "cache": "prefix", "threshold": 0.4},
+    "growing, dual": {"variable_length": True, "cache": "dual", "cache_window": 4, "cache_refresh": 3},
+    "growing, stop": {"variable_length": True, "stop_at_eos": True, "finish_block": True, "threshold": 0.5},
     "stop": {"stop_at_eos": True},
     "stop, hot, dual": {"stop_at_eos": True, "cache": "dual", "temperature": 1.0, "seed": 11},
 }  # fmt: skip
@@ -67,6 +74,20 @@ def test_batch_equals_singles(mode):
         assert torch.equal(answer, generate(model, [prompt], params).answers[0])
     assert together.tokens.shape == (8, 12 + 24)
     assert not (together.tokens == MASK).any()
+
+
+def test_a_growing_canvas_is_another_one_and_feeds_less():
+    """Masks behind the block change an answer; with a cache made anew in every step nothing is approximated."""
+    model, asked = golden_model("llada_tiny"), SamplingParams(**BASE, variable_length=True)
+    whole, grown = generate(model, prompts(), SamplingParams(**BASE)), generate(model, prompts(), asked)
+    assert not torch.equal(whole.tokens, grown.tokens)
+    assert grown.fed == sum(8 * (12 + end) for end in (8, 16, 24) for _ in range(8)) < whole.fed
+    for cache in ("prefix", "dual"):
+        fresh = replace(asked, cache=cache, cache_refresh=1)
+        assert torch.equal(generate(model, prompts(), fresh).tokens, grown.tokens)
+    with pytest.raises(ValueError, match="variable_length is for answers"):
+        infill(model, [[5, MASK, 7]], asked)
+    assert not replace(asked, stop_at_eos=True, finish_block=True).filling().variable_length
 
 
 @pytest.mark.parametrize("mode", ["even", "temperature", "dual, threshold", "guided"])
