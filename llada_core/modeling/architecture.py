@@ -165,6 +165,13 @@ _DREAM_FIXED: dict[str, tuple[Any, ...]] = {
     "use_mrope": (False, None),
     "use_sliding_window": (False, None),
 }
+_ILLADA_FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "hidden_act": ("silu",),
+    "layer_norm_eps": (None,),  # a number would make its norms LayerNorms
+    "mlp_bias": (False, None),
+    "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}, {"factor": 1.0, "type": "default"}),
+}
 # Keys that say nothing about the arithmetic of a forward pass here.
 # How new weights are drawn, the slope of an ALiBi that is off, and which kernel or precision computes: the choice is ours.
 _DENSE_SILENT = frozenset(
@@ -175,6 +182,8 @@ _MOE_SILENT = frozenset(["initializer_range", "output_router_logits", "router_au
 # Files give the width of a sliding window that use_sliding_window turns off.
 _LLADA2_SILENT = frozenset(["initializer_range", "max_window_layers", "output_router_logits", "sliding_window"])
 _DREAM_SILENT = frozenset(["initializer_range", "max_window_layers", "sliding_window"])
+# Dropout is a matter of training, and ours drops nothing out.
+_ILLADA_SILENT = frozenset(["attention_dropout", "embd_pdrop", "initializer_range", "pretraining_tp", "resid_pdrop"])
 _GENERAL = frozenset(
     ["architectures", "auto_map", "dtype", "model_type", "name_or_path", "quantization_config", "tie_word_embeddings"]
 ) | frozenset(["torch_dtype", "transformers_version", "use_cache", *TOKEN_KEYS])
@@ -369,6 +378,29 @@ def dream_architecture(values: Mapping[str, Any]) -> Architecture:
         qk_norm="none",
         # It began as an autoregressive model and kept predicting the next token (arXiv:2508.15487).
         shifted=True,
+    )
+    read.finish()
+    return architecture
+
+
+def illada_architecture(values: Mapping[str, Any]) -> Architecture:
+    """What a config.json of iLLaDA describes; errors as `dense_architecture`."""
+    read = _Reader(values, _ILLADA_SILENT)
+    read.fixed(_ILLADA_FIXED, {})
+    n_heads = int(read.need("num_attention_heads"))
+    architecture = Architecture(
+        vocab_rows=int(read.need("vocab_size")),
+        width=int(read.need("hidden_size")),
+        n_layers=int(read.need("num_hidden_layers")),
+        n_heads=n_heads,
+        n_kv_heads=int(read.maybe("num_key_value_heads", n_heads)),
+        mlp_width=int(read.need("intermediate_size")),
+        max_length=int(read.need("max_position_embeddings")),
+        rope_theta=float(read.need("rope_theta")),
+        norm_eps=float(read.need("rms_norm_eps")),
+        tied=bool(read.need("tie_word_embeddings")),
+        qkv_bias=False,
+        qk_norm="none",
     )
     read.finish()
     return architecture

@@ -14,11 +14,12 @@ from llada_core.modeling.architecture import (
     blocks_architecture,
     dense_architecture,
     dream_architecture,
+    illada_architecture,
     llada2_architecture,
     moe_architecture,
     refuse_merged,
 )
-from llada_core.modeling.families import FAMILIES, TOKEN_KEYS, Family, family_of
+from llada_core.modeling.families import FAMILIES, LLADA, LLADA_NAMES, TOKEN_KEYS, Family, family_of
 
 
 def published_shapes(own: Mapping[str, Tensor], family: Family) -> dict[str, tuple[int, ...]]:
@@ -61,7 +62,7 @@ def _register_models() -> None:
 
 
 class LLaDAConfig(PreTrainedConfig):
-    """config.json of the dense family (LLaDA 8B, 1.5, iLLaDA); `from_dict` gives the MoE one where the file is one."""
+    """config.json of the dense family (LLaDA 8B, 1.5); `from_dict` gives the MoE one where the file is one."""
 
     model_type = "llada"
     attribute_map: ClassVar[dict[str, str]] = {
@@ -100,6 +101,10 @@ class LLaDAConfig(PreTrainedConfig):
         """Lets config.json name the blocks by which the model attends; the usual length of its family stays unsaid."""
         if length != self.architecture().block_length:
             self._published["block_length"] = self.block_length = length
+
+    def dense(self) -> dict[str, Any]:
+        """The keys by which LLaDA names this network, where it is a dense one."""
+        return self.published()
 
     def published(self) -> dict[str, Any]:
         """The published keys with their present values: those of the file read, or of the template."""
@@ -181,6 +186,26 @@ class DreamConfig(LLaDAConfig):
         return dream_architecture(self.published())
 
 
+class ILLaDAConfig(LLaDAConfig):
+    """config.json of iLLaDA-8B: a LLaMA's keys."""
+
+    model_type = "illada"
+    attribute_map: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, **values: Any) -> None:  # as in LLaDAMoEConfig
+        super().__init__(**values)
+
+    def architecture(self) -> Architecture:
+        return illada_architecture(self.published())
+
+    def dense(self) -> dict[str, Any]:
+        here = self.published()
+        tokens = {key: here[key] for key in TOKEN_KEYS if key in here}
+        named = {own: here[key] for key, own in LLADA_NAMES.items()}
+        return {**LLADA.template(), **named, "embedding_size": here["vocab_size"], **tokens}
+
+
+AutoConfig.register("illada", ILLaDAConfig, exist_ok=True)
 AutoConfig.register("Dream", DreamConfig, exist_ok=True)
 AutoConfig.register("llada2_moe", LLaDA2Config, exist_ok=True)
 AutoConfig.register("llada_blocks", LLaDABlocksConfig, exist_ok=True)

@@ -93,20 +93,17 @@ class LoraParams(SettingsBlock):
 class Published:
     """A family's published model: how its releases' names begin, its special ids (`mask_id`, ...), its config.json.
 
-    The ids hold where nothing nearer names them: no key of a config.json, no tokenizer beside it. `like`: of whose
-    config.json only the `changes` are known.
+    The ids hold where nothing nearer names them: no key of a config.json, no tokenizer beside it.
     """
 
     name: str
     special: Mapping[str, int]
-    like: str = ""
-    changes: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The published config.json, kept beside this file."""
-        file = Path(__file__).parent / f"{self.like or self.name}.json"
-        return {**json.loads(file.read_text(encoding="utf-8")), **self.changes}
+        found: dict[str, Any] = json.loads((Path(__file__).parent / f"{self.name}.json").read_text(encoding="utf-8"))
+        return found
 
     @property
     def vocab_size(self) -> int:
@@ -207,13 +204,18 @@ def _fresh_llada(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
 
 
 def _is_illada(config: Mapping[str, Any]) -> bool:
-    """iLLaDA's files say that they are LLaDA's, and so does its network; what tells it is its vocabulary."""
-    return _is_llada(config) and config.get("vocab_size") == ILLADA.vocab_size
+    return config.get("model_type") == "illada" or "ILLaDAForCausalLM" in (config.get("architectures") or [])
 
 
 def _fresh_illada(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
     n_kv_heads = params.n_kv_heads or math.gcd(params.n_heads, max(1, params.n_heads // 4))
-    return {**_fresh_llada(params, vocab_rows), "n_kv_heads": n_kv_heads, "weight_tying": True}
+    return {
+        **ILLADA.template(),
+        **_shape_of(params, vocab_rows),
+        "num_key_value_heads": n_kv_heads,
+        "intermediate_size": params.mlp_hidden_size,
+        "tie_word_embeddings": True,
+    }
 
 
 def _is_llada_blocks(config: Mapping[str, Any]) -> bool:
@@ -227,7 +229,7 @@ def _fresh_llada_blocks(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
 
 
 def _shape_of(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
-    """What LLaDA-MoE, LLaDA2 and Dream name as transformers does."""
+    """What LLaDA-MoE, LLaDA2, Dream and iLLaDA name as transformers does."""
     return {
         "vocab_size": vocab_rows,
         "hidden_size": params.d_model,
@@ -290,6 +292,21 @@ def _fresh_dream(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
     }
 
 
+LLADA_NAMES = {
+    "hidden_size": "d_model",
+    "intermediate_size": "mlp_hidden_size",
+    "max_position_embeddings": "max_sequence_length",
+    "num_attention_heads": "n_heads",
+    "num_hidden_layers": "n_layers",
+    "num_key_value_heads": "n_kv_heads",
+    "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "tie_word_embeddings": "weight_tying",
+    "vocab_size": "vocab_size",
+}
+"""A LLaMA's keys of a config.json to LLaDA's."""
+
+
 def _fresh_masked_lm(params: ModelParams, vocab_rows: int) -> dict[str, Any]:
     return {**params.backbone, "vocab_size": vocab_rows}
 
@@ -299,21 +316,9 @@ LLADA = Published(
     {"mask_id": 126336, "eos_id": 126081, "pad_id": 126081, "bos_id": 126080, "eot_id": 126348},
 )
 LLADA_MOE = Published("LLaDA-MoE-7B-A1B", {"mask_id": 156895, "eos_id": 156892, "pad_id": 156892})
-ILLADA = (
-    Published(  # the mask: ML-GSAI/LLaDA, README.md; the shape: its card. Other tokens are its tokenizer's to name.
-        "iLLaDA-8B",
-        {"mask_id": 5},
-        like="LLaDA-8B",
-        changes={
-            "n_kv_heads": 8,
-            "mlp_hidden_size": 14336,
-            "max_sequence_length": 8192,
-            "weight_tying": True,
-            "vocab_size": 155136,
-            "embedding_size": 155136,
-        },
-    )
-)
+# Names and keys: its published network, ILLaDAForCausalLM; the shape and the mask: its card. Its own config.json was not at
+# hand: rope_theta, rms_norm_eps and its other ids stand beside this file as usual ones, and a checkpoint names its own.
+ILLADA = Published("iLLaDA-8B", {"mask_id": 5})
 # Names, keys and ids: ZHZisZZ/dllm@ca17675, dllm/pipelines/dream/models; the shape is Qwen2.5-7B's. bos and eot are its
 # tokenizer's; its own config.json was not at hand, so the file beside this one holds the keys that its class reads.
 DREAM = Published(
@@ -336,8 +341,8 @@ _MOE_NAMES = {
     "self_attn.q_norm": "q_norm",
     "self_attn.k_norm": "k_norm",
 }
-# Qwen2's names. The parts of the feed-forward come first, which their `ff_out` is told from the head by.
-_DREAM_NAMES = {"mlp.gate_proj": "ff_proj", "mlp.up_proj": "up_proj", "mlp.down_proj": "ff_out", **_MOE_NAMES}
+# Qwen2's and LLaMA's names. The parts of the feed-forward come first, which their `ff_out` is told from the head by.
+_QWEN_NAMES = {"mlp.gate_proj": "ff_proj", "mlp.up_proj": "up_proj", "mlp.down_proj": "ff_out", **_MOE_NAMES}
 _LLADA2_NAMES = {
     "model.word_embeddings": "model.transformer.wte",
     "model.norm": "model.transformer.ln_f",
@@ -356,11 +361,14 @@ _LLADA2_NAMES = {
 _TABLE = (
     Family(
         kind="illada",
-        config="llada_core.modeling.configuration.LLaDAConfig",
-        network="llada_core.modeling.network.LLaDAModelLM",
+        config="llada_core.modeling.configuration.ILLaDAConfig",
+        network="llada_core.modeling.network.ILLaDAForCausalLM",
         claims=_is_illada,
         fresh=_fresh_illada,
         published=ILLADA,
+        renamed=_QWEN_NAMES,
+        recommended=("illada",),
+        named={"iLLaDA": "illada"},
         by_blocks="llada_blocks",
     ),
     Family(
@@ -410,7 +418,7 @@ _TABLE = (
         claims=_is_dream,
         fresh=_fresh_dream,
         published=DREAM,
-        renamed=_DREAM_NAMES,
+        renamed=_QWEN_NAMES,
     ),
     Family(  # any other model that transformers knows as a masked-LM
         kind="masked_lm",

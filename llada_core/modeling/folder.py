@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,16 @@ def stored_weights(folder: Path) -> dict[str, tuple[tuple[int, ...], int]]:
     return found
 
 
-def require_weights(folder: Path, expected: Shapes) -> None:
-    """`ValueError` unless the folder stores exactly the `expected` weights; tells the first of each kind of mistake."""
+def require_weights(folder: Path, expected: Shapes, twice: Mapping[str, str] | None = None) -> None:
+    """`ValueError` unless the folder stores exactly the `expected` weights; tells the first of each kind of mistake.
+
+    `twice`: weights that may be stored as well, each with the name of one that it must be equal to.
+    """
     found = weight_shapes(folder)
+    for name, first in (twice or {}).items():
+        if name in found and found.get(first) == found[name]:
+            _require_equal(folder, name, first)
+            del found[name]
     complaints = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
@@ -145,6 +153,20 @@ def require_weights(folder: Path, expected: Shapes) -> None:
         raise ValueError(
             f"{folder}: the weights are not those that config.json describes; {'; '.join(told)}{hint if merged else ''}"
         )
+
+
+def _require_equal(folder: Path, name: str, first: str) -> None:
+    """`ValueError` unless two stored weights are the same: config.json says that the model has one for both."""
+    with ExitStack() as opened:
+        slices: dict[str, Any] = {}
+        for file in _weight_files(folder):
+            stored = opened.enter_context(safe_open(file, framework="pt"))
+            slices |= {key: stored.get_slice(key) for key in stored.keys() if key in (name, first)}  # noqa: SIM118
+        one, other = slices[name], slices[first]
+        # A part at a time: two tables of an 8 B model are 2.5 GB.
+        for start in range(0, one.get_shape()[0], 4096):
+            if not (one[start : start + 4096] == other[start : start + 4096]).all():
+                raise ValueError(f"{folder}: config.json ties {name} to {first}, and the two that are stored differ")
 
 
 def require_loaded(name: str, info: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ from llada_core.modeling.block import (
 )
 from llada_core.modeling.configuration import (
     DreamConfig,
+    ILLaDAConfig,
     LLaDA2Config,
     LLaDABlocksConfig,
     LLaDAConfig,
@@ -79,6 +80,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LLaDABlock"]  # noqa: RUF012 - transformers declares it so
+    _keys_to_ignore_on_load_unexpected = [r"ff_out\.weight$", r"^lm_head\.weight$"]  # noqa: RUF012 - see `from_pretrained`
     _supports_sdpa = True
 
     def __init__(self, config: LLaDAConfig) -> None:
@@ -116,12 +118,19 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but a folder must hold exactly the weights of its config.json, else `ValueError`."""
+        """As transformers', but a folder must hold exactly the weights of its config.json, else `ValueError`.
+
+        One matrix for both ends may be stored twice, as iLLaDA's is, if both are the same.
+        """
         if Path(name).is_dir():
             config = kwargs.get("config") or cls.config_class.from_pretrained(name)
             with torch.device("meta"):
-                expected = cls(config).state_dict()
-            require_weights(Path(name), published_shapes(expected, FAMILIES[cls.kind]))
+                network = cls(config)
+            head, table = (
+                FAMILIES[cls.kind].published_name(f"model.transformer.{part}.weight") for part in ("ff_out", "wte")
+            )
+            twice = {head: table} if network.shape.tied else {}
+            require_weights(Path(name), published_shapes(network.state_dict(), FAMILIES[cls.kind]), twice)
         return super().from_pretrained(name, *args, **kwargs)
 
     @property
@@ -159,7 +168,7 @@ class LLaDAModelLM(PreTrainedModel, MaskPredictor):
             self.shape = config.architecture()
             return self
         family = FAMILIES[kind]
-        values = {k: v for k, v in config.published().items() if k not in ("auto_map", "model_type")}
+        values = {k: v for k, v in config.dense().items() if k not in ("auto_map", "model_type")}
         values |= {"architectures": [family.network_class.__name__], "block_length": length}
         with torch.device("meta"):
             made: LLaDAModelLM = family.network_class.of_config(
@@ -329,6 +338,13 @@ class LLaDA2MoeModelLM(LLaDAModelLM):
     kind = "llada2"
     config_class = LLaDA2Config
     _keep_in_fp32_modules_strict = ["expert_bias"]  # noqa: RUF012 - as 2.1 stores it beside weights in bf16
+
+
+class ILLaDAForCausalLM(LLaDAModelLM):
+    """iLLaDA-8B (arXiv:2606.25331): the dense network with grouped heads of keys and values and one matrix for both ends."""
+
+    kind = "illada"
+    config_class = ILLaDAConfig
 
 
 class DreamModel(LLaDAModelLM):

@@ -316,8 +316,10 @@ RECOMMENDED = {
     "llada2.0": _CARD,
     "quality": dataclasses.replace(_CARD, sampler="llada2.1", threshold=0.7, editing_threshold=0.5),
     "speed": dataclasses.replace(_CARD, sampler="llada2.1", threshold=0.5, editing_threshold=0.0),
+    "illada": SamplingParams(512, 32, 512, stop_at_eos=True, finish_block=True, variable_length=True),
 }
-"""What the cards of LLaDA2.0-mini and, in two modes, of LLaDA2.1-mini say; their files do not tell the two apart."""
+"""What the cards of LLaDA2.0-mini and, in two modes, of LLaDA2.1-mini say; their files do not tell the two apart. iLLaDA's as
+in eval_illada.sh of ML-GSAI/LLaDA@9182493, which asks for up to 4,096 tokens: blocks of 32, a token a forward."""
 
 
 def as_values(params: SamplingParams) -> dict[str, Any]:

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from llada_core.diffusion import masked_nll
 from llada_core.likelihood import log_likelihood
 from llada_core.modeling import load_model, save_model
-from llada_core.modeling.architecture import dense_architecture, dream_architecture
-from llada_core.modeling.families import DREAM, FAMILIES, ILLADA, family_of, published_as, published_with
+from llada_core.modeling.architecture import dream_architecture, illada_architecture
+from llada_core.modeling.families import DREAM, FAMILIES, ILLADA, family_of, published_as, published_with, recommended
 from llada_core.sampling import generate
-from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.params import RECOMMENDED, SamplingParams
 from llada_core.settings import ConfigError
 from llada_core.tokenizer import SpecialTokens, Tokenizer
 from llada_core.training.params import SFTParams
@@ -70,7 +70,7 @@ def reference(dream, tmp_path):
     ("kind", "names"),
     [
         ("dream", {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias", "lm_head.weight"}),
-        ("illada", {"model.transformer.wte.weight", "model.transformer.blocks.0.k_proj.weight"}),
+        ("illada", {"model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"}),
     ],
 )
 def test_its_files_are_written_and_read_under_their_published_names(kind, names, tmp_path):
@@ -123,22 +123,69 @@ def test_dreams_names_and_shape_are_qwens():
         dream_architecture({**DREAM.config, "surprise": 3})
 
 
-def test_illada_is_llada_with_grouped_heads_one_matrix_and_token_5_for_the_mask(tmp_path):
-    shape = dense_architecture(ILLADA.config)
+def test_illada_is_llama_without_a_direction_and_token_5_for_the_mask(tmp_path):
+    shape = illada_architecture(ILLADA.config)
     assert (shape.n_kv_heads, shape.mlp_width, shape.tied, shape.vocab_rows) == (8, 14336, True, 155136)
     assert family_of(ILLADA.config).kind == "illada"
     assert family_of(FAMILIES["llada"].published.config).kind == "llada"
     assert published_as("GSAI-ML/iLLaDA-8B-Instruct").kind == "illada"
     assert published_as("GSAI-ML/LLaDA-8B-Base").kind == "llada"
     assert published_with(ILLADA.config, 155136).special == {"mask_id": 5}
-    model = tiny_model("illada", special=SpecialTokens(mask_id=5, eos_id=120, pad_id=120))
+    assert recommended("GSAI-ML/iLLaDA-8B-Instruct") == recommended("mine", ILLADA.config) == "illada"
+    assert RECOMMENDED["illada"].variable_length
+    for key, value in {"layer_norm_eps": 1e-5, "attention_bias": True, "rope_scaling": {"factor": 4.0}}.items():
+        with pytest.raises(ValueError, match=rf"config\.json: {key} = "):
+            illada_architecture({**ILLADA.config, key: value})
+    model = tiny_model("illada", special=SpecialTokens(mask_id=5, eos_id=2, pad_id=1, bos_id=0))
     assert (model.shape.n_kv_heads, model.shape.tied) == (1, True)
     save_model(model, tmp_path / "m")
     again = load_model(tmp_path / "m")
     assert again.special_tokens.mask_id == 5
     prompts = [[7, 8, 9], [7, 8]]
-    answers = generate(again, prompts, SamplingParams(max_new_tokens=4, block_length=4, steps=4)).answers
+    params = SamplingParams(max_new_tokens=8, block_length=4, steps=8, variable_length=True, cache="dual")
+    answers = generate(again, prompts, params).answers
     assert all(5 not in answer.tolist() for answer in answers)
+
+    config = LlamaConfig(  # transformers' LLaMA with the very files, every position seen by every other
+        vocab_size=model.shape.vocab_rows,
+        hidden_size=model.shape.width,
+        intermediate_size=model.shape.mlp_width,
+        num_hidden_layers=model.shape.n_layers,
+        num_attention_heads=model.shape.n_heads,
+        num_key_value_heads=model.shape.n_kv_heads,
+        max_position_embeddings=model.shape.max_length,
+        rope_theta=model.shape.rope_theta,
+        rms_norm_eps=model.shape.norm_eps,
+        tie_word_embeddings=True,
+    )
+    network = LlamaForCausalLM(config).eval()
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    network.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, strict=True)
+    tokens = torch.tensor([[0, 9, 5, 5, 17, 5], [3, 5, 8, 5, 4, 22]])
+    with torch.no_grad():
+        expected = network(tokens, attention_mask=torch.zeros(2, 1, 6, 6), use_cache=False).logits
+        assert torch.allclose(again(tokens).logits, expected, atol=1e-5)
+        blocks = again.by_blocks(4)
+        assert torch.allclose(blocks(tokens).logits, again(tokens).logits, atol=1e-6)
+    assert (blocks.block_length, blocks.config.model_type) == (4, "llada_blocks")
+
+
+def test_one_matrix_for_both_ends_may_be_stored_twice_if_both_are_the_same(tmp_path):
+    model = tiny_model("illada")
+    save_model(model, tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    weights = load_file(file)
+    head = weights["model.embed_tokens.weight"].clone()
+    save_file(weights | {"lm_head.weight": head}, file, {"format": "pt"})
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "m")(TOKENS).logits, model(TOKENS).logits)
+    head[130, 3] += 1
+    save_file(weights | {"lm_head.weight": head}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight, and the two"):
+        load_model(tmp_path / "m")
+    save_file(weights | {"lm_head.weight": head[:9].clone()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="unexpected: lm_head"):
+        load_model(tmp_path / "m")
 
 
 def test_a_prediction_is_read_one_position_before_its_own(dream, reference):

@@ -86,8 +86,19 @@ def test_random_arrivals_are_answered_as_alone(model_name, rows):
 
 
 @pytest.mark.parametrize(
-    "mode", ["even", "few steps", "threshold", "factor", "margin", "temperature", "random", "guided", "growing",
-     "growing, guided, hot"]
+    "mode",
+    [
+        "even",
+        "few steps",
+        "threshold",
+        "factor",
+        "margin",
+        "temperature",
+        "random",
+        "guided",
+        "growing",
+        "growing, guided, hot",
+    ],
 )
 def test_one_row_among_others_equals_the_naive_loop(mode):
     model, params = golden_model("llada_tiny"), SamplingParams(**{**BASE, **MODES[mode]})

@@ -71,7 +71,17 @@ SETTINGS = {
 }
 
 
-NEWER = {"rule", "sampler", "editing_threshold", "max_post_steps", "num_to_transfer", "finish_block", "top_k", "top_p", "variable_length"}
+NEWER = {
+    "rule",
+    "sampler",
+    "editing_threshold",
+    "max_post_steps",
+    "num_to_transfer",
+    "finish_block",
+    "top_k",
+    "top_p",
+    "variable_length",
+}
 
 
 def settings(mode):
