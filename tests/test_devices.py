@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llada_core.modeling.block import Experts
 from llada_core.modeling.predictor import device_of
-from llada_core.sampling import stream
+from llada_core.sampling import generate, stream
 from llada_core.sampling.engine import Engine
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.requests import to_answer
@@ -98,13 +98,14 @@ EACH = [{}, {"cache": "prefix"}, {"cache": "dual"}, {"threshold": 0.9}, REMASK, 
 @pytest.mark.parametrize("settings", EACH, ids=str)
 @pytest.mark.parametrize("kind", ["llada", "llada_moe"])
 def test_a_sampling_step_waits_once(kind, settings):
-    extra = []
+    extra, prompts = [], [[7, 8, 9], [3, 4, 5]]
     for new in (8, 24):
         params = SamplingParams(max_new_tokens=new, block_length=4, seed=0, **({"steps": new} | settings))
         model = moved(tiny_model(kind))
         with PretendGPU() as gpu:
-            steps = sum(1 for _ in stream(model, [[7, 8, 9], [3, 4, 5]], params))
-        extra.append(gpu.waits.total() - steps)
+            steps = [step.tokens for step in stream(model, prompts, params)]
+        extra.append(gpu.waits.total() - len(steps))
+        assert torch.equal(torch.as_tensor(steps[-1]).cpu(), generate(tiny_model(kind), prompts, params).tokens)
     assert extra[0] == extra[1], "what is waited for beside one transfer a step does not grow with the answer"
 
 

@@ -121,6 +121,8 @@ def _target_pattern(model: MaskPredictor, targets: str | tuple[str, ...]) -> str
 def _whole_modules(model: MaskPredictor, params: LoraParams) -> list[str]:
     """Full names of the modules that train whole; in the blocks `ff_out` is a layer, outside of them it is the head."""
     network, adapted = model.network, set(linear_layers(model))
+    if params.experts:
+        adapted |= {name for name, module in network.named_modules() if isinstance(module, Experts)}
     others = {name for name, module in network.named_modules() if name and name not in adapted and _own(module)}
     found: list[str] = []
     for asked in params.modules_to_save:

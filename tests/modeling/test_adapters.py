@@ -250,6 +250,9 @@ def test_a_model_without_experts_and_settings_that_experts_do_not_take_are_refus
         LoraParams(experts=True, dropout=0.1)
     with pytest.raises(ValueError, match="targets is empty: name layers, or all-linear; for routed experts alone"):
         LoraParams(targets=())
+    if kind == "llada":
+        with pytest.raises(ValueError, match="modules_to_save 'experts' matches no module beside the adapted layers"):
+            add_lora(tiny_model("llada2"), LoraParams(experts=True, modules_to_save=("experts",)))
 
 
 @pytest.mark.parametrize("kind", ["llada", "experts"])

@@ -72,7 +72,7 @@ def plan(data, folder, name, **changes):
 
 POLICY = {
     "stage": "grpo", "max_steps": 6, "prompts": 2, "generations": 3, "iterations": 3, "beta": 0.0, "validate_every": 3,
-    "reward": "tests.training.test_grpo.likes_low_ids",
+    "reward": "tests.training.test_grpo.likes_low_ids", "keep_best": False,
     "sampling": {"max_new_tokens": 6, "block_length": 6, "steps": 3, "temperature": 1.0},
 }  # fmt: skip
 
@@ -102,7 +102,13 @@ def few(data, tmp_path_factory):
     cut = plan(data, folder, "cut", kind="fsdp", **sparse)
     lora = {"max_steps": 4, "lora": {"dropout": 0.5, "merge": False}}
     cached = {**POLICY, "max_steps": 2, "precision": "bf16", "sampling": {**POLICY["sampling"], "cache": "dual"}}
-    sharded = [("fsdp", sparse), ("adapter-fsdp", adapter), ("fsdp-bf16", half), ("cached-bf16", cached)]
+    sharded = [
+        ("fsdp", sparse),
+        ("adapter-fsdp", adapter),
+        ("fsdp-bf16", half),
+        ("cached-bf16", cached),
+        ("policy-fsdp", POLICY),
+    ]
     sharded = [*sharded, ("lora", lora), ("lora-recomputed", lora | {"activation_checkpointing": True})]
     twice = [*(plan(data, folder, name, kind="fsdp", **changes) for name, changes in sharded), cut | {"stop": 4}]
     twice.append(plan(data, folder, "ddp-bf16", kind="ddp", **half))
@@ -155,6 +161,8 @@ def test_two_sharding_ranks_are_one(few):
 
 def test_two_ranks_that_sample_judge_and_train_their_own_rows_are_one(few):
     same(few / "policies", few / "policy")
+    same(few / "policy-fsdp", few / "policy")  # sampled by shards that each step has changed
+    really_sharded(few / "policy-fsdp", "fsdp")
 
 
 def test_the_adapter_of_a_sharded_model_is_exported_whole(few):

@@ -333,7 +333,7 @@ def test_two_ranks_are_one(data, tmp_path):
     changes = {
         "stage": "grpo", "max_steps": 6, "prompts": 2, "generations": 3, "iterations": 3, "beta": 0.0, "validate_every": 3,
         "reward": "tests.training.test_trajectory.likes_low_ids", "likelihood": "trajectory", "sampling": SAMPLED,
-        "validation_rows": 2,
+        "validation_rows": 2, "keep_best": False,
     }  # fmt: skip
     shape = {"shape": {"block_length": 4}}
     launch(tmp_path, 1, [scenario(data, tmp_path / "one", model="llada_blocks", **changes) | shape])
