@@ -238,12 +238,17 @@ def require_package(name: str, extra: str, what: str) -> None:
 @contextmanager
 def while_imported() -> Iterator[None]:
     """While it lasts, the cycle collector waits: modules stay, and it would walk over them again and again."""
+    collecting = gc.isenabled()
     gc.disable()  # a fifth of the processor's time that torch, transformers and what uses them take
     try:
         yield
     finally:
-        gc.freeze()  # nor do later collections look at what stays
-        gc.enable()
+        # Nor do later collections look at what stays. Once: a process that has worked may have let go of a model that only
+        # the collector can free, and what is frozen it never frees.
+        if not gc.get_freeze_count():
+            gc.freeze()
+        if collecting:
+            gc.enable()
 
 
 def function_at(path: str, what: str) -> Callable[..., Any]:

@@ -36,9 +36,8 @@ def train_stage(work: StageContext) -> float:
     with while_imported():
         from llada_core.tokenizer import Tokenizer
         from llada_core.training.train import RunPaths, train
-
-        tokenizer = Tokenizer.load(Path("data/tokenizer"))
-        model = _model(work, params, tokenizer)
+    tokenizer = Tokenizer.load(Path("data/tokenizer"))
+    model = _model(work, params, tokenizer)
     base = "" if params.lora is None else _base(work, params)
     place = RunPaths(data=Path("data"), run=work.run.path, export=Path("models") / work.stage, base=base)
     receipt = train(params, model, tokenizer, place, seed=work.params.seed, follow=work.follow)

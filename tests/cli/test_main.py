@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,22 @@ def test_help_imports_nothing_heavy():
 
 
 def test_the_cycle_collector_waits_for_imports_and_leaves_out_what_they_made():
-    before = gc.get_freeze_count()
+    gc.unfreeze()
     try:
         with while_imported():
             assert not gc.isenabled()
+            with while_imported():
+                pass
+            assert not gc.isenabled(), "the outer one still imports"
         assert gc.isenabled()
-        assert gc.get_freeze_count() > before
+        assert gc.get_freeze_count() > 0
+        let_go = type("LetGo", (), {})()
+        let_go.itself, seen = let_go, weakref.ref(let_go)
+        del let_go
+        with while_imported():
+            pass
+        gc.collect()
+        assert seen() is None, "what was let go of before a second time is not kept for good"
     finally:
         gc.unfreeze()
 
