@@ -27,6 +27,11 @@ UNWRITTEN = "_"  # a position of a stopped answer that nothing was written at, i
 MARKS = {"\n": "⏎", "\r": "⏎", "\t": "⇥", " ": "␣"}
 
 
+def counted(number: int, what: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 @dataclass(frozen=True)
 class Frame:
     """One moment of a canvas. W positions; `state` indexes `STATES`.
@@ -52,7 +57,7 @@ class Frame:
     @property
     def caption(self) -> str:
         """How far it is, as one line."""
-        steps = f"step {self.step} · {self.forwards} forwards"
+        steps = f"step {self.step} · {counted(self.forwards, 'forward')}"
         return f"{steps} · {self.written} of {len(self.state)} positions"
 
     def in_block(self, at: int) -> bool:

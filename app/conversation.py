@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from app.canvas import FRESH, OPEN, UNWRITTEN, Frame, Trace, typed
+from app.canvas import FRESH, OPEN, UNWRITTEN, Frame, Trace, counted, typed
 from app.guide import Verdict, judged
 from app.models import LoadedModel, UserError
 from llada_core.sampling.canvas import Step
@@ -33,7 +33,7 @@ class Counts:
         per_forward = self.tokens / max(1, self.forwards)
         per_second = self.tokens / self.seconds if self.seconds > 0 else 0.0
         return (
-            f"{self.steps} steps · {self.forwards} forwards · {per_forward:.2f} tokens per forward · "
+            f"{counted(self.steps, 'step')} · {counted(self.forwards, 'forward')} · {per_forward:.2f} tokens per forward · "
             f"{self.seconds:.1f} s · {per_second:.0f} tokens/s"
         )
 

@@ -266,7 +266,7 @@ def _gpu(name: str) -> tuple[float, float]:
     """Memory in GiB and FLOP/s in bf16; of `24GB`, and of a machine without a GPU, the memory alone."""
     if name == HERE:
         return machine_memory() / GIB, math.nan
-    if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?Gi?B", name):
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?) ?gi?b?", name.lower()):
         return float(size[1]) - 1, math.nan  # as the table: what the driver leaves of it
     if name not in GPUS:
         raise ConfigError(f"--gpu {name!r} is not in the table{nearest(name, [*GPUS, 'its memory, as 24GB'])}")

@@ -543,6 +543,9 @@ def test_the_panel_says_what_is_approximate_and_what_is_out_of_range(tab):
     tab.get_by_role("radio", name="exact").check()
     tab.wait_for_selector("#exactness :text('Exact: one token per step')")
     assert tab.get_by_role("radio", name="exact").is_checked(), "setting the values of a preset is not changing them"
+    tab.evaluate("() => document.activeElement.blur()")  # the pointer is over it still
+    paint = "() => getComputedStyle(document.querySelector('input[type=radio]:checked:hover')).backgroundColor"
+    assert tab.evaluate(paint) == "rgb(59, 130, 246)", "what is chosen looks chosen under the pointer"
     tab.get_by_label("threshold").press_sequentially("7")  # the first key after a value was set from here counts
     tab.wait_for_selector("#exactness :text('less than or equal to 1')")
     presets = [tab.get_by_role("radio", name=name) for name in ("exact", "fast", "creative")]

@@ -288,6 +288,7 @@ def test_what_is_filled_after_the_end_of_an_answer_is_not_counted_as_written():
     frames = list(chat.reply(oracle("short", "hi"), params))
     assert frames[-1].written == 24
     assert chat.last.counts.tokens <= 8
+    assert frames[0].caption.startswith("step 1 · 1 forward · ")
 
 
 def test_guesses_beyond_the_block_are_there_on_request(loaded):

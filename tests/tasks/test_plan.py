@@ -168,7 +168,7 @@ def test_what_is_measured_and_what_is_counted_by_formula_is_told() -> None:
     assert "memory of a GPU (GiB; a training step run on tensors without memory): weights" in llada_plan(*arguments)[1]
     text = llada_plan(*arguments, "-S", "sft.distribution.kind=zero3")[1]
     assert "memory of a GPU (GiB; by formula): weights" in text
-    code, text = llada_plan(str(PROFILES / "smoke.yaml"), "--gpu", "24GB", "-S", "model.kind=llada_moe")
+    code, text = llada_plan(str(PROFILES / "smoke.yaml"), "--gpu", "24 gb", "-S", "model.kind=llada_moe")
     assert (code, text.count("(MiB; by formula)")) == (0, 4), "in fp32"
 
 
