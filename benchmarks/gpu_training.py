@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.gpu_cells import Size, peak_memory, random_model, seconds_of, surviving
 from llada_core.data.batches import Batch
-from llada_core.diffusion import Noise
+from llada_core.diffusion import Noise, fed_copies
 from llada_core.modeling import load_model, save_model
 from llada_core.modeling.adapters import add_lora
 from llada_core.modeling.families import LoraParams, ModelParams
@@ -80,20 +80,29 @@ class Cell:
         # plain step, for LoRA too: it spends none on gradients of frozen weights, and as many on making activations anew.
         head = size.vocabulary * self.shape.d_model
         per_token = 6 * (parameters - head / 2) + 12 * self.shape.n_layers * self.shape.d_model * self.length
+        # By blocks the layers see each position twice, noisy and clean, each about half of all that is there.
+        per_token += (fed_copies(model.block_length, self.length) - 1) * 6 * (parameters - head)
         rate = self.rows * self.length / seconds
         compiled = {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}
         found = {"tok_s": round(rate), "of_product_rate": round(rate * per_token / flops_per_second, 3)}
         return found | (compiled if self.compiled else {}) | memory
 
 
+def by_blocks(shape: ModelParams) -> ModelParams:
+    """The same network as one that attends by blocks of 32, which is fed a noisy and a clean copy."""
+    return shape.model_copy(update={"kind": "llada_blocks", "block_length": 32})
+
+
 def training(size: Size, flops_per_second: float) -> list[dict[str, Any]]:
     """Every cell; one that fails, for want of memory or by compiling too often, says so and stops no other."""
     if size.device != "cuda":
         cells = [Cell("toy", size.dense, 2, 64), Cell("toy, LoRA r 4", size.dense, 2, 64, LoraParams(r=4))]
+        cells.append(Cell("toy, by blocks of 32", by_blocks(size.dense), 2, 64))
     else:
         wide = size.dense.model_copy(update={"n_layers": 8})
         narrow = {"d_model": 2048, "n_layers": 16, "n_heads": 16, "mlp_hidden_size": 5632}
         both = [("8 B's width, 8 layers", wide, 4, 4096), ("1 B", size.dense.model_copy(update=narrow), 8, 2048)]
+        both.append(("8 B's width, 8 layers, by blocks of 32", by_blocks(wide), 2, 4096))  # in FlexAttention, both ways
         cells = [Cell(*what, compiled=compiled) for what in both for compiled in (False, True)]
         cells.append(Cell("8 B, LoRA r 16", size.dense, 4, 2048, LoraParams(r=16)))
     found = []

@@ -28,6 +28,7 @@ def test_every_part_runs_at_toy_size_and_keeps_its_figures(tmp_path: Path, capsy
     assert {row["who"] for row in found["compiled"]} == {"ours", "ours, compiled"}
     assert all(row["tok_s_at_5"] > row["tok_s_at_2.5"] > row["tok_s_at_1"] > 0 for row in found["blocks"])
     assert all(row["tok_s"] > 0 for row in found["training"])
+    assert any("by blocks" in row["what"] for row in found["training"])
 
 
 def test_the_peers_steps_write_what_the_whole_canvas_says() -> None:
