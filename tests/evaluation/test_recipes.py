@@ -15,6 +15,7 @@ from llada_core.evaluation.requests import sampling_params
 from llada_core.evaluation.statistics import mean_of_means
 from llada_core.settings import ConfigError
 from tests.evaluation.scripted import GoldLM
+from tests.evaluation.test_llada2_recipes import PROMPTS
 from tests.tiny import tiny_tokenizer
 
 REVIEWED = Path(__file__).parents[1] / "golden" / "rendered_requests.json"
@@ -30,6 +31,7 @@ NOT_HERE = {
     "llada2_aime25",
     "dream_mmlu_pro",
     "dream_ifeval",
+    *(f"llada2_{name}" for name in PROMPTS),  # proven in test_llada2_recipes.py
 }
 # One member stands for a large group here; `python -m tests.evaluation.gold` proves them whole.
 MEMBER = {

@@ -22,7 +22,7 @@ Document = Mapping[str, Any]
 # -- one option of several ------------------------------------------------------------------------------------------
 
 # In this order; one that names no option gives way to the next. Patterns that need a Chinese sentence are left out, as
-# the questions are English. The odd ones are theirs: after "1" and any character, whatever is named first by letter.
+# the questions that it asked are English. The odd ones are theirs: after "1" and any character, whatever is named first by letter.
 _LEADS = (
     *(r"The answer is:?\s+\(?(%s)\)?", r"The answer is:?\s+\(?\*?\*?(%s)\*?\*?\)?"),
     r"The answer is option:?\s+\(?(%s)\)?",
@@ -36,6 +36,9 @@ _OPTION = (
     *(lead.replace("The", "[Tt]he", 1) for lead in _LEADS),
     *(r"\A(%s)[\s。，,：:\.$]", r"1.\s?(.*?)$", r"1.\s?(%s)[.。$]?$", r"(%s):", r"(%s)"),
 )
+
+# Ours for all of its patterns that say "the answer is" in Chinese, asked before the others.
+_CHINESE = r"答案(?:选项)?(?:应该?)?[是为选]?\s*[：:]?\s*[(（*]*([%s])"
 
 
 def first_option(reply: str, options: str) -> str:
@@ -72,11 +75,12 @@ class _Each(Filter):
 class FirstOption(_Each):
     """`first_option` under a name that a recipe can give."""
 
-    def __init__(self, options: str = "ABCD") -> None:
-        self.options = options
+    def __init__(self, options: str = "ABCD", chinese: bool = False) -> None:
+        self.options, self.chinese = options, chinese
 
     def read(self, reply: str) -> str:
-        return first_option(reply, self.options)
+        said = re.search(_CHINESE % self.options, reply) if self.chinese else None
+        return said.group(1) if said else first_option(reply, self.options)
 
 
 @register_filter("opencompass_number")

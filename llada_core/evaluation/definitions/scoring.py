@@ -107,8 +107,8 @@ def results(document: Mapping[str, Any], replies: list[str]) -> dict[str, float]
 
 
 def boxed_number(document: Mapping[str, Any], replies: list[str]) -> dict[str, float]:
-    """OpenCompass's rule for a question whose answer stands by itself, as AIME's do."""
-    answer = next(str(value) for key, value in document.items() if key.lower() == "answer")
+    """OpenCompass's rule for a question whose answer stands by itself, as AIME's and CMATH's do."""
+    answer = next(str(value) for key, value in document.items() if key.lower() in ("answer", "golden"))
     return {"boxed": float(same_answer(replies[0], f"\\boxed{{{answer}}}"))}
 
 

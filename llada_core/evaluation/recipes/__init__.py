@@ -160,7 +160,7 @@ class Recipe(SettingsBlock):
 @cache
 def names() -> tuple[str, ...]:
     """Every recipe there is."""
-    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+    return tuple(sorted(path.stem for path in FOLDER.glob("[!_]*.yaml")))
 
 
 def find(name: str) -> Recipe:
@@ -175,8 +175,15 @@ def find(name: str) -> Recipe:
 
 
 def read(path: Path) -> Recipe:
-    """The recipe in a file; raises `ConfigError` for one that is none."""
-    return Recipe.parse({"name": path.stem, **read_yaml(path)}, path.name)
+    """The recipe in a file, over what it shares with others (`include`, a file of this folder); raises `ConfigError` for
+    one that is none.
+    """
+    values = read_yaml(path)
+    if "include" in values:
+        shared = read_yaml(FOLDER / str(values.pop("include")))
+        variants = {**shared.get("variants", {}), **values.get("variants", {})}
+        values = {**shared, **values, "variants": variants}
+    return Recipe.parse({"name": path.stem, **values}, path.name)
 
 
 def exists(name: str) -> bool:
