@@ -38,7 +38,7 @@ def evaluate(
         str | None, typer.Option(help="folder with benchmark files; none: LLADAFLOW_DATA_ROOT, else the Hub")
     ] = None,
     estimator: Annotated[
-        str, typer.Option(help="of likelihoods: auto, stock (LLaDA's own), antithetic, exact; none: the recipe's")
+        str, typer.Option(help="auto, stock (LLaDA's own), antithetic, exact, or confidence; none: the recipe's")
     ] = "",
     share: Annotated[
         float | None,

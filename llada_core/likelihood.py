@@ -5,6 +5,10 @@ LLaDA's bound for an answer of n tokens (arXiv:2502.09992, equation 14) is the m
 subsets M of k tokens, of n/k times the sum of log p(token) over M when M is masked. Every plan here is a weighted list
 of subsets whose weighted sum has that mean (the stock one as nearly as its authors' rounding allows).
 
+`confidence` is another score: the answer's own tokens are revealed one by one, each time the one that has the highest
+probability of those still masked, and their log-probabilities when they were revealed are added up. No number is drawn, and
+an answer of n tokens takes n forwards. So does a public evaluation script for iLLaDA (`get_loglikelihood_confidence`).
+
 Of a model that attends by blocks, log p is the sum over the blocks that the answer lies in: each has a plan and a bound of
 its own, given the prompt and the clean blocks before it. Its last block is a whole one, masked behind the answer, as when
 it is sampled.
@@ -13,12 +17,12 @@ Shapes: R rows of a forward, L positions of a row, n answer tokens, S samples.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from math import comb
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +42,9 @@ from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.query import Query
 from llada_core.sampling.sampler import stream_infill
 
-Estimator = Literal["auto", "stock", "antithetic", "exact"]
-ESTIMATORS: tuple[Estimator, ...] = ("auto", "stock", "antithetic", "exact")
+Estimator = Literal["auto", "stock", "antithetic", "exact", "confidence"]
+ESTIMATORS: tuple[Estimator, ...] = ("auto", "stock", "antithetic", "exact", "confidence")
+CONFIDENCE: Estimator = "confidence"  # no estimate of the bound, as the others are: scores in its own right
 ENUMERATED = 7  # 2^7 - 1 = 127 subsets, fewer than the usual 128 samples
 LEAN = 0.75  # best of 0 to 1.2 on a trained model with 4 to 64 samples: half the error of equal widths
 STOCK_BATCH = 16  # samples that share one lattice of counts, the batch size of LLaDA's evaluation
@@ -169,12 +174,33 @@ def log_likelihoods(  # noqa: PLR0913 - the public face
 
     samples: masked copies of each answer, of a model that attends by blocks of each block of it. estimator: "stock" is LLaDA's; "antithetic" needs fewer for the same error;
     "exact" enumerates; "auto" enumerates answers of up to 7 tokens where that takes no more, and is antithetic
-    otherwise. cfg_scale: guidance, as in sampling. The random numbers of a pair depend on `seed` and its prompt, so
+    otherwise. "confidence" is no bound: the sum of log p of the answer's tokens, revealed one by one in the order of the
+    model's confidence in them. cfg_scale: guidance, as in sampling. The random numbers of a pair depend on `seed` and its prompt, so
     that the options of a question are compared under the same ones and nothing depends on what shares the call.
     batch_tokens: tokens per forward. Raises `ValueError` for an empty answer, ids outside the vocabulary, a MASK, or a
     pair longer than the model's sequences.
     """
     return Likelihood(model, samples, cfg_scale, seed, estimator, batch_tokens).scores(pairs)
+
+
+class _Part(NamedTuple):
+    """An answer, or the stretch of it that lies in one block, and all that it is scored given."""
+
+    number: int  # of its pair
+    place: int  # among the parts of its pair
+    prompt: int  # length
+    known: Array  # ids of the prompt and of the earlier parts
+    answer: Array
+
+
+class _Read(NamedTuple):
+    """Which log-probabilities of a canvas count for what."""
+
+    number: int
+    row: int
+    columns: Array
+    targets: Array
+    weight: float
 
 
 @dataclass
@@ -184,9 +210,7 @@ class _Batch:
     rows: list[Array] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     numbers: dict[tuple[int, bytes], int] = field(default_factory=dict)
-    reads: list[tuple[int, int, Array, Array, float]] = field(
-        default_factory=list
-    )  # pair, row, columns, targets, weight
+    reads: list[_Read] = field(default_factory=list)
 
     def tensors(self, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
         """Tokens (R, L), visible (R, L) or None, and which tokens are prompt (R, L)."""
@@ -198,6 +222,11 @@ class _Batch:
         visible = torch.from_numpy(column < lengths[:, None]).to(device)
         prompt = torch.from_numpy(column < np.array(self.prompts)[:, None]).to(device)
         return torch.from_numpy(tokens).to(device), None if (lengths == width).all() else visible, prompt
+
+
+_Take = Callable[
+    [_Batch, Tensor], None
+]  # what is done with a computed batch and the log-probabilities of all its reads
 
 
 @dataclass
@@ -228,17 +257,53 @@ class Likelihood:
     def scores(self, pairs: Sequence[Pair]) -> list[float]:
         """Log-likelihoods in the order of `pairs`."""
         arrays = [checked(self.model, pair, number) for number, pair in enumerate(pairs)]
+        if self.estimator == CONFIDENCE:
+            return self._revealed(arrays)
         totals = torch.zeros(len(arrays), dtype=torch.float64, device=self.model.device)
+
+        def add(batch: _Batch, log_p: Tensor) -> None:
+            counts = [len(read.columns) for read in batch.reads]
+            weights = np.repeat([read.weight for read in batch.reads], counts)
+            numbers = np.repeat([read.number for read in batch.reads], counts)
+            totals.index_add_(
+                0, torch.from_numpy(numbers).to(log_p.device), log_p * torch.from_numpy(weights).to(log_p.device)
+            )
+
         batch = _Batch()
-        # Pairs of like length share a forward, so that little of it is padding.
+        for part in self._parts(arrays):
+            drawn = plan(self.estimator, len(part.answer), self.samples, self._rng(*arrays[part.number], part.place))
+            batch = self._collect(batch, part, part.number, drawn, add)
+        self._flush(batch, add)
+        return totals.tolist()
+
+    def _revealed(self, arrays: list[tuple[Array, Array]]) -> list[float]:
+        """The score by confidence of each pair: a round reveals one token of every part that has a masked one."""
+        parts, totals = list(self._parts(arrays)), [0.0] * len(arrays)
+        masks = [np.ones(len(part.answer), dtype=bool) for part in parts]
+
+        def reveal(batch: _Batch, log_p: Tensor) -> None:
+            for read, found in zip(
+                batch.reads, log_p.cpu().split([len(read.columns) for read in batch.reads]), strict=True
+            ):
+                part, best = parts[read.number], int(found.argmax())
+                masks[read.number][read.columns[best] - len(part.known)] = False
+                totals[part.number] += float(found[best])
+
+        while any(mask.any() for mask in masks):
+            batch = _Batch()
+            for number, (part, mask) in enumerate(zip(parts, masks, strict=True)):
+                if mask.any():
+                    batch = self._collect(batch, part, number, Plan(mask[None].copy(), np.ones(1)), reveal)
+            self._flush(batch, reveal)
+        return totals
+
+    def _parts(self, arrays: list[tuple[Array, Array]]) -> Iterator[_Part]:
+        """The answers, or each block of them; those of like length share a forward, so that little of it is padding."""
         for number in sorted(range(len(arrays)), key=lambda i: sum(map(len, arrays[i]))):
             prompt, answer = arrays[number]
-            for part, (first, last) in enumerate(spans(len(prompt), len(answer), self.model.block_length)):
-                drawn = plan(self.estimator, last - first, self.samples, self._rng(prompt, answer, part))
+            for place, (first, last) in enumerate(spans(len(prompt), len(answer), self.model.block_length)):
                 known = np.concatenate([prompt, answer[:first]])
-                batch = self._collect(batch, number, (len(prompt), known), answer[first:last], drawn, totals)
-        self._flush(batch, totals)
-        return totals.tolist()
+                yield _Part(number, place, len(prompt), known, answer[first:last])
 
     def _rng(self, prompt: Array, answer: Array, part: int) -> np.random.Generator:
         # The stock estimator draws for each option anew.
@@ -246,11 +311,9 @@ class Likelihood:
         key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) ^ self.seed
         return np.random.default_rng(key + (part << 64))
 
-    def _collect(
-        self, batch: _Batch, number: int, before: tuple[int, Array], answer: Array, drawn: Plan, totals: Tensor
-    ) -> _Batch:
-        """`before`: the length of the prompt, and the ids of all that the answer, or this part of it, is scored given."""
-        prompt_length, known = before
+    def _collect(self, batch: _Batch, part: _Part, number: int, drawn: Plan, take: _Take) -> _Batch:
+        """The batch with the canvases of a part, to be read as `number`; full ones were computed and given to `take`."""
+        known, answer = part.known, part.answer
         mask_id, length = self.model.special_tokens.mask_id, len(known) + len(answer)
         behind = min(-length % (self.model.block_length or 1), self.model.max_length - length)
         tail, length = np.full(behind, mask_id), length + behind
@@ -259,33 +322,28 @@ class Likelihood:
             row = np.concatenate([known, noisy, tail])
             # Equal canvases are computed once and read as often as they were drawn. Where the prompt ends is part of
             # the key, as guidance hides it.
-            key = (prompt_length, row.tobytes())
+            key = (part.prompt, row.tobytes())
             if key not in batch.numbers:
                 if (len(batch.rows) + 1) * length > self.batch_tokens and batch.rows:
-                    self._flush(batch, totals)
+                    self._flush(batch, take)
                     batch = _Batch()
                 batch.numbers[key] = len(batch.rows)
                 batch.rows.append(row)
-                batch.prompts.append(prompt_length)
+                batch.prompts.append(part.prompt)
             columns = mask.nonzero()[0]
-            batch.reads.append((number, batch.numbers[key], columns + len(known), answer[columns], weight))
+            batch.reads.append(_Read(number, batch.numbers[key], columns + len(known), answer[columns], weight))
         return batch
 
-    def _flush(self, batch: _Batch, totals: Tensor) -> None:
+    def _flush(self, batch: _Batch, take: _Take) -> None:
         if not batch.rows:
             return
         device, width = self.model.device, max(map(len, batch.rows))
 
-        def joined(arrays: list[Array] | list[NDArray[np.float64]]) -> Tensor:
-            return torch.from_numpy(np.concatenate(arrays)).to(device)
-
-        counts = [len(columns) for _, _, columns, _, _ in batch.reads]
-        positions = joined([row * width + columns for _, row, columns, _, _ in batch.reads])
-        targets = joined([targets for *_, targets, _ in batch.reads])
-        weights = joined([np.repeat([weight for *_, weight in batch.reads], counts)])
-        numbers = joined([np.repeat(np.array([read[0] for read in batch.reads]), counts)])
+        positions = np.concatenate([read.row * width + read.columns for read in batch.reads])
+        targets = np.concatenate([read.targets for read in batch.reads])
         with self.turn:
-            totals.index_add_(0, numbers, self._log_p(batch, positions, targets).double() * weights)
+            found = self._log_p(batch, torch.from_numpy(positions).to(device), torch.from_numpy(targets).to(device))
+            take(batch, found.double())
         self.forwards += 1
         self.num_samples += len(batch.rows)
 

@@ -25,7 +25,7 @@ from llada_core.evaluation.answering import (
     keys_of,
 )
 from llada_core.evaluation.requests import ChatText, batches, cut, pairs, wanted
-from llada_core.likelihood import spans
+from llada_core.likelihood import CONFIDENCE, spans
 from llada_core.settings import ConfigError
 from llada_core.tokenizer import Message
 from llada_core.usage import Usage
@@ -148,15 +148,17 @@ class LladaLM(TemplateLM):
         return [(a["ll"], a["greedy"]) for a in answers]
 
     def _looks(self, group: Sequence[int], pairs_: Sequence[tuple[list[int], list[int]]]) -> int:
-        """Masked copies of a continuation, at most: so many of each block that it lies in."""
-        lengths = ((len(pairs_[i][0]), len(pairs_[i][1])) for i in group)
+        """Masked copies of a continuation, at most: so many of each block that it lies in; by confidence one a token."""
+        lengths = [(len(pairs_[i][0]), len(pairs_[i][1])) for i in group]
+        if self.options.settings.estimator == CONFIDENCE:
+            return max(length for _, length in lengths)
         return self.answerer.samples * max(len(spans(*each, self.block_length)) for each in lengths)
 
     def estimator_error(self) -> float | None:
         """Root mean square error of one log-likelihood, in nats: the first ones are estimated once more with another
-        seed. None where there are too few.
+        seed. None where there are too few, and of scores by confidence, which are drawn from nothing.
         """
-        if len(self.scored) < LOOKED_AT:
+        if len(self.scored) < LOOKED_AT or self.options.settings.estimator == CONFIDENCE:
             return None
         again = replace(self.answerer, options=replace(self.options, seed=self.options.seed + 1, check_greedy=False))
         pairs_ = [again.fit(context, continuation) for (_, context, continuation), _ in self.scored]

@@ -19,13 +19,14 @@ class BenchmarkSettings(SettingsBlock):
     """How answers are obtained: fields of `SamplingParams` plus `eos`, and the Monte-Carlo samples of a likelihood.
 
     `eos`: none, defer (end tokens may be produced, committed last), forbid (the EOS token is never produced).
-    `estimator` of a likelihood, by the names of `llada_core.likelihood`; None: auto. All estimate the same number.
+    `estimator` of a likelihood, by the names of `llada_core.likelihood`; None: auto. All estimate the same number, but for
+    `confidence`, which is another score.
     """
 
     sampling: dict[str, str | int | float | bool | tuple[int, ...] | None] = Field(default_factory=dict)
     samples: int | None = Field(default=None, ge=1)
     cfg_scale: float | None = Field(default=None, ge=0)  # guidance of a likelihood
-    estimator: Literal["auto", "stock", "antithetic", "exact"] | None = None
+    estimator: Literal["auto", "stock", "antithetic", "exact", "confidence"] | None = None
     share: float | None = Field(default=None, gt=0, le=1)  # of each task's questions, drawn with a fixed seed
     questions: str | None = None  # the file of a benchmark of one's own: its rows (.jsonl), or its recipe (.yaml)
 
@@ -50,8 +51,11 @@ class BenchmarkSettings(SettingsBlock):
         )
 
     def that_matter(self, kind: str) -> dict[str, Any]:
-        """The settings on which a benchmark's expected score depends, by its kind: not which estimator is used."""
-        values = self.model_dump(mode="json", exclude_none=True, exclude={"estimator", "share", "questions"})
+        """The settings on which a benchmark's expected score depends, by its kind: not which estimator of the likelihood is
+        used.
+        """
+        aside = {"share", "questions"} if self.estimator == "confidence" else {"estimator", "share", "questions"}
+        values = self.model_dump(mode="json", exclude_none=True, exclude=aside)
         sampling: dict[str, Any] = values.pop("sampling")
         return sampling if kind == "generate" else values
 

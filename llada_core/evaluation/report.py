@@ -326,6 +326,8 @@ def remarks(rows: Sequence[Result], params: ReportParams) -> list[str]:
 
 def _estimated(name: str, row: Result) -> list[str]:
     """Which estimator gave the log-likelihoods, and how far one of them is off where that was looked at."""
+    if row["settings"].get("estimator") == "confidence":
+        return [f"{name}: answers scored by confidence, token by token, surest first; that is no likelihood."]
     errors = [s["estimator_error"] for s in row["scores"].values() if s.get("estimator_error") is not None]
     if not errors:
         return []

@@ -324,5 +324,12 @@ def test_the_stock_estimator_can_be_asked_for_and_its_error_is_told(tmp_path):
     few = lm_of()
     few.loglikelihood(scoring(PAIRS))
     assert few.estimator_error() is None
+    surest = get_model("llada").create_from_arg_string(f"{where},estimator=confidence")
+    (first, *_) = surest.loglikelihood(long)
+    expected = log_likelihood(stock.answerer.model, context, continuation, estimator="confidence")
+    assert first[0] == pytest.approx(expected, abs=1e-4)
+    assert surest.estimator_error() is None
+    asked = [(("", ""), [1] * n, [2] * n) for n in (3, 5)]
+    assert surest._looks([0, 1], [pair[1:] for pair in asked]) == 5
     with pytest.raises(ConfigError, match="estimator"):
         get_model("llada").create_from_arg_string(f"{where},estimator=stocks")

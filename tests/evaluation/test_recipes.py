@@ -86,7 +86,7 @@ def test_every_column_has_a_recipe_for_each_of_its_sources_that_one_can_repeat()
     columns = {name: [c.column for c in recipes.table(name).columns] for name in ("base", "instruct")}
     assert len(columns["base"]) == 14
     assert len(columns["instruct"]) == 10
-    figures_alone = {"base": {"opencompass"}, "illada": {"illada"}, "dream_base": {"dream", "dllm_dream"}}
+    figures_alone = {"base": {"opencompass"}, "dream_base": {"dream", "dllm_dream"}}
     # Fast-dLLM has no script for these two.
     no_script = {"fastdllm_math", "fastdllm_mbpp"}
     for name, table in recipes.tables().items():
@@ -101,7 +101,7 @@ def test_every_column_has_a_recipe_for_each_of_its_sources_that_one_can_repeat()
 def test_figures_of_all_sources():
     row = {f.source: f.value for f in recipes.figures("base_gsm8k")}
     expected = {"official": 0.703, "length_512": 0.708, "length_256": 0.7, "opencompass": 0.719, "dllm": 0.707}
-    assert row == pytest.approx({**expected, "illada": 0.819, "dream": 0.772, "dllm_dream": 0.77})
+    assert row == pytest.approx({**expected, "confidence": 0.819, "dream": 0.772, "dllm_dream": 0.77})
     instruct = {f.source: f.value for f in recipes.figures("instruct_gsm8k")}
     assert instruct["semi_autoregressive"] == pytest.approx(0.786)
     assert instruct["opencompass_semi_autoregressive"] == pytest.approx(0.789)
@@ -199,6 +199,10 @@ def test_a_variant_changes_only_what_it_names():
     semi = recipes.find("instruct_gsm8k.semi_autoregressive").settings.sampling
     assert (semi["max_new_tokens"], semi["block_length"], semi["eos"]) == (256, 8, "none")
     assert recipes.find("gsm8k").name == "base_gsm8k"
+    arc = recipes.find("base_arc_c")
+    assert recipes.find("base_arc_c.confidence").settings.that_matter("likelihood")["estimator"] == "confidence"
+    assert "settings" in arc.departures(arc.of("confidence")), "a score by confidence is no likelihood"
+    assert len(recipes.table("illada").columns) == 8
 
 
 @pytest.mark.parametrize(

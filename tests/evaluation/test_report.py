@@ -145,7 +145,8 @@ def test_same_settings_only_where_nothing_of_the_measurement_differs():
     base = of("base_gsm8k", "official")
     assert base["official"]["same_settings"]
     assert base["length_512"]["differs"].keys() == {"settings"}
-    assert base["illada"]["differs"] == {"settings": "no recipe repeats its own"}
+    assert base["confidence"]["differs"].keys() == {"prompt", "shots", "settings"}
+    assert base["dream"]["differs"] == {"settings": "no recipe repeats its own"}
     changed = {**result([1.0], recipe="base_mmlu"), "drift": ["mmlu_law: version 2.0 for 1.0 of lm-eval 0.4.8"]}
     (official, *_) = references(changed, {"m": changed})
     assert (official["same_settings"], set(official["differs"])) == (False, {"version"})
@@ -160,12 +161,18 @@ def test_the_report_says_what_differs_and_how_likelihoods_were_estimated(tmp_pat
     write(tmp_path / "eval", "instruct_mmlu", {"m": draws(0.6)}, recipe="instruct_mmlu", variant="internal")
     write(tmp_path / "eval", "base_piqa", {"m": draws(0.6)}, recipe="base_piqa", settings=settings, estimator_error=1.5)
     write(tmp_path / "eval", "base_bbh", {"m": draws(0.6)}, recipe="base_bbh", drift=drift)
-    names = ["instruct_mmlu", "base_piqa", "base_bbh"]
+    surest = {"cfg_scale": 0.0, "estimator": "confidence"}
+    write(
+        tmp_path / "eval", "base_arc_c", {"m": draws(0.6)}, recipe="base_arc_c", variant="confidence", settings=surest
+    )
+    names = ["instruct_mmlu", "base_piqa", "base_bbh", "base_arc_c"]
     report = write_report(tmp_path / "eval", names, ReportParams(comparisons=()), tmp_path / "out")
     text = (tmp_path / "out" / "table.md").read_text()
     assert "- instruct_mmlu not measured as internal was: prompt (the internal toolkit is not published); " in text
     assert "base_piqa: log-likelihoods by stock, 128 samples; one is off by 1.50 nats" in text
     assert f"base_bbh: {drift[0]}." in report["remarks"]
+    assert "base_arc_c: answers scored by confidence, token by token, surest first; that is no likelihood." in text
+    assert "whether BOS stood before the prompt and an end token behind the answer is not known here" in text
 
 
 def test_the_same_results_give_the_same_files(results):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llada_core import likelihood
-from llada_core.likelihood import Likelihood, Plan, greedy_matches, lattice, log_likelihood
+from llada_core.likelihood import ESTIMATORS, Likelihood, Plan, greedy_matches, lattice, log_likelihood
 from tests.reference import DENSE, arrays, case, cases, golden_model, names
 
 MODEL = "llada_tiny"
@@ -33,7 +33,7 @@ def test_enumeration():
 def test_one_token_is_exact_with_one_sample():
     data = arrays("likelihood")
     for samples in (1, 128):
-        for estimator in ("auto", "stock", "antithetic", "exact"):
+        for estimator in ESTIMATORS:
             scorer = Likelihood(golden_model(MODEL), samples=samples, estimator=estimator)
             (found,) = scorer.scores([(data["c__prompt"], data["c__answer"])])
             assert found == pytest.approx(float(data["c__log_likelihood"]), rel=1e-5)
