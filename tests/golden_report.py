@@ -14,6 +14,7 @@ import llada_core.sampling
 
 FILES = ["modeling/test_golden_logits.py", "modeling/test_checkpoints.py", "sampling/test_golden.py"]
 FILES += ["likelihood/test_golden.py", "training/test_golden.py", "training/test_rewards.py", "test_diffusion.py"]
+FILES += ["modeling/test_llada2.py", "sampling/test_llada2.py", "training/test_blocks.py"]
 READS = {
     "logits_llada.npz": "embeddings_as_input bfloat16 tied_head rope",
     "logits_moe.npz": "router shared_expert_dense_layer_and_router_bias",
@@ -31,8 +32,16 @@ READS = {
     "rewards.json": "golden",
     "cases.json (schedules, counts)": "schedules schedules_of_several_rows lattices",
     "cases.json (gradient norms)": "the_gradient_of_every_parameter",
+    "logits_llada2.npz": "logits a_block_as_long_as_the_row_is_the_bidirectional_model padding_on_either_side"
+    " hidden_states_and_the_first_layer_piece_by_piece chosen_experts_their_weights_and_what_comes_out"
+    " embeddings_positions_and_bfloat16 cached_block_by_block_and_after_a_prefill",
+    "sampler_llada2.npz": "without_a_stop_the_whole_room_is_written two_rows_at_once_are_the_published_ones",
+    "loss_llada2.npz": "the_losses_of_dfactory the_gradient_in_all the_confidence_loss_of_dparallel"
+    " certainty_counts_where_the_prediction_is_right",
+    "cases_llada2_loss.json": "the_losses_of_dllm the_gradient_of_every_published_weight",
 }
 FILE_OF = {f"test_{name}": file for file, names in READS.items() for name in names.split()}
+AMONG_OURS = "test_the_cache_is_exact"  # with and without a cache, on the prompts of a golden file
 FOLDERS = "test_load_save_load_is_bit_identical_under_the_published_keys"
 
 
@@ -53,6 +62,8 @@ class Watch:
         given = item.callspec.params if hasattr(item, "callspec") else {}
         if item.originalname == FOLDERS:
             return f"{given['name']}/ (loaded, saved, loaded)"
+        if item.originalname == AMONG_OURS:
+            return ""
         return f"{given['file']}.npz" if "file" in given else FILE_OF.get(item.originalname, "")
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
@@ -93,11 +104,17 @@ class Near:
 
 def recorded_forwards(item: Any) -> int:
     """What the reference took for the case of a sampler's test, where it was recorded."""
-    from tests.reference import arrays, case
+    from tests.reference import arrays, block_cases, case
 
     test, given = item.originalname, getattr(getattr(item, "callspec", None), "params", {})
     if test == "test_sampler_dllm":
         return len(arrays("sampler_dllm")[f"{given['name']}__histories"]) - 1
+    if str(given.get("file")).startswith("sampler_llada2"):
+        return int(block_cases(given["file"])[given["name"]]["nfe"])
+    if test == "test_without_a_stop_the_whole_room_is_written":
+        return int(block_cases("sampler_llada2")[given["name"]]["nfe_without_eos_stop"])
+    if test == "test_two_rows_at_once_are_the_published_ones":
+        return int(block_cases("sampler_llada2")["batch2"]["nfe_without_eos_stop"])
     key = {"test_generate_llada": "forward_calls", "test_generate_fastdllm": "nfe"}.get(test)
     if key:
         return int(case(test.removeprefix("test_"), given["name"])[key])

@@ -12,8 +12,10 @@ from llada_core.data.params import PuzzleCounts, PuzzlesParams, SourceParams
 from llada_core.data.puzzles import Puzzle, PuzzleSplit
 from llada_core.data.sources import DataError, Row, UnusableRow, find, read, split_file
 
+NEW_GRIDS = "sudoku_new_grids"
+PUBLISHED = {"sudoku": "sudoku4x4", "countdown": "countdown"}  # task -> data set with puzzles that were published
 # The names that `benchmarks` may give.
-BENCHMARKS = ("sudoku", "sudoku_new_grids", "sudoku_published", "countdown", "countdown_published", "seats")
+BENCHMARKS = (*puzzles.TASKS, NEW_GRIDS, *(f"{task}_published" for task in PUBLISHED))
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def benchmarks(params: PuzzlesParams, seed: int, roots: list[Path]) -> list[Benc
         generate = partial(puzzles.sudoku, empty=sudoku.empty, new=True)
         name = f"data.puzzles.sudoku.new_grids ({seed})"
         drawn = list(puzzles.draw(generate, split=None, count=sudoku.new_grids, seed=name))
-        found.append(_benchmark("sudoku_new_grids", drawn))
+        found.append(_benchmark(NEW_GRIDS, drawn))
     return found
 
 
@@ -136,7 +138,7 @@ def _benchmark(name: str, drawn: list[Puzzle]) -> Benchmark:
 
 def _published(task: str, seed: int, roots: list[Path]) -> list[Benchmark]:
     """d1's test set of a task, worded as this run's own puzzles, when a root holds it."""
-    name = {"sudoku": "sudoku4x4", "countdown": "countdown"}.get(task)
+    name = PUBLISHED.get(task)
     if name is None or not any(split_file(root / name, "test") for root in roots):
         return []
     source = SourceParams(name=name, split="test")

@@ -9,7 +9,7 @@ import pytest
 from llada_core.data import puzzles
 from llada_core.data.formats import FORMATS
 from llada_core.data.params import PuzzlesParams
-from llada_core.data.puzzle_rows import dialogues, prompts, training_puzzles
+from llada_core.data.puzzle_rows import BENCHMARKS, benchmarks, dialogues, prompts, training_puzzles
 from llada_core.settings import ConfigError
 from llada_core.verifiers.answers import verify
 
@@ -92,6 +92,12 @@ def drawn_for(stage):
     counts = {"sft": 60, "grpo": 60, "validation": 5}
     params = PuzzlesParams.parse({"sudoku": counts, "countdown": counts, "seats": {**counts, "hasty": 0.5}}, "puzzles")
     return training_puzzles(stage, FORMATS[stage].split, params, seed=0)[0]
+
+
+def test_the_names_that_a_profile_may_give_are_those_that_are_made(data_root):
+    few = {task: {"evaluate": 1} for task in puzzles.TASKS}
+    params = PuzzlesParams.parse({**few, "sudoku": {"evaluate": 1, "new_grids": 1}}, "puzzles")
+    assert {each.name for each in benchmarks(params, 0, [data_root])} == set(BENCHMARKS)
 
 
 def test_dialogues_of_fine_tuning_show_every_puzzle_once_in_one_to_four_turns():
