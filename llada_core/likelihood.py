@@ -7,7 +7,7 @@ of subsets whose weighted sum has that mean (the stock one as nearly as its auth
 
 `confidence` is another score: the answer's own tokens are revealed one by one, each time the one that has the highest
 probability of those still masked, and their log-probabilities when they were revealed are added up. No number is drawn, and
-an answer of n tokens takes n forwards. So does a public evaluation script for iLLaDA (`get_loglikelihood_confidence`).
+an answer of n tokens takes n forwards. So does iLLaDA's evaluation (eval_illada.py of ML-GSAI/LLaDA@9182493).
 
 Of a model that attends by blocks, log p is the sum over the blocks that the answer lies in: each has a plan and a bound of
 its own, given the prompt and the clean blocks before it. Its last block is a whole one, masked behind the answer, as when

@@ -145,7 +145,7 @@ def test_same_settings_only_where_nothing_of_the_measurement_differs():
     base = of("base_gsm8k", "official")
     assert base["official"]["same_settings"]
     assert base["length_512"]["differs"].keys() == {"settings"}
-    assert base["confidence"]["differs"].keys() == {"prompt", "shots", "settings"}
+    assert base["confidence"]["differs"].keys() == {"prompt", "shots", "settings", "filter"}
     assert base["dream"]["differs"] == {"settings": "no recipe repeats its own"}
     changed = {**result([1.0], recipe="base_mmlu"), "drift": ["mmlu_law: version 2.0 for 1.0 of lm-eval 0.4.8"]}
     (official, *_) = references(changed, {"m": changed})
@@ -172,7 +172,7 @@ def test_the_report_says_what_differs_and_how_likelihoods_were_estimated(tmp_pat
     assert "base_piqa: log-likelihoods by stock, 128 samples; one is off by 1.50 nats" in text
     assert f"base_bbh: {drift[0]}." in report["remarks"]
     assert "base_arc_c: answers scored by confidence, token by token, surest first; that is no likelihood." in text
-    assert "whether BOS stood before the prompt and an end token behind the answer is not known here" in text
+    assert "theirs has BOS before the prompt and an end token behind the answer" in text
 
 
 def test_the_same_results_give_the_same_files(results):
