@@ -15,7 +15,7 @@ from llada_core.data.shapes import prompt
 from llada_core.data.sources import Row, RowError, UnusableRow, rows_of
 from llada_core.files import line_of, stem, suffix
 from llada_core.settings import ConfigError
-from llada_core.verifiers.answers import verifiable, verify
+from llada_core.verifiers.answers import unfit, verifiable, verify
 from tasks.folders import content_hash
 
 KEYS = ("map", "reward", "rule")  # settings that name a function, in whatever block
@@ -164,6 +164,8 @@ def _question(number: int, row: Row | UnusableRow, file: Path) -> dict[str, Any]
             answer = json.loads(answer)
         if not isinstance(answer, dict):
             raise RowError(f"answer {answer!r}: the verifier of {task!r} compares with an object of fields")
+        if lacking := unfit(task, answer):
+            raise RowError(f"answer {answer!r}: {lacking}")
         return {"id": str(number), "task": task, "prompt": messages[0]["content"], "answer": answer}
     except KeyError as error:
         raise ConfigError(f"{file}, row {number}: the field {error} is missing") from None

@@ -238,6 +238,28 @@ _VERIFIERS: dict[str, Callable[[str, ReferenceAnswer], bool]] = {
 }
 
 
+# What a verifier reads of a reference answer: a field, which values it may have, and in words.
+_ANSWER = ("answer", lambda x: isinstance(x, str | int | float), "a text or a number")
+_READS: dict[str, list[tuple[str, Callable[[Any], bool], str]]] = {
+    "sudoku": [("puzzle", lambda x: isinstance(x, str) and bool(re.fullmatch("[0-4]{16}", x)), "16 digits of 0 to 4")],
+    "countdown": [
+        ("numbers", lambda x: isinstance(x, list) and all(isinstance(n, int) for n in x), "a list of whole numbers"),
+        ("target", lambda x: isinstance(x, int | float), "a number"),
+    ],
+    "seats": [("order", lambda x: isinstance(x, str), "a text, a letter or digit for each person")],
+    "code": [("tests", lambda x: isinstance(x, str), "Python source")],
+}
+
+
+def unfit(task: str, answer: ReferenceAnswer) -> str | None:
+    """What the verifier of a task would stop at in a reference answer, in words; None where it can judge by it."""
+    for field, allowed, words in _READS.get(task, [_ANSWER]):
+        if field not in answer or not allowed(answer[field]):
+            found = f"is {answer[field]!r}" if field in answer else "is not there"
+            return f"the verifier of {task!r} needs {field!r}, {words}, which {found}"
+    return None
+
+
 def verifiable(task: str) -> bool:
     """Whether a task has a verifier; one without is judged by a reward of one's own."""
     return task in _VERIFIERS

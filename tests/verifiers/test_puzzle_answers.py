@@ -2,7 +2,9 @@
 
 import pytest
 
-from llada_core.verifiers.answers import value, verify
+from llada_core.data.params import PuzzlesParams
+from llada_core.data.puzzle_rows import benchmarks
+from llada_core.verifiers.answers import unfit, value, verify
 
 SUDOKU = {"puzzle": "0200040200034320"}
 COUNTDOWN = {"numbers": [2, 4, 20], "target": 26}
@@ -84,3 +86,16 @@ def test_seats(text, right):
 def test_an_unknown_task_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'sudoku'"):
         verify("sodoku", "", {})
+
+
+def test_what_a_verifier_reads_is_in_every_puzzle_and_its_lack_is_said():
+    counts = {name: {"evaluate": 3} for name in ("sudoku", "countdown", "seats")}
+    for made in benchmarks(PuzzlesParams.model_validate(counts), 0, []):
+        assert [unfit(row["task"], row["answer"]) for row in made.rows] == [None] * len(made.rows)
+    assert unfit("seats", {}) == (
+        "the verifier of 'seats' needs 'order', a text, a letter or digit for each person, which is not there"
+    )
+    assert "which is [3, 'x']" in unfit("countdown", {"numbers": [3, "x"], "target": 3})
+    for task in ("gsm8k", "math", "text"):
+        assert unfit(task, {"answer": 4}) is None
+        assert "'answer', a text or a number, which is None" in unfit(task, {"answer": None})
