@@ -182,3 +182,34 @@ def test_profiles_in_the_pages_are_ones(page: Path) -> None:
         values = yaml.safe_load(block)
         if "stages" in values:
             Params.parse(values, page.name)
+
+
+# What a reader looks for, where it is looked for.
+HOLDS = {
+    "README.md": (
+        r"\A# lladaflow\n\nTrain, evaluate.*people who train.*researchers.*!\[.*\n## Two commands\n.*make run .*make test ",
+        r"\| benchmark \| n \| chance .*\| puzzle \| question \| answer \|\n(\|[^\n]+\n){4}",
+        r"## What was run where\n.* GPU .*ranks.*offload.*## Beside other projects\n.*ML-GSAI/LLaDA.*dllm.*d1.*lladaflow",
+    ),
+    "docs/concepts.md": (
+        r"at first +\.{16}.*after 4 steps.*after 10 steps.*after 16 steps",
+        r"## Preference tuning\n.*LLaDA 1\.5",
+        r"Usual settings of the 8 B models.*`max_new_tokens`.*GSM8K",
+    ),
+    "docs/evaluation.md": (
+        r"how to measure.*evaluation-proof\.md.*as a benchmark\n.*## Recipes and what is published",
+    ),
+    "docs/evaluation-proof.md": (r"\A[^\n]*how we know that it is right\n\nFor maintainers",),
+    "docs/cluster.md": (
+        r"\A[^#]*# From.*?## One machine of 8 GPUs, without Slurm\n.*driver.*?whl/cu.*?## 1\. On the login node",
+    ),
+    "AGENTS.md": (r"make setup.*make check.*make test.*## Where things are.*## Adding",),
+}
+STILTED = ("hasty seats", "caches cost its champion nothing", "errs by 3.00 nats")
+
+
+@pytest.mark.parametrize("page", HOLDS)
+def test_a_page_has_what_is_looked_for_there(page: str) -> None:
+    text = TEXT[ROOT / page]
+    assert not [pattern for pattern in HOLDS[page] if not re.search(pattern, text, flags=re.DOTALL)]
+    assert not [words for words in STILTED if words in text]

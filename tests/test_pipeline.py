@@ -105,6 +105,38 @@ def test_lineage_leads_both_ways(checkout: Path) -> None:
     assert llada(checkout, "lineage", "reports").returncode == 2
 
 
+@pytest.mark.slow
+def test_the_tutorials_laptop_model_answers_its_own_questions(tmp_path: Path) -> None:
+    home, mine = clone(tmp_path), tmp_path / "my-data"
+    mine.mkdir()
+    places = dict(
+        zip(("library", "mill", "bakery", "school", "harbour", "museum", "inn", "church"), "ABDEFGHI", strict=True)
+    )
+    said = {
+        f"{asked} the {place}?": f"{told} {10 + 7 * at} {where}."
+        for at, (place, where) in enumerate(places.items())
+        for asked, told in {
+            "When opens": "At minute", "Who keeps": "Keeper number", "Where stands": "In house", "What costs": "Coins:",
+            "How old is": "Years:",
+        }.items()
+    }  # fmt: skip
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in said.items()
+    ]
+    (mine / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/tutorial.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    (profile,) = (block for block in blocks if "name: my-run\n" in block)
+    (mine / "my-run.yaml").write_text(profile.replace("/path/to/my-data", str(mine)))
+    done = llada(home, "run", str(mine / "my-run.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (model,) = home.glob("workspaces/my-run-*/models/sft")
+    assert f"llada chat --model {model.relative_to(home)} " in done.stdout
+    asked = llada(home, "sample", *said, "--json", "--model", str(model))
+    answers = [json.loads(line)["answer"] for line in asked.stdout.splitlines()]
+    assert len(answers) == 40
+    assert sum(answer == right for answer, right in zip(answers, said.values(), strict=True)) >= 36
+
+
 def test_a_mistyped_key_is_one_line(checkout: Path) -> None:
     done = llada(checkout, "run", "-S", "sft.learning_rat=1")
     assert done.returncode == 2

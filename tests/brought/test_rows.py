@@ -204,6 +204,7 @@ def test_rows_left_out_are_counted_with_their_reason_on_the_screen(home):
     card = made(home, lines)
     assert card["parts"]["sft"]["train"]["rows"] == 41
     told = list(summary(card))
+    assert any("nothing held out, so nothing is validated" in line for line in told)
     assert "sft: mine.jsonl: 45 rows, recognised as ShareGPT (from and value): 1" in told
     (left_out,) = (line for line in told if "left out" in line)
     assert left_out.startswith("sft: mine.jsonl: 4 of 45 rows cannot be used, left out: ")
