@@ -144,17 +144,17 @@ def runs(
 
 def status(as_json: Annotated[bool, typer.Option("--json", help="one JSON object per run")] = False) -> None:
     """Every run: state, profile and overrides, begin, duration, job, step of total, loss, time left, size of checkpoints."""
-    from tasks.launch.status import COLUMNS, line_of
+    from tasks.launch.status import COLUMNS, facts_of, line_of
     from tasks.project import Project
     from tasks.record.runs import all_runs
 
-    lines = [line_of(found) for found in all_runs(Project.at())]
+    runs = all_runs(Project.at())
     if as_json:
-        print("\n".join(json.dumps(dict(zip(COLUMNS, line, strict=True))) for line in lines))
+        print("\n".join(json.dumps(facts_of(found)) for found in runs))
         return
     table = Table(*COLUMNS, box=None)
-    for line in lines:
-        table.add_row(*line)
+    for found in runs:
+        table.add_row(*line_of(found))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

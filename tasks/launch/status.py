@@ -4,6 +4,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -70,27 +71,48 @@ def sentence(stage: str, line: dict[str, Any]) -> str:
 COLUMNS = ("run", "state", "of", "begun", "took", "job", "step", "loss", "left", "GB")
 
 
-def line_of(run: RunFolder) -> tuple[str, ...]:
-    """One run as it is now: a text for each of COLUMNS; of one whose files are damaged, which and what to do."""
+def facts_of(run: RunFolder) -> dict[str, Any]:
+    """One run as it is now, for programs: a value for each of COLUMNS, and `share` of the whole; None where there is none.
+
+    `begun` is ISO 8601 with its offset, `took` and `left` are seconds. Of a run whose files are damaged `state` says which
+    and what to do.
+    """
+    facts: dict[str, Any] = dict.fromkeys((*COLUMNS, "share")) | {"run": run.key}
     try:
-        return _line(run)
+        return facts | _facts(run)
     except (ValueError, KeyError, TypeError, OSError) as error:
         told = " ".join(str(error).split()) if isinstance(error, ValueError | OSError) else f"{run.path} is damaged"
-        return (run.key, told, *[""] * (len(COLUMNS) - 2))
+        return facts | {"state": told}
 
 
-def _line(run: RunFolder) -> tuple[str, ...]:
-    state = state_of(run)
-    last = run.last_metrics()
-    size = size_of([run.path / "checkpoints", run.log]) / 2**30
-    loss = last.get("loss")
-    share = last.get("share")
-    step = f"{last['step']}" + (f" ({share:.0%})" if share else "") if "step" in last else ""
-    shown = f"{loss:.4g}" if loss else ""
-    begun = time.strftime("%m-%d %H:%M", time.localtime((run.path / "request.json").stat().st_mtime))
-    took = f"{run.seconds / 60:.1f} min" if run.seconds is not None else ""
-    left = _left(run, last, state)
-    return run.key, state, run.title, begun, took, run.job_name, step, shown, left, f"{size:.2f}"
+def _facts(run: RunFolder) -> dict[str, Any]:
+    state, last = state_of(run), run.last_metrics()
+    begun = datetime.fromtimestamp((run.path / "request.json").stat().st_mtime).astimezone()
+    return {
+        "state": state,
+        "of": run.title,
+        "begun": begun.isoformat(timespec="seconds"),
+        "took": run.seconds,
+        "job": run.job_name,
+        **{name: last.get(name) for name in ("step", "share", "loss")},
+        "left": _left(last, state),
+        "GB": size_of([run.path / "checkpoints", run.log]) / 2**30,
+    }
+
+
+def line_of(run: RunFolder) -> tuple[str, ...]:
+    """One run as it is now, for people: a text for each of COLUMNS."""
+    facts = facts_of(run)
+    share = f" ({facts['share']:.0%})" if facts["share"] else ""
+    texts = {
+        "begun": f"{facts['begun'] or '':.16}"[5:].replace("T", " "),
+        "took": "" if facts["took"] is None else f"{facts['took'] / 60:.1f} min",
+        "step": "" if facts["step"] is None else f"{facts['step']}{share}",
+        "loss": f"{facts['loss']:.4g}" if facts["loss"] else "",
+        "left": "" if facts["left"] is None else f"{facts['left'] / 60:.0f} min",
+        "GB": "" if facts["GB"] is None else f"{facts['GB']:.2f}",
+    }
+    return tuple(texts[name] if name in texts else facts[name] or "" for name in COLUMNS)
 
 
 def state_of(run: RunFolder) -> str:
@@ -107,12 +129,11 @@ def state_of(run: RunFolder) -> str:
     return "stopped" if stopped or run.exit_status is None else f"failed ({run.exit_status})"
 
 
-def _left(run: RunFolder, last: dict[str, float], state: str) -> str:
+def _left(last: dict[str, float], state: str) -> float | None:
     share, rate = last.get("share"), last.get("steps_per_second")
     if state != "running" or not share or not rate:
-        return ""
-    seconds = last["step"] / share * (1 - share) / rate - (time.time() - last["time"])
-    return f"{max(0, seconds) / 60:.0f} min"
+        return None
+    return max(0.0, last["step"] / share * (1 - share) / rate - (time.time() - last["time"]))
 
 
 @dataclass(frozen=True)

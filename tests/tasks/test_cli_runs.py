@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +229,9 @@ def test_two_runs_are_compared_in_the_terminal(project: Path, monkeypatch: pytes
     llada("runs", "compare", a.name, code=2)
     [line, *_] = [json.loads(text) for text in llada("status", "--json").splitlines()]
     assert (line["state"], line["of"]) == ("done", "toy")
-    assert line["begun"]
-    assert line["took"]
+    assert datetime.fromisoformat(line["begun"]).tzinfo
+    assert (line["step"], line["left"]) == (4, None)
+    assert line["took"] > 0 < line["GB"]
 
 
 def test_with_json_stdout_is_one_object(project: Path) -> None:
