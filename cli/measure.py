@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,7 +179,7 @@ def _sped(
     from llada_core.evaluation.speed import as_values, picture, settings_of, study, told
     from tasks.folders import write_json, write_text
     from tasks.record.registry import resolve
-    from tasks.work.evaluate import answering, quiet_lm_eval
+    from tasks.work.evaluate import answering, quiet_lm_eval, speed_answers
 
     quiet_lm_eval(harness=logging.WARNING)
     with answering(resolve(name), params, device) as answerer:
@@ -186,13 +187,15 @@ def _sped(
             put = benchmark(each, params, root=places.root, puzzles=places.puzzles)
             if put.recipe.kind != "generate":
                 raise ConfigError(f"--speed: {each} writes nothing; name benchmarks that are answered in words")
-            points = study(put, answerer, texts, params.limit)
+            points = study(put, answerer, texts, params.limit, kept=speed_answers(places, name, put.name))
             text = told(each, points)
             used = settings_of(put, texts, by_blocks=answerer.model.block_length is not None)
             write_json(places.out / f"speed-{each}.json", {"model": name, **as_values(each, points, used)})
             write_text(places.out / f"speed-{each}.md", text + "\n")
             picture(each, points, places.out / f"speed-{each}.png")
             print(f"{text}\n")
+    for each in asked:  # asked again, the same is measured anew: a time is of its day
+        shutil.rmtree(speed_answers(places, name, each), ignore_errors=True)
 
 
 def share_within(

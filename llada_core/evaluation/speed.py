@@ -4,7 +4,6 @@ Rankings of decoders flip with the prompt (arXiv:2606.29228), so the worst wordi
 """
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,12 +14,13 @@ from typing import Any
 import yaml
 from lm_eval.api.instance import Instance
 
-from llada_core.evaluation.answering import Responder
+from llada_core.evaluation.answering import AnswerStore, Responder
 from llada_core.evaluation.benchmark import Benchmark, run
 from llada_core.evaluation.harness import LladaLM
 from llada_core.evaluation.params import BenchmarkSettings
 from llada_core.evaluation.requests import DEFAULT_LENGTH, ChatText
 from llada_core.evaluation.statistics import Difference, paired
+from llada_core.files import hash_of
 from llada_core.sampling.params import EDITING
 
 EXACT = "exact"
@@ -77,18 +77,15 @@ def settings_of(asked: Benchmark, texts: Sequence[str], *, by_blocks: bool = Fal
 class RewordedLM(LladaLM):
     """Asks every question in another wording: that of the last message of a dialogue, or of the whole text."""
 
-    def __init__(self, answerer: Responder, wording: Wording) -> None:
-        super().__init__(answerer)
-        self.wording, self.seconds = wording, 0.0
+    def __init__(self, answerer: Responder, wording: Wording, store: AnswerStore | None = None) -> None:
+        super().__init__(answerer, store)
+        self.wording = wording
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         for request in requests:
             prompt, *rest = request.args
             request.arguments = (self._reworded(prompt, request.doc), *rest)
-        started = time.monotonic()
-        answers = super().generate_until(requests)
-        self.seconds += time.monotonic() - started
-        return answers
+        return super().generate_until(requests)
 
     def _reworded(self, prompt: str, row: Mapping[str, Any]) -> str:
         if not isinstance(prompt, ChatText):
@@ -119,27 +116,39 @@ class Point:
 
 
 def measured(
-    asked: Benchmark, answerer: Responder, sampling: Sampling, wording: Wording, limit: int | None = None
+    asked: Benchmark,
+    answerer: Responder,
+    sampling: Sampling,
+    wording: Wording,
+    limit: int | None = None,
+    *,
+    kept: Path | None = None,
 ) -> Point:
-    """One setting under one wording, a question at a time as the published speeds; nothing is kept on disk."""
+    """One setting under one wording, a question at a time as the published speeds; what a folder `kept` holds of it is not
+    asked again, and took the time that it took.
+    """
     settings = BenchmarkSettings(sampling=sampling).over(asked.settings)
     options = replace(answerer.options, settings=settings, batch_size=1)
-    lm = RewordedLM(replace(answerer, options=options), wording)
+    lm = RewordedLM(replace(answerer, options=options), wording, AnswerStore(kept))
     _, records = run(replace(asked, settings=settings), lm, limit=limit)
     scores = tuple(float(record["score"]) for record in records)
     tokens, forwards = sum(lm.new_tokens), sum(lm.forwards)
-    return Point(scores, tokens / len(scores), forwards / len(scores), tokens / max(lm.seconds, 1e-9))
+    return Point(scores, tokens / len(scores), forwards / len(scores), tokens / max(lm.store.seconds, 1e-9))
 
 
 def study(
-    asked: Benchmark, answerer: Responder, texts: Sequence[str], limit: int | None = None
+    asked: Benchmark, answerer: Responder, texts: Sequence[str], limit: int | None = None, *, kept: Path | None = None
 ) -> dict[str, dict[str, Point]]:
-    """Setting -> wording -> point; a wording in which exact solves less than half is asked of exact alone."""
+    """Setting -> wording -> point; a wording in which exact solves less than half is asked of exact alone.
+
+    kept: a folder of this model and benchmark, where finished answers are found again after an interruption.
+    """
     chosen = settings_of(asked, texts, by_blocks=answerer.model.block_length is not None)
     found: dict[str, dict[str, Point]] = {name: {} for name in chosen}
     for name, wording in wordings(asked).items():
         for setting, sampling in chosen.items():
-            found[setting][name] = measured(asked, answerer, sampling, wording, limit)
+            own = None if kept is None else kept / hash_of([sampling, name])[:16]
+            found[setting][name] = measured(asked, answerer, sampling, wording, limit, kept=own)
             if found[EXACT][name].accuracy < HALF:
                 break
     return found

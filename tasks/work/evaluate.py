@@ -179,10 +179,16 @@ def measure_speed(name: str, model: str, answerer: "Responder", params: Evaluate
     asked = benchmark(name, params, root=places.root, puzzles=places.puzzles)
     if asked.recipe.kind != "generate":
         raise ConfigError(f"evaluate.speed: {name} writes nothing; name benchmarks that are answered in words")
-    points = study(asked, answerer, params.speed.settings, params.speed.limit or params.limit)
+    limit, kept = params.speed.limit or params.limit, speed_answers(places, model, asked.name)
+    points = study(asked, answerer, params.speed.settings, limit, kept=kept)
     path = places.out / asked.name / "speed.json"
     known = read_json(path) if path.exists() else {}
     write_json(path, known | {safe(model): table(points)})
+
+
+def speed_answers(places: Places, model: str, benchmark: str) -> Path:
+    """The folder with what an interrupted look at faster settings has answered, beside the ordinary answers."""
+    return places.answers / safe(model) / benchmark / "speed"
 
 
 @contextmanager

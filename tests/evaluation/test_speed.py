@@ -111,6 +111,45 @@ def test_every_wording_reaches_the_model_and_forwards_are_counted(asked, monkeyp
     assert all(len(point.scores) == 2 for point in found[EXACT].values())
 
 
+def test_interrupted_between_two_it_goes_on_and_ends_as_an_undisturbed_one(asked, monkeypatch, tmp_path):
+    model, tokenizer = tiny_pair()
+    monkeypatch.setattr(speed, "HALF", 0.0)
+    calls, forward, run = [], model.forward, speed.run
+    monkeypatch.setattr(model, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+
+    def forwards(**how):
+        calls.clear()
+        found = study(asked, Responder(model, tokenizer, ResponderOptions()), ["threshold=0.01"], **how)
+        return len(calls), found
+
+    whole, undisturbed = forwards()
+    done = []
+
+    def killed(*given, **how):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(1)
+        return run(*given, **how)
+
+    monkeypatch.setattr(speed, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        forwards(kept=tmp_path)
+    before = len(calls)
+    first = json.loads(next(tmp_path.glob("*/answers-*.jsonl")).read_text().splitlines()[0])
+    assert first["seconds"] > 0
+    monkeypatch.setattr(speed, "run", run)
+    left, resumed = forwards(kept=tmp_path)
+    assert 0 < before < whole
+    assert left == whole - before
+    for setting, own in undisturbed.items():
+        for wording, each in own.items():
+            again = resumed[setting][wording]
+            assert (again.scores, again.tokens, again.forwards) == (each.scores, each.tokens, each.forwards)
+    none, again = forwards(kept=tmp_path)
+    took = resumed[EXACT]["as_asked"].tokens_per_second
+    assert (none, again[EXACT]["as_asked"].tokens_per_second) == (0, pytest.approx(took, rel=1e-3))
+
+
 def test_puzzles_are_asked_in_the_wordings_of_their_training(tmp_path, monkeypatch):
     counts = {name: {"evaluate": 3} for name in ("sudoku", "countdown", "seats")}
     made = puzzle_rows.benchmarks(PuzzlesParams.model_validate(counts), 0, [])
