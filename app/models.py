@@ -190,33 +190,22 @@ class LoadedModel:
         *,
         fixed_tokens: dict[int, int] | None = None,
         look_ahead: bool = False,
-        copy: int = 0,
     ) -> Generator[Step, None, None]:
         """Denoises an answer after `prompt`; with `look_ahead`, guesses are made beyond the present block too.
 
-        `fixed_tokens`: answer position -> token that stands there from the start. `copy`: which of several answers to one
-        prompt under one seed.
+        `fixed_tokens`: answer position -> token that stands there from the start.
         """
-        self._require_few(params)
         with as_user_error():
-            requests, _ = to_answer(self.model, [prompt], params, pinned=fixed_tokens, ahead=look_ahead, copy=copy)
+            requests, _ = to_answer(self.model, [prompt], params, pinned=fixed_tokens, ahead=look_ahead)
         return self._steps(requests)
 
     def fill(
-        self, template: list[int], params: SamplingParams, *, look_ahead: bool = False, copy: int = 0
+        self, template: list[int], params: SamplingParams, *, look_ahead: bool = False
     ) -> Generator[Step, None, None]:
-        """Denoises the masks of a template; `copy` as in `write`."""
-        self._require_few(params)
+        """Denoises the masks of a template."""
         with as_user_error():
-            requests = to_fill(self.model, [template], params, ahead=look_ahead, copy=copy)
+            requests = to_fill(self.model, [template], params, ahead=look_ahead)
         return self._steps(requests)
-
-    def _require_few(self, params: SamplingParams) -> None:
-        # A schedule is a table with a number for each step: a billion of them would be eight gigabytes.
-        if params.steps > self.context:
-            raise UserError(
-                f"steps {params.steps}: this model reads {self.context} tokens; give at most so many steps."
-            )
 
     def _steps(self, requests: list[Request]) -> Generator[Step, None, None]:
         with as_user_error():  # once the first step is asked for: who never begins takes no place

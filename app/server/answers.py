@@ -1,7 +1,7 @@
 """An answer while it is written: the text of it that can no longer change, when it is over, and what it cost."""
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,23 +10,22 @@ import numpy as np
 from app.canvas import GIVEN, OPEN, Frame, Trace
 from app.models import LoadedModel
 from llada_core.sampling.canvas import Step
-from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.requests import Request
 
 HALF = "\ufffd"  # how the end of a text looks whose last character is not complete yet
 
 
 @dataclass
 class Draft:
-    """One choice of one request. `steps` make it; `width` columns of the canvas are it (None: all behind the prompt).
+    """One choice of what a client asked, behind a `prompt`; `request` is what the sampler writes of it.
 
-    `suffix` columns behind it were given. A text is told once nothing before it is open, and, while a rule may take
+    `suffix` columns of the canvas behind it were given. A text is told once nothing before it is open, and, while a rule may take
     tokens back, once its block is done. `stops` cut it, which gives up what is left of the canvas.
     """
 
     loaded: LoadedModel
-    params: SamplingParams
+    request: Request
     prompt: list[int]
-    steps: Generator[Step, None, None]
     stops: Sequence[str] = ()
     suffix: int = 0
     whole: bool = False  # a template: all of its text is the answer
@@ -40,9 +39,10 @@ class Draft:
     def __post_init__(self) -> None:
         self.trace = Trace([] if self.whole else self.prompt)
 
-    def advance(self) -> str:
-        """Takes one step and returns the text that is new and certain; `finish` is set once the answer is over."""
-        step = next(self.steps, None)
+    def advance(self, step: Step | None) -> str:
+        """Takes the next step, None behind the last, and returns the text that is new and certain; `finish` is set once the
+        answer is over.
+        """
         if step is not None:
             self.trace.frames[:-1] = []  # only what a token's confidence was is needed of what has been
             self.trace.add(step)
@@ -55,13 +55,11 @@ class Draft:
             text = text[: len(text) - held_back(text, self.stops)]
         if over:
             self.finish = "stop" if cut is not None or self._ended() else "length"
-            self.steps.close()
         new, self.told = text[len(self.told) :], text if len(text) > len(self.told) else self.told
         return new
 
     def give_up(self, note: str) -> str:
         """Ends it where it is, and returns what was not told of the text before the first gap."""
-        self.steps.close()
         self.finish, self.note = "length", note
         text, _ = self._certain(last=False)
         new, self.told = text[len(self.told) :], text
@@ -119,8 +117,8 @@ class Draft:
             return "", last
         tokens, is_open = self.tokens(), bool((frame.state == OPEN).any())
         # A rule of one's own may take back what stands in the block; one that edits, also once nothing in it is open.
-        edits = self.params.sampler == "llada2.1"
-        changing = edits or (self.params.rule is not None and is_open)
+        edits = self.request.edits
+        changing = edits or (self.request.params.rule is not None and is_open)
         sure = frame.block[0] if changing and not last else len(frame.tokens)
         tokens = tokens[:sure]
         done = last or not (is_open or edits) or (len(tokens) < sure and self._ended(len(tokens)))

@@ -9,10 +9,10 @@ import secrets
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, cast
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import generate_latest
@@ -24,6 +24,7 @@ from starlette.types import Message as AsgiMessage
 
 from app.models import UserError, out_of_memory
 from app.server.answers import Draft
+from app.server.line import Line
 from app.server.schema import BadRequestError, ChatRequest, CompletionRequest, SamplingFields, ScoreRequest
 from app.server.service import Limits, Service
 
@@ -31,52 +32,6 @@ log = logging.getLogger("lladaflow.server")
 GONE = 499  # the client is, and nobody reads what is sent (nginx's number)
 HALVES = re.compile(rb"\\u[dD][89a-fA-F]")  # of characters, as JSON may write them
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/score", "/health", "/metrics")
-
-
-class Line:
-    """Who is written now: at most `at_once` requests, first come, first served. How many may wait is the guard's."""
-
-    def __init__(self, service: Service) -> None:
-        self.limits, self.metrics = service.limits, service.metrics
-        self.places = asyncio.Semaphore(self.limits.at_once)
-        # A step is made by one thread for all; more of them would only wait, each with memory of its own for products. Who
-        # scores waits for whoever scores already, and keeps neither a thread nor a place from those who write.
-        self.threads, self.scorer, self.scoring = CapacityLimiter(4), CapacityLimiter(1), asyncio.Lock()
-
-    @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Inside, a request is written."""
-        async with self.places:
-            self.metrics.active.inc()
-            try:
-                yield
-            finally:
-                self.metrics.active.dec()
-
-    async def write(self, drafts: Sequence[Draft], request: Request) -> AsyncGenerator[tuple[Draft, str]]:
-        """The drafts with their new texts, step by step in turn, until all are over; one whose client has gone is given up."""
-        began, first = time.monotonic(), False
-        try:
-            while going := [draft for draft in drafts if draft.finish is None]:
-                late = time.monotonic() - began > self.limits.seconds
-                note = f"stopped after {self.limits.seconds:.0f} s, the time allowed for one answer"
-                for draft in going:
-                    text = (
-                        draft.give_up(note) if late else await to_thread.run_sync(draft.advance, limiter=self.threads)
-                    )
-                    if text and not first:
-                        first = True
-                        self.metrics.first.observe(time.monotonic() - began)
-                    yield draft, text
-                if await request.is_disconnected():
-                    return
-        finally:
-            for draft in drafts:
-                draft.steps.close()
-            counted = [draft.usage() for draft in drafts]
-            self.metrics.tokens.labels("prompt").inc(sum(counts["prompt_tokens"] for counts in counted))
-            self.metrics.tokens.labels("answer").inc(sum(counts["completion_tokens"] for counts in counted))
-            self.metrics.forwards.inc(sum(counts["forwards"] for counts in counted))
 
 
 def create_app(service: Service, *, key: str = "", follow_seconds: float = 5.0) -> FastAPI:
@@ -249,6 +204,7 @@ async def _score(line: Line, request: Request, service: Service, asked: ScoreReq
         async with line.scoring:
             return JSONResponse(await to_thread.run_sync(service.score, asked, left, limiter=line.scorer))
     finally:
+        left.set()  # also where a stop ends it: the thread is to go no further
         watcher.cancel()
 
 

@@ -20,6 +20,7 @@ from llada_core.evaluation.requests import ChatText, pairs
 from llada_core.likelihood import Likelihood
 from llada_core.sampling.engine import Engine
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.requests import to_answer, to_fill
 
 SCORED_AT_ONCE = 8  # pairs that a device takes together
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -110,6 +111,7 @@ class Service:
         """The drafts of a conversation, one a choice."""
         loaded = self.model(asked.model)
         messages = loaded.usage.messages([message.as_turn() for message in asked.messages])
+        _require_short(loaded, "messages", *(message["content"] for message in messages))
         params = asked.settings(loaded.usage.sampling)
         _judged(params, wanted=asked.logprobs)
         return self._drafts(loaded, asked, params, [loaded.tokenizer.chat_ids(messages)])
@@ -119,19 +121,26 @@ class Service:
         loaded = self.model(asked.model)
         params = asked.settings(loaded.usage.sampling)
         _judged(params, wanted=asked.logprobs is not None)
-        encode = partial(loaded.tokenizer.encode, user=False)  # a raw text: special strings are tokens, as for lm-eval
+
+        def encode(text: str, param: str = "prompt") -> list[int]:
+            _require_short(loaded, param, text)
+            return loaded.tokenizer.encode(text, user=False)  # raw: special strings are tokens, as for lm-eval
+
         prompts = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
         if asked.template is None and asked.suffix is None:
             return self._drafts(loaded, asked, params, prompts)
         mask_id = loaded.model.special_tokens.mask_id
         if asked.template is not None:
+            named = partial(encode, param="template")
             try:
-                ids, suffix = parse_template(asked.template, encode, mask_id, loaded.context), []
+                ids, suffix = parse_template(asked.template, named, mask_id, loaded.context), []
+            except BadRequestError:
+                raise
             except ValueError as error:
                 raise BadRequestError(str(error), "template") from None
             prompts = [ids]
         else:
-            suffix = encode(asked.suffix or "")
+            suffix = encode(asked.suffix or "", "suffix")
         return self._drafts(loaded, asked, params, prompts, suffix=suffix, whole=asked.template is not None)
 
     def _drafts(
@@ -161,12 +170,13 @@ class Service:
             template = [*prompt, *[loaded.model.special_tokens.mask_id] * blank, *(suffix or [])]
             for copy in range(asked.n):
                 try:
-                    steps = (
-                        loaded.fill(template, params, copy=copy) if filling else loaded.write(prompt, params, copy=copy)
-                    )
-                except UserError as error:
+                    if filling:
+                        (request,) = to_fill(loaded.model, [template], params, copy=copy)
+                    else:
+                        ((request,), _) = to_answer(loaded.model, [prompt], params, copy=copy)
+                except ValueError as error:
                     raise BadRequestError(str(error)) from None
-                found.append(Draft(loaded, params, prompt, steps, asked.stops, len(suffix or []), whole, len(found)))
+                found.append(Draft(loaded, request, prompt, asked.stops, len(suffix or []), whole, len(found)))
         return found
 
     def score(self, asked: ScoreRequest, left: threading.Event | None = None) -> dict[str, object]:
@@ -177,6 +187,11 @@ class Service:
         loaded = self.model(asked.model)
         special = loaded.model.special_tokens
         prefix = special.eos_id if special.bos_id is None else special.bos_id
+        for prompt in {id(prompt): prompt for prompt, _ in asked.texts}.values():  # of labels one
+            said = [prompt] if isinstance(prompt, str) else [message.as_turn()["content"] for message in prompt]
+            _require_short(loaded, "prompt", *said)
+        for _, answer in asked.texts:
+            _require_short(loaded, "answer", answer)
         with self._scoring:
             try:
                 encoded = pairs([(_context(p, loaded), a) for p, a in asked.texts], loaded.tokenizer, prefix)
@@ -207,10 +222,7 @@ class Service:
 
 @dataclass(frozen=True)
 class _Turn(AbstractContextManager[None]):
-    """The model for one forward of who scores, after a step of those who write.
-
-    A lock alone would not let them in: who gives it back and wants it again is there before those that it wakes.
-    """
+    """The model for one forward of who scores, unless the client has left; those who write have a step in between."""
 
     engine: Engine
     left: threading.Event
@@ -218,8 +230,7 @@ class _Turn(AbstractContextManager[None]):
     def __enter__(self) -> None:
         if self.left.is_set():
             raise ClientDisconnect
-        self.engine.step()
-        self.engine.turn.acquire()
+        self.engine.get_turn()
 
     def __exit__(self, *_: object) -> None:
         self.engine.turn.release()
@@ -255,6 +266,22 @@ def _context(prompt: str | list[Message], loaded: LoadedModel) -> str:
         return prompt
     messages = loaded.usage.messages([message.as_turn() for message in prompt])
     return ChatText(loaded.tokenizer.chat_text(messages), messages)
+
+
+def _require_short(loaded: LoadedModel, param: str, *texts: str) -> None:
+    """Refuses texts far longer than the model reads before all of them is encoded, which takes seconds and a hundred bytes
+    for each token of a megabyte. What is hardly too long is refused later, with its number of tokens.
+    """
+    text, part, count = "".join(texts), 16 * loaded.context, 0
+    for first in range(0, len(text), part) if len(text) > loaded.context else ():
+        # Twice the context: where parts are cut, tokens may be too.
+        count += len(loaded.tokenizer.encode(text[first : first + part], user=False))
+        if count > 2 * loaded.context:
+            raise BadRequestError(
+                f"a text of {len(text):,} characters is longer than the {loaded.context} tokens that this model reads",
+                param,
+                "context_length_exceeded",
+            )
 
 
 def _judged(params: SamplingParams, *, wanted: bool) -> None:

@@ -53,7 +53,7 @@ class Engine:
         self._door: threading.Lock = threading.Lock() if beside is None else beside._door
         self.batches: deque[RunningBatch] = deque()
         # Two locks: who asks takes the door alone, and need not wait for a step to end.
-        self.turn = threading.Lock()
+        self.turn, self._next, self._leaving = threading.Lock(), threading.Lock(), False
         # torch keeps captured graphs by the thread that captured them: whoever takes the turn, one thread replays them.
         self._replayer = None if compiled == "off" else ThreadPoolExecutor(1, "graphs")
 
@@ -65,7 +65,12 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether anybody writes or waits."""
-        return bool(self._queue) or any(peer.batches for peer in self.peers)
+        return any(peer.wanted for peer in self.peers)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a step of this one does anything."""
+        return bool(self._queue or self.batches)
 
     def told(self) -> str:
         """What it may take, before it is taken: rows, positions, bytes of keys and values, functions to be compiled."""
@@ -120,23 +125,16 @@ class Engine:
 
     def follow(self, answer: Answer) -> Generator[Step, None, None]:
         """The steps of a watched answer as they come; who takes no more of them has the answer given up."""
-        assert answer.steps is not None
-        ended = False
         try:
             while True:
-                if not answer.steps:
+                while not answer.ready:
                     home = self._home(answer)
-                    with home.turn:  # also to be told of the end: the last step is there once the turn is over
-                        if not (answer.steps or answer.over):  # another may have made it while this one waited
+                    with home.turn:
+                        if not answer.ready:  # another may have made it while this one waited
                             home._step()
-                        # In this order: over, and not by an engine that has not told its last step yet.
-                        ended = answer.over and answer.at in (None, home.number)
-                if answer.steps:
-                    yield answer.steps.popleft()
-                elif ended and answer.error is not None:
-                    raise answer.error
-                elif ended:
+                if (step := answer.take()) is None:
                     return
+                yield step
         finally:
             self.cancel(answer)
 
@@ -149,17 +147,33 @@ class Engine:
         """Gives up an answer; its place is free before the next step."""
         answer.cancelled = True
         home = self._home(answer)
-        # Whoever has the turn sees to it. Not waited for: a generator may be closed by the collector, amid a step.
-        if home.turn.acquire(blocking=False):
+        home._leaving = True
+        home._see_off()
+
+    def _see_off(self) -> None:
+        """Those who leave do, at once or when the step that is being made is over."""
+        # Not waited for: a generator may be closed by the collector, amid a step.
+        while self._leaving and self.turn.acquire(blocking=False):
             try:
-                home._sweep()
+                self._leaving = False
+                self._sweep()
             finally:
-                home.turn.release()
+                self.turn.release()
+
+    def get_turn(self) -> None:
+        """Returns once the turn is the caller's. Of two who ask again and again each has it every second time."""
+        # The turn alone would not see to that: who gives it back and wants it again is there before those that it wakes.
+        with self._next:
+            self.turn.acquire()
 
     def step(self) -> None:
         """One step of the batch whose turn it is; of none, where nobody writes."""
-        with self.turn:
+        self.get_turn()
+        try:
             self._step()
+        finally:
+            self.turn.release()
+        self._see_off()  # who left while this one had the turn, and after it had looked
 
     def _step(self) -> None:
         self._sweep()
@@ -169,29 +183,38 @@ class Engine:
         batch = self.batches[0]
         # The next one's turn, also if this step fails: a batch that cannot be computed must not hold up the others.
         self.batches.rotate(-1)
-        forwards, fed = batch.denoiser.forwards, batch.denoiser.fed
-        try:
-            with evaluating(self.model):
-                moment = batch.step() if self._replayer is None else self._replayer.submit(batch.step).result()
-        except BaseException as error:
-            self.batches.remove(batch)
-            for answer in batch.answers:
-                answer.error = error
-            # An interrupt belongs to who made the step; an error to those whose answers are lost, and only to them.
-            if not isinstance(error, Exception):
-                raise
+        forwards, fed, moment = batch.denoiser.forwards, batch.denoiser.fed, None
+        with self._blaming(batch), evaluating(self.model):
+            moment = batch.step() if self._replayer is None else self._replayer.submit(batch.step).result()
+        if moment is None:
             return
         self.forwards += batch.denoiser.forwards - forwards
         self.fed += batch.denoiser.fed - fed
         _tell(moment)
+        for answer in moment.answers:  # after its last step is there, so that nobody who looks meanwhile misses it
+            answer.told = answer.finished
         self._sweep()
+
+    @contextmanager
+    def _blaming(self, batch: RunningBatch, joining: Sequence[Answer] = ()) -> Iterator[None]:
+        """What goes wrong with a batch ends it: its answers, and those that were to join it, are told."""
+        try:
+            yield
+        except BaseException as error:
+            for answer in (*batch.answers, *joining):
+                answer.error = error
+            self.batches.remove(batch)
+            # An interrupt belongs to who made the step; an error to those whose answers are lost, and only to them.
+            if not isinstance(error, Exception):
+                raise
 
     def _sweep(self) -> None:
         """Answers that nobody wants any more leave, and batches without rows."""
         for batch in list(self.batches):
             if gone := [answer for answer in batch.answers if answer.cancelled]:
-                batch.leave(gone)
-            if not batch.answers:
+                with self._blaming(batch):
+                    batch.leave(gone)
+            if not batch.answers and batch in self.batches:
                 self.batches.remove(batch)
         self.load = len(self.active)
 
@@ -203,7 +226,8 @@ class Engine:
         with self._door:
             self._taken_in(joining)
         for batch, answers in joining.items():
-            batch.join(answers)
+            with self._blaming(batch, answers):
+                batch.join(answers)
         self.load = len(self.active)
 
     def _taken_in(self, joining: dict[RunningBatch, list[Answer]]) -> None:
@@ -217,7 +241,12 @@ class Engine:
                 if places < 1 or not self._fits(answer.request, batch, joining):
                     break
                 if batch is None:
-                    batch = RunningBatch(self.model, answer.request, self.compiled)
+                    try:
+                        batch = RunningBatch(self.model, answer.request, self.compiled)
+                    except Exception as error:  # noqa: BLE001 - its own, and of none that comes behind it
+                        answer.error = error
+                        self._queue.popleft()
+                        continue
                     self.batches.append(batch)
                 joining.setdefault(batch, []).append(answer)
                 answer.at, places = self.number, places - 1

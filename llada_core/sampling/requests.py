@@ -131,9 +131,11 @@ def to_answer(  # noqa: PLR0913 - as `generate`; everything after the settings i
     of `generate`.
     """
     prompts, width = _prompts(model, prompt_ids, attention_mask)
+    special, new = model.special_tokens, params.max_new_tokens
+    # By its length, before there is anything of that size.
+    require_length(model, max(len(ids) for ids, _ in prompts) + new, "shorten the prompt or max_new_tokens")
     if model.block_length is None:
         _answer_settings(params)
-    special, new = model.special_tokens, params.max_new_tokens
     # Words that are pinned stand there from the start, so that nothing later has to tell them from what was written.
     blank = torch.full((new,), special.mask_id)
     for position, token in _pinned(model, pinned or {}, new).items():
@@ -177,6 +179,11 @@ def _requests(
     model: MaskPredictor, rows: list[Row], prompts: list[Tensor], params: SamplingParams, *, ahead: bool, copy: int
 ) -> list[Request]:
     require_length(model, max(len(tokens) for tokens, *_ in rows), "shorten the prompt or max_new_tokens")
+    # A schedule is a table with a number for each step: a billion of them would be eight gigabytes a row.
+    if params.steps > model.max_length:
+        raise ValueError(
+            f"steps {params.steps}: this model reads {model.max_length} tokens; give at most so many steps"
+        )
     _token_settings(model, params)
     by_blocks = model.block_length is not None
     denoiser_of(model, params), rule_of(params)  # what they name is there

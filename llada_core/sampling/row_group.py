@@ -22,8 +22,8 @@ from llada_core.sampling.unmask import HELD, Rule, State, TransferSchedule, numb
 class Answer:
     """What comes of a request. `tokens` (L,) int64 once it is finished, on the model's device; `forwards` it took part in.
 
-    `steps`, if somebody watches it, those not taken yet; `shown` (1, L), the canvas after the last of them. `error`: why it
-    will never be finished.
+    `steps`, if somebody watches it, those not taken yet; `shown` (1, L), the canvas after the last of them. `told`: an engine
+    has told of all of them. `error`: why it will never be finished.
     """
 
     request: Request
@@ -31,6 +31,7 @@ class Answer:
     tokens: Tensor | None = None
     forwards: int = 0
     finished: bool = False
+    told: bool = False
     cancelled: bool = False
     error: BaseException | None = None
     at: int | None = None  # the number of the engine that writes it, where several share a queue
@@ -42,7 +43,20 @@ class Answer:
     @property
     def over(self) -> bool:
         """Whether nothing more will come."""
-        return self.finished or self.cancelled or self.error is not None
+        return self.told or self.cancelled or self.error is not None
+
+    @property
+    def ready(self) -> bool:
+        """Of one that is watched: whether `take` has something to say, without a step to be made first."""
+        return bool(self.steps) or self.over
+
+    def take(self) -> Step | None:
+        """The next step of one that is `ready`, None once there are no more; raises its `error`."""
+        if self.steps:
+            return self.steps.popleft()
+        if self.error is not None:
+            raise self.error
+        return None
 
 
 class RowGroup:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def page_url(model_folder: Path) -> Iterator[str]:
+def served_page(model_folder: Path) -> Iterator[Any]:
     from app import page
     from app.__main__ import options
     from app.models import AppState, ModelCache, ModelIndex
@@ -40,5 +41,10 @@ def page_url(model_folder: Path) -> Iterator[str]:
     state = AppState(ModelCache(index), index, str(model_folder), speed="instant")
     blocks = page.build_page(state)
     blocks.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, **options())
-    yield blocks.local_url
+    yield blocks
     blocks.close()
+
+
+@pytest.fixture(scope="session")
+def page_url(served_page: Any) -> str:
+    return served_page.local_url

@@ -16,6 +16,7 @@ from app.server.answers import Draft
 from app.server.schema import SAMPLER, SamplingFields
 from llada_core.sampling import stream
 from llada_core.sampling.params import SamplingParams
+from llada_core.sampling.requests import to_answer
 from tests.reference import arrays, block_cases, golden_model
 from tests.sampling.test_llada2 import NEW, params_of
 
@@ -74,9 +75,10 @@ def test_a_server_tells_no_text_that_may_still_be_edited(loaded):
     prompt = loaded.tokenizer.chat_ids([{"role": "user", "content": "12 + 3"}])
     steps = list(loaded.write(prompt, params))
     assert sum(bool(step.replaced.any() and not step.open.any()) for step in steps) > 1, "edited when all was written"
-    draft, told = Draft(loaded, params, prompt, (step for step in steps)), []
+    ((request,), _) = to_answer(loaded.model, [prompt], params)
+    draft, told, left = Draft(loaded, request, prompt), [], iter(steps)
     while draft.finish is None:
-        told.append(draft.advance())
+        told.append(draft.advance(next(left, None)))
     assert "".join(told) == loaded.tokenizer.answer_text(steps[-1].tokens[0, len(prompt) :].tolist())
 
 

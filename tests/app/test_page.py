@@ -9,9 +9,12 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import gradio as gr
 import pytest
+from gradio.state_holder import StateHolder
 from gradio_client import Client
 
+from app.conversation import Conversation
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +74,23 @@ def test_sixteen_at_once_are_all_answered(page_url):
         thread.join()
     assert not failures
     assert [a["steps"] for a in answers] == [8] * 16
+
+
+def test_of_the_sessions_the_last_used_are_kept_and_others_begin_anew(served_page):
+    """Gradio keeps a copy of the page for each, 10,000 unless told otherwise."""
+    assert served_page.state_holder.capacity == 256
+    holder = StateHolder()
+    holder.blocks, holder.capacity = served_page, 2
+    (session, *_) = [part for part in served_page.blocks.values() if isinstance(part, gr.State)]
+    chat = Conversation()
+    holder["first"][session._id] = chat
+    assert holder["second"][session._id] is None
+    assert holder["first"][session._id] is chat, "the last used"
+    holder["third"]
+    assert "second" not in holder
+    assert holder["first"][session._id] is chat
+    holder["third"], holder["fourth"]
+    assert holder["first"][session._id] is None, "which a question begins a conversation in"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
-from threading import Event
+from threading import Event, Thread, current_thread
 from typing import Any
 
 import pytest
@@ -22,8 +22,11 @@ from app.server.http import create_app
 from app.server.schema import ScoreRequest
 from app.server.service import SCORED_AT_ONCE, Limits, Service
 from llada_core.likelihood import log_likelihoods
+from llada_core.sampling import Step
+from llada_core.sampling.engine import Engine
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.requests import to_answer
+from llada_core.tokenizer import Tokenizer
 from llada_core.usage import Usage
 from tests.waiting import wait_for
 
@@ -240,9 +243,20 @@ def test_answers_are_written_while_others_score(tiny: LoadedModel) -> None:
     service = Service(OneModel(tiny), ["tiny"], Limits(at_once=1))  # type: ignore[arg-type]
     pair = {"prompt": "one", "answer": " two three four" * 8}
     body = {"model": "tiny", "pairs": [pair] * 8, "samples": 512}
-    (written,) = tiny.engine.submit(to_answer(tiny.model, [[5]], OWN)[0])
-    scored = service.score(ScoreRequest.read(body))
-    assert written.forwards == min(16, scored["usage"]["forwards"]) > 1  # nobody but who scores has made its steps
+    engine, scorer, threads = tiny.engine, current_thread(), list[Thread]()
+    (written,) = engine.submit(to_answer(tiny.model, [[5]], OWN)[0])
+
+    def asks_meanwhile(*_: object) -> None:
+        if current_thread() is scorer and len(threads) < 4:
+            assert written.forwards == len(threads)
+            threads.append(Thread(target=engine.step))
+            threads[-1].start()
+            wait_for("who wants a step", engine._next.locked)
+
+    watched = tiny.model.register_forward_pre_hook(asks_meanwhile)
+    service.score(ScoreRequest.read(body))
+    watched.remove()
+    assert len(threads) == 4
     left = Event()
     left.set()
     with pytest.raises(ClientDisconnect):
@@ -277,7 +291,7 @@ def test_a_client_that_is_slow_makes_room(tiny: LoadedModel, slow: str) -> None:
     assert len(sent) == 2
     assert service.metrics.active.collect()[0].samples[0].value == 0
     assert service.metrics.accepted.collect()[0].samples[0].value == 0
-    assert not tiny.engine.busy
+    wait_for("the step that is under way", lambda: not tiny.engine.busy)
 
 
 REFUSED = [
@@ -327,6 +341,39 @@ def test_what_cannot_be_is_refused_by_name(
     assert says in error["message"]
     assert "\n" not in error["message"]
     assert ask(client, CHAT, messages=QUESTION)  # and the next one is answered
+
+
+LONG = "one two " * 50_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": LONG}]}, "messages"),
+        (TEXT, {"prompt": ["a", LONG]}, "prompt"),
+        (TEXT, {"prompt": "a", "suffix": LONG}, "suffix"),
+        (TEXT, {"template": f"{LONG}[[2]]"}, "template"),
+        (SCORE, {"pairs": [{"prompt": "a", "answer": LONG}]}, "answer"),
+        (SCORE, {"prompt": [{"role": "user", "content": LONG}], "labels": ["a", "b"]}, "prompt"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_text_far_too_long_is_not_encoded_as_a_whole(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], param: str
+) -> None:
+    """An encoding takes a hundred bytes for each token, and as text of a megabyte seconds in which others wait."""
+    lengths, encode_batch = [], Tokenizer.encode_batch
+
+    def counted(self: Tokenizer, texts: list[str], *, user: bool = True) -> Iterator[list[int]]:
+        lengths.extend(map(len, texts))
+        return encode_batch(self, texts, user=user)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", counted)
+    answer = client.post(path, json={"model": "tiny", **body})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, param, "context_length_exceeded")
+    assert " characters is longer than the 700 tokens that this model reads" in error["message"]
+    assert sum(lengths) < 30_000
 
 
 def test_what_says_nothing_of_the_answer_is_passed_over(client: TestClient) -> None:
@@ -393,7 +440,7 @@ def test_metrics_count_requests_tokens_and_forwards(client: TestClient) -> None:
 def test_a_step_that_fails_ends_one_request(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
-    def fails(self: Draft) -> str:
+    def fails(self: Draft, step: Step | None) -> str:
         raise error
 
     with monkeypatch.context() as patch:
@@ -436,9 +483,16 @@ def test_memory_that_runs_out_in_a_step_ends_the_answers_in_it_and_no_later_one(
     assert ask(client, CHAT, messages=QUESTION)
 
 
+def test_a_step_is_made_once_for_all_who_read_it(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, step = [], Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: made.append(1) or step(self))
+    assert ask(client, CHAT, messages=QUESTION, n=8)["usage"]["forwards"] == 8 * 16
+    assert 16 <= len(made) <= 17  # the last of them finds nobody
+
+
 def test_a_stream_is_ascii(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """There are clients that end a line at U+2028."""
-    monkeypatch.setattr(Draft, "advance", lambda self: setattr(self, "finish", "stop") or "a\u2028b\u0085c")
+    monkeypatch.setattr(Draft, "advance", lambda self, step: setattr(self, "finish", "stop") or "a\u2028b\u0085c")
     text = client.post(CHAT, json={"model": "tiny", "messages": QUESTION, "stream": True}).content
     assert text.isascii()
     assert json.loads(text.decode().split("\n\n")[1].removeprefix("data: "))["choices"][0]["delta"] == {
@@ -472,10 +526,10 @@ def test_while_a_rule_may_take_back_only_finished_blocks_are_told(tiny: LoadedMo
     prompt = tiny.tokenizer.chat_ids(QUESTION)
     params = replace(OWN, rule="llada_core.sampling.unmask.ending")
     plain = tiny.write(prompt, OWN)
-    draft = Draft(tiny, params, prompt, plain)
+    draft = Draft(tiny, to_answer(tiny.model, [prompt], params)[0][0], prompt)
     told = []
     while draft.finish is None:
-        told.append((draft.advance(), draft.frame.block if draft.frame else None))
+        told.append((draft.advance(next(plain, None)), draft.frame.block if draft.frame else None))
     early = [text for text, block in told if block == (0, 8)]
     assert early
     assert "".join(early) == ""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llada_core.modeling.predictor import KVCache
+from llada_core.sampling import batch as batch_module
 from llada_core.sampling import engine as module
 from llada_core.sampling import generate, infill, stream
 from llada_core.sampling.engine import Engine
@@ -19,6 +20,7 @@ from tests.reference import golden_model
 from tests.sampling.naive import naive
 from tests.sampling.test_own_rules import SETTINGS as OWN
 from tests.sampling.test_ragged import BASE, MASK, MODES
+from tests.waiting import wait_for
 
 CLOSE = 1e-4
 
@@ -229,7 +231,8 @@ def test_what_cannot_fit_is_refused_with_the_number():
     engine.finish(answers)
 
 
-def test_an_error_in_a_step_is_told_to_its_batch_and_the_others_go_on():
+@pytest.mark.parametrize("where", ["step", "join"])
+def test_an_error_in_a_step_is_told_to_its_batch_and_the_others_go_on(monkeypatch, where):
     model = golden_model("llada_tiny")
     engine = Engine(model)
     plain = engine.submit(to_answer(model, [[5]], SamplingParams(**BASE))[0])
@@ -237,13 +240,18 @@ def test_an_error_in_a_step_is_told_to_its_batch_and_the_others_go_on():
     engine.step()
     failing = next(batch for batch in engine.batches if guided[0] in batch.answers)
 
-    def fails(_query):
+    def fails(*_given):
         raise torch.OutOfMemoryError("no room")
 
-    failing.denoiser.logits = fails
+    if where == "step":
+        failing.denoiser.logits = fails
+    else:
+        guided += engine.submit(to_answer(model, [[7]], SamplingParams(**BASE, cfg_scale=1.0))[0])
+        monkeypatch.setattr(batch_module.Canvas, "of", fails)
     for answer in guided:
         with pytest.raises(torch.OutOfMemoryError, match="no room"):
             engine.finish([answer])
+    monkeypatch.undo()
     engine.finish(plain)
     assert engine.active == []
     again = engine.submit(to_answer(model, [[5]], SamplingParams(**BASE, cfg_scale=1.0))[0])
@@ -268,6 +276,25 @@ def test_threads_that_write_at_once_share_steps():
     assert all(torch.equal(results[n][-1].tokens, alone[n].tokens) for n in range(8))
     assert [len(results[n]) for n in range(8)] == [each.forwards for each in alone]
     assert engine.forwards == max(each.forwards for each in alone)
+
+
+def test_who_gives_the_turn_back_does_not_have_it_again_while_another_waits():
+    engine, had = Engine(golden_model("llada_tiny")), []
+
+    def other():
+        engine.get_turn()
+        had.append("other")
+        engine.turn.release()
+
+    engine.get_turn()
+    thread = threading.Thread(target=other)
+    thread.start()
+    wait_for("the other", engine._next.locked)
+    engine.turn.release()
+    engine.get_turn()
+    assert had == ["other"]
+    engine.turn.release()
+    thread.join()
 
 
 def test_two_engines_behind_one_queue_write_what_one_writes():
