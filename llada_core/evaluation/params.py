@@ -66,6 +66,11 @@ class SpeedParams(SettingsBlock):
     benchmarks: tuple[str, ...] = Field(min_length=1)  # of those that are evaluated, answered in words
     settings: tuple[str, ...] = Field(min_length=1)  # beside exact: "threshold=0.9,cache=prefix", or "usual"
     limit: int | None = Field(default=None, ge=1)  # questions per task and setting, one at a time
+    models: tuple[str, ...] | None = None  # of those that are evaluated, as far as they are there; None: all
+
+    def asks(self, benchmark: str, model: str) -> bool:
+        """Whether it measures one model on one benchmark."""
+        return benchmark in self.benchmarks and (self.models is None or model in self.models)
 
 
 class EvaluateParams(SettingsBlock):

@@ -70,7 +70,7 @@ def run(work: StageContext) -> None:
         for name, folder in models.items():
             with answering(folder, params) as answerer:
                 timings[name] = measure(work.item, name, answerer, params, places)
-                if timings[name] and params.speed is not None and work.item in params.speed.benchmarks:
+                if timings[name] and params.speed is not None and params.speed.asks(work.item, name):
                     measure_speed(work.item, name, answerer, params, places)
     if any(timings.values()):
         path = places.out / f"{work.item}.json"

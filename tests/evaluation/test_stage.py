@@ -106,6 +106,11 @@ def test_speed_names_what_is_evaluated():
         ValueError, match=r"speed\.benchmarks names 'sudoko', which benchmarks does not list; did you mean 'sudoku'"
     ):
         EvaluateParams(benchmarks=("sudoku",), speed=SpeedParams(benchmarks=("sudoko",), settings=("usual",)))
+    one = SpeedParams(benchmarks=("sudoku",), settings=("usual",), models=("grpo",))
+    assert one.asks("sudoku", "grpo")
+    assert not one.asks("sudoku", "sft")
+    assert not one.asks("seats", "grpo")
+    assert SpeedParams(benchmarks=("sudoku",), settings=("usual",)).asks("sudoku", "sft")
 
 
 def test_killed_and_resumed_is_byte_for_byte_undisturbed(places, monkeypatch):
