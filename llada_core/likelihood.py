@@ -169,6 +169,7 @@ def log_likelihoods(  # noqa: PLR0913 - the public face
     seed: int = 0,
     estimator: Estimator = "auto",
     batch_tokens: int = 8192,
+    framed: bool = False,
 ) -> list[float]:
     """A lower bound on log p(answer | prompt), in nats, of each (prompt ids, answer ids): LLaDA's estimate of it.
 
@@ -177,10 +178,11 @@ def log_likelihoods(  # noqa: PLR0913 - the public face
     otherwise. "confidence" is no bound: the sum of log p of the answer's tokens, revealed one by one in the order of the
     model's confidence in them. cfg_scale: guidance, as in sampling. The random numbers of a pair depend on `seed` and its prompt, so
     that the options of a question are compared under the same ones and nothing depends on what shares the call.
-    batch_tokens: tokens per forward. Raises `ValueError` for an empty answer, ids outside the vocabulary, a MASK, or a
-    pair longer than the model's sequences.
+    batch_tokens: tokens per forward. framed: BOS stands before each prompt and EOS behind each answer, neither of them scored
+    (iLLaDA's evaluation: add_bos_token, padd_eos). Raises `ValueError` for an empty answer, ids outside the vocabulary, a
+    MASK, a pair longer than the model's sequences, or a frame for a model without BOS or one that attends by blocks.
     """
-    return Likelihood(model, samples, cfg_scale, seed, estimator, batch_tokens).scores(pairs)
+    return Likelihood(model, samples, cfg_scale, seed, estimator, batch_tokens, framed).scores(pairs)
 
 
 class _Part(NamedTuple):
@@ -241,6 +243,7 @@ class Likelihood:
     seed: int = 0
     estimator: Estimator = "auto"
     batch_tokens: int = 8192
+    framed: bool = False
     turn: AbstractContextManager[object] = field(default_factory=nullcontext)  # entered for each forward, and left
     forwards: int = field(default=0, init=False)
     num_samples: int = field(default=0, init=False)
@@ -253,10 +256,17 @@ class Likelihood:
                 f"samples {self.samples} and batch_tokens {self.batch_tokens} must be 1 or more,"
                 f" cfg_scale {self.cfg_scale} a number of 0 or more"
             )
+        if self.framed and (self.model.special_tokens.bos_id is None or self.model.block_length is not None):
+            raise ValueError(
+                "framed: for a model with a BOS token whose positions all see each other; leave framed out"
+            )
 
     def scores(self, pairs: Sequence[Pair]) -> list[float]:
         """Log-likelihoods in the order of `pairs`."""
         arrays = [checked(self.model, pair, number) for number, pair in enumerate(pairs)]
+        if self.framed:
+            require_length(self.model, max((len(p) + len(a) + 2 for p, a in arrays), default=0), "shorten the prompt")
+            arrays = [(np.concatenate([[self.model.special_tokens.bos_id], p]), a) for p, a in arrays]
         if self.estimator == CONFIDENCE:
             return self._revealed(arrays)
         totals = torch.zeros(len(arrays), dtype=torch.float64, device=self.model.device)
@@ -316,7 +326,8 @@ class Likelihood:
         known, answer = part.known, part.answer
         mask_id, length = self.model.special_tokens.mask_id, len(known) + len(answer)
         behind = min(-length % (self.model.block_length or 1), self.model.max_length - length)
-        tail, length = np.full(behind, mask_id), length + behind
+        tail = np.array([self.model.special_tokens.eos_id]) if self.framed else np.full(behind, mask_id)
+        length += len(tail)
         masked = np.where(drawn.masks, mask_id, answer)
         for mask, noisy, weight in zip(drawn.masks, masked, drawn.weights.tolist(), strict=True):
             row = np.concatenate([known, noisy, tail])

@@ -312,7 +312,13 @@ class Responder:
         settings, seed = self.options.settings, self.options.seed
         guidance, estimator = settings.cfg_scale or 0.0, settings.estimator or "auto"
         values = log_likelihoods(
-            self.model, pairs, samples=self.samples, cfg_scale=guidance, seed=seed, estimator=estimator
+            self.model,
+            pairs,
+            samples=self.samples,
+            cfg_scale=guidance,
+            seed=seed,
+            estimator=estimator,
+            framed=bool(settings.framed),
         )
         check = self.options.check_greedy
         greedy = greedy_matches(self.model, pairs, cfg_scale=guidance) if check else [False] * len(pairs)
@@ -320,8 +326,9 @@ class Responder:
 
     def fit(self, context: Ids, continuation: Ids) -> tuple[Ids, Ids]:
         """A pair that the model can take: the context loses its beginning, a longer continuation too."""
-        continuation = continuation[-self.longest :]
-        room = self.longest - len(continuation)
+        longest = self.longest - 2 * bool(self.options.settings.framed)
+        continuation = continuation[-longest:]
+        room = longest - len(continuation)
         return context[max(0, len(context) - room) :], continuation
 
     @torch.inference_mode()
@@ -347,7 +354,7 @@ def from_arguments(given: Mapping[str, Any]) -> tuple[Responder, AnswerStore]:
     if not name:
         raise ConfigError("model_args lacks pretrained=FOLDER_OR_NAME")
     samples = values.pop("mc_num", None) or values.pop("samples", None)
-    answers, estimator = values.pop("answers", None), values.pop("estimator", None)
+    answers, estimator, framed = (values.pop(name, None) for name in ("answers", "estimator", "framed"))
     dtype, device, bits = str(values.pop("dtype", "auto")), values.pop("device", None), values.pop("bits", None)
     model = load(str(name), dtype, str(device or "auto"), bits)
     options = {k: values.pop(k) for k in ("max_length", "seed", "patience") if k in values}
@@ -361,6 +368,7 @@ def from_arguments(given: Mapping[str, Any]) -> tuple[Responder, AnswerStore]:
         "bits",
         "mc_num",
         "estimator",
+        "framed",
         "is_check_greedy",
         "answers",
         *options,
@@ -370,7 +378,13 @@ def from_arguments(given: Mapping[str, Any]) -> tuple[Responder, AnswerStore]:
             raise ConfigError(f"model_args: unknown setting {key!r}{nearest(key, allowed)}")
     values |= {k: token_list(values[k]) for k in TOKEN_LISTS if k in values}
     settings = BenchmarkSettings.parse(
-        {"sampling": values, "samples": samples, "cfg_scale": values.get("cfg_scale"), "estimator": estimator},
+        {
+            "sampling": values,
+            "samples": samples,
+            "cfg_scale": values.get("cfg_scale"),
+            "estimator": estimator,
+            "framed": framed,
+        },
         "model_args",
     )
     size = AUTO_BATCH if batch.startswith("auto") else int(batch)

@@ -27,6 +27,9 @@ class BenchmarkSettings(SettingsBlock):
     samples: int | None = Field(default=None, ge=1)
     cfg_scale: float | None = Field(default=None, ge=0)  # guidance of a likelihood
     estimator: Literal["auto", "stock", "antithetic", "exact", "confidence"] | None = None
+    framed: bool | None = (
+        None  # a likelihood with BOS before the prompt and EOS behind the answer, as iLLaDA's evaluation
+    )
     share: float | None = Field(default=None, gt=0, le=1)  # of each task's questions, drawn with a fixed seed
     questions: str | None = None  # the file of a benchmark of one's own: its rows (.jsonl), or its recipe (.yaml)
 
@@ -47,6 +50,7 @@ class BenchmarkSettings(SettingsBlock):
             samples=self.samples if self.samples is not None else below.samples,
             cfg_scale=self.cfg_scale if self.cfg_scale is not None else below.cfg_scale,
             estimator=self.estimator or below.estimator,
+            framed=self.framed if self.framed is not None else below.framed,
             share=self.share or below.share,
         )
 

@@ -86,7 +86,8 @@ def test_every_column_has_a_recipe_for_each_of_its_sources_that_one_can_repeat()
     columns = {name: [c.column for c in recipes.table(name).columns] for name in ("base", "instruct")}
     assert len(columns["base"]) == 14
     assert len(columns["instruct"]) == 10
-    figures_alone = {"base": {"opencompass"}, "dream_base": {"dream", "dllm_dream"}}
+    figures_alone = {"base": {"opencompass"}, "dream_base": {"dream", "dllm_dream"}, "illada": {"illada_likelihood"}}
+    figures_alone |= {"illada_instruct": {"illada_paper"}, "llada_moe": {"moe_card"}, "llada_moe_base": {"moe_paper"}}
     # Fast-dLLM has no script for these two.
     no_script = {"fastdllm_math", "fastdllm_mbpp"}
     for name, table in recipes.tables().items():
@@ -101,7 +102,8 @@ def test_every_column_has_a_recipe_for_each_of_its_sources_that_one_can_repeat()
 def test_figures_of_all_sources():
     row = {f.source: f.value for f in recipes.figures("base_gsm8k")}
     expected = {"official": 0.703, "length_512": 0.708, "length_256": 0.7, "opencompass": 0.719, "dllm": 0.707}
-    assert row == pytest.approx({**expected, "confidence": 0.819, "dream": 0.772, "dllm_dream": 0.77})
+    expected |= {"confidence": 0.819, "moe_paper": 0.6641, "dream": 0.772, "dllm_dream": 0.77}
+    assert row == pytest.approx(expected)
     instruct = {f.source: f.value for f in recipes.figures("instruct_gsm8k")}
     assert instruct["semi_autoregressive"] == pytest.approx(0.786)
     assert instruct["opencompass_semi_autoregressive"] == pytest.approx(0.789)
@@ -202,7 +204,9 @@ def test_a_variant_changes_only_what_it_names():
     arc = recipes.find("base_arc_c")
     assert recipes.find("base_arc_c.confidence").settings.that_matter("likelihood")["estimator"] == "confidence"
     assert "settings" in arc.departures(arc.of("confidence")), "a score by confidence is no likelihood"
-    assert len(recipes.table("illada").columns) == 8
+    assert len(recipes.table("illada").columns) == 9
+    assert recipes.find("base_mmlu.confidence").settings.framed
+    assert not recipes.find("base_mmlu").settings.framed
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_the_report_says_what_differs_and_how_likelihoods_were_estimated(tmp_pat
     assert "base_piqa: log-likelihoods by stock, 128 samples; one is off by 1.50 nats" in text
     assert f"base_bbh: {drift[0]}." in report["remarks"]
     assert "base_arc_c: answers scored by confidence, token by token, surest first; that is no likelihood." in text
-    assert "theirs has BOS before the prompt and an end token behind the answer" in text
+    assert "that of lm-eval 0.4.10 was not compared with the installed one" in text
 
 
 def test_the_same_results_give_the_same_files(results):

@@ -1,5 +1,7 @@
 """The score by confidence: an answer's tokens revealed one by one, the surest first, against a loop written by hand."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -70,3 +72,26 @@ def test_what_the_model_writes_by_confidence_scores_what_its_tokens_had():
     scores = log_likelihoods(model, [(PROMPT[:9], own), (PROMPT[:9], own[::-1])], estimator="confidence")
     assert scores[0] == pytest.approx(by_hand(model, PROMPT[:9], own), abs=1e-4)
     assert scores[0] > scores[1]
+
+
+def test_a_frame_stands_around_each_pair_and_is_not_scored():
+    """iLLaDA's evaluation: BOS before the prompt, an end token behind the answer (add_bos_token, padd_eos)."""
+    model = load_model(GOLDEN / "llada_tiny", special_tokens=special_of("llada_tiny")).eval()
+    special, (prompt, answer) = model.special_tokens, PAIRS[4]
+    row, total = [special.bos_id, *prompt, *[special.mask_id] * len(answer), special.eos_id], 0.0
+    first = 1 + len(prompt)
+    for _ in answer:
+        log_p = model(torch.tensor([row])).logits[0].detach().double().log_softmax(-1)
+        left = [i for i in range(len(answer)) if row[first + i] == special.mask_id]
+        surest = max(left, key=lambda i: float(log_p[first + i, answer[i]]))
+        total += float(log_p[first + surest, answer[surest]])
+        row[first + surest] = answer[surest]
+    asked = {"estimator": "confidence", "framed": True}
+    assert log_likelihoods(model, [PAIRS[4]], **asked) == pytest.approx([total], rel=1e-6)
+    assert log_likelihoods(model, PAIRS, **asked)[4] == pytest.approx(total, rel=1e-6)
+    assert log_likelihoods(model, PAIRS, framed=True) != log_likelihoods(model, PAIRS)
+    full = list(range(model.max_length - 3))
+    with pytest.raises(ValueError, match="shorten the prompt"):
+        log_likelihoods(model, [([i % 100 for i in full], [5, 6])], framed=True)
+    with pytest.raises(ValueError, match="framed: for a model with a BOS token"):
+        Likelihood(deepcopy(model).by_blocks(4), framed=True)
