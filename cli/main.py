@@ -1,7 +1,8 @@
 """The `llada` command: every command registered under the heading a newcomer looks for it. Does nothing itself."""
 
 from collections.abc import Callable
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +19,19 @@ llada = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _told(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lladaflow {version('lladaflow')}")
+        raise typer.Exit
+
+
+@llada.callback()
+def options(
+    _: Annotated[bool, typer.Option("--version", callback=_told, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """What stands before a command."""
 
 
 def add(command: Callable[..., None], heading: str, name: str = "", context: dict[str, Any] | None = None) -> None:

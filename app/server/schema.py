@@ -234,7 +234,7 @@ class ScoreRequest(ApiRequest):
     )
     prompt: str | list[Message] | None = None
     labels: list[str] | None = Field(default=None, min_length=2, max_length=MOST_PAIRS)
-    estimator: Literal["auto", "stock", "antithetic", "exact"] = "auto"
+    estimator: Literal["auto", "stock", "antithetic", "exact", "confidence"] = "auto"
     samples: int = Field(default=128, ge=1, le=4096)
     cfg_scale: float = Field(default=0.0, ge=0.0)
     seed: int = 0

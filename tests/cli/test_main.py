@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,11 @@ def test_the_help_names_every_command_under_a_heading(call):
         assert name in COMMANDS
         assert f" {name} " in shown
     assert all(heading in shown for heading in ("Talk", "Measure", "Run", "Models"))
+
+
+def test_the_version_is_told(call):
+    asked = call("--version")
+    assert (asked.exit_code, asked.stdout) == (0, f"lladaflow {version('lladaflow')}\n")
 
 
 def test_help_imports_nothing_heavy():
