@@ -23,6 +23,7 @@ from llada_core.sampling.params import EDITING, SamplingParams
 from llada_core.sampling.proposals import noise_key
 from llada_core.sampling.unmask import rule_of
 
+MOST_STEPS = 4096
 Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
 
 
@@ -179,11 +180,10 @@ def _requests(
     model: MaskPredictor, rows: list[Row], prompts: list[Tensor], params: SamplingParams, *, ahead: bool, copy: int
 ) -> list[Request]:
     require_length(model, max(len(tokens) for tokens, *_ in rows), "shorten the prompt or max_new_tokens")
-    # A schedule is a table with a number for each step: a billion of them would be eight gigabytes a row.
-    if params.steps > model.max_length:
-        raise ValueError(
-            f"steps {params.steps}: this model reads {model.max_length} tokens; give at most so many steps"
-        )
+    # A schedule is a table with a number for each step: a billion of them would be eight gigabytes a row. The reverse
+    # process may well be cut finer than there are tokens, of a small model's too.
+    if params.steps > (most := max(model.max_length, MOST_STEPS)):
+        raise ValueError(f"steps {params.steps}: of this model an answer takes at most {most}")
     _token_settings(model, params)
     by_blocks = model.block_length is not None
     denoiser_of(model, params), rule_of(params)  # what they name is there

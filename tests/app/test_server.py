@@ -308,7 +308,7 @@ REFUSED = [
     (CHAT, {"messages": QUESTION, "max_tokens": 4000}, 400, "max_tokens", "this model reads 700 at most"),
     (CHAT, {"messages": QUESTION, "max_tokens": 10**30}, 400, "max_tokens", "this model reads 700 at most"),
     (TEXT, {"prompt": "a", "max_tokens": 10**30}, 400, "max_tokens", "this model reads 700 at most"),
-    (CHAT, {"messages": QUESTION, "steps": 10**9}, 400, None, "steps 1000000000: this model reads 700 tokens"),
+    (CHAT, {"messages": QUESTION, "steps": 10**9}, 400, None, "steps 1000000000: of this model an answer takes at most 4096"),
     (CHAT, {"messages": QUESTION, "steps": 10**30}, 400, "steps", "less than 2147483648"),
     (CHAT, {"messages": QUESTION, "x" * 10_000: 1}, 400, "x" * 2000 + "…", "there is no field 'xxx"),
     (CHAT, {"messages": QUESTION, "block_length": 7}, 400, None, "block_length 7 does not divide max_new_tokens 16"),
