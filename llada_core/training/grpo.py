@@ -211,10 +211,8 @@ class GRPO:
             "groups_differ": float((groups.amax(1) > groups.amin(1)).double().mean()),
             "rewards_dropped": float((~valid).sum()),
             "completion_tokens": float(lengths.mean()),
-            # Per answer: what one batch of rollouts wrote is divided by its forwards, which all its rows share.
-            "tokens_per_forward": params.sampling.max_new_tokens
-            / sampled.forwards
-            * -(-len(mine) // params.rollout_batch),
+            # Per answer, to its end: what a batch of rollouts wrote is divided by its forwards, which all its rows share.
+            "tokens_per_forward": float(lengths.mean()) / sampled.forwards * -(-len(mine) // params.rollout_batch),
         }
         if not right.isnan().all():
             notes["rollout_correct"] = float(right.nanmean())

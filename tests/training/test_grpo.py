@@ -383,6 +383,7 @@ def test_truncated_completions_move_nothing_when_they_are_masked(data, monkeypat
         work = policy.work(model, 0, 0, 1)
         counts[masked] = work.counts
         assert work.notes["completion_tokens"] == (1 + 6) / 2
+        assert work.notes["tokens_per_forward"] == (1 + 6) / 2 / SAMPLING.steps, "what stands behind an end is no token"
         assert work.notes.get("truncated") == (0.5 if masked else None)
         rows = work.batches[0].rows
         assert rows.scored.any(1).tolist() == [True, not masked] * 4
