@@ -361,32 +361,21 @@ def dream_architecture(values: Mapping[str, Any]) -> Architecture:
     """What a config.json of Dream-7B describes; errors as `dense_architecture`."""
     read = _Reader(values, _DREAM_SILENT)
     read.fixed(_DREAM_FIXED, {})
-    n_heads = int(read.need("num_attention_heads"))
-    architecture = Architecture(
-        vocab_rows=int(read.need("vocab_size")),
-        width=int(read.need("hidden_size")),
-        n_layers=int(read.need("num_hidden_layers")),
-        n_heads=n_heads,
-        n_kv_heads=int(read.maybe("num_key_value_heads", n_heads)),
-        mlp_width=int(read.need("intermediate_size")),
-        max_length=int(read.need("max_position_embeddings")),
-        rope_theta=float(read.need("rope_theta")),
-        norm_eps=float(read.need("rms_norm_eps")),
-        tied=bool(values.get("tie_word_embeddings", False)),
-        # As in Qwen2, where Dream comes from: queries, keys and values have a bias, and no other projection.
-        qkv_bias=True,
-        qk_norm="none",
-        # It began as an autoregressive model and kept predicting the next token (arXiv:2508.15487).
-        shifted=True,
-    )
-    read.finish()
-    return architecture
+    # As in Qwen2, where Dream comes from: queries, keys and values have a bias, and no other projection. It began as an
+    # autoregressive model and kept predicting the next token (arXiv:2508.15487).
+    return replace(_named_as_transformers_does(read), qkv_bias=True, shifted=True)
 
 
 def illada_architecture(values: Mapping[str, Any]) -> Architecture:
     """What a config.json of iLLaDA describes; errors as `dense_architecture`."""
     read = _Reader(values, _ILLADA_SILENT)
     read.fixed(_ILLADA_FIXED, {})
+    read.need("tie_word_embeddings")
+    return _named_as_transformers_does(read)
+
+
+def _named_as_transformers_does(read: _Reader) -> Architecture:
+    """A dense model by the keys that LLaMA and Qwen2 have; every key has been read then."""
     n_heads = int(read.need("num_attention_heads"))
     architecture = Architecture(
         vocab_rows=int(read.need("vocab_size")),
@@ -398,7 +387,7 @@ def illada_architecture(values: Mapping[str, Any]) -> Architecture:
         max_length=int(read.need("max_position_embeddings")),
         rope_theta=float(read.need("rope_theta")),
         norm_eps=float(read.need("rms_norm_eps")),
-        tied=bool(read.need("tie_word_embeddings")),
+        tied=bool(read.values.get("tie_word_embeddings", False)),
         qkv_bias=False,
         qk_norm="none",
     )
