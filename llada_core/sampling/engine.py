@@ -85,7 +85,7 @@ class Engine:
             rows = len({seats(count) for count in range(1, self.rows + 1)})
             parts.append(
                 f"compile {self.compiled}: at most {rows} x {wide} shapes of rows and columns, with a cache several functions each, "
-                "compiled when it is first met, while those who asked wait"
+                "compiled when it is first met, while those who asked wait (a step of an 8 B model took 36 s on an H200)"
             )
         return "; ".join(parts)
 
