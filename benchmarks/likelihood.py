@@ -20,8 +20,9 @@ from benchmarks import oracle
 from benchmarks.peers import reference_of
 from benchmarks.timing import interleaved, machine, table
 from benchmarks.trained import SHAPE, SPECIAL, texts, trained_model
-from llada_core.likelihood import Estimator, Likelihood
+from llada_core.likelihood import Likelihood
 from llada_core.modeling.predictor import MaskPredictor
+from llada_core.settings import Estimator
 
 QUESTIONS, TIMED_QUESTIONS = 200, 2  # 200 should take about half an hour, by what 40 took
 SAMPLES, LATTICE, REPEATS = 128, 16, 4

@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from math import comb
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -41,9 +41,9 @@ from llada_core.sampling.denoiser import GuidedDenoiser, PlainDenoiser
 from llada_core.sampling.params import SamplingParams
 from llada_core.sampling.query import Query
 from llada_core.sampling.sampler import stream_infill
+from llada_core.settings import Estimator
 
-Estimator = Literal["auto", "stock", "antithetic", "exact", "confidence"]
-ESTIMATORS: tuple[Estimator, ...] = ("auto", "stock", "antithetic", "exact", "confidence")
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 CONFIDENCE: Estimator = "confidence"  # no estimate of the bound, as the others are: scores in its own right
 ENUMERATED = 7  # 2^7 - 1 = 127 subsets, fewer than the usual 128 samples
 LEAN = 0.75  # best of 0 to 1.2 on a trained model with 4 to 64 samples: half the error of equal widths

@@ -209,6 +209,8 @@ DEVICE_SETTING = "LLADAFLOW_DEVICE"  # what "auto" means in a process and its ch
 
 
 Bits = Literal[4, 8]  # of a quantised weight
+# Of a likelihood, see `llada_core.likelihood`; here, so that settings know them without torch.
+Estimator = Literal["auto", "stock", "antithetic", "exact", "confidence"]
 
 
 class NoiseParams(SettingsBlock):

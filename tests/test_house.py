@@ -13,7 +13,7 @@ FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 # What the house holds, files with code and their lines. Who adds a room or a feature raises these and says why; who takes
 # one away lowers them.
-MOST_FILES, MOST_LINES = 158, 23_497
+MOST_FILES, MOST_LINES = 158, 23_496
 # Under 40 lines, for a framework names them: DVC's commands, Prefect's deployments, MLflow's stored model, packages' faces
 # (and the start of a wheel).
 FRAMEWORKS = {

@@ -16,9 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from llada_core.likelihood import ESTIMATORS
 from llada_core.sampling.params import SamplingParams, changed
-from llada_core.settings import ConfigError, nearest
+from llada_core.settings import ConfigError, Estimator, nearest
 
 SAMPLER = tuple(name for name in vars(SamplingParams(max_new_tokens=1, block_length=1, steps=1)) if name != "rule")
 PASSED_OVER = frozenset(
@@ -234,14 +233,13 @@ class ScoreRequest(ApiRequest):
     )
     prompt: str | list[Message] | None = None
     labels: list[str] | None = Field(default=None, min_length=2, max_length=MOST_PAIRS)
-    estimator: Literal["auto", "stock", "antithetic", "exact", "confidence"] = "auto"
+    estimator: Estimator = "auto"
     samples: int = Field(default=128, ge=1, le=4096)
     cfg_scale: float = Field(default=0.0, ge=0.0)
     seed: int = 0
 
     @model_validator(mode="after")
     def _pairs_or_labels(self) -> Self:
-        assert self.estimator in ESTIMATORS
         if (self.pairs is None) == (self.labels is None) or (self.labels is None) != (self.prompt is None):
             raise ValueError("give pairs of prompt and answer, or one prompt with its labels")
         return self

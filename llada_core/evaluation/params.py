@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llada_core.sampling.params import SamplingParams
-from llada_core.settings import NOT_IN_FINGERPRINT, Bits, SettingsBlock, nearest
+from llada_core.settings import NOT_IN_FINGERPRINT, Bits, Estimator, SettingsBlock, nearest
 
 SAMPLER_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 EOS_RULES = ("none", "defer", "forbid")
@@ -26,7 +26,7 @@ class BenchmarkSettings(SettingsBlock):
     sampling: dict[str, str | int | float | bool | tuple[int, ...] | None] = Field(default_factory=dict)
     samples: int | None = Field(default=None, ge=1)
     cfg_scale: float | None = Field(default=None, ge=0)  # guidance of a likelihood
-    estimator: Literal["auto", "stock", "antithetic", "exact", "confidence"] | None = None
+    estimator: Estimator | None = None
     framed: bool | None = (
         None  # a likelihood with BOS before the prompt and EOS behind the answer, as iLLaDA's evaluation
     )
